@@ -1,0 +1,152 @@
+"""ALBERT's configuration: the fields, names and defaults of Hugging Face's `AlbertConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Names as they stand in config.json -> the activation that our kernels implement.
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu": "gelu_erf",
+    "gelu_python": "gelu_erf",
+    "relu": "relu",
+}
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+
+
+@dataclass
+class ALBERTConfig:
+    """The fields of config.json (Lan et al. 2019, section 3 and table 1); defaults are Hugging Face's (the xxlarge sizes).
+
+    `ffn_output_dropout` is ours: Google's code drops out the FFN's output, Hugging Face's defines that dropout and never
+    applies it; off by default, as in Hugging Face. Keys that are not listed here are kept in `extra` and written back.
+
+    Raises:
+        ValueError: a size that is not positive, heads that do not divide `hidden_size`, an unknown activation or
+            problem type, a probability outside [0, 1).
+    """
+
+    vocab_size: int = 30000
+    embedding_size: int = 128
+    hidden_size: int = 4096
+    num_hidden_layers: int = 12
+    num_hidden_groups: int = 1
+    num_attention_heads: int = 64
+    intermediate_size: int = 16384
+    inner_group_num: int = 1
+    hidden_act: str = "gelu_new"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    classifier_dropout_prob: float | None = 0.1
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 3
+    tie_word_embeddings: bool = True
+    num_labels: int = 2
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    ffn_output_dropout: bool = False
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_hidden_groups", "num_attention_heads",
+            "intermediate_size", "inner_group_num", "max_position_embeddings", "type_vocab_size",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"config: {name} must lie in [0, 1), got {value!r}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"config: hidden_act {self.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"config: problem_type {self.problem_type!r} is none of {PROBLEM_TYPES}")
+        if self.id2label is not None:
+            self.id2label = {int(key): str(label) for key, label in self.id2label.items()}
+            self.num_labels = len(self.id2label)
+            if self.label2id is None:
+                self.label2id = {label: key for key, label in self.id2label.items()}
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def activation(self) -> str:
+        """The kernels' name of `hidden_act`: "gelu_tanh", "gelu_erf" or "relu"."""
+        return ACTIVATIONS[self.hidden_act]
+
+    def group_of_layer(self, layer: int) -> int:
+        """The group that computes `layer`: Hugging Face's rule, float rounding included (Google's differs in 36 cases)."""
+        return int(layer / (self.num_hidden_layers / self.num_hidden_groups))
+
+    def label(self, index: int) -> str:
+        """The name of class `index`, as Hugging Face names classes without one."""
+        return self.id2label[index] if self.id2label is not None and index in self.id2label else f"LABEL_{index}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ALBERTConfig:
+        """From the contents of a config.json; nothing is lost on the way to `to_dict` and back."""
+        model_type = values.get("model_type", "albert")
+        if model_type != "albert":
+            raise ValueError(f"config: model_type is {model_type!r}, expected 'albert'")
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        extra = {key: value for key, value in values.items() if key not in known and key != "model_type"}
+        return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> ALBERTConfig:
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of config.json, readable by Hugging Face's AlbertConfig."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extra", "num_labels")}
+        if self.id2label is None:
+            # Hugging Face counts the classes by their names, so unnamed ones are written out unless they are its default 2.
+            values.pop("id2label"), values.pop("label2id")
+            if self.num_labels != 2:
+                values["id2label"] = {str(i): self.label(i) for i in range(self.num_labels)}
+                values["label2id"] = {self.label(i): i for i in range(self.num_labels)}
+        else:
+            values["id2label"] = {str(key): label for key, label in self.id2label.items()}
+        if not self.ffn_output_dropout:
+            values.pop("ffn_output_dropout")
+        return {**self.extra, "model_type": "albert", **values}
+
+    def replace(self, **changes: Any) -> ALBERTConfig:
+        """A copy with some fields changed; `num_labels` drops names that no longer fit."""
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
+        if unknown:
+            raise TypeError(f"config has no field {', '.join(unknown)}")
+        if "num_labels" in changes and "id2label" not in changes and changes["num_labels"] != self.num_labels:
+            changes |= {"id2label": None, "label2id": None}
+        return dataclasses.replace(self, **changes)
