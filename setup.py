@@ -288,6 +288,7 @@ MODE = build_mode()
 TOOLS = find_tools(MODE)
 
 setup(
+    license="Apache-2.0",
     ext_modules=[Extension("albert_fast._C", sources=["csrc/bindings.cpp"])] if TOOLS else [],
     cmdclass={"build_ext": BuildExtension, "editable_wheel": EditableInstall},
 )
