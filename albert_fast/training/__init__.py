@@ -1,0 +1,24 @@
+"""Training and testing: `train` and `test` for one epoch, `fit` for a whole run, and the data sets in between."""
+
+from __future__ import annotations
+
+from .data import LengthBucketSampler, TextDataset, read_examples
+from .fit import FitResult, fit, small_config
+from .loop import test, train
+from .masking import MaskedTextDataset
+from .metrics import compute_metrics
+from .run import Recipe
+
+__all__ = [
+    "FitResult",
+    "LengthBucketSampler",
+    "MaskedTextDataset",
+    "Recipe",
+    "TextDataset",
+    "compute_metrics",
+    "fit",
+    "read_examples",
+    "small_config",
+    "test",
+    "train",
+]

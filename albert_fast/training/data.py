@@ -1,0 +1,258 @@
+"""Labelled text: files to examples, examples to batches of tokens, batches drawn by length.
+
+    dataset = TextDataset.from_file("train.tsv", tokenizer, max_length=128)
+    sampler = LengthBucketSampler(dataset.lengths, batch_size=32, seed=0)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+TEXT_COLUMNS = ("text", "sentence", "review")
+LABEL_COLUMN = "label"
+
+
+@dataclass
+class Examples:
+    """Texts, their labels, and the names of the classes (None: the labels are numbers to predict)."""
+
+    texts: list[str] | list[tuple[str, str]]
+    labels: list[int] | list[float]
+    label_names: list[str] | None
+
+
+def read_examples(
+    path: str | Path,
+    *,
+    text_column: str | int | None = None,
+    pair_column: str | int | None = None,
+    label_column: str | int | None = None,
+    label_names: Sequence[str] | None = None,
+) -> Examples:
+    """Reads .tsv (tab-separated, no quoting), .csv (comma-separated, quoted) or .jsonl (an object a line), also as .gz.
+
+    Args:
+        text_column: name in the header, or number from 0 in a file without one; default: text, sentence or review.
+        pair_column: the second text of each example, for tasks over pairs.
+        label_column: default: label.
+        label_names: the classes in order of their ids; labels in the file are these names, or their ids. Default:
+            found in the file. Whole numbers 0..n-1 are ids, other numbers are values to predict, words are sorted and
+            numbered.
+
+    Raises:
+        ValueError: an unknown suffix, a missing column, a row with too few fields, a label outside `label_names`, a
+            file without examples; the message names the file and the line.
+    """
+    texts: list[Any] = []
+    labels: list[str] = []
+    for line, row in _rows(Path(path), any(isinstance(c, int) for c in (text_column, pair_column, label_column))):
+        text = _field(row, TEXT_COLUMNS if text_column is None else (text_column,), path, line)
+        if pair_column is not None:
+            text = (text, _field(row, (pair_column,), path, line))
+        texts.append(text)
+        labels.append(_field(row, (LABEL_COLUMN if label_column is None else label_column,), path, line).strip())
+    if not texts:
+        raise ValueError(f"{path}: no examples")
+    ids, names = encode_labels(labels, label_names, str(path))
+    return Examples(texts, ids, names)
+
+
+def encode_labels(
+    labels: Sequence[str], label_names: Sequence[str] | None = None, source: str = "labels"
+) -> tuple[list[int] | list[float], list[str] | None]:
+    """Labels as they stand in a file -> (ids, names), or (numbers, None); see `read_examples`."""
+    if label_names is not None:
+        index = {str(i): i for i in range(len(label_names))} | {name: i for i, name in enumerate(label_names)}
+        wrong = next((i for i, label in enumerate(labels) if label not in index), None)
+        if wrong is not None:
+            raise ValueError(f"{source}: example {wrong} has the label {labels[wrong]!r}, expected {list(label_names)}")
+        return [index[label] for label in labels], list(label_names)
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        names = sorted(set(labels))
+        return [names.index(label) for label in labels], names
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{source}: a label is not a finite number")
+    whole = {int(number) for number in numbers if number == int(number) >= 0}
+    if all(number in whole for number in numbers) and whole == set(range(len(whole))) and len(whole) > 1:
+        return [int(number) for number in numbers], [str(i) for i in range(len(whole))]
+    return numbers, None
+
+
+def _rows(path: Path, headless: bool) -> Iterator[tuple[int, Mapping[Any, Any]]]:
+    """(line number, fields by column name, or by number where there is no header) of every row."""
+    suffix = (path.suffixes[-2:] or [""])[0] if path.suffix == ".gz" else path.suffix
+    if suffix not in (".tsv", ".csv", ".jsonl"):
+        raise ValueError(f"{path}: cannot tell the format from the name; expected .tsv, .csv or .jsonl (also with .gz)")
+    opening = gzip.open if path.suffix == ".gz" else open
+    with opening(path, "rt", encoding="utf-8", newline="") as file:
+        if suffix == ".jsonl":
+            for number, content in enumerate(file, 1):
+                if content.strip():
+                    yield number, _json_row(content, path, number)
+            return
+        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if suffix == ".tsv" else csv.reader(file)
+        header = None if headless else [name.strip().lstrip("\ufeff") for name in next(reader, [])]
+        for fields in reader:
+            if fields:
+                yield reader.line_num, dict(enumerate(fields) if header is None else zip(header, fields, strict=False))
+
+
+def _json_row(content: str, path: Path, line: int) -> Mapping[str, Any]:
+    try:
+        row = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {line}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: line {line}: expected an object, got {type(row).__name__}")
+    return row
+
+
+def _field(row: Mapping[Any, Any], names: Sequence[str | int], path: str | Path, line: int) -> str:
+    for name in names:
+        if row.get(name) is not None:
+            return str(row[name])
+    raise ValueError(f"{path}: line {line} has no column {' or '.join(map(repr, names))}; it has {list(row)}")
+
+
+class TextDataset(Dataset[dict[str, Any]]):
+    """Texts (or pairs of texts) and labels as tokens.
+
+    Args:
+        texts: N strings, or N pairs of strings.
+        labels: N ints (classes) or floats (values).
+        tokenizer: `albert_fast.tokenization.Tokenizer`, or any callable with Hugging Face's arguments.
+        max_length: longer texts are cut to this many tokens, special ones counted.
+        piece_dropout: share of the tokens, special ones excepted, that `collate` replaces by the mask token: a
+            regulariser for training from scratch (word dropout, Iyyer et al. 2015, section 3.1).
+
+    Raises:
+        ValueError: as many texts as labels are needed; a piece_dropout outside [0, 1) or without a mask token.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str] | Sequence[tuple[str, str]],
+        labels: Sequence[int] | Sequence[float],
+        tokenizer: Any,
+        max_length: int = 512,
+        *,
+        piece_dropout: float = 0.0,
+    ) -> None:
+        if len(texts) != len(labels):
+            raise ValueError(f"{len(texts)} texts but {len(labels)} labels")
+        if not 0 <= piece_dropout < 1:
+            raise ValueError(f"piece_dropout must lie in [0, 1), got {piece_dropout}")
+        if piece_dropout and tokenizer.mask_token_id is None:
+            raise ValueError("piece_dropout needs a tokenizer with a mask token")
+        encoded = tokenizer(list(texts), truncation=True, max_length=max_length) if len(texts) else {"input_ids": []}
+        self.input_ids: list[list[int]] = encoded["input_ids"]
+        self.token_type_ids: list[list[int]] | None = encoded.get("token_type_ids")
+        self.labels = list(labels)
+        self.lengths = [len(ids) for ids in self.input_ids]
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.mask_id: int | None = tokenizer.mask_token_id
+        self.special_ids = torch.tensor(sorted({int(i) for i in tokenizer.all_special_ids}))
+        self.piece_dropout = piece_dropout
+
+    @classmethod
+    def from_file(cls, path: str | Path, tokenizer: Any, max_length: int = 512, **options: Any) -> TextDataset:
+        """From a TSV, CSV or JSONL file; options are those of `read_examples` and `piece_dropout`."""
+        piece_dropout = options.pop("piece_dropout", 0.0)
+        examples = read_examples(path, **options)
+        return cls(examples.texts, examples.labels, tokenizer, max_length, piece_dropout=piece_dropout)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        if self.token_type_ids is not None:
+            item["token_type_ids"] = self.token_type_ids[index]
+        return item
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Items -> labels (B,); input_ids, attention_mask, token_type_ids (B, S), padded on the right."""
+        batch = {"input_ids": pad_rows([item["input_ids"] for item in items], self.pad_id)}
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        if self.token_type_ids is not None:
+            batch["token_type_ids"] = pad_rows([item["token_type_ids"] for item in items], 0)
+        batch["labels"] = torch.tensor([item["labels"] for item in items])
+        if self.piece_dropout:
+            assert self.mask_id is not None
+            dropped = torch.rand(batch["input_ids"].shape) < self.piece_dropout
+            batch["input_ids"][dropped & ~torch.isin(batch["input_ids"], self.special_ids)] = self.mask_id
+        return batch
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of unequal length -> int64 (B, S), padded on the right with `value`."""
+    width = max((len(row) for row in rows), default=0)
+    padded = [[*row, *[value] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
+
+
+class LengthBucketSampler(Sampler[list[int]]):
+    """Batches of examples of similar length, so that little of a batch is padding; a batch_sampler for DataLoader.
+
+    Each epoch shuffles all examples, sorts runs of `window` batches by length, cuts them into batches, shuffles those.
+    The order depends on (seed, epoch) alone: `set_epoch(epoch, first_batch)` restarts anywhere.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples a batch; the last one may be smaller.
+        shuffle: False: sorted by length, the same every epoch.
+        window: batches that are sorted together; 1 gives plain random batches.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, *, shuffle: bool = True, seed: int = 0, window: int = 50
+    ) -> None:
+        if batch_size < 1 or window < 1:
+            raise ValueError(f"batch_size and window must be positive, got {batch_size} and {window}")
+        self.lengths = torch.tensor(lengths, dtype=torch.int64)
+        self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """The next pass is that of `epoch` (from 0), without its first `first_batch` batches."""
+        if epoch < 0 or not 0 <= first_batch <= self.batches_per_epoch:
+            raise ValueError(f"no batch {first_batch} of {self.batches_per_epoch} in epoch {epoch}")
+        self.epoch, self.first_batch = epoch, first_batch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self.first_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.shuffle:
+            chunks = list(self.lengths.argsort(stable=True).split(self.batch_size))
+        else:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(len(self.lengths), generator=generator)
+            chunks = []
+            for run in order.split(self.batch_size * self.window):
+                chunks += run[self.lengths[run].argsort(stable=True)].split(self.batch_size)
+            chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
+        for chunk in chunks[self.first_batch :]:
+            yield chunk.tolist()
+
+
+__all__ = ["Examples", "LengthBucketSampler", "TextDataset", "encode_labels", "pad_rows", "read_examples"]

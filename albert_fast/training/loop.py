@@ -1,0 +1,272 @@
+"""One epoch of training or testing: `train` and `test`, for ALBERT's heads and any nn.Module that returns a tensor.
+
+A batch is a dict: the model's inputs by name, and its labels (`labels`, or `start_positions` and `end_positions`, and
+for pre-training `sentence_order_label` as well). With `criterion=None` the model gets the labels too and its own
+`.loss` is used. Otherwise the labels are kept back and `criterion(outputs, labels)` is called with:
+
+| the model returns | outputs | labels |
+|---|---|---|
+| a tensor | that tensor | as in the batch |
+| logits (B, C) and labels (B,) | the logits; (B,) where C = 1 | (B,) |
+| logits (B, S, C) and labels (B, S) | the logits of the real tokens (N, C) | (N,), -100 kept |
+| logits (N, C) of the batch's `output_tokens` | these logits | (N,), the labels there |
+| start_logits and end_logits | one call each, rows whose answer lies in the sequence; the mean of both | (N,) |
+| prediction_logits and sop_logits | one call each, as above; the sum of both | (N,) |
+| anything else | what the model returned | as in the batch |
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .metrics import Metric, compute_metrics, predictions_of
+
+LABEL_KEYS = ("labels", "start_positions", "end_positions", "sentence_order_label")
+Criterion = Callable[[Any, Any], Tensor]
+
+
+def train(
+    model: nn.Module,
+    data_loader: Iterable[Mapping[str, Any]],
+    criterion: Criterion | None,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device | str,
+    *,
+    scheduler: Any = None,
+    max_grad_norm: float | None = None,
+    after_step: Callable[[float, int], None] | None = None,
+    progress: bool = True,
+) -> float:
+    """Trains for one pass over `data_loader`; the table above says what `criterion` gets.
+
+    Args:
+        scheduler: its `step()` is called after every optimiser step.
+        max_grad_norm: gradients are scaled down to this L2 norm where theirs is larger.
+        after_step: called with (loss, number of examples) after every optimiser step.
+        progress: a bar on standard error.
+
+    Returns:
+        The mean loss over all examples (over all labelled tokens for token labels), measured before each step.
+
+    Raises:
+        TypeError: a batch that is not a dict, a criterion that returns no tensor.
+        ValueError: no batch, no labels, a loss that is not a scalar, `criterion=None` with a model without a loss.
+
+    The model is moved to `device`, trained in training mode and left in the mode in which it came, errors included.
+    """
+    model.to(device)
+    total, count = 0.0, 0
+    with _mode(model, training=True), _progress(data_loader, "train", progress) as (batches, show):
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            loss, examples, _ = _step(model, batch, criterion, device)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            value = float(loss.detach())
+            total, count = total + value * examples, count + examples
+            show(total, count)
+            if after_step is not None:
+                after_step(value, examples)
+    return _mean(total, count)
+
+
+def test(
+    model: nn.Module,
+    data_loader: Iterable[Mapping[str, Any]],
+    criterion: Criterion | None,
+    device: torch.device | str,
+    *,
+    metrics: Sequence[str | Metric] | None = None,  # noqa: PT028
+    progress: bool = True,  # noqa: PT028
+) -> Any:
+    """Evaluates without gradients; the table above says what `criterion` gets.
+
+    Args:
+        metrics: names ("accuracy", "f1", "precision", "recall", "matthews", "mse", "pearson", "spearman") or functions
+            (labels, predictions) -> float, on arrays over the whole data set: see `predictions_of`.
+        progress: a bar on standard error.
+
+    Returns:
+        The mean loss over all examples (labelled tokens for token labels); with `metrics`, (mean loss, {name: value}).
+
+    Raises:
+        TypeError, ValueError: as `train`; a metric of an unknown name; metrics for outputs that are not predictions.
+
+    The model is moved to `device`, run in eval mode and left in the mode in which it came, errors included.
+    """
+    model.to(device)
+    total, count = 0.0, 0
+    labels_seen: list[Tensor] = []
+    predictions: list[Tensor] = []
+    # no_grad and not inference_mode: what a model caches during evaluation must stay usable in training.
+    with torch.no_grad(), _mode(model, training=False), _progress(data_loader, "test", progress) as (batches, show):
+        for batch in batches:
+            loss, examples, pairs = _step(model, batch, criterion, device)
+            total, count = total + float(loss) * examples, count + examples
+            show(total, count)
+            if metrics is not None:
+                truth, guess = predictions_of(pairs)
+                labels_seen.append(truth.cpu())
+                predictions.append(guess.cpu())
+    mean = _mean(total, count)
+    if metrics is None:
+        return mean
+    return mean, compute_metrics(metrics, torch.cat(labels_seen).numpy(), torch.cat(predictions).numpy())
+
+
+test.__test__ = False  # type: ignore[attr-defined]  # pytest collects functions by this name wherever they are imported
+
+
+def _step(
+    model: nn.Module, batch: Mapping[str, Any], criterion: Criterion | None, device: torch.device | str
+) -> tuple[Tensor, int, list[tuple[Any, Any]]]:
+    """The loss of one batch (a scalar), its number of examples, and the (outputs, labels) pairs behind it."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a dict of the model's inputs and labels, got {type(batch).__name__}")
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    labels = {key: moved[key] for key in LABEL_KEYS if moved.get(key) is not None}
+    if not labels:
+        raise ValueError(f"a batch needs labels ({', '.join(LABEL_KEYS)}), got the keys {sorted(batch)}")
+    inputs = {key: value for key, value in moved.items() if key not in LABEL_KEYS}
+    outputs = _call(model, inputs, labels if criterion is None else {})
+    pairs = _pairs(outputs, labels, inputs)
+    if criterion is None:
+        loss = getattr(outputs, "loss", None)
+        if loss is None:
+            raise ValueError(f"criterion=None needs a model that returns a loss; {type(model).__name__} returned none")
+    else:
+        losses = [criterion(prediction, truth) for prediction, truth in pairs if _count(truth)]
+        # A batch without any label left (all -100): a loss of zero that still has a graph.
+        loss = sum(losses) if losses else sum(prediction.sum() * 0 for prediction, _ in pairs)
+        if "start_positions" in labels and losses:
+            loss = loss / len(losses)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"the criterion must return a tensor, got {type(loss).__name__}")
+    if loss.dim():
+        raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}: the criterion must take the mean")
+    return loss, _count(pairs[0][1]), pairs
+
+
+def _call(model: nn.Module, inputs: dict[str, Any], labels: dict[str, Any]) -> Any:
+    """Calls the model by keyword with the inputs that its forward takes; a lone tensor goes in by position."""
+    names, takes_all = _arguments(type(model))
+    if takes_all:
+        return model(**inputs, **labels)
+    if "input_ids" in inputs and "input_ids" not in names and "inputs_embeds" not in inputs:
+        return model(inputs["input_ids"], **{key: value for key, value in inputs.items() if key in names})
+    _warn_once(type(model).__name__, tuple(sorted(set(inputs) - names)))
+    return model(**{key: value for key, value in (inputs | labels).items() if key in names or key in labels})
+
+
+@cache
+def _arguments(kind: type[nn.Module]) -> tuple[frozenset[str], bool]:
+    """Names that `kind.forward` takes, and whether it takes any keyword."""
+    parameters = inspect.signature(kind.forward).parameters.values()
+    return frozenset(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+@cache
+def _warn_once(model: str, unused: tuple[str, ...]) -> None:
+    if unused:
+        warnings.warn(f"{model}.forward does not take {', '.join(unused)}; left out of every batch", stacklevel=4)
+
+
+def _pairs(outputs: Any, labels: dict[str, Any], inputs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The (outputs, labels) pairs of the table at the top."""
+    if hasattr(outputs, "start_logits"):
+        starts, ends = labels["start_positions"].reshape(-1), labels["end_positions"].reshape(-1)
+        length = outputs.start_logits.shape[1]
+        inside = (starts >= 0) & (starts < length) & (ends >= 0) & (ends < length)
+        return [(outputs.start_logits[inside], starts[inside]), (outputs.end_logits[inside], ends[inside])]
+    if hasattr(outputs, "prediction_logits"):
+        pairs = [_arrange(outputs.prediction_logits, labels["labels"], inputs)] if "labels" in labels else []
+        if "sentence_order_label" in labels:
+            pairs.append((outputs.sop_logits, labels["sentence_order_label"].reshape(-1)))
+        return pairs
+    if "labels" not in labels:
+        raise ValueError(f"{type(outputs).__name__} needs 'labels' in the batch, got {sorted(labels)}")
+    if hasattr(outputs, "logits"):
+        return [_arrange(outputs.logits, labels["labels"], inputs)]
+    return [(outputs, labels["labels"])]
+
+
+def _arrange(logits: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token logits (B, S, C), or (N, C) of `output_tokens`, with labels (B, S) -> (N, C) and (N,).
+
+    (B, 1) with (B,) -> (B,). All else stays.
+    """
+    mask, wanted = inputs.get("attention_mask"), inputs.get("output_tokens")
+    real = torch.ones_like(labels, dtype=torch.bool) if mask is None or mask.shape != labels.shape else mask.bool()
+    if logits.dim() == 3 and labels.shape == logits.shape[:2]:
+        return logits[real], labels[real]
+    if logits.dim() == 2 and labels.dim() == 2 and wanted is not None:
+        return logits, labels[real & wanted]
+    if logits.dim() == 2 and logits.shape[1] == 1 and labels.dim() == 1:
+        return logits[:, 0], labels  # nn.MSELoss would otherwise broadcast the two to (B, B)
+    return logits, labels
+
+
+def _count(labels: Any) -> int:
+    """How many examples a batch holds: rows, less those that are labelled -100."""
+    if not isinstance(labels, Tensor):
+        return len(labels)
+    if labels.dim() == 1 and not labels.is_floating_point():
+        return int((labels != -100).sum())
+    return labels.shape[0] if labels.dim() else 1
+
+
+def _mean(total: float, count: int) -> float:
+    if not count:
+        raise ValueError("data_loader gave no examples")
+    return total / count
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Puts the model in training or eval mode; every module gets its own mode back at the end, whatever happens."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+Show = Callable[[float, int], None]
+
+
+@contextmanager
+def _progress(data: Iterable[Any], label: str, enabled: bool) -> Iterator[tuple[Iterable[Any], Show]]:
+    """(the batches, a function that shows the running mean): a tqdm bar on standard error where it is wanted."""
+    tqdm = _tqdm() if enabled else None
+    if tqdm is None:
+        yield data, lambda total, count: None
+        return
+    with tqdm(data, desc=label, unit="batch", leave=False, dynamic_ncols=True) as bar:
+        yield bar, lambda total, count: bar.set_postfix(loss=f"{total / max(count, 1):.4f}", refresh=False)
+
+
+@cache
+def _tqdm() -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        warnings.warn("no progress bar: tqdm is not installed (pip install 'albert-fast[train]')", stacklevel=5)
+        return None
+    return tqdm
+
+
+__all__ = ["Criterion", "test", "train"]

@@ -1,0 +1,127 @@
+"""Masked language modelling over lines of text: which tokens are hidden, and batches for ALBERTForMaskedLM.
+
+Words are hidden in runs of 1 to 3, a run of n with probability proportional to 1/n (Lan et al. 2019, section 4.1); of
+the hidden tokens 80 % become the mask token, 10 % a random one, 10 % stay (Devlin et al. 2018, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import TextDataset
+
+RUN_WEIGHTS = torch.tensor([1.0, 1 / 2, 1 / 3])
+IGNORED = -100
+
+
+class MaskedTextDataset(TextDataset):
+    """Texts for masked language modelling; `collate` hides other tokens each time, drawn from torch's random numbers.
+
+    Args:
+        texts, tokenizer, max_length: as in TextDataset.
+        mask_probability: share of the tokens of a text to hide; at least one, special ones never.
+        with_output_tokens: batches also say `output_tokens`, the hidden ones, for which alone this package's
+            ALBERTForMaskedLM then computes the last layer and the scores.
+
+    Raises:
+        ValueError: a tokenizer without a mask token, mask_probability outside (0, 1).
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        tokenizer: Any,
+        max_length: int = 512,
+        *,
+        mask_probability: float = 0.15,
+        with_output_tokens: bool = False,
+    ) -> None:
+        super().__init__(texts, [0] * len(texts), tokenizer, max_length)
+        if tokenizer.mask_token_id is None:
+            raise ValueError("masked language modelling needs a tokenizer with a mask token")
+        if not 0 < mask_probability < 1:
+            raise ValueError(f"mask_probability must lie in (0, 1), got {mask_probability}")
+        self.mask_probability, self.with_output_tokens = mask_probability, with_output_tokens
+        self.starts_word = word_starts(tokenizer)
+        self.ordinary_ids = torch.tensor(sorted(set(range(len(self.starts_word))) - set(self.special_ids.tolist())))
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Items -> input_ids with hidden tokens, labels (-100 elsewhere), attention_mask, token_type_ids: (B, S)."""
+        batch = super().collate(items)
+        ids = batch["input_ids"]
+        hidden = choose_tokens(ids, torch.isin(ids, self.special_ids), self.starts_word, self.mask_probability)
+        batch["labels"] = torch.where(hidden, ids, IGNORED)
+        if self.with_output_tokens:
+            batch["output_tokens"] = hidden
+        fate = torch.rand(ids.shape)
+        other = self.ordinary_ids[torch.randint(len(self.ordinary_ids), ids.shape)]
+        assert self.mask_id is not None
+        ids = torch.where(hidden & (fate < 0.8), self.mask_id, ids)
+        batch["input_ids"] = torch.where(hidden & (fate >= 0.9), other, ids)
+        return batch
+
+
+def choose_tokens(ids: Tensor, special: Tensor, starts_word: Tensor, probability: float) -> Tensor:
+    """Which tokens to hide: a bool tensor (B, S).
+
+    Args:
+        ids: (B, S).
+        special: (B, S) bool, tokens that are never hidden (padding is one).
+        starts_word: (V,) bool, pieces that begin a word; the others continue one.
+        probability: share of a row's ordinary tokens to hide; the last word of a run may go over it.
+    """
+    hidden = torch.zeros_like(special)
+    begins = starts_word[ids] | special.roll(1, 1)
+    for row in range(ids.shape[0]):
+        ordinary = (~special[row]).nonzero()[:, 0]
+        if not len(ordinary):
+            continue
+        word_of = begins[row, ordinary].cumsum(0) - 1
+        word_of -= word_of[0].clone()  # the first piece of a cut text may continue a word
+        words = int(word_of[-1]) + 1
+        budget = max(1, round(probability * len(ordinary)))
+        runs = (torch.multinomial(RUN_WEIGHTS, words, replacement=True) + 1).tolist()
+        chosen = torch.zeros(words, dtype=torch.bool)
+        sizes = torch.bincount(word_of, minlength=words)
+        for first, run in zip(torch.randperm(words).tolist(), runs, strict=True):
+            chosen[first : first + run] = True
+            if int(sizes[chosen].sum()) >= budget:
+                break
+        hidden[row, ordinary[chosen[word_of]]] = True
+    return hidden
+
+
+def word_starts(tokenizer: Any) -> Tensor:
+    """(V,) bool: the pieces that begin a word, after SentencePiece's mark or for want of WordPiece's."""
+    pieces = {index: piece for piece, index in tokenizer.get_vocab().items()}
+    marked = any(piece.startswith("▁") for piece in pieces.values())
+    begins = [
+        pieces.get(i, "").startswith("▁") if marked else not pieces.get(i, "").startswith("##")
+        for i in range(max(pieces) + 1)
+    ]
+    return torch.tensor(begins)
+
+
+def drop_contained_lines(lines: Sequence[str]) -> list[str]:
+    """The distinct lines that are no run of whole words of a longer one, longest first.
+
+    SST-2's lines are the phrases of a parse: for language modelling the sentences say all that their phrases say.
+    """
+    kept: list[str] = []
+    where: dict[str, list[int]] = {}
+    for line in sorted({" ".join(line.split()) for line in lines} - {""}, key=lambda line: (-len(line), line)):
+        words = set(line.split())
+        candidates = min((where.get(word, []) for word in words), key=len)
+        if any(f" {line} " in f" {kept[i]} " for i in candidates):
+            continue
+        for word in words:
+            where.setdefault(word, []).append(len(kept))
+        kept.append(line)
+    return kept
+
+
+__all__ = ["MaskedTextDataset", "choose_tokens", "drop_contained_lines", "word_starts"]

@@ -1,0 +1,105 @@
+"""Predictions from outputs, and metrics over a whole data set (scikit-learn's and SciPy's, imported when asked for)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+SPAN_STRIDE = 1 << 20  # longer than any sequence: an answer (start, end) as the one number start * SPAN_STRIDE + end
+
+
+def predictions_of(pairs: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """The labels and predictions of one batch, each (N,).
+
+    Classes: the largest logit; items labelled -100 are left out. One logit with float labels: the logit. Several labels
+    an example (B, C): every logit against 0, flattened. Two pairs of the same length (a span's start and end): one
+    number for both ends, equal only where both are. Of a pre-training head's pairs, the masked tokens' counts.
+
+    Raises:
+        ValueError: outputs that are neither.
+    """
+    if len(pairs) == 2 and pairs[0][0].shape == pairs[1][0].shape:
+        (start, start_label), (end, end_label) = pairs
+        return start_label * SPAN_STRIDE + end_label, start.argmax(-1) * SPAN_STRIDE + end.argmax(-1)
+    outputs, labels = pairs[0]
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor):
+        kinds = f"{type(outputs).__name__}, {type(labels).__name__}"
+        raise ValueError(f"metrics need logits and labels as tensors, got {kinds}")
+    if labels.shape == outputs.shape:
+        if labels.dim() == 1:
+            return labels, outputs
+        return labels.flatten().long(), (outputs > 0).flatten().long()
+    if outputs.dim() == labels.dim() + 1 and labels.shape == outputs.shape[:-1]:
+        kept = labels != -100
+        return labels[kept], outputs.argmax(-1)[kept]
+    raise ValueError(f"cannot make predictions from outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)}")
+
+
+def _average(labels: np.ndarray, predictions: np.ndarray) -> str:
+    """Two classes 0 and 1: figures for class 1; else the mean over classes."""
+    return "binary" if set(np.unique(labels)) | set(np.unique(predictions)) <= {0, 1} else "macro"
+
+
+def _sklearn(name: str, averaged: bool = False) -> Metric:
+    def metric(labels: np.ndarray, predictions: np.ndarray) -> float:
+        try:
+            from sklearn import metrics
+        except ImportError as error:
+            raise ImportError("metrics need scikit-learn: pip install 'albert-fast[train]'") from error
+        options = {"average": _average(labels, predictions), "zero_division": 0} if averaged else {}
+        return float(getattr(metrics, name)(labels, predictions, **options))
+
+    return metric
+
+
+def _correlation(name: str) -> Metric:
+    def metric(labels: np.ndarray, predictions: np.ndarray) -> float:
+        try:
+            from scipy import stats
+        except ImportError as error:
+            raise ImportError("correlations need SciPy, which comes with pip install 'albert-fast[train]'") from error
+        return float(getattr(stats, name)(labels, predictions).statistic)
+
+    return metric
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": _sklearn("accuracy_score"),
+    "f1": _sklearn("f1_score", averaged=True),
+    "precision": _sklearn("precision_score", averaged=True),
+    "recall": _sklearn("recall_score", averaged=True),
+    "matthews": _sklearn("matthews_corrcoef"),
+    "mse": _sklearn("mean_squared_error"),
+    "pearson": _correlation("pearsonr"),
+    "spearman": _correlation("spearmanr"),
+}
+
+
+def compute_metrics(wanted: Sequence[str | Metric], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """{name: value} of metrics, names or functions (labels, predictions) -> float. ValueError: an unknown name."""
+    result = {}
+    for metric in [wanted] if isinstance(wanted, str) else wanted:
+        if isinstance(metric, str):
+            if metric not in METRICS:
+                raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+            result[metric] = METRICS[metric](labels, predictions)
+        else:
+            result[getattr(metric, "__name__", type(metric).__name__)] = float(metric(labels, predictions))
+    return result
+
+
+def confidence_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, 95 % for the default z. ValueError unless 0 <= correct <= total > 0."""
+    if not 0 <= correct <= total or total <= 0:
+        raise ValueError(f"cannot take a proportion of {correct} in {total}")
+    p, n = correct / total, total
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+    return centre - half, centre + half
+
+
+__all__ = ["METRICS", "Metric", "compute_metrics", "confidence_interval", "predictions_of"]

@@ -1,0 +1,183 @@
+"""The epochs of a run: training, evaluation, the log, the state to go on from, and the best model."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..weights import PretrainedMixin
+from .checkpointing import load_state, random_state, save_state, set_random_state, write_log
+from .data import LengthBucketSampler, TextDataset
+from .loop import Criterion, test, train
+from .metrics import METRICS
+from .optimization import WeightAverage, linear_schedule, make_optimizer
+
+LOWER_IS_BETTER = ("mse", "loss")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; `fit` says on what. Steps count optimiser steps, lengths count tokens.
+
+    Attributes:
+        epochs, batch_size, learning_rate, weight_decay, warmup_ratio, max_grad_norm: AdamW with linear warm-up over
+            `warmup_ratio` of the steps and linear decay to zero.
+        max_length: longer texts are cut.
+        label_smoothing: of the cross-entropy over classes.
+        piece_dropout: share of the input tokens replaced by the mask token while training.
+        ema_decay: evaluate and keep a running average of the weights with this decay; None: the weights themselves.
+        pretrain_epochs, pretrain_batch_size, pretrain_learning_rate, mask_probability: masked language modelling first,
+            on the training text without the lines that others contain.
+        metric: what chooses the best epoch on the dev set: a metric of `test`, or "loss".
+        seed: of the vocabulary's sampling, the weights, the order and every random choice.
+        checkpoint_steps: also save the state every so many steps within an epoch.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.06
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    label_smoothing: float = 0.0
+    piece_dropout: float = 0.0
+    ema_decay: float | None = None
+    pretrain_epochs: int = 0
+    pretrain_batch_size: int = 32
+    pretrain_learning_rate: float = 5e-4
+    mask_probability: float = 0.15
+    metric: str = "accuracy"
+    seed: int = 0
+    checkpoint_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS and self.metric != "loss":
+            raise ValueError(f"unknown metric {self.metric!r}; known: loss, {', '.join(METRICS)}")
+        if self.epochs < 1 or self.pretrain_epochs < 0:
+            raise ValueError(f"needs at least one epoch, got {self.epochs} (pre-training: {self.pretrain_epochs})")
+
+
+class Run:
+    """One run in one folder.
+
+    Attributes:
+        stage: "pretrain" or "classify", where a resumed run stands. saved: the state that it goes on from.
+        history: the log's records so far. best_epoch, best_value: see `FitResult`.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, settings: dict[str, Any], device: torch.device, progress: bool
+    ) -> None:
+        self.folder, self.recipe, self.settings, self.device, self.progress = folder, recipe, settings, device, progress
+        self.stage = "pretrain"
+        self.saved: dict[str, Any] | None = None
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch = 0
+        self.best_value: float | None = None
+
+    def load(self) -> None:
+        """Takes up the state in the folder, if there is one; ValueError: see `load_state`."""
+        self.saved = load_state(self.folder, self.settings, self.device)
+        if self.saved is not None:
+            self.stage = self.saved["stage"]
+            self.history = json.loads(self.saved["history"])
+            self.best_epoch, self.best_value = self.saved["best"]
+
+    def epochs(
+        self,
+        stage: str,
+        model: PretrainedMixin,
+        data: TextDataset,
+        criterion: Criterion | None,
+        epochs: int,
+        batch_size: int,
+        learning_rate: float,
+        dev_loader: DataLoader[Any] | None = None,
+        keep: bool = False,
+    ) -> None:
+        """All epochs of a stage, from where the saved state left it; `keep`: the best model goes to the folder."""
+        recipe = self.recipe
+        model.to(self.device)
+        sampler = LengthBucketSampler(data.lengths, batch_size, seed=recipe.seed)
+        # Its own generator: DataLoader draws a number at the start of each pass, which a resumed pass draws once more.
+        loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate, generator=torch.Generator())
+        optimizer = make_optimizer(model, learning_rate, recipe.weight_decay)
+        schedule = linear_schedule(optimizer, epochs * sampler.batches_per_epoch, recipe.warmup_ratio)
+        average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay and keep else None
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        if average is not None:
+            parts["average"] = average
+        epoch, step, total, count = self._restore(stage, parts)
+        self.stage = stage
+
+        def after_step(loss: float, examples: int) -> None:
+            nonlocal step, total, count
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"{stage}: the loss is {loss} in epoch {epoch + 1}, step {step + 1}")
+            step, total, count = step + 1, total + loss * examples, count + examples
+            if average is not None:
+                average.update(model)
+            if recipe.checkpoint_steps and step % recipe.checkpoint_steps == 0 and step < sampler.batches_per_epoch:
+                self._save(stage, parts, (epoch, step, total, count))
+
+        while epoch < epochs:
+            started = time.monotonic()
+            sampler.set_epoch(epoch, step)
+            train(
+                model, loader, criterion, optimizer, self.device, scheduler=schedule,
+                max_grad_norm=recipe.max_grad_norm, after_step=after_step, progress=self.progress,
+            )  # fmt: skip
+            record = {"stage": stage, "epoch": epoch + 1, "train_loss": total / count}
+            with average.applied(model) if average is not None else nullcontext():
+                if dev_loader is not None:
+                    record |= self._evaluate(model, dev_loader)
+                if keep and self._is_best(record):
+                    self.best_epoch, self.best_value = epoch + 1, record.get(f"dev_{recipe.metric}")
+                    model.save_pretrained(self.folder)
+            self.history.append(record | {"seconds": round(time.monotonic() - started, 1)})
+            epoch, step, total, count = epoch + 1, 0, 0.0, 0
+            self._save(stage, parts, (epoch, step, total, count))
+            write_log(self.folder, [self.settings, *self.history])
+
+    def _evaluate(self, model: PretrainedMixin, loader: DataLoader[Any]) -> dict[str, float]:
+        metric = self.recipe.metric
+        loss, values = test(
+            model, loader, None, self.device, metrics=[] if metric == "loss" else [metric], progress=self.progress
+        )
+        return {"dev_loss": loss} | {f"dev_{name}": value for name, value in values.items()}
+
+    def _is_best(self, record: dict[str, Any]) -> bool:
+        value = record.get(f"dev_{self.recipe.metric}")
+        if value is None or self.best_value is None:
+            return True
+        return value < self.best_value if self.recipe.metric in LOWER_IS_BETTER else value > self.best_value
+
+    def _save(self, stage: str, parts: dict[str, Any], position: tuple[int, int, float, int]) -> None:
+        state = {name: part.state_dict() for name, part in parts.items()} | {
+            "stage": stage, "position": position, "random": random_state(self.device), "device": self.device.type,
+            "settings": json.dumps(self.settings), "history": json.dumps(self.history),
+            "best": (self.best_epoch, self.best_value),
+        }  # fmt: skip
+        save_state(self.folder, state)
+
+    def _restore(self, stage: str, parts: dict[str, Any]) -> tuple[int, int, float, int]:
+        """(epoch, steps done in it, sum of its losses, examples in the sum) to go on from; zeros at a stage's start."""
+        if self.saved is None or self.saved["stage"] != stage:
+            return 0, 0, 0.0, 0
+        for name, part in parts.items():
+            part.load_state_dict(self.saved[name])
+        set_random_state(self.saved["random"], self.device)
+        epoch, step, total, count = self.saved["position"]
+        return epoch, step, total, count
+
+
+__all__ = ["Recipe", "Run"]
