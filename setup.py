@@ -4,7 +4,7 @@ ALBERT_FAST_BUILD says what to build; everything else about the package stands i
 
 | value | what is built | what happens where it cannot be |
 |---|---|---|
-| auto (default) | C++, and CUDA where nvcc works | the part is left out with a message; `python -m albert_fast.info` names it later |
+| auto (default) | C++, and CUDA where nvcc works | left out with a message; `python -m albert_fast.info` names it |
 | cpu | C++ alone | error |
 | cuda | C++ and CUDA | error |
 | off | nothing: Python and Triton alone | |
@@ -47,7 +47,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
-# (architecture compiled for, name of the machine code). 80 also serves 86 and 89; 90a has wgmma and TMA; later ones take PTX.
+# (architecture compiled for, name of the machine code). 80 also serves 86 and 89, 90a has wgmma, later ones take PTX.
 CUDA_ARCHS = (("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_100", "sm_100"))
 
 
@@ -138,7 +138,8 @@ def find_cpp() -> Toolchain:
     if said := compiles([*cxx, *flags], "#include <cstdint>\nstd::int32_t zero = 0;\n", ".cpp"):
         raise CannotBuild(f"the C++ compiler does not work: {said}")
     if said := compiles([*cxx, *flags], "#include <Python.h>\n", ".cpp"):
-        raise CannotBuild(f"Python's headers are missing; 'apt-get install python3-dev' or 'dnf install python3-devel'. {said}")
+        get = "'apt-get install python3-dev' or 'dnf install python3-devel'"
+        raise CannotBuild(f"Python's headers are missing: {get}. {said}")
     return Toolchain(cxx, flags)
 
 
@@ -274,7 +275,7 @@ def link_command(tools: Toolchain) -> list[str]:
 
 
 class EditableInstall(editable_wheel):
-    """An editable install that leaves out the extension also drops the one that an earlier install put beside the sources."""
+    """An editable install without the extension also drops the one that an earlier install put beside the sources."""
 
     def run(self) -> None:
         if TOOLS is None:
