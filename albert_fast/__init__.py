@@ -16,27 +16,27 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import ALBERTConfig as ALBERTConfig
-    from .dispatch import explain as explain
-    from .modeling import ALBERTForMaskedLM as ALBERTForMaskedLM
-    from .modeling import ALBERTForMultipleChoice as ALBERTForMultipleChoice
-    from .modeling import ALBERTForPreTraining as ALBERTForPreTraining
-    from .modeling import ALBERTForQuestionAnswering as ALBERTForQuestionAnswering
-    from .modeling import ALBERTForSequenceClassification as ALBERTForSequenceClassification
-    from .modeling import ALBERTForTokenClassification as ALBERTForTokenClassification
+    from .heads import ALBERTForMaskedLM as ALBERTForMaskedLM
+    from .heads import ALBERTForMultipleChoice as ALBERTForMultipleChoice
+    from .heads import ALBERTForPreTraining as ALBERTForPreTraining
+    from .heads import ALBERTForQuestionAnswering as ALBERTForQuestionAnswering
+    from .heads import ALBERTForSequenceClassification as ALBERTForSequenceClassification
+    from .heads import ALBERTForTokenClassification as ALBERTForTokenClassification
     from .modeling import ALBERTModel as ALBERTModel
     from .packing import aligned_representation as aligned_representation
+    from .plan import explain as explain
 
 _HOME = {
     "ALBERTConfig": "config",
     "ALBERTModel": "modeling",
-    "ALBERTForMaskedLM": "modeling",
-    "ALBERTForPreTraining": "modeling",
-    "ALBERTForSequenceClassification": "modeling",
-    "ALBERTForTokenClassification": "modeling",
-    "ALBERTForQuestionAnswering": "modeling",
-    "ALBERTForMultipleChoice": "modeling",
+    "ALBERTForMaskedLM": "heads",
+    "ALBERTForPreTraining": "heads",
+    "ALBERTForSequenceClassification": "heads",
+    "ALBERTForTokenClassification": "heads",
+    "ALBERTForQuestionAnswering": "heads",
+    "ALBERTForMultipleChoice": "heads",
     "aligned_representation": "packing",
-    "explain": "dispatch",
+    "explain": "plan",
 }
 
 __all__ = [*_HOME, "__version__"]

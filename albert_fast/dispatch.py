@@ -1,0 +1,145 @@
+"""Which backend runs which operator where, and why not another.
+
+`TABLE` is the whole truth: for each operator and device, the backends in order of preference. Each backend has a `why not`
+function; nothing falls back in silence: the first time an operator runs on less than its first choice, a warning says what
+is missing and how to get it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "embedding_projection": {"cpu": ("cpp", "reference"), "cuda": ("cuda", "reference")},
+    "attention": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "bias_gelu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "add_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "gelu_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+}
+BACKENDS = ("cpp", "triton", "cuda", "reference")
+
+# The extension and the CUDA kernels know element types by number; Triton reads them off the tensors.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend or precision was asked for by name that cannot run here; the message gives the reason and the alternative."""
+
+
+@functools.cache
+def _load_extension() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("albert_fast._C"), None
+    except ImportError as error:
+        if importlib.util.find_spec("albert_fast._C") is None:
+            return (
+                None,
+                "the C++ extension is not built: install a C++17 compiler, then `pip install -e .` (or `pip install .`) again",
+            )
+        return None, f"the C++ extension does not load ({error}): build it again with `pip install -e .`"
+
+
+def extension() -> ModuleType:
+    """`albert_fast._C`, loaded after torch so that both share one OpenMP thread pool.
+
+    Raises:
+        BackendUnavailableError: it is not built, or does not load.
+    """
+    module, reason = _load_extension()
+    if module is None:
+        raise BackendUnavailableError(str(reason))
+    return module
+
+
+@functools.cache
+def _why_not(op: str, device_type: str, backend: str) -> str | None:
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        return _load_extension()[1] if device_type == "cpu" else f"C++ kernels run on CPU tensors, not on {device_type}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed: `pip install triton` (Linux only)"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+            return "Triton kernels need a GPU; on CPU tensors they run only in Triton's interpreter (TRITON_INTERPRET=1), for tests"
+        return None
+    module, reason = _load_extension()
+    if device_type != "cuda":
+        return f"CUDA kernels need a GPU, the tensors are on {device_type}"
+    if module is None:
+        return reason
+    if not module.build_info()["cuda"]:
+        return "the extension was built without CUDA: put nvcc on the PATH and run `pip install -e .` again"
+    return None
+
+
+def runnable_on(op: str, device_type: str) -> tuple[str, ...]:
+    """Every backend that `op` has on `device_type`, best first, Triton's interpreter included on CPU tensors."""
+    backends = TABLE[op].get(device_type, ("reference",))
+    interpreted = device_type == "cpu" and "triton" in TABLE[op].get("cuda", ())
+    return (*backends, "triton") if interpreted else backends
+
+
+def why_not(op: str, device_type: str, backend: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why `backend` cannot run `op` on `device_type` (for activations of `dtype`); None where it can."""
+    if backend not in runnable_on(op, device_type):
+        return f"{op} has no {backend} kernel for {device_type} tensors"
+    if dtype is not None and backend in _DTYPES and dtype not in _DTYPES[backend]:
+        known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
+        return f"the {backend} kernel of {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
+    return _why_not(op, device_type, backend)
+
+
+@functools.cache
+def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str = "auto") -> str:
+    """The backend that runs `op`: the first of the table that can, or the one asked for by name.
+
+    An operator that has no kernel of the name asked for anywhere (embedding_projection has none in Triton) takes its best.
+
+    Raises:
+        BackendUnavailableError: the backend asked for cannot run here; says why, and what can.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise BackendUnavailableError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    named_somewhere = any(backend in backends for backends in TABLE[op].values()) or backend == "reference"
+    if backend != "auto" and named_somewhere:
+        reason = why_not(op, device_type, backend, dtype)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"backend={backend!r} cannot run here: {reason}. backend='auto' takes the best that can"
+            )
+        return backend
+    missing = []
+    for candidate in TABLE[op].get(device_type, ("reference",)):
+        reason = why_not(op, device_type, candidate, dtype)
+        if reason is None:
+            if missing:
+                _say_fall_back(op, candidate, missing[0])
+            return candidate
+        missing.append(reason)
+    raise AssertionError("the reference runs everywhere")
+
+
+def _say_fall_back(op: str, chosen: str, reason: str) -> None:
+    # `resolve` is cached, so each operator says this once a process.
+    warnings.warn(
+        f"albert_fast: {op} runs on backend '{chosen}': {reason}. `python -m albert_fast.info` shows all.", stacklevel=3
+    )
+
+
+def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
+    """Raise BackendUnavailableError where a model cannot run as `backend` on such a device."""
+    for op in TABLE:
+        resolve(op, device_type, dtype, backend)

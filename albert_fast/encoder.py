@@ -1,0 +1,202 @@
+"""Embedding and the shared layer, in operator names: what happens to the T real tokens of a packed batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import ALBERTConfig
+from .gemm import linear
+from .packing import Packing, Queries
+
+
+class Embeddings(nn.Module):
+    """Word, position and type tables of width E and their LayerNorm (section 3.1: factorised)."""
+
+    def __init__(self, config: ALBERTConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.embedding_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.embedding_size)
+        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(
+        self,
+        ids: Tensor | None,
+        types: Tensor,
+        positions: Tensor,
+        embeds: Tensor | None,
+        projection: nn.Linear,
+        backend: str,
+    ) -> Tensor:
+        words, norm = self.word_embeddings, self.LayerNorm
+        p, seed = _dropout(self, self.dropout_p)
+        return ops.embedding_projection(
+            ids, types, positions, words.weight, self.token_type_embeddings.weight, self.position_embeddings.weight,
+            norm.weight, norm.bias, projection.weight, projection.bias, norm.eps,
+            -1 if words.padding_idx is None else words.padding_idx, p, seed, inputs_embeds=embeds, backend=backend,
+        )  # fmt: skip
+
+
+class Encoder(nn.Module):
+    """The layer of each group, num_hidden_layers times."""
+
+    def __init__(self, config: ALBERTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
+        self.albert_layer_groups = nn.ModuleList(LayerGroup(config) for _ in range(config.num_hidden_groups))
+
+    def layers(self) -> list[Layer]:
+        """The layers in the order in which they run: num_hidden_layers x inner_group_num, the shared ones repeated."""
+        groups = [self.albert_layer_groups[self.config.group_of_layer(i)] for i in range(self.config.num_hidden_layers)]
+        return [layer for group in groups for layer in group.albert_layers]  # type: ignore[union-attr]
+
+    def forward(
+        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
+        states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(T, H) -> (T, H), or (Tq, H) for `queries`; appends every layer's states and probabilities where lists are given."""
+        layers = self.layers()
+        if states is not None:
+            states.append(hidden)
+        for layer in layers[:-1]:
+            hidden = layer(hidden, packing, None, backend, attentions)
+            if states is not None:
+                states.append(hidden)
+        if states is None and attentions is None:
+            return layers[-1](hidden, packing, queries, backend)
+        hidden = layers[-1](hidden, packing, None, backend, attentions)
+        if states is not None:
+            states.append(hidden)
+        return hidden if queries is None else hidden.index_select(0, queries.rows)
+
+
+class LayerGroup(nn.Module):
+    """The inner_group_num layers that share one group's index; the names of Hugging Face's state_dict."""
+
+    def __init__(self, config: ALBERTConfig) -> None:
+        super().__init__()
+        self.albert_layers = nn.ModuleList(Layer(config) for _ in range(config.inner_group_num))
+
+
+class Layer(nn.Module):
+    """attention, add_layer_norm, FFN with bias_gelu, add_layer_norm; every bias rides in the fused operator behind its product."""
+
+    def __init__(self, config: ALBERTConfig) -> None:
+        super().__init__()
+        self.full_layer_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act = config.activation
+        # Google's code applies this dropout, Hugging Face's does not; the configuration says which.
+        self.dropout_p = config.hidden_dropout_prob if config.ffn_output_dropout else 0.0
+
+    def forward(
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        queries: Queries | None,
+        backend: str,
+        attentions: list[Tensor] | None = None,
+    ) -> Tensor:
+        attended = self.attention(hidden, packing, queries, backend, attentions)
+        ffn = ops.bias_gelu(linear(attended, self.ffn.weight), self.ffn.bias, self.act, backend=backend)
+        return _add_norm(ffn, self.ffn_output, attended, self.full_layer_layer_norm, self, self.dropout_p, backend)
+
+
+class Attention(nn.Module):
+    """Self-attention with query, key and value as one product; outside, state_dict has them apart, as Hugging Face does."""
+
+    def __init__(self, config: ALBERTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.scale = config.head_dim**-0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.probs_dropout_p = config.attention_probs_dropout_prob
+        self.dropout_p = config.hidden_dropout_prob
+        self.register_state_dict_post_hook(_split_qkv)
+        self.register_load_state_dict_pre_hook(_merge_qkv)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        queries: Queries | None,
+        backend: str,
+        attentions: list[Tensor] | None = None,
+    ) -> Tensor:
+        width, weight, bias = hidden.shape[1], self.qkv.weight, self.qkv.bias
+        cu_seqlens_q, max_seqlen_q = packing.cu_seqlens, packing.max_seqlen
+        if queries is None:
+            residual = hidden
+            q, k, v = linear(hidden, weight, bias).split(width, dim=1)
+        else:
+            residual = hidden.index_select(0, queries.rows)
+            cu_seqlens_q, max_seqlen_q = queries.cu_seqlens, queries.max_seqlen
+            q = linear(residual, weight[:width], bias[:width])
+            k, v = linear(hidden, weight[width:], bias[width:]).split(width, dim=1)
+        if attentions is not None:
+            attentions.append(_probabilities(q, k, packing, self.num_heads, self.scale))
+        p, seed = _dropout(self, self.probs_dropout_p)
+        context = ops.attention(
+            q, k, v, cu_seqlens_q, packing.cu_seqlens, max_seqlen_q, packing.max_seqlen, self.num_heads, self.scale, p, seed,
+            backend=backend,
+        )  # fmt: skip
+        return _add_norm(context, self.dense, residual, self.LayerNorm, self, self.dropout_p, backend)
+
+
+def _add_norm(
+    x: Tensor, dense: nn.Linear, residual: Tensor, norm: nn.LayerNorm, module: nn.Module, dropout_p: float, backend: str
+) -> Tensor:
+    p, seed = _dropout(module, dropout_p)
+    product = linear(x, dense.weight)
+    return ops.add_layer_norm(product, dense.bias, residual, norm.weight, norm.bias, norm.eps, p, seed, backend=backend)
+
+
+def _dropout(module: nn.Module, p: float) -> tuple[float, Tensor | None]:
+    return (p, ops.draw_seed()) if module.training and p else (0.0, None)
+
+
+def _probabilities(q: Tensor, k: Tensor, packing: Packing, num_heads: int, scale: float) -> Tensor:
+    """(B, heads, S, S), zeros wherever the query or the key is padded; only for callers who ask to see them."""
+    q, k = (packing.scatter(t).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k))
+    real = None if packing.indices is None else packing.mask()[:, None, :, None]
+    scores = (q.float() @ k.float().transpose(2, 3)) * scale
+    if real is not None:
+        scores = scores.masked_fill(~real.transpose(2, 3), torch.finfo(torch.float32).min)
+    probabilities = torch.softmax(scores, dim=-1)
+    return (probabilities if real is None else probabilities * (real & real.transpose(2, 3))).to(q.dtype)
+
+
+_QKV = ("query", "key", "value")
+
+
+def _split_qkv(module: nn.Module, state: dict[str, Tensor], prefix: str, _local_metadata: Any) -> None:
+    for kind in ("weight", "bias"):
+        parts = state.pop(f"{prefix}qkv.{kind}").chunk(3)
+        state.update({f"{prefix}{name}.{kind}": part for name, part in zip(_QKV, parts, strict=True)})
+
+
+def _merge_qkv(
+    module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any, _strict: bool, missing: list[str],
+    _unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    for kind in ("weight", "bias"):
+        names = [f"{prefix}{name}.{kind}" for name in _QKV]
+        current = getattr(module.qkv, kind)  # type: ignore[union-attr]
+        rows = current.chunk(3)
+        missing += [name for name in names if name not in state]
+        parts = [state.pop(name, row) for name, row in zip(names, rows, strict=True)]
+        for name, part, row in zip(names, parts, rows, strict=True):
+            if part.shape != row.shape:
+                errors.append(f"size mismatch for {name}: {tuple(part.shape)}, expected {tuple(row.shape)}")
+        fits = all(part.shape == row.shape for part, row in zip(parts, rows, strict=True))
+        state[f"{prefix}qkv.{kind}"] = torch.cat(parts) if fits else current

@@ -1,0 +1,296 @@
+"""The fast ALBERT, top-down: ids, packing, embedding, the shared layer L times, what the caller needs.
+
+    input_ids, attention_mask (B, S)
+      -> pack                   padding leaves here; from now on T real tokens and cu_seqlens
+      -> embedding_projection   (T, H)
+      -> the layer of each group, num_hidden_layers times; the last one only for the tokens that are asked for
+      -> unpack, or a head's logits
+
+Same names, same state_dict keys and same numbers as `reference.py` and Hugging Face (Lan et al. 2019); inside, query, key
+and value are one product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, ops
+from .config import ALBERTConfig
+from .encoder import Embeddings, Encoder
+from .gemm import linear
+from .outputs import BaseModelOutput
+from .packing import Packing, blank_empty, first_tokens, pack, packed_already, select
+from .weights import PRECISIONS, PretrainedMixin
+
+
+class FastModel(PretrainedMixin):
+    """What ALBERTModel and the heads share: the choice of backend and precision."""
+
+    backend: str
+
+    @classmethod
+    def check_backend(cls, backend: str, precision: str) -> None:
+        if backend not in ("auto", *dispatch.BACKENDS):
+            raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
+        if precision in ("int16", "int8"):
+            reason = "its integer kernels are not part of this version"
+            raise dispatch.BackendUnavailableError(
+                f"precision={precision!r} cannot run here: {reason}; take 'fp32' or 'bf16'"
+            )
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}, int16, int8")
+
+    def use_backend(self, backend: str, precision: str) -> None:
+        """Run on `backend` in `precision`; BackendUnavailableError, with the reason, where this device cannot."""
+        dispatch.check_backend(backend, next(self.parameters()).device.type, PRECISIONS[precision])
+        self.to(PRECISIONS[precision])
+        self.backend = backend
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, initializer_range) matrices, zero biases and a zero padding row, as in Hugging Face."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(0.0, self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        for module in self.modules():  # afterwards, for a tied decoder fills the embedding's rows again
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder's result before it is unpacked: hidden (T, H), or (N, H) of the tokens asked for; pooled (B, H)."""
+
+    packing: Packing
+    output_tokens: Tensor | str
+    hidden: Tensor
+    pooled: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+    def scatter(self, per_token: Tensor, fill: float = 0.0) -> Tensor:
+        """(T, ...) -> (B, S, ...); where only some tokens were asked for they stay as they are, (N, ...)."""
+        return per_token if isinstance(self.output_tokens, Tensor) else self.packing.scatter(per_token, fill)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """The labels (B, S) of the tokens in `hidden`."""
+        expected = self.packing.shape
+        if labels.shape != expected:
+            raise ValueError(f"labels {tuple(labels.shape)} do not fit the batch of {expected}")
+        if isinstance(self.output_tokens, Tensor):
+            return self.packing.gather(labels)[self.packing.gather(self.output_tokens)]
+        return self.packing.gather(labels)
+
+
+class ALBERTModel(FastModel):
+    """ALBERT's encoder on fused operators.
+
+    Args:
+        config: an ALBERTConfig.
+        add_pooling_layer: whether `pooler_output` is computed.
+        backend: "auto", or one backend's name for every operator that has it.
+    """
+
+    prefix = ""
+
+    def __init__(self, config: ALBERTConfig, add_pooling_layer: bool = True, *, backend: str = "auto") -> None:
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        self.backend = backend
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+        output_tokens: Tensor | str = "all",
+    ) -> Any:
+        """Encode a padded batch.
+
+        Args:
+            input_ids: (B, S) integers, or `inputs_embeds` (B, S, E), exactly one of them.
+            attention_mask: (B, S), 0 where padded, in any pattern: right, left, holes, whole rows. What stands there is
+                never read.
+            token_type_ids: (B, S), default 0. position_ids: (B, S) or (1, S), default the column.
+            output_hidden_states, output_attentions: also return every layer's states (B, S, H), the projected embeddings
+                first, and probabilities (B, heads, S, S), which are computed apart, without dropout.
+            return_dict: False returns the tuple of what is set.
+            output_tokens: which tokens the caller needs; the last layer is computed for those alone. "all"; "first", for
+                `pooler_output` only (then last_hidden_state is None); or (B, S) bool (then last_hidden_state is (N, H), the
+                real ones among them, row by row, and there is no pooler_output).
+
+        Returns:
+            BaseModelOutput: last_hidden_state (B, S, H), zeros at padding; pooler_output (B, H), of each row's first real
+            token (a row without one pools a zero vector); hidden_states; attentions.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit, a batch longer than max_position_embeddings.
+            IndexError: an id, type or position outside its table; names the value and where it stands.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states, output_attentions,
+            output_tokens,
+        )  # fmt: skip
+        return self._output(encoded, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        output_tokens: Tensor | str = "all",
+    ) -> Any:
+        """Encode a batch that holds no padding.
+
+        Args:
+            input_ids: (T,), the sequences one after another, or `inputs_embeds` (T, E).
+            cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end.
+            max_seqlen: at least the longest sequence's tokens.
+            token_type_ids, position_ids: (T,); positions default to the place in the sequence.
+            output_tokens: as in `forward`, a tensor of shape (T,).
+
+        Returns:
+            As `forward`, with last_hidden_state and hidden_states (T, H).
+
+        Raises:
+            As `forward`; ValueError where cu_seqlens does not run from 0 to T without falling.
+        """
+        given = exactly_one(input_ids, inputs_embeds)
+        if given.dim() != (1 if inputs_embeds is None else 2):
+            raise ValueError(f"expected input_ids (T,) or inputs_embeds (T, E), got the shape {tuple(given.shape)}")
+        packing = packed_already(len(given), cu_seqlens, max_seqlen)
+        if position_ids is None:
+            self._check_length(max_seqlen)
+            starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=len(given))
+            position_ids = torch.arange(len(given), device=given.device) - starts
+        encoded = self._encode_packed(
+            packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, False, output_tokens
+        )
+        return self._output(encoded, return_dict)
+
+    def encode(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
+        position_ids: Tensor | None, inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool,
+        output_tokens: Tensor | str,
+    ) -> Encoded:  # fmt: skip
+        """`forward` as the heads want it: the real tokens still packed."""
+        given = exactly_one(input_ids, inputs_embeds)
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            raise ValueError(
+                f"expected input_ids (B, S) or inputs_embeds (B, S, E), got the shape {tuple(given.shape)}"
+            )
+        batch, columns = given.shape[:2]
+        packing = pack((batch, columns), attention_mask, given.device)
+        if position_ids is None:
+            self._check_length(columns)
+            position_ids = torch.arange(columns, device=given.device)[None]
+        if position_ids.shape == (1, columns):
+            position_ids = position_ids.expand(batch, columns)
+        return self._encode_packed(
+            packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, output_attentions,
+            output_tokens,
+        )  # fmt: skip
+
+    def _encode_packed(
+        self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,
+        inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool, output_tokens: Tensor | str,
+    ) -> Encoded:  # fmt: skip
+        hidden = self.embed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+        # Without a token in the whole batch there is nothing to ask for.
+        empty = not torch.compiler.is_compiling() and hidden.shape[0] == 0
+        queries = None
+        if isinstance(output_tokens, Tensor):
+            queries = select(packing, output_tokens)
+        elif output_tokens == "first":
+            queries = None if empty else first_tokens(packing, hidden.shape[0])
+        elif output_tokens != "all":
+            raise ValueError(f'output_tokens must be "all", "first" or a bool tensor, got {output_tokens!r}')
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        attentions: list[Tensor] | None = [] if output_attentions else None
+        hidden = self.encoder(hidden, packing, queries, self.backend, states, attentions)
+        pooled = None
+        if self.pooler is not None and not isinstance(output_tokens, Tensor):
+            if empty:
+                first = hidden.new_zeros(packing.num_sequences, hidden.shape[1])
+            elif queries is None:
+                first = blank_empty(hidden.index_select(0, first_tokens(packing, hidden.shape[0]).rows), packing)
+            else:
+                first = blank_empty(hidden, packing)
+            pooled = torch.tanh(linear(first, self.pooler.weight, self.pooler.bias))
+        return Encoded(
+            packing, output_tokens, hidden, pooled,
+            None if states is None else tuple(packing.scatter(state) for state in states),
+            None if attentions is None else tuple(attentions),
+        )  # fmt: skip
+
+    def _output(self, encoded: Encoded, return_dict: bool) -> Any:
+        selected = isinstance(encoded.output_tokens, Tensor)
+        last = encoded.hidden if selected else encoded.packing.scatter(encoded.hidden)
+        output = BaseModelOutput(
+            last_hidden_state=last if selected or encoded.output_tokens == "all" else None,
+            pooler_output=encoded.pooled,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def embed(
+        self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The real tokens' embeddings, projected to (T, H)."""
+        given = exactly_one(input_ids, inputs_embeds)
+        shape = given.shape[: 1 if packing.shape is None else 2]
+        ids = None if input_ids is None else _packed_ids("input_ids", input_ids, packing, shape)
+        positions = _packed_ids("position_ids", position_ids, packing, shape)
+        if token_type_ids is None:
+            types = torch.zeros_like(positions)
+        else:
+            types = _packed_ids("token_type_ids", token_type_ids, packing, shape)
+        embeds = None if inputs_embeds is None else packing.gather(inputs_embeds)
+        try:
+            return self.embeddings(
+                ids, types, positions, embeds, self.encoder.embedding_hidden_mapping_in, self.backend
+            )
+        except ops.TokenIndexError as error:
+            raise error.at(*packing.place(error.token)) from None
+
+    def _check_length(self, columns: int) -> None:
+        limit = self.config.max_position_embeddings
+        if columns > limit:
+            raise ValueError(f"a sequence of {columns} tokens is longer than max_position_embeddings = {limit}")
+
+
+def exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    return given
+
+
+def _packed_ids(name: str, ids: Tensor, packing: Packing, shape: tuple[int, ...]) -> Tensor:
+    """`ids` packed, int64; TypeError where they are not integers, ValueError where their shape is not the batch's."""
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if ids.shape != shape:
+        raise ValueError(f"{name} {tuple(ids.shape)} does not fit the batch of {tuple(shape)}")
+    return packing.gather(ids).long()

@@ -1,0 +1,26 @@
+"""The operators, one file each: eager reference, schema, backends, gradient, public function.
+
+All work on packed tokens: T rows without padding, sequences delimited by `cu_seqlens`.
+"""
+
+from ._dropout import draw_seed
+from .add_layer_norm import add_layer_norm, add_layer_norm_ref
+from .attention import attention, attention_ref
+from .bias_gelu import bias_gelu, bias_gelu_ref
+from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref
+from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
+
+__all__ = [
+    "TokenIndexError",
+    "add_layer_norm",
+    "add_layer_norm_ref",
+    "attention",
+    "attention_ref",
+    "bias_gelu",
+    "bias_gelu_ref",
+    "draw_seed",
+    "embedding_projection",
+    "embedding_projection_ref",
+    "gelu_layer_norm",
+    "gelu_layer_norm_ref",
+]

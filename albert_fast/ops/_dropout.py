@@ -1,0 +1,54 @@
+"""Replayable dropout: whether an element is kept follows from (seed, row, column) alone, on every backend.
+
+So no mask is stored between forward and backward, every backend drops the same elements, and parity can be tested with
+dropout on. The mixing function is the 32-bit finaliser with the constants 0x7FEB352D and 0x846CA68B (Wellons,
+"Prospecting for hash functions", 2018; bias 0.17).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+# Rows of the attention matrix: head * HEAD_STRIDE + packed index of the query token.
+HEAD_STRIDE = 0x10001
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def keep_scale(seed: int, rows: Tensor, cols: Tensor, p: float) -> Tensor:
+    """float32 factors, broadcast over int64 `rows` and `cols`: 0 where dropped (probability `p`), 1 / (1 - p) where kept."""
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    x = _mix((low ^ (rows * 0x9E3779B1)) & _MASK)
+    x = _mix(x ^ ((high ^ (cols * 0x85EBCA77)) & _MASK))
+    return (x >= int(p * 2**32)).to(torch.float32) / (1.0 - p)
+
+
+def keep_scale_2d(seed: int, shape: tuple[int, int] | torch.Size, p: float, device: torch.device) -> Tensor:
+    """`keep_scale` for every element of a (rows, width) tensor."""
+    rows = torch.arange(shape[0], device=device)[:, None]
+    return keep_scale(seed, rows, torch.arange(shape[1], device=device)[None, :], p)
+
+
+def draw_seed() -> Tensor:
+    """A fresh 63-bit seed from torch's default generator, so `torch.manual_seed` makes dropout repeatable.
+
+    It stays a tensor, on the CPU, so that torch.compile traces through it and a GPU need not be waited for.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+
+
+def seed_value(seed: Tensor | None, p: float) -> int:
+    """The number in `seed`; ValueError where dropout is on and there is none."""
+    if p == 0.0:
+        return 0
+    if seed is None:
+        raise ValueError(f"dropout_p is {p}: pass the seed that replays it (albert_fast.ops.draw_seed())")
+    return int(seed)

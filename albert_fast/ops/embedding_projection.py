@@ -1,0 +1,248 @@
+"""embedding_projection: three table look-ups, their sum, LayerNorm and the projection E -> H, as one operator.
+
+The factorised embedding of Lan et al. 2019, section 3.1; in Hugging Face `AlbertEmbeddings` followed by
+`embedding_hidden_mapping_in`. On a CPU the look-ups, the sum and LayerNorm are one C++ pass and the product is torch's; on
+a GPU all of it is one CUDA kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..gemm import linear
+from ._dropout import keep_scale_2d, seed_value
+from ..registration import as_dtype, needs_dispatcher, register, register_autograd, rows
+from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
+
+TABLES = ("input_ids", "token_type_ids", "position_ids")
+
+
+class TokenIndexError(IndexError):
+    """An id outside its table: which (`table`), of which packed token, its `value` and the table's `size`."""
+
+    def __init__(self, table: str, token: int, value: int, size: int, where: str | None = None):
+        self.table, self.token, self.value, self.size = table, token, value, size
+        super().__init__(f"{table}[{where or token}] is {value}, outside its table of {size} rows (0 to {size - 1})")
+
+    def at(self, row: int, column: int) -> TokenIndexError:
+        """The same error, telling the place in a padded batch."""
+        return TokenIndexError(self.table, self.token, self.value, self.size, f"{row}, {column}")
+
+
+def check_ids(ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
+    """Raise TokenIndexError for the first id that lies outside its table (ids may be None: inputs_embeds)."""
+    for name, values, size in zip(TABLES, ids, sizes, strict=True):
+        bad = None if values is None else ((values < 0) | (values >= size)).nonzero()
+        if bad is not None and len(bad):
+            token = int(bad[0])
+            raise TokenIndexError(name, token, int(values[token]), size)  # type: ignore[index]
+
+
+def _sum_ref(embeds: Tensor, token_type: Tensor, position: Tensor, type_ids: Tensor, position_ids: Tensor) -> Tensor:
+    # (word + type) + position, the order of Hugging Face's sum.
+    return embeds.float() + token_type.float()[type_ids] + position.float()[position_ids]
+
+
+def embedding_projection_ref(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
+    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
+    eps: float, dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Eager reference, float32 inside."""
+    check_ids((input_ids, token_type_ids, position_ids), (len(word), len(token_type), len(position)))
+    embeds = word[input_ids] if inputs_embeds is None else inputs_embeds
+    z = _sum_ref(embeds, token_type, position, token_type_ids, position_ids)
+    normed = torch.nn.functional.layer_norm(z, z.shape[1:], ln_weight.float(), ln_bias.float(), eps)
+    if dropout_p:
+        normed = normed * keep_scale_2d(seed_value(seed, dropout_p), z.shape, dropout_p, z.device)
+    return torch.nn.functional.linear(normed, proj_weight.float(), proj_bias.float()).to(word.dtype)
+
+
+def _normed_cpu(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
+    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, dropout_p: float, seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """LayerNorm of the summed embeddings (T, E), after dropout, and its statistics, by the C++ kernel."""
+    tokens, width = len(token_type_ids), word.shape[1]
+    out = torch.empty((tokens, width), dtype=word.dtype)
+    mean, rstd = (torch.empty(tokens, dtype=torch.float32) for _ in range(2))
+    bad = dispatch.extension().embedding_layer_norm_fwd_cpu(
+        input_ids.data_ptr() if input_ids is not None else 0, token_type_ids.data_ptr(), position_ids.data_ptr(),
+        (word if inputs_embeds is None else inputs_embeds).data_ptr(), token_type.data_ptr(), position.data_ptr(),
+        ln_weight.data_ptr(), ln_bias.data_ptr(), out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), tokens, width,
+        len(word), len(token_type), len(position), eps, dropout_p, seed, dispatch.DTYPE_CODES[word.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        _raise_bad(bad, (input_ids, token_type_ids, position_ids), (len(word), len(token_type), len(position)))
+    return out, mean, rstd
+
+
+def _raise_bad(code: int, ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
+    token, table = divmod(code, len(TABLES))
+    raise TokenIndexError(TABLES[table], token, int(ids[table][token]), sizes[table])  # type: ignore[index]
+
+
+def _fwd(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
+    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
+    eps: float, padding_idx: int, dropout_p: float, seed: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    backend = dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend)
+    ids = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
+    weights = tuple(map(rows, (word, token_type, position, ln_weight, ln_bias)))
+    if backend == "cpp":
+        normed, _, _ = _normed_cpu(*ids, *weights, eps, dropout_p, seed_value(seed, dropout_p))  # type: ignore[arg-type]
+        return linear(normed, proj_weight, proj_bias)
+    if backend == "cuda" and inputs_embeds is None:
+        return _fwd_cuda(
+            *ids, *weights, rows(proj_weight), rows(proj_bias), eps, dropout_p, seed_value(seed, dropout_p)
+        )
+    return embedding_projection_ref(
+        input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias,
+        proj_weight, proj_bias, eps, dropout_p, seed,
+    )  # fmt: skip
+
+
+def _bwd(
+    grad: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor,
+    word: Tensor, token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, eps: float,
+    padding_idx: int, dropout_p: float, seed: Tensor | None, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of inputs_embeds (empty where ids were given), word, token_type, position, ln_weight, ln_bias,
+    proj_weight and proj_bias. The embeddings are computed again: T x E is little beside keeping it."""
+    seed_number = seed_value(seed, dropout_p)
+    f32 = torch.float32
+    if dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend) == "cpp":
+        ids = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
+        tables = tuple(map(rows, (word, token_type, position, ln_weight)))
+        normed, mean, rstd = _normed_cpu(*ids, *tables, rows(ln_bias), eps, dropout_p, seed_number)  # type: ignore[arg-type]
+        dnormed = linear(grad, proj_weight.t()).contiguous()
+        ids_ptr = 0 if input_ids is None else ids[0].data_ptr()  # type: ignore[union-attr]
+        dembeds = torch.zeros(word.shape if inputs_embeds is None else inputs_embeds.shape, dtype=f32)
+        dtype_table, dposition, dln_weight, dln_bias = (
+            torch.zeros(t.shape, dtype=f32) for t in (token_type, position, ln_weight, ln_bias)
+        )
+        dispatch.extension().embedding_layer_norm_bwd_cpu(
+            dnormed.data_ptr(), ids_ptr, ids[2].data_ptr(), ids[3].data_ptr(),  # type: ignore[union-attr]
+            (tables[0] if inputs_embeds is None else ids[1]).data_ptr(), tables[1].data_ptr(), tables[2].data_ptr(),  # type: ignore[union-attr]
+            tables[3].data_ptr(), mean.data_ptr(), rstd.data_ptr(), dembeds.data_ptr(), dtype_table.data_ptr(),
+            dposition.data_ptr(), dln_weight.data_ptr(), dln_bias.data_ptr(), len(normed), word.shape[1], len(word),
+            len(token_type), len(position), dropout_p, seed_number, dispatch.DTYPE_CODES[word.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        embeds = word[input_ids] if inputs_embeds is None else inputs_embeds
+        z = _sum_ref(embeds, token_type, position, token_type_ids, position_ids)
+        keep = keep_scale_2d(seed_number, z.shape, dropout_p, z.device) if dropout_p else 1.0
+        mean, rstd = layer_norm_stats_ref(z, eps)
+        normed = ((z - mean[:, None]) * rstd[:, None] * ln_weight.float() + ln_bias.float()) * keep
+        dnormed = (grad.float() @ proj_weight.float()) * keep
+        dz, dln_weight, dln_bias = layer_norm_bwd_ref(dnormed, z, ln_weight.float(), mean, rstd)
+        scatter = lambda table, ids: torch.zeros(table.shape, dtype=f32, device=z.device).index_add_(0, ids, dz)  # noqa: E731
+        dembeds = dz if input_ids is None else scatter(word, input_ids)
+        dtype_table, dposition = scatter(token_type, token_type_ids), scatter(position, position_ids)
+    dword = torch.zeros(word.shape, dtype=f32, device=word.device) if input_ids is None else dembeds
+    if 0 <= padding_idx < len(dword):
+        dword[padding_idx] = 0.0  # torch.nn.Embedding's padding_idx, as in Hugging Face
+    dproj_weight = linear(grad.t(), normed.to(grad.dtype).t())
+    dinputs = dembeds if input_ids is None else dembeds.new_empty(0, word.shape[1])
+    grads = (dinputs, dword, dtype_table, dposition, dln_weight, dln_bias, dproj_weight, grad.sum(0, dtype=f32))
+    return tuple(g.to(word.dtype) for g in grads)  # type: ignore[return-value]
+
+
+def _fwd_fake(
+    input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias, proj_weight,
+    proj_bias, eps, padding_idx, dropout_p, seed, backend,
+):  # fmt: skip
+    return word.new_empty((token_type_ids.shape[0], proj_weight.shape[0]))
+
+
+def _bwd_fake(
+    grad, input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias,
+    proj_weight, eps, padding_idx, dropout_p, seed, backend,
+):  # fmt: skip
+    dinputs = word.new_empty((0, word.shape[1]) if inputs_embeds is None else inputs_embeds.shape)
+    shaped = (word, token_type, position, ln_weight, ln_bias, proj_weight)
+    return dinputs, *(word.new_empty(t.shape) for t in shaped), word.new_empty(proj_weight.shape[0])
+
+
+_IDS = "Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids"
+_TABLES = "Tensor word, Tensor token_type, Tensor position, Tensor ln_weight, Tensor ln_bias, Tensor proj_weight"
+_ARGUMENTS = "float eps, int padding_idx, float dropout_p, Tensor? seed, str backend"
+register(f"embedding_projection_fwd({_IDS}, {_TABLES}, Tensor proj_bias, {_ARGUMENTS}) -> Tensor", _fwd, _fwd_fake)
+register(
+    f"embedding_projection_bwd(Tensor grad, {_IDS}, {_TABLES}, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, _, ctx.eps, ctx.padding_idx, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, seed)
+
+
+def _backward(ctx, grad):
+    *tensors, seed = ctx.saved_tensors
+    dinputs, *grads = torch.ops.albert_fast.embedding_projection_bwd(
+        grad, *tensors, ctx.eps, ctx.padding_idx, ctx.dropout_p, seed, ctx.backend
+    )
+    return None, dinputs if tensors[1] is not None else None, None, None, *grads, None, None, None, None, None
+
+
+register_autograd("embedding_projection_fwd", _backward, _setup)
+
+
+def embedding_projection(
+    input_ids: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor, token_type: Tensor,
+    position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, eps: float,
+    padding_idx: int = -1, dropout_p: float = 0.0, seed: Tensor | None = None, *, inputs_embeds: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])) @ proj_weight.T + proj_bias.
+
+    Args:
+        input_ids, token_type_ids, position_ids: (T,) int64.
+        word: (V, E); token_type: (Y, E); position: (P, E).
+        ln_weight, ln_bias: (E,). proj_weight: (H, E). proj_bias: (H,).
+        eps: added to the variance.
+        padding_idx: the row of `word` that gets no gradient, -1 for none.
+        dropout_p, seed: replayable dropout; `seed` from `albert_fast.ops.draw_seed()`.
+        inputs_embeds: (T, E), instead of looking up input_ids (then None).
+        backend: "auto", or the name of one.
+
+    Returns:
+        (T, H), in the tables' dtype.
+
+    Raises:
+        TokenIndexError (an IndexError): an id outside its table; names table, token, value and size.
+        ValueError, TypeError: shapes or dtypes that do not fit.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("embedding_projection: give exactly one of input_ids and inputs_embeds")
+    width = word.shape[-1]
+    first = token_type_ids if input_ids is None else input_ids
+    for name, ids in zip(TABLES, (first, token_type_ids, position_ids), strict=True):
+        if ids.dtype != torch.int64:
+            raise TypeError(f"embedding_projection: {name} must be int64, got {ids.dtype}")
+        if ids.shape != first.shape or ids.dim() != 1:
+            raise ValueError(
+                f"embedding_projection: {name} {tuple(ids.shape)} beside {tuple(first.shape)}, expected (T,)"
+            )
+    if inputs_embeds is not None and inputs_embeds.shape != (len(first), width):
+        raise ValueError(
+            f"embedding_projection: inputs_embeds {tuple(inputs_embeds.shape)}, expected ({len(first)}, {width})"
+        )
+    if token_type.shape[1:] != (width,) or position.shape[1:] != (width,) or proj_weight.shape[1:] != (width,):
+        shapes = [tuple(t.shape) for t in (word, token_type, position, proj_weight)]
+        raise ValueError(f"embedding_projection: word, token_type, position, proj_weight differ in width: {shapes}")
+    if inputs_embeds is not None:
+        (inputs_embeds,) = as_dtype(word, inputs_embeds)
+    tensors = (inputs_embeds, word, token_type, position, ln_weight, ln_bias, proj_weight, proj_bias)
+    call = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
+    return call(
+        input_ids, inputs_embeds, token_type_ids, position_ids, *tensors[1:], eps, padding_idx, dropout_p, seed, backend
+    )

@@ -1,0 +1,126 @@
+"""`explain`: what a forward would run where, and why, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, gemm
+from .modeling import ALBERTModel
+from .packing import pack
+
+_HEADER = ("step", "times", "rows", "runs on", "GFLOP", "why")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kind of work in a forward: how often, over how many rows, on what, its arithmetic, and the reason for the choice."""
+
+    name: str
+    times: int
+    rows: int
+    backend: str
+    gflop: float
+    why: str
+
+    def cells(self) -> tuple[str, ...]:
+        return (self.name, str(self.times), str(self.rows), self.backend, f"{self.gflop:.3f}", self.why)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a forward, in order; `str()` is a table."""
+
+    summary: str
+    steps: list[Step] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        table = [_HEADER, *(step.cells() for step in self.steps)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(_HEADER))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        return "\n".join([self.summary, "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _chosen(op: str, device_type: str, dtype: torch.dtype, backend: str) -> tuple[str, str]:
+    """The backend that would run `op`, and why: asked for, first choice, or what the better ones lack."""
+    name = dispatch.resolve(op, device_type, dtype, backend)
+    if backend == name:
+        return name, "asked for"
+    preferred = dispatch.runnable_on(op, device_type)
+    missing = [dispatch.why_not(op, device_type, other, dtype) for other in preferred[: preferred.index(name)]]
+    return name, "first choice" if not missing else str(missing[0])
+
+
+def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Plan:
+    """What `model(input_ids, attention_mask)` would run where, and why.
+
+    Args:
+        model: an ALBERTModel or a model with a head.
+        input_ids: (B, S). attention_mask: (B, S), as in forward.
+
+    Returns:
+        Plan: `print` it for a table; `plan.steps` for the rows.
+
+    Raises:
+        TypeError: not one of our models. ValueError: shapes that do not fit.
+    """
+    encoder = model if isinstance(model, ALBERTModel) else getattr(model, "albert", None)
+    if not isinstance(encoder, ALBERTModel):
+        raise TypeError(f"expected an ALBERTModel or a model with a head of albert_fast, got {type(model).__name__}")
+    if input_ids.dim() != 2:
+        raise ValueError(f"expected input_ids (B, S), got {tuple(input_ids.shape)}")
+    config, weight = encoder.config, encoder.embeddings.word_embeddings.weight
+    device, dtype, backend = weight.device.type, weight.dtype, encoder.backend
+    batch, columns = input_ids.shape
+    packing = pack((batch, columns), attention_mask, input_ids.device)
+    lengths = packing.cu_seqlens.diff().double()
+    tokens, pairs = int(lengths.sum()), float((lengths * lengths).sum())
+    width, inner = config.hidden_size, config.intermediate_size
+    layers = len(encoder.encoder.layers())
+    first_only = getattr(model, "output_tokens", "all") == "first"
+    last = min(batch, tokens) if first_only else tokens
+    last_pairs = float(lengths.sum()) if first_only else pairs
+
+    def product(name: str, times: int, rows: int, k: int, n: int) -> Step:
+        return Step(name, times, rows, gemm.library(device, dtype), times * 2 * rows * k * n / 1e9, "torch's own GEMM")
+
+    def operator(name: str, times: int, rows: int, gflop: float = 0.0) -> Step:
+        chosen, why = _chosen(name, device, dtype, backend)
+        return Step(name, times, rows, chosen, gflop, why)
+
+    def layer(times: int, asked: int, asked_pairs: float) -> list[Step]:
+        return [
+            product("query product", times, asked, width, width),
+            product("key, value product", times, tokens, width, 2 * width),
+            operator("attention", times, asked, times * 4 * asked_pairs * width / 1e9),
+            product("attention output", times, asked, width, width),
+            operator("add_layer_norm", 2 * times, asked),
+            product("FFN up", times, asked, width, inner),
+            operator("bias_gelu", times, asked),
+            product("FFN down", times, asked, inner, width),
+        ]
+
+    projection = 2 * tokens * config.embedding_size * width / 1e9
+    steps = [operator("embedding_projection", 1, tokens, projection)]
+    if layers > 1 or not first_only:
+        steps += layer(layers - first_only, tokens, pairs)
+    if first_only:
+        steps += [replace(s, name=f"last layer: {s.name}") for s in layer(1, last, last_pairs)]
+    if hasattr(model, "predictions"):
+        steps += [
+            product("head: dense", 1, tokens, width, config.embedding_size),
+            operator("gelu_layer_norm", 1, tokens),
+            product("head: decoder", 1, tokens, config.embedding_size, config.vocab_size),
+        ]
+    padding = 1 - tokens / (batch * columns) if batch * columns else 0.0
+    wanted = "the first token of each sequence" if first_only else "every token"
+    summary = (
+        f"{type(model).__name__}, {str(dtype).removeprefix('torch.')} on {device}, backend={backend!r}: {batch} x {columns} "
+        f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "
+        f"group(s), the last one for {wanted}; {sum(s.gflop for s in steps):.2f} GFLOP"
+    )
+    return Plan(summary, steps)

@@ -1,0 +1,58 @@
+"""How operators register with torch.library, and when eager code may skip the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_LIBRARY = torch.library.Library("albert_fast", "DEF")
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define `albert_fast::<schema>`; one implementation for every device, which picks the backend itself."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"albert_fast::{name}", fake, lib=_LIBRARY)
+
+
+def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"albert_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def needs_dispatcher(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through torch's dispatcher: for a gradient, while tracing, for tensor subclasses.
+
+    Otherwise the implementation is called directly, which saves 5 to 14 microseconds a call on a CPU.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    grad = torch.is_grad_enabled()
+    return any(t is not None and ((grad and t.requires_grad) or type(t) not in (Tensor, Parameter)) for t in tensors)
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` with its last dimension contiguous and rows dense, as the kernels without a row stride expect."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def check_rows(op: str, x: Tensor, **vectors: tuple[Tensor, int]) -> None:
+    """ValueError where `x` is not (rows, width) or a named vector does not have the width given beside it."""
+    if x.dim() != 2:
+        raise ValueError(f"{op}: expected x of shape (tokens, width), got {tuple(x.shape)}")
+    for name, (vector, width) in vectors.items():
+        if vector.shape != (width,):
+            raise ValueError(
+                f"{op}: expected {name} of shape ({width},) beside x {tuple(x.shape)}, got {tuple(vector.shape)}"
+            )
+        if vector.device != x.device:
+            raise ValueError(f"{op}: {name} is on {vector.device}, x on {x.device}")
+
+
+def as_dtype(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """`others` in the dtype of `x` (under autocast, activations come in fewer bits than parameters)."""
+    return tuple(t if t.dtype == x.dtype else t.to(x.dtype) for t in others)
