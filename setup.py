@@ -35,7 +35,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc"
+# Relative, as compilers run in ROOT: what is compiled does not depend on where the sources lie.
+CSRC = Path("csrc")
 OBJECTS = ROOT / "build" / "objects"  # setuptools' own build_temp is thrown away after an editable install
 MODES = ("auto", "cpu", "cuda", "off")
 
@@ -69,8 +70,8 @@ def job_count() -> int:
 
 
 def run(command: list[str]) -> str:
-    """Standard output of a command; RuntimeError with the command and what it printed if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    """Standard output of a command run in ROOT; RuntimeError with the command and what it printed if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\nexit status {done.returncode}\n{done.stdout}{done.stderr}")
     if done.stderr.strip():
@@ -97,6 +98,7 @@ class Toolchain:
 
     cxx: list[str]
     flags: list[str]
+    python: list[str]  # where the headers of pybind11 and Python are; only bindings.cpp sees them
     openmp: list[str] = field(default_factory=list)
     isas: list[str] = field(default_factory=lambda: ["portable"])
     nvcc: list[str] = field(default_factory=list)
@@ -132,15 +134,15 @@ def find_cpp() -> Toolchain:
         raise CannotBuild("pybind11 is not installed. Use 'pip install pybind11', or pip's build isolation.") from None
     cxx = cxx_command()
     include = dict.fromkeys([pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")])
+    python = [f"-isystem{folder}" for folder in include]
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG"]
-    flags += ["-Wall", "-Wextra", f"-I{CSRC}", *(f"-isystem{folder}" for folder in include)]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags += ["-Wall", "-Wextra", "-Icsrc", *shlex.split(os.environ.get("CXXFLAGS", ""))]
     if said := compiles([*cxx, *flags], "#include <cstdint>\nstd::int32_t zero = 0;\n", ".cpp"):
         raise CannotBuild(f"the C++ compiler does not work: {said}")
-    if said := compiles([*cxx, *flags], "#include <Python.h>\n", ".cpp"):
+    if said := compiles([*cxx, *flags, *python], "#include <Python.h>\n", ".cpp"):
         get = "'apt-get install python3-dev' or 'dnf install python3-devel'"
         raise CannotBuild(f"Python's headers are missing: {get}. {said}")
-    return Toolchain(cxx, flags)
+    return Toolchain(cxx, flags, python)
 
 
 def add_cpu_features(tools: Toolchain) -> None:
@@ -166,7 +168,7 @@ def add_cuda(tools: Toolchain) -> None:
     archs = [(virtual, real) for virtual, real in CUDA_ARCHS if real.rstrip("a") in known]
     if not archs:
         raise CannotBuild(f"{nvcc} is too old: it knows none of {', '.join(real for _, real in CUDA_ARCHS)}.")
-    command = [nvcc, "-ccbin", tools.cxx[0], "-std=c++17", "-O3", "-DNDEBUG", "-cudart", "static", f"-I{CSRC}"]
+    command = [nvcc, "-ccbin", tools.cxx[0], "-std=c++17", "-O3", "-DNDEBUG", "-cudart", "static", "-Icsrc"]
     command += ["--threads", str(min(job_count(), len(archs))), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     for virtual, real in archs:
         command += ["-gencode", f"arch={virtual},code={real}"]
@@ -216,18 +218,22 @@ class BuildExtension(build_ext):
             os.replace(shutil.copy2(linked, target.with_suffix(".new")), target)
 
 
+def sources(pattern: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for path in Path(ROOT, CSRC).glob(pattern))
+
+
 def compile_commands(tools: Toolchain) -> list[tuple[Path, str, list[str]]]:
     """(source, label, command without output) of every object, in the order in which they are linked."""
     defines = [f"-DALBERT_FAST_HAS_{isa.upper()}" for isa in tools.isas]
     if tools.nvcc:
         defines += ["-DALBERT_FAST_CUDA", f'-DALBERT_FAST_CUDA_ARCHS="{",".join(tools.cuda_archs)}"']
     base = [*tools.cxx, *tools.flags, *tools.openmp]
-    units = [(CSRC / "bindings.cpp", "bindings", [*base, *defines])]
+    units = [(CSRC / "bindings.cpp", "bindings", [*base, *tools.python, *defines])]
     for isa in tools.isas:
         command = [*base, *ISA_FLAGS[isa], f"-DALBERT_FAST_ISA={isa}"]
-        units += [(source, isa, command) for source in sorted((CSRC / "cpu").glob("*.cpp"))]
+        units += [(source, isa, command) for source in sources("cpu/*.cpp")]
     if tools.nvcc:
-        units += [(source, "cuda", tools.nvcc) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        units += [(source, "cuda", tools.nvcc) for source in sources("cuda/*.cu")]
     return units
 
 
@@ -260,7 +266,7 @@ def is_fresh(target: Path, depends: Path) -> bool:
         return False
     names = depends.read_text().replace("\\\n", " ").partition(": ")[2]
     built = target.stat().st_mtime
-    files = [Path(name.replace("\\ ", " ")) for name in re.split(r"(?<!\\)\s+", names) if name]
+    files = [ROOT / name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", names) if name]
     return all(file.exists() and file.stat().st_mtime < built for file in files)
 
 

@@ -285,7 +285,7 @@ def report() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry of `python -m albert_fast.info`; returns the exit status."""
     parser = argparse.ArgumentParser(
-        "python -m albert_fast.info", description="What runs on this machine, and why not."
+        "python -m albert_fast.info", description="What runs on this machine and what does not."
     )
     parser.add_argument("--json", action="store_true", help="print machine, operators and advice as JSON")
     if parser.parse_args(argv).json:
