@@ -243,10 +243,9 @@ class ALBERTModel(FastModel):
         )  # fmt: skip
 
     def _output(self, encoded: Encoded, return_dict: bool) -> Any:
-        selected = isinstance(encoded.output_tokens, Tensor)
-        last = encoded.hidden if selected else encoded.packing.scatter(encoded.hidden)
+        every = isinstance(encoded.output_tokens, Tensor) or encoded.output_tokens == "all"  # of the tokens asked for
         output = BaseModelOutput(
-            last_hidden_state=last if selected or encoded.output_tokens == "all" else None,
+            last_hidden_state=encoded.scatter(encoded.hidden) if every else None,
             pooler_output=encoded.pooled,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
