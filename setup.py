@@ -128,11 +128,11 @@ def find_cpp() -> Toolchain:
     """The C++ toolchain, tried on a small program. Raises CannotBuild with the reason."""
     if os.name == "nt":
         raise CannotBuild("the C++ part is built with GCC or Clang, on Linux or macOS; on Windows use WSL.")
+    cxx = cxx_command()
     try:
         import pybind11
     except ImportError:
         raise CannotBuild("pybind11 is not installed. Use 'pip install pybind11', or pip's build isolation.") from None
-    cxx = cxx_command()
     include = dict.fromkeys([pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")])
     python = [f"-isystem{folder}" for folder in include]
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG"]
