@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .data import LengthBucketSampler, TextDataset, read_examples
+from .evaluate import Evaluation, evaluate
 from .fit import FitResult, fit, small_config
 from .loop import test, train
 from .masking import MaskedTextDataset
@@ -10,12 +11,14 @@ from .metrics import compute_metrics
 from .run import Recipe
 
 __all__ = [
+    "Evaluation",
     "FitResult",
     "LengthBucketSampler",
     "MaskedTextDataset",
     "Recipe",
     "TextDataset",
     "compute_metrics",
+    "evaluate",
     "fit",
     "read_examples",
     "small_config",

@@ -58,7 +58,7 @@ def read_examples(
     texts: list[Any] = []
     labels: list[str] = []
     for line, row in _rows(Path(path), any(isinstance(c, int) for c in (text_column, pair_column, label_column))):
-        text = _field(row, TEXT_COLUMNS if text_column is None else (text_column,), path, line)
+        text: Any = _field(row, TEXT_COLUMNS if text_column is None else (text_column,), path, line)
         if pair_column is not None:
             text = (text, _field(row, (pair_column,), path, line))
         texts.append(text)
@@ -242,14 +242,14 @@ class LengthBucketSampler(Sampler[list[int]]):
         return self.batches_per_epoch - self.first_batch
 
     def __iter__(self) -> Iterator[list[int]]:
+        chunks: list[Tensor] = []
         if not self.shuffle:
-            chunks = list(self.lengths.argsort(stable=True).split(self.batch_size))
+            chunks += torch.split(self.lengths.argsort(stable=True), self.batch_size)
         else:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(len(self.lengths), generator=generator)
-            chunks = []
-            for run in order.split(self.batch_size * self.window):
-                chunks += run[self.lengths[run].argsort(stable=True)].split(self.batch_size)
+            for run in torch.split(order, self.batch_size * self.window):
+                chunks += torch.split(run[self.lengths[run].argsort(stable=True)], self.batch_size)
             chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
         for chunk in chunks[self.first_batch :]:
             yield chunk.tolist()

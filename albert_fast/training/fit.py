@@ -68,7 +68,7 @@ def fit(
         config: sizes of a new model; vocabulary, labels and special tokens are filled in. Default: a small one,
             `small_config`. Not with `init_from`.
         vocab_size: pieces of the new vocabulary. Not used with `init_from`.
-        init_from: a checkpoint folder whose encoder and vocabulary are the start, such as a pre-trained ALBERT.
+        init_from: a checkpoint folder whose weights and vocabulary are the start, such as a pre-trained ALBERT.
         resume: go on with the run in output_dir if there is one; the settings must be the same.
         device: default: a GPU if there is one.
         progress: bars on standard error.
@@ -161,10 +161,21 @@ def _pretrain(
     )
     model = ALBERTForMaskedLM(config)
     if init_from is not None:
-        load_into(model, rename_old_names(load_checkpoint(resolve(init_from)), "albert."), allow_missing_head=True)
+        _start_from(model, init_from)
     rate = recipe.pretrain_learning_rate
     run.epochs("pretrain", model, data, None, recipe.pretrain_epochs, recipe.pretrain_batch_size, rate)
     return model.albert
+
+
+def _start_from(model: ALBERTForMaskedLM | ALBERTForSequenceClassification, init_from: str | Path) -> None:
+    """The weights of a checkpoint; a classifier for other labels than the model's is left behind."""
+    folder = resolve(init_from)
+    state = rename_old_names(load_checkpoint(folder), "albert.")
+    old, new = ALBERTConfig.from_json_file(config_path(folder)), model.config
+    if (old.num_labels, old.id2label, old.problem_type) != (new.num_labels, new.id2label, new.problem_type):
+        for key in ("classifier.weight", "classifier.bias"):
+            state.pop(key, None)
+    load_into(model, state, allow_missing_head=True)
 
 
 def _classify(
@@ -179,7 +190,7 @@ def _classify(
         assert not left.unexpected_keys, left
         assert all(key.startswith("pooler.") for key in left.missing_keys), left
     elif init_from is not None and run.saved is None:
-        load_into(model, rename_old_names(load_checkpoint(resolve(init_from)), "albert."), allow_missing_head=True)
+        _start_from(model, init_from)
     data = TextDataset(
         examples.texts, examples.labels, tokenizer, recipe.max_length, piece_dropout=recipe.piece_dropout
     )

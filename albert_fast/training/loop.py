@@ -68,7 +68,7 @@ def train(
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
             loss, examples, _ = _step(model, batch, criterion, device)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
             optimizer.step()
@@ -161,7 +161,7 @@ def _step(
 
 def _call(model: nn.Module, inputs: dict[str, Any], labels: dict[str, Any]) -> Any:
     """Calls the model by keyword with the inputs that its forward takes; a lone tensor goes in by position."""
-    names, takes_all = _arguments(type(model))
+    names, takes_all = _arguments(model)
     if takes_all:
         return model(**inputs, **labels)
     if "input_ids" in inputs and "input_ids" not in names and "inputs_embeds" not in inputs:
@@ -170,10 +170,9 @@ def _call(model: nn.Module, inputs: dict[str, Any], labels: dict[str, Any]) -> A
     return model(**{key: value for key, value in (inputs | labels).items() if key in names or key in labels})
 
 
-@cache
-def _arguments(kind: type[nn.Module]) -> tuple[frozenset[str], bool]:
-    """Names that `kind.forward` takes, and whether it takes any keyword."""
-    parameters = inspect.signature(kind.forward).parameters.values()
+def _arguments(model: nn.Module) -> tuple[frozenset[str], bool]:
+    """Names that the model's forward takes, and whether it takes any keyword."""
+    parameters = inspect.signature(model.forward).parameters.values()
     return frozenset(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 

@@ -136,7 +136,7 @@ class Run:
                 model, loader, criterion, optimizer, self.device, scheduler=schedule,
                 max_grad_norm=recipe.max_grad_norm, after_step=after_step, progress=self.progress,
             )  # fmt: skip
-            record = {"stage": stage, "epoch": epoch + 1, "train_loss": total / count}
+            record: dict[str, Any] = {"stage": stage, "epoch": epoch + 1, "train_loss": total / count}
             with average.applied(model) if average is not None else nullcontext():
                 if dev_loader is not None:
                     record |= self._evaluate(model, dev_loader)
@@ -156,7 +156,7 @@ class Run:
         return {"dev_loss": loss} | {f"dev_{name}": value for name, value in values.items()}
 
     def _is_best(self, record: dict[str, Any]) -> bool:
-        value = record.get(f"dev_{self.recipe.metric}")
+        value: float | None = record.get(f"dev_{self.recipe.metric}")
         if value is None or self.best_value is None:
             return True
         return value < self.best_value if self.recipe.metric in LOWER_IS_BETTER else value > self.best_value

@@ -1,0 +1,143 @@
+"""Labelled text files, data sets, the length-bucketed sampler and masking for language modelling."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from albert_fast.training import LengthBucketSampler, MaskedTextDataset, TextDataset, read_examples
+from albert_fast.training.masking import choose_tokens, drop_contained_lines, word_starts
+
+
+class Words:
+    """A tokenizer of whole words with Hugging Face's arguments: enough for the data sets, without the text extra."""
+
+    pad_token_id, unk_token_id, cls_token_id, sep_token_id, mask_token_id = 0, 1, 2, 3, 4
+    all_special_ids = (0, 1, 2, 3, 4)
+
+    def __init__(self, words: str) -> None:
+        self.vocabulary = {f"▁{word}": i for i, word in enumerate(words.split(), 5)}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"[{i}]": i for i in range(5)} | self.vocabulary
+
+    def __call__(self, texts: list[str], truncation: bool, max_length: int) -> dict[str, list[list[int]]]:
+        rows = [[self.vocabulary.get(f"▁{word}", 1) for word in text.split()][: max_length - 2] for text in texts]
+        ids = [[2, *row, 3] for row in rows]
+        return {"input_ids": ids, "token_type_ids": [[0] * len(row) for row in ids]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", 'sentence\tlabel\na "b c\t1\nd\t0\n'),
+        ("a.csv", 'label,review\n1,"a ""b c"\n0,d\n'),
+        ("a.jsonl", '{"text": "a \\"b c", "label": 1}\n\n{"text": "d", "label": 0}\n'),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+def test_read_examples(tmp_path: Path, name: str, content: str, packed: bool) -> None:
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+    examples = read_examples(path)
+    assert examples.texts == ['a "b c', "d"]
+    assert examples.labels == [1, 0]
+    assert examples.label_names == ["0", "1"]
+    named = read_examples(path, label_names=["negative", "positive"])
+    assert (named.labels, named.label_names) == ([1, 0], ["negative", "positive"])
+
+
+def test_read_examples_kinds_of_labels_and_errors(tmp_path: Path) -> None:
+    def write(content: str, name: str = "x.tsv") -> Path:
+        (tmp_path / name).write_text(content)
+        return tmp_path / name
+
+    words = read_examples(write("a\tgood\nb\tbad\n"), text_column=0, label_column=1)
+    assert (words.labels, words.label_names) == ([1, 0], ["bad", "good"])
+    numbers = read_examples(write("a\tb\t1.5\nc\td\t3\n"), text_column=0, pair_column=1, label_column=2)
+    assert (numbers.texts, numbers.labels, numbers.label_names) == ([("a", "b"), ("c", "d")], [1.5, 3.0], None)
+    with pytest.raises(ValueError, match=r"line 3 has no column 'label'"):
+        read_examples(write("text\tlabel\na\t1\nb\n"))
+    with pytest.raises(ValueError, match=r"example 0 has the label 'good'"):
+        read_examples(write("text\tlabel\na\tgood\n"), label_names=["x", "y"])
+    with pytest.raises(ValueError, match="no examples"):
+        read_examples(write("text\tlabel\n"))
+    with pytest.raises(ValueError, match="cannot tell the format"):
+        read_examples(write("", "x.txt"))
+    with pytest.raises(ValueError, match="line 1"):
+        read_examples(write("{", "x.jsonl"))
+
+
+def test_dataset_pads_cuts_and_drops_pieces() -> None:
+    tokenizer = Words("a b c d")
+    data = TextDataset(["a b c d", "b"], [1, 0], tokenizer, max_length=5)
+    batch = data.collate([data[0], data[1]])
+    assert batch["input_ids"].tolist() == [[2, 5, 6, 7, 3], [2, 6, 3, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+    torch.manual_seed(0)
+    dropping = TextDataset(["a b c d"] * 500, [0] * 500, tokenizer, piece_dropout=0.3)
+    ids = dropping.collate([dropping[i] for i in range(500)])["input_ids"]
+    assert (ids[:, 0] == 2).all()
+    assert (ids[:, -1] == 3).all()
+    assert 0.25 < (ids[:, 1:-1] == tokenizer.mask_token_id).float().mean() < 0.35
+    with pytest.raises(ValueError, match="2 texts but 1 labels"):
+        TextDataset(["a", "b"], [1], tokenizer)
+
+
+def test_sampler_covers_all_sorts_by_length_and_starts_anywhere() -> None:
+    lengths = torch.randint(1, 60, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = LengthBucketSampler(lengths, 16, seed=3)
+    first = list(sampler)
+    assert sorted(i for batch in first for i in batch) == list(range(1003))
+    assert len(first) == len(sampler) == 63
+    real = sum(lengths)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in first)
+    assert real / padded > 0.9
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0, 40)
+    assert list(sampler) == first[40:]
+    assert len(sampler) == 23
+
+
+def test_masking_hides_whole_words_in_runs_and_only_ordinary_tokens() -> None:
+    starts = torch.tensor([False] * 5 + [True] * 5 + [False] * 5)
+    ids = torch.tensor([[2, 5, 10, 6, 7, 11, 12, 8, 3, 0], [2, 5, 6, 7, 8, 9, 5, 6, 7, 3]])
+    special = ids < 5
+    torch.manual_seed(0)
+    share = 0.0
+    for _ in range(200):
+        hidden = choose_tokens(ids, special, starts, 0.3)
+        assert not (hidden & special).any()
+        assert hidden[0, 1] == hidden[0, 2]
+        assert hidden[0, 4] == hidden[0, 5] == hidden[0, 6]
+        assert hidden.any(1).all()
+        share += hidden[1].sum().item() / 8 / 200
+    assert 0.25 <= share < 0.5
+    text = " ".join("abcdefgh")
+    data = MaskedTextDataset([text] * 300, Words(text), mask_probability=0.25, with_output_tokens=True)
+    batch = data.collate([data[i] for i in range(300)])
+    chosen = batch["labels"] != -100
+    assert torch.equal(chosen, batch["output_tokens"])
+    original = torch.tensor(data.input_ids)
+    assert torch.equal(batch["labels"][chosen], original[chosen])
+    assert torch.equal(batch["input_ids"][~chosen], original[~chosen])
+    assert 0.7 < (batch["input_ids"][chosen] == 4).float().mean() < 0.9
+    assert word_starts(Words("a")).tolist() == [False] * 5 + [True]
+
+
+def test_drop_contained_lines() -> None:
+    lines = ["a fine film", "fine film", "fine", "fin", "a fine film", "film a", ""]
+    assert drop_contained_lines(lines) == ["a fine film", "film a", "fin"]
+
+
+def test_data_loader_works_with_workers_and_collate() -> None:
+    data = TextDataset(["a b", "b", "a a a"], [0, 1, 0], Words("a b"))
+    sampler = LengthBucketSampler(data.lengths, 2)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate, num_workers=1)
+    assert sorted(batch["input_ids"].shape[0] for batch in loader) == [1, 2]
