@@ -1,0 +1,181 @@
+"""A model of ours and Hugging Face's with the same weights, drawn configurations and inputs: what parity tests share.
+
+Needs transformers, which is imported on first use.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ALBERTConfig
+
+# Model -> its outputs, and whether they are per token, (B, S, ...), or per row, (B, ...).
+OUTPUTS: dict[str, dict[str, bool]] = {
+    "Model": {"last_hidden_state": True, "pooler_output": False},
+    "ForMaskedLM": {"logits": True},
+    "ForPreTraining": {"prediction_logits": True, "sop_logits": False},
+    "ForSequenceClassification": {"logits": False},
+    "ForTokenClassification": {"logits": True},
+    "ForQuestionAnswering": {"start_logits": True, "end_logits": True},
+    "ForMultipleChoice": {"logits": False},
+}
+NAMES = list(OUTPUTS)
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "embedding_size": 16,
+    "hidden_size": 48,
+    "num_attention_heads": 2,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 24,
+    "num_labels": 3,
+}
+
+
+def drawn_config(seed: int) -> dict[str, Any]:
+    """Fields of AlbertConfig drawn over everything that a configuration can say; sizes small, head sizes 26 to 128."""
+    draw = random.Random(seed)
+    head_dim, heads = draw.choice([26, 32, 39, 48, 64, 80, 96, 128]), draw.randint(1, 3)
+    hidden, layers = head_dim * heads, draw.randint(1, 5)
+    return {
+        "vocab_size": draw.randint(20, 90),
+        "embedding_size": draw.choice([hidden, 16, 24, 33]),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": draw.choice([40, 72, 129]),
+        "num_hidden_layers": layers,
+        "num_hidden_groups": draw.randint(1, layers),
+        "inner_group_num": draw.choice([1, 1, 2]),
+        "hidden_act": draw.choice(["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu", "relu"]),
+        "max_position_embeddings": draw.choice([20, 64]),
+        "type_vocab_size": draw.randint(1, 3),
+        "layer_norm_eps": draw.choice([1e-12, 1e-5]),
+        "pad_token_id": draw.choice([0, 1, 3, None]),
+        "tie_word_embeddings": draw.random() < 0.8,
+        "num_labels": draw.choice([2, 3, 5]),
+    }
+
+
+def twins(module: ModuleType, name: str, fields: dict[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Module]:
+    """`module`'s model and Hugging Face's with one set of weights, strong enough that attention is far from uniform.
+
+    Args:
+        module: where `ALBERT<name>` is: albert_fast or albert_fast.reference.
+        name: a key of OUTPUTS.
+        fields: of AlbertConfig; num_labels is 2 for the two heads that need it.
+
+    Returns:
+        (ours, theirs), both in eval mode, theirs with eager attention.
+    """
+    import transformers
+
+    if name in ("ForQuestionAnswering", "ForPreTraining"):
+        fields = fields | {"num_labels": 2}
+    config = transformers.AlbertConfig(**(fields | {"attn_implementation": "eager"}))
+    theirs: nn.Module = getattr(transformers, f"Albert{name}")(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in key.lower():
+                parameter.copy_(0.1 * noise + (1.0 if key.endswith("weight") else 0.0))
+            else:
+                parameter.copy_(noise * (1.5 / math.sqrt(parameter.shape[-1]) if parameter.dim() == 2 else 0.1))
+    ours: nn.Module = getattr(module, f"ALBERT{name}")(ALBERTConfig(**fields))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours.eval(), theirs.eval()
+
+
+def drawn_mask(kind: str, rows: int, columns: int, seed: int) -> Tensor | None:
+    """(rows, columns) int64; `kind` "none" (no mask), "right", "left", "holes", "empty row" (holes, row 0 all padded).
+
+    Every other row has at least one token.
+    """
+    if kind == "none":
+        return None
+    draw = random.Random(seed)
+    mask = torch.ones(rows, columns, dtype=torch.int64)
+    for row in mask:
+        length = draw.randint(1, columns)
+        if kind == "right":
+            row[length:] = 0
+        elif kind == "left":
+            row[: columns - length] = 0
+        else:
+            row.copy_(torch.tensor([draw.random() < 0.6 for _ in range(columns)]))
+            row[draw.randrange(columns)] = 1
+    if kind == "empty row":
+        mask[0] = 0
+    return mask
+
+
+def drawn_inputs(name: str, config: ALBERTConfig, mask_kind: str, seed: int) -> dict[str, Tensor]:
+    """The arguments of one forward, labels included: (B, S), or (B, 3, S) for multiple choice, with B <= 4 and S <= 17.
+
+    Labels are drawn at padding, too, so that a loss that reads them shows.
+    """
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rows, columns = draw.randint(2, 4), draw.randint(2, min(17, config.max_position_embeddings))
+    shape = (rows, 3, columns) if name == "ForMultipleChoice" else (rows, columns)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    inputs = {"input_ids": integers(config.vocab_size, *shape)}
+    mask = drawn_mask(mask_kind, math.prod(shape[:-1]), columns, seed)
+    if mask is not None:
+        inputs["attention_mask"] = mask.view(shape)
+    if draw.random() < 0.7:
+        inputs["token_type_ids"] = integers(config.type_vocab_size, *shape)
+    if draw.random() < 0.3:
+        inputs["position_ids"] = integers(config.max_position_embeddings, *shape)
+    if name in ("ForMaskedLM", "ForPreTraining", "ForTokenClassification"):
+        classes = config.num_labels if name == "ForTokenClassification" else config.vocab_size
+        ignored = torch.rand(shape, generator=generator) < 0.3
+        inputs["labels"] = integers(classes, *shape).masked_fill(ignored, -100)
+        # At least one label on a real token: transformers gives NaN without.
+        inputs["labels"][-1, 0 if mask is None else int(mask[-1].argmax())] = 0
+    if name == "ForPreTraining":
+        inputs["sentence_order_label"] = integers(2, rows)
+    if name == "ForSequenceClassification":
+        inputs["labels"] = integers(config.num_labels, rows)
+    if name == "ForMultipleChoice":
+        inputs["labels"] = integers(3, rows)
+    if name == "ForQuestionAnswering":
+        inputs["start_positions"], inputs["end_positions"] = integers(columns, rows), integers(columns + 2, rows)
+        inputs["end_positions"][0] = 0  # not all of them behind the last column: NaN in transformers, again
+    return inputs
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter's gradient by its name in state_dict, which is Hugging Face's even where we fuse parameters."""
+    parameters = list(model.parameters())
+    values = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        named = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+    return named
+
+
+def assert_gradients_equal(ours: nn.Module, theirs: nn.Module, relative: float = 1e-4) -> None:
+    """Each parameter's gradient is the other's within `relative`, in norm.
+
+    The keys' bias has a gradient of exactly zero, as softmax ignores a shift, and what is computed is rounding noise:
+    hence a second term, a millionth of the norm of all gradients together.
+    """
+    actual, expected = gradients(ours), gradients(theirs)
+    assert actual.keys() == expected.keys()
+    total = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
+    assert total > 0, "no gradient at all"
+    for key, gradient in expected.items():
+        error, norm = float((actual[key] - gradient).norm()), float(gradient.norm())
+        assert error <= relative * norm + 1e-6 * total, f"{key}: error {error:.3g} in a gradient of norm {norm:.3g}"

@@ -1,0 +1,416 @@
+"""Checkpoints in Hugging Face's layout, read and written so that nothing is half-loaded and nothing half-written.
+
+Reading: model.safetensors, sharded safetensors, pytorch_model.bin (weights_only: no code from a file ever runs) and its
+shards. Every check happens before the first parameter changes; an error names the file and the key. Writing: beside the
+old files, flushed to the disk, then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .config import ALBERTConfig
+
+WEIGHTS_NAMES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
+BODY = ("embeddings.", "encoder.", "pooler.")
+HEADS = ("pooler.", "predictions.", "sop_classifier.", "classifier.", "qa_outputs.")
+# Buffers that older versions of transformers wrote; both follow from the configuration.
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+OLD_NAMES = (
+    (r"^module\.", ""),  # nn.DataParallel
+    (r"\.gamma$", ".weight"),
+    (r"\.beta$", ".bias"),
+    (r"(\.albert_layers\.\d+)\.LayerNorm_1\.", r"\1.full_layer_layer_norm."),  # Google's two LayerNorms of a layer
+    (r"(\.albert_layers\.\d+)\.LayerNorm\.", r"\1.attention.LayerNorm."),
+)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SOP = "sop_classifier.classifier"
+
+
+class Checkpoint(dict[str, Tensor]):
+    """Tensors by name, and in `files` the file that each one was read from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Path] = {}
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """A local file or folder as it is; anything else is looked up on the Hugging Face hub (or in its local cache).
+
+    Raises:
+        FileNotFoundError: neither here nor there.
+        ImportError: not here, and huggingface_hub is not installed.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
+        return path
+    name = str(path_or_hub_id)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise ImportError(f"{name}: no such folder here; to look on the hub: pip install albert-fast[hub]") from error
+
+    def fetch(file: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(name, file))
+
+    try:
+        folder = fetch("config.json").parent
+        for file in WEIGHTS_NAMES:
+            try:
+                weights = fetch(file)
+            except EntryNotFoundError:
+                continue
+            if file.endswith(".index.json"):
+                for shard in sorted(set(_read_index(weights).values())):
+                    fetch(shard)
+            return folder
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise FileNotFoundError(f"{name}: no such folder here, and the hub answers: {error}") from error
+    raise FileNotFoundError(f"{name}: this repository of the hub holds none of {', '.join(WEIGHTS_NAMES)}")
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """All tensors of a checkpoint folder (the first of WEIGHTS_NAMES in it), of a single weights file or of an index.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: a file that is truncated, hostile or anything but plain tensors by name.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in WEIGHTS_NAMES if (path / name).exists()]
+        if not found:
+            raise FileNotFoundError(f"{path}: holds none of {', '.join(WEIGHTS_NAMES)}")
+        path = found[0]
+    checkpoint = Checkpoint()
+    if not path.name.endswith(".index.json"):
+        _read_file(path, checkpoint)
+        return checkpoint
+    weight_map = _read_index(path)
+    for shard in sorted(set(weight_map.values())):
+        _read_file(path.parent / shard, checkpoint)
+    for key in sorted(weight_map.keys() ^ checkpoint.keys()):
+        if key in weight_map:
+            raise ValueError(f"{path.parent / weight_map[key]}: {key!r} is missing, of which {path.name} speaks")
+        raise ValueError(f"{path}: does not list {key!r}, which stands in {checkpoint.files[key]}")
+    return checkpoint
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """key -> file name of its shard, beside the index."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = dict(weight_map)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not an index of shards: {error!r}") from error
+    for key, shard in shards.items():
+        # A plain name: an index must not lead out of its folder.
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard):
+            raise ValueError(f"{path}: {key!r} is said to be in {shard!r}, which is not the name of a shard")
+    return shards
+
+
+def _read_file(path: Path, checkpoint: Checkpoint) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        elif path.suffix in (".bin", ".pt", ".pth"):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise ValueError("expected .safetensors, .bin, .pt, .pth or .index.json")
+    except Exception as error:  # a hostile pickle can make the reader raise anything
+        raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: expected tensors by name, got {type(tensors).__name__}")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise ValueError(f"{path}: {key!r} is not a tensor by name but {type(tensor).__name__}")
+        if key in checkpoint:
+            raise ValueError(f"{path}: {key!r} also stands in {checkpoint.files[key]}")
+        checkpoint[key] = tensor.detach()
+        checkpoint.files[key] = path
+
+
+def rename_old_names(state: Mapping[str, Tensor], prefix: str = "") -> Checkpoint:
+    """`state` under today's names, the encoder's under `prefix`: "" for a bare model, "albert." for one with a head.
+
+    Raises:
+        ValueError: two tensors of `state` come under one name.
+    """
+    renamed, origin = Checkpoint(), dict[str, str]()
+    for old, tensor in state.items():
+        key = old
+        for pattern, replacement in OLD_NAMES:
+            key = re.sub(pattern, replacement, key)
+        key = key.removeprefix("albert.")
+        if key in BUFFERS:
+            continue
+        if key.startswith(BODY):
+            key = prefix + key
+        if key in renamed:
+            raise ValueError(f"{_file(state, old)}: {origin[key]!r} and {old!r} are both {key!r}")
+        renamed[key], origin[key] = tensor, old
+        if isinstance(state, Checkpoint):
+            renamed.files[key] = state.files[old]
+    return renamed
+
+
+def _file(state: Mapping[str, Tensor], key: str | None = None) -> str:
+    """Where `key` was read from; for a key that is not there, where its neighbours were."""
+    files = state.files if isinstance(state, Checkpoint) else {}
+    return str((files.get(key) if key else None) or next(iter(files.values()), "checkpoint"))
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_head: bool = False) -> None:
+    """Copy `state` into the parameters of `model`, in their dtypes; either all of it or, on an error, nothing.
+
+    `state` bears the model's names (`rename_old_names`). Tensors of heads that the model does not have are left alone.
+    A head of the model that `state` does not have at all keeps its random weights, with a warning, if
+    `allow_missing_head`. A tensor that the model ties to another may be absent. A sentence order head of width 2, as in
+    Google's releases, replaces one of num_labels.
+
+    Raises:
+        ValueError: missing, extra or misshapen tensors, tensors that are not floats, tied tensors that differ.
+    """
+    expected = model.state_dict()
+    heads = {head: {key for key in expected if _head(key) == head} for head in HEADS}
+    complete, problems = dict[str, Tensor](), list[str]()
+
+    def problem(key: str, text: str) -> None:
+        problems.append(f"{_file(state, key)}: {key!r} {text}")
+
+    sop_width = state[f"{SOP}.bias"].numel() if f"{SOP}.bias" in state else 0
+    resize_sop = sop_width == 2 and f"{SOP}.bias" in expected and expected[f"{SOP}.bias"].numel() != 2
+
+    for key, tensor in state.items():
+        head = _head(key)
+        if key in expected:
+            shape = tuple(expected[key].shape)
+            if resize_sop and key.startswith(SOP):
+                shape = (2, *shape[1:])
+            if tuple(tensor.shape) != shape:
+                problem(key, f"has the shape {tuple(tensor.shape)}, expected {shape}")
+            elif tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+                problem(key, f"is no dense tensor of floats but {tensor.dtype}")
+            complete[key] = tensor
+        elif head is None or heads[head]:
+            problem(key, f"is not a tensor of {type(model).__name__}")
+
+    for alias, key in _tied(expected):
+        both = complete.keys() & {alias, key}
+        if len(both) == 1:
+            complete[alias] = complete[key] = complete[both.pop()]
+        elif both and not problems and not torch.equal(complete[alias], complete[key]):
+            problem(alias, f"differs from {key!r}, to which it is tied; tie_word_embeddings=False keeps both")
+
+    absent = {head for head, keys in heads.items() if keys and not any(_head(key) == head for key in state)}
+    for key in expected.keys() - complete.keys():
+        if allow_missing_head and _head(key) in absent:
+            complete[key] = expected[key]
+        elif _head(key) in absent:
+            problem(key, "is missing; allow_missing_head=True starts this head from random weights")
+        else:
+            problem(key, "is missing")
+    if problems:
+        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{type(model).__name__} cannot be loaded:\n" + "\n".join(sorted(problems)[:10]) + more)
+
+    if absent:
+        names = ", ".join(sorted(head.rstrip(".") for head in absent))
+        warnings.warn(f"{_file(state)} has no weights for: {names}; they start at random", stacklevel=3)
+    if resize_sop:
+        head_model, old = model.get_submodule("sop_classifier"), model.get_parameter(f"{SOP}.weight")
+        head_model.classifier = nn.Linear(old.shape[1], 2, device=old.device, dtype=old.dtype)
+    model.load_state_dict(complete, strict=True)
+
+
+def _head(key: str) -> str | None:
+    """The entry of HEADS that `key` belongs to, None for the encoder's tensors."""
+    key = key.removeprefix("albert.")
+    return next((head for head in HEADS if key.startswith(head)), None)
+
+
+def _tied(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """(alias, first name) for every tensor of a state_dict that is the same memory as an earlier one."""
+    first: dict[tuple[Any, ...], str] = {}
+    for key, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape))
+        if first.setdefault(place, key) != key:
+            yield key, first[place]
+
+
+def save_checkpoint(model: PretrainedMixin, directory: str | Path) -> None:
+    """Write config.json and model.safetensors into `directory`; one process at a time, other files there stay.
+
+    A kill at any moment leaves the checkpoint that was there, or the new one, whole: both files are written aside and
+    flushed first; renaming the weights is the moment of change, and a configuration that was not renamed any more is
+    found by `config_path` and renamed by the next save.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _tidy(directory)
+    state = model.state_dict()
+    aliases = {alias for alias, _ in _tied(state)}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items() if key not in aliases}
+    token = secrets.token_hex(8)
+    weights = directory / f".model.safetensors.{token}.part"
+    config = directory / f".config.json.{token}.part"
+    try:
+        # In this order: `config_path` takes a configuration without its weights for a committed one.
+        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+        _flush(weights)
+        config.write_text(json.dumps(_config_dict(model), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _flush(config)
+        shutil.copymode(config, weights)  # safetensors creates files that nobody else may read
+        _flush(directory)
+        os.replace(weights, directory / "model.safetensors")
+    except BaseException:
+        config.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
+        raise
+    os.replace(config, directory / "config.json")
+    _flush(directory)
+
+
+def config_path(directory: Path) -> Path:
+    """config.json of a checkpoint, or what a save that was killed at the very end had not yet renamed to it."""
+    for config in directory.glob(".config.json.*.part"):
+        if not _weights_of(config).exists():
+            return config
+    return directory / "config.json"
+
+
+def _weights_of(config: Path) -> Path:
+    return config.with_name(config.name.replace(".config.json.", ".model.safetensors."))
+
+
+def _tidy(directory: Path) -> None:
+    """Finish or drop what killed saves have left."""
+    for config in directory.glob(".config.json.*.part"):
+        if _weights_of(config).exists():
+            config.unlink()
+        else:
+            os.replace(config, directory / "config.json")
+    for weights in directory.glob(".model.safetensors.*.part"):
+        weights.unlink()
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a rename can never come before the contents."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
+    """What transformers expects in config.json; the dtype is that of the file beside it."""
+    values = model.config.to_dict()
+    values.pop("torch_dtype", None)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {**values, "architectures": [type(model).__name__.replace("ALBERT", "Albert")], "dtype": dtype}
+
+
+Model = TypeVar("Model", bound="PretrainedMixin")
+
+
+class PretrainedMixin(nn.Module):
+    """from_pretrained and save_pretrained, for every model of `reference.py` and `modeling.py`.
+
+    `prefix` is what the encoder's names begin with. A bare model (prefix "") takes `add_pooling_layer` as its second
+    argument.
+    """
+
+    prefix: ClassVar[str] = "albert."
+
+    def __init__(self, config: ALBERTConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def init_weights(self) -> None:
+        """Linear and Embedding weights from N(0, initializer_range), zero biases, a zero row for the pad token."""
+        done = set[int]()
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and id(module.weight) not in done:
+                done.add(id(module.weight))  # a decoder is tied to the embeddings, which come first
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    nn.init.zeros_(module.weight[module.padding_idx])
+                elif isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @classmethod
+    def check_backend(cls, backend: str, precision: str) -> None:
+        """Raises ValueError, with the reason, for what this class cannot run; called before anything is read."""
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend {backend!r}: this model is plain PyTorch; it takes 'auto' or 'reference'")
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(PRECISIONS)}"
+            )
+
+    def use_backend(self, backend: str, precision: str) -> None:
+        """Called by from_pretrained once the float32 weights are in place, on their device."""
+        self.to(PRECISIONS[precision])
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_hub_id: str | Path,
+        *,
+        backend: str = "auto",
+        precision: str = "fp32",
+        device: str | torch.device | None = None,
+        allow_missing_head: bool = False,
+        **config_overrides: Any,
+    ) -> Model:
+        """The model of a checkpoint folder, weights file or hub id, in eval mode.
+
+        Float16 and bfloat16 checkpoints become float32 parameters unless `precision` says otherwise. A bare model has a
+        pooler if the checkpoint has one. `allow_missing_head` starts a new task: see `load_into`. `config_overrides`
+        are fields of ALBERTConfig.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: a checkpoint that does not fit, or a backend or precision that cannot run here.
+            TypeError: an override that is no field of the configuration.
+        """
+        cls.check_backend(backend, precision)
+        path = resolve(path_or_hub_id)
+        config_file = config_path(path if path.is_dir() else path.parent)
+        config = ALBERTConfig.from_json_file(config_file).replace(**config_overrides)
+        state = rename_old_names(load_checkpoint(path), cls.prefix)
+        arguments = () if cls.prefix else ("pooler.weight" in state,)
+        model = cls(config, *arguments)
+        load_into(model, state, allow_missing_head=allow_missing_head)
+        model.to(device)
+        model.use_backend(backend, precision)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors, as transformers reads them: see `save_checkpoint`."""
+        save_checkpoint(self, directory)
