@@ -1,0 +1,127 @@
+// The Python module albert_fast._C: an index of what the extension exports. Arguments are addresses (tensor.data_ptr()), sizes
+// and strides in elements; csrc/cpu/kernels.h says what each means. Python checks everything before it calls; nothing is
+// checked here. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "common.h"
+
+#define ALBERT_FAST_ISA portable
+#include "cpu/kernels.h"
+#undef ALBERT_FAST_ISA
+#if defined(ALBERT_FAST_HAS_AVX2)
+#define ALBERT_FAST_ISA avx2
+#include "cpu/kernels.h"
+#undef ALBERT_FAST_ISA
+#endif
+#if defined(ALBERT_FAST_HAS_AVX512)
+#define ALBERT_FAST_ISA avx512
+#include "cpu/kernels.h"
+#undef ALBERT_FAST_ISA
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+enum class Isa { kPortable, kAvx2, kAvx512, kCount };
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
+
+bool is_compiled(Isa isa) {
+#if defined(ALBERT_FAST_HAS_AVX512)
+    if (isa == Isa::kAvx512) return true;
+#endif
+#if defined(ALBERT_FAST_HAS_AVX2)
+    if (isa == Isa::kAvx2) return true;
+#endif
+    return isa == Isa::kPortable;
+}
+
+// Whether this CPU (and its operating system) runs what setup.py's flags for the instruction set let the compiler use.
+bool is_supported([[maybe_unused]] Isa isa) {
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == Isa::kAvx2) return avx2;
+    if (isa == Isa::kAvx512) {
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    }
+#endif
+    return isa == Isa::kPortable;
+}
+
+// The instruction set that ALBERT_FAST_ISA names, else the widest that is compiled in and that this CPU has.
+Isa choose_isa() {
+    const char* forced = std::getenv("ALBERT_FAST_ISA");
+    const bool free_choice = forced == nullptr || *forced == '\0';
+    for (int i = static_cast<int>(Isa::kCount) - 1; i >= 0; --i) {
+        const Isa isa = static_cast<Isa>(i);
+        if (!free_choice && std::string(forced) != kIsaNames[i]) continue;
+        if (is_compiled(isa) && is_supported(isa)) return isa;
+        if (free_choice) continue;
+        throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced + ": " +
+                                 (is_compiled(isa) ? "this CPU does not have it" : "not compiled into this build"));
+    }
+    throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced + ": must be portable, avx2 or avx512");
+}
+
+#if defined(ALBERT_FAST_HAS_AVX512)
+#define IF_AVX512(function) isa == Isa::kAvx512 ? albert_fast::avx512::function:
+#else
+#define IF_AVX512(function)
+#endif
+#if defined(ALBERT_FAST_HAS_AVX2)
+#define IF_AVX2(function) isa == Isa::kAvx2 ? albert_fast::avx2::function:
+#else
+#define IF_AVX2(function)
+#endif
+
+py::dict build_info(Isa isa) {
+    py::list compiled, archs;
+    for (int i = 0; i < static_cast<int>(Isa::kCount); ++i) {
+        if (is_compiled(static_cast<Isa>(i))) compiled.append(kIsaNames[i]);
+    }
+    py::dict info;
+    info["compiler"] = __VERSION__;
+    info["isa_compiled"] = compiled;
+    info["isa"] = kIsaNames[static_cast<int>(isa)];
+#if defined(_OPENMP)
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+#if defined(ALBERT_FAST_CUDA)
+    info["cuda"] = true;
+    info["cuda_archs"] = py::str(ALBERT_FAST_CUDA_ARCHS).attr("split")(",");
+#else
+    info["cuda"] = false;
+    info["cuda_archs"] = archs;
+#endif
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    const Isa isa = choose_isa();
+    module.def("build_info", [isa] { return build_info(isa); },
+               "What was compiled in, and the instruction set that was chosen when the module was imported.");
+
+#define EXPORT(function)                                                                                     \
+    module.def(#function, IF_AVX512(function) IF_AVX2(function) albert_fast::portable::function,             \
+               py::call_guard<py::gil_scoped_release>())
+    EXPORT(embedding_layer_norm_fwd_cpu);
+    EXPORT(embedding_layer_norm_bwd_cpu);
+    EXPORT(attention_fwd_cpu);
+    EXPORT(attention_bwd_cpu);
+    EXPORT(bias_gelu_fwd_cpu);
+    EXPORT(bias_gelu_bwd_cpu);
+    EXPORT(add_layer_norm_fwd_cpu);
+    EXPORT(add_layer_norm_bwd_cpu);
+    EXPORT(gelu_layer_norm_fwd_cpu);
+    EXPORT(gelu_layer_norm_bwd_cpu);
+#undef EXPORT
+}

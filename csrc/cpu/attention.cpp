@@ -1,0 +1,259 @@
+// softmax(scale * Q K^T) V over packed sequences, forward and backward, with no array of all scores of a sequence.
+//
+// Forward: a task takes one head of one sequence, or a share of its queries where heads are too few for all threads. It packs
+// K and V once and goes through its queries in blocks: scores, softmax, product with V. Operations 4 Sq Sk d; the two
+// products run near the arithmetic limit, everything else is about a tenth of them for d = 64.
+//
+// Backward: P is computed again from the saved log-sum-exp (Dao et al. 2022, "FlashAttention"); then dP = dO V^T,
+// dS = P * (dP - rowsum(P * dP)), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q. The row sum is taken over keys rather than
+// as rowsum(dO * O): it is exact where there is one key, and not limited by the rounding of a bfloat16 output.
+#include "attention.h"
+
+#include "kernels.h"
+
+namespace albert_fast::ALBERT_FAST_ISA {
+namespace {
+
+template <class T>
+struct Inputs {
+    Rows<const T> q, k, v;
+    Shape shape;
+    float scale;
+    Dropout dropout;
+};
+
+// One head of one sequence: its first column, and where its tokens start.
+struct Head {
+    std::int64_t sequence, number, column, first_query, queries, first_key, keys;
+
+    Head(const Shape& shape, std::int64_t sequence, std::int64_t number)
+        : sequence(sequence),
+          number(number),
+          column(number * shape.head_dim),
+          first_query(shape.cu_q[sequence]),
+          queries(shape.queries(sequence)),
+          first_key(shape.cu_k[sequence]),
+          keys(shape.keys(sequence)) {}
+
+    // The dropout state of kLanes queries of this head, from packed index `query` on.
+    UintVec dropout_state(const Dropout& dropout, std::int64_t query) const {
+        const std::uint32_t row = static_cast<std::uint32_t>(number) * kHeadStride + static_cast<std::uint32_t>(query);
+        return dropout.row_state(lane_numbers() + row);
+    }
+};
+
+// Sum of term(key) over all keys, in blocks against rounding error.
+template <class Term>
+inline Vec sum_in_blocks(std::int64_t keys, Term term) {
+    constexpr std::int64_t kBlock = 32;
+    Vec sum{};
+    for (std::int64_t begin = 0; begin < keys; begin += kBlock) {
+        const std::int64_t end = smaller(begin + kBlock, keys);
+        Vec block_sum{};
+        for (std::int64_t key = begin; key < end; ++key) block_sum += term(key);
+        sum += block_sum;
+    }
+    return sum;
+}
+
+// Softmax over the keys of one vector of queries, not yet divided by its sum: scores (keys rows, `row` apart) become
+// exp(score - maximum), with dropout applied.
+template <bool kDropout>
+inline void softmax(float* scores, std::int64_t row, std::int64_t keys, const Dropout& dropout, UintVec state, Vec& maximum,
+                    Vec& sum) {
+    maximum = load(scores, Full{});
+    for (std::int64_t key = 1; key < keys; ++key) maximum = larger(maximum, load(scores + key * row, Full{}));
+    sum = sum_in_blocks(keys, [&](std::int64_t key) {
+        const Vec p = exp(load(scores + key * row, Full{}) - maximum);
+        Vec kept = p;
+        if constexpr (kDropout) kept = dropout.apply(p, state, splat(static_cast<std::uint32_t>(key)));
+        store(scores + key * row, kept, Full{});
+        return p;
+    });
+}
+
+template <bool kDropout, class T>
+void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std::int64_t parts, Rows<T> out, float* lse) {
+    const std::int64_t d = in.shape.head_dim, width = round_up(d, kLanes);
+    const Chunks blocks = query_blocks(head.queries);
+    const std::int64_t first = blocks.count * part / parts, last = blocks.count * (part + 1) / parts;
+    if (first == last) return;
+    if (head.keys == 0) {
+        const std::int64_t begin = blocks.begin(first), end = blocks.end(last - 1);
+        zero_rows(out, head.first_query + begin, head.column, end - begin, d);
+        for (std::int64_t i = begin; i < end; ++i) lse[head.first_query + i] = -__builtin_inff();
+        return;
+    }
+    Arrays arrays(scratch<Purpose::kTask>(2 * Arrays::padded(head.keys * width) + 2 * kQueryBlock * width +
+                                          Arrays::padded(head.keys * kQueryBlock) + 2 * kQueryBlock));
+    float* keys = arrays.take(head.keys * width);
+    float* values = arrays.take(head.keys * width);
+    float* rows = arrays.take(kQueryBlock * width);  // Q's block, later the output's
+    float* queries = arrays.take(kQueryBlock * width);
+    float* scores = arrays.take(head.keys * kQueryBlock);
+    float* sums = arrays.take(kQueryBlock);
+    float* maxima = arrays.take(kQueryBlock);
+    pack_rows(in.k, head.first_key, head.column, head.keys, d, 1.0f, keys, width);
+    pack_rows(in.v, head.first_key, head.column, head.keys, d, 1.0f, values, width);
+    for (std::int64_t block = first; block < last; ++block) {
+        const std::int64_t query = head.first_query + blocks.begin(block);
+        const std::int64_t count = blocks.end(block) - blocks.begin(block), columns = round_up(count, kLanes);
+        pack_rows(in.q, query, head.column, count, d, in.scale, rows, width);
+        transpose(rows, width, count, queries, width, columns);
+        multiply({keys, width, 1}, queries, columns, scores, columns, head.keys, columns, d, false);
+        for (std::int64_t j = 0; j < columns; j += kLanes) {
+            Vec maximum, sum;
+            softmax<kDropout>(scores + j, columns, head.keys, in.dropout, head.dropout_state(in.dropout, query + j),
+                              maximum, sum);
+            store(maxima + j, maximum, Full{});
+            store(sums + j, sum, Full{});
+        }
+        multiply({scores, 1, columns}, values, width, rows, width, count, width, head.keys, false);
+        for (std::int64_t i = 0; i < count; ++i) {
+            lse[query + i] = maxima[i] + __builtin_logf(sums[i]);
+            const float* line = rows + i * width;
+            T* target = out.at(query + i, head.column);
+            for_vectors(d, [&](std::int64_t c, auto lanes) { store(target + c, load(line + c, Full{}) / sums[i], lanes); });
+        }
+    }
+}
+
+template <bool kDropout, class T>
+void forward(const Inputs<T>& in, Rows<T> out, float* lse, int num_threads) {
+    const Shape& shape = in.shape;
+    const std::int32_t* order = longest_first(shape);
+    const std::int64_t heads = shape.sequences * shape.heads;
+    // K and V are packed once for each part, so a head is split only to give every thread something to do.
+    const std::int64_t parts = heads >= 2 * num_threads || heads == 0 ? 1 : divide_up(2 * num_threads, heads);
+    parallel_for(heads * parts, num_threads, [&](std::int64_t task) {
+        const std::int64_t part = task % parts, number = task / parts % shape.heads;
+        const Head head(shape, order[task / parts / shape.heads], number);
+        forward_task<kDropout>(in, head, part, parts, out, lse + number * shape.all_queries());
+    });
+}
+
+template <class T>
+struct Gradients {
+    Rows<const T> grad_out;
+    const float* lse;
+    Rows<T> dq, dk, dv;
+};
+
+// One vector of queries: turns scores into P (with dropout applied) and dprobabilities (dO V^T) into dS, both keys rows.
+template <bool kDropout>
+inline void softmax_backward(float* scores, float* dprobabilities, std::int64_t row, std::int64_t keys, Vec lse,
+                             const Dropout& dropout, UintVec state) {
+    const auto drop = [&](Vec x, std::int64_t key) {
+        if constexpr (kDropout) return dropout.apply(x, state, splat(static_cast<std::uint32_t>(key)));
+        return x;
+    };
+    const Vec product_sum = sum_in_blocks(keys, [&](std::int64_t key) {
+        const Vec p = exp(load(scores + key * row, Full{}) - lse);
+        const Vec dp = rounded(drop(load(dprobabilities + key * row, Full{}), key));
+        store(scores + key * row, p, Full{});
+        store(dprobabilities + key * row, dp, Full{});
+        return p * dp;
+    });
+    for (std::int64_t key = 0; key < keys; ++key) {
+        const Vec p = load(scores + key * row, Full{});
+        store(dprobabilities + key * row, p * (load(dprobabilities + key * row, Full{}) - product_sum), Full{});
+        if constexpr (kDropout) store(scores + key * row, drop(p, key), Full{});
+    }
+}
+
+template <bool kDropout, class T>
+void backward_task(const Inputs<T>& in, const Head& head, const Gradients<T>& g) {
+    const std::int64_t d = in.shape.head_dim, width = round_up(d, kLanes);
+    if (head.keys == 0 || head.queries == 0) {
+        zero_rows(g.dq, head.first_query, head.column, head.queries, d);
+        zero_rows(g.dk, head.first_key, head.column, head.keys, d);
+        zero_rows(g.dv, head.first_key, head.column, head.keys, d);
+        return;
+    }
+    const float* lse = g.lse + head.number * in.shape.all_queries();
+    const std::int64_t block_size = kQueryBlock * width, keys_size = Arrays::padded(head.keys * width);
+    Arrays arrays(scratch<Purpose::kTask>(4 * keys_size + 4 * block_size + 2 * Arrays::padded(head.keys * kQueryBlock)));
+    float* keys = arrays.take(keys_size);
+    float* values = arrays.take(keys_size);
+    float* dkeys = arrays.take(keys_size);
+    float* dvalues = arrays.take(keys_size);
+    float* rows = arrays.take(block_size);  // scale * Q
+    float* grad_rows = arrays.take(block_size);
+    float* transposed = arrays.take(block_size);
+    float* drows = arrays.take(block_size);
+    float* probabilities = arrays.take(head.keys * kQueryBlock);
+    float* dscores = arrays.take(head.keys * kQueryBlock);
+    pack_rows(in.k, head.first_key, head.column, head.keys, d, 1.0f, keys, width);
+    pack_rows(in.v, head.first_key, head.column, head.keys, d, 1.0f, values, width);
+    const Chunks blocks = query_blocks(head.queries);
+    for (std::int64_t block = 0; block < blocks.count; ++block) {
+        const std::int64_t query = head.first_query + blocks.begin(block);
+        const std::int64_t count = blocks.end(block) - blocks.begin(block), columns = round_up(count, kLanes);
+        pack_rows(in.q, query, head.column, count, d, in.scale, rows, width);
+        transpose(rows, width, count, transposed, width, columns);
+        multiply({keys, width, 1}, transposed, columns, probabilities, columns, head.keys, columns, d, false);
+        pack_rows(g.grad_out, query, head.column, count, d, 1.0f, grad_rows, width);
+        transpose(grad_rows, width, count, transposed, width, columns);
+        multiply({values, width, 1}, transposed, columns, dscores, columns, head.keys, columns, d, false);
+        for (std::int64_t j = 0; j < columns; j += kLanes) {
+            // Columns beyond the queries hold numbers that no product reads.
+            const Part lanes{static_cast<int>(smaller(count - j, kLanes))};
+            softmax_backward<kDropout>(probabilities + j, dscores + j, columns, head.keys, load(lse + query + j, lanes),
+                                       in.dropout, head.dropout_state(in.dropout, query + j));
+        }
+        multiply({probabilities, columns, 1}, grad_rows, width, dvalues, width, head.keys, width, count, block > 0);
+        multiply({dscores, columns, 1}, rows, width, dkeys, width, head.keys, width, count, block > 0);
+        multiply({dscores, 1, columns}, keys, width, drows, width, count, width, head.keys, false);
+        unpack_rows(drows, width, count, d, in.scale, g.dq, query, head.column);
+    }
+    unpack_rows(dkeys, width, head.keys, d, 1.0f, g.dk, head.first_key, head.column);
+    unpack_rows(dvalues, width, head.keys, d, 1.0f, g.dv, head.first_key, head.column);
+}
+
+template <bool kDropout, class T>
+void backward(const Inputs<T>& in, const Gradients<T>& gradients, int num_threads) {
+    const std::int32_t* order = longest_first(in.shape);
+    parallel_for(in.shape.sequences * in.shape.heads, num_threads, [&](std::int64_t task) {
+        const Head head(in.shape, order[task / in.shape.heads], task % in.shape.heads);
+        backward_task<kDropout>(in, head, gradients);
+    });
+}
+
+}  // namespace
+
+void attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse, Address cu_q, Address cu_k,
+                       std::int64_t B, std::int64_t num_heads, std::int64_t head_dim, std::int64_t q_stride,
+                       std::int64_t k_stride, std::int64_t v_stride, std::int64_t out_stride, double scale,
+                       double dropout_p, std::int64_t seed, int dtype, int num_threads) {
+    const Shape shape{B, num_heads, head_dim, pointer<std::int32_t>(cu_q), pointer<std::int32_t>(cu_k)};
+    with_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        const Inputs<T> in{{pointer<T>(q), q_stride}, {pointer<T>(k), k_stride},   {pointer<T>(v), v_stride},
+                           shape,                     static_cast<float>(scale), Dropout(dropout_p, seed)};
+        with_flag(in.dropout.active, [&](auto active) {
+            forward<active.value>(in, Rows<T>{pointer<T>(out), out_stride}, pointer<float>(lse), num_threads);
+        });
+    });
+}
+
+void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address /*out*/, Address lse, Address dq, Address dk,
+                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
+                       std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
+                       std::int64_t v_stride, std::int64_t /*out_stride*/, std::int64_t dq_stride, std::int64_t dk_stride,
+                       std::int64_t dv_stride, double scale, double dropout_p, std::int64_t seed, int dtype,
+                       int num_threads) {
+    const Shape shape{B, num_heads, head_dim, pointer<std::int32_t>(cu_q), pointer<std::int32_t>(cu_k)};
+    with_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        const Inputs<T> in{{pointer<T>(q), q_stride}, {pointer<T>(k), k_stride},   {pointer<T>(v), v_stride},
+                           shape,                     static_cast<float>(scale), Dropout(dropout_p, seed)};
+        const Gradients<T> gradients{{pointer<T>(grad_out), go_stride},
+                                     pointer<float>(lse),
+                                     {pointer<T>(dq), dq_stride},
+                                     {pointer<T>(dk), dk_stride},
+                                     {pointer<T>(dv), dv_stride}};
+        with_flag(in.dropout.active, [&](auto active) { backward<active.value>(in, gradients, num_threads); });
+    });
+}
+
+}  // namespace albert_fast::ALBERT_FAST_ISA

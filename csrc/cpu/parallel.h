@@ -1,0 +1,95 @@
+// Threads, memory for temporaries, and the split of rows into chunks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "vec.h"
+
+namespace albert_fast::ALBERT_FAST_ISA {
+
+static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+static inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+static inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+static inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+
+template <class T>
+static inline T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Calls body(task) for every task in [0, tasks), on up to num_threads threads of the OpenMP pool that torch uses too; whoever
+// is free takes the next one. Tasks must not depend on each other.
+template <class Body>
+static inline void parallel_for(std::int64_t tasks, int num_threads, Body body) {
+    [[maybe_unused]] const int threads = static_cast<int>(smaller(num_threads, tasks));
+#if defined(_OPENMP)
+    if (threads > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (std::int64_t task = 0; task < tasks; ++task) body(task);
+        return;
+    }
+#endif
+    for (std::int64_t task = 0; task < tasks; ++task) body(task);
+}
+
+// Rows [begin, end) of a chunk, in an even split of `rows` that is the same for every number of threads.
+struct Chunks {
+    std::int64_t rows, size, count;
+
+    // At least min_rows rows in a chunk, at most max_count chunks, and a multiple of `step` rows in all but the last.
+    Chunks(std::int64_t rows, std::int64_t min_rows, std::int64_t max_count, std::int64_t step)
+        : rows(rows),
+          size(round_up(larger(larger(min_rows, 1), divide_up(rows, max_count)), step)),
+          count(divide_up(rows, size)) {}
+
+    std::int64_t begin(std::int64_t chunk) const { return chunk * size; }
+    std::int64_t end(std::int64_t chunk) const { return smaller(rows, (chunk + 1) * size); }
+};
+
+// Calls body(begin, end) for pieces of the rows of a (rows, columns) array, each worth the cost of a task.
+template <class Body>
+static inline void parallel_rows(std::int64_t rows, std::int64_t columns, int num_threads, Body body) {
+    const Chunks chunks(rows, 16384 / larger(columns, 1), 8 * static_cast<std::int64_t>(num_threads), 1);
+    parallel_for(chunks.count, num_threads, [&](std::int64_t i) { body(chunks.begin(i), chunks.end(i)); });
+}
+
+// Memory that grows and stays: an allocation of its size goes to the kernel and back, at a page fault per 4 KiB.
+class Scratch {
+public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(data_); }
+
+    float* get(std::int64_t floats) {
+        if (floats > capacity_) {
+            std::free(data_);
+            capacity_ = round_up(floats, 1024);
+            data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>(capacity_) * sizeof(float)));
+            if (data_ == nullptr) {
+                capacity_ = 0;
+                throw std::bad_alloc();
+            }
+        }
+        return data_;
+    }
+
+private:
+    float* data_ = nullptr;
+    std::int64_t capacity_ = 0;
+};
+
+// What a task of a parallel region needs for itself, and what the caller holds for all tasks at once.
+enum class Purpose { kTask, kShared };
+
+// At least `floats` floats at a multiple of 64 bytes, contents undefined, valid until this thread asks again for the same purpose.
+template <Purpose>
+static inline float* scratch(std::int64_t floats) {
+    static thread_local Scratch memory;
+    return memory.get(floats);
+}
+
+}  // namespace albert_fast::ALBERT_FAST_ISA
