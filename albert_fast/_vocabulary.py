@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 FILES = ("tokenizer.json", "spiece.model", "vocab.txt")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _UNIGRAM_TOKENS = {
     "pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
 }  # fmt: skip
@@ -246,7 +248,9 @@ def train_unigram(
             minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        raise ValueError(f"no vocabulary of {vocab_size} pieces can be learnt from this text: {error}") from error
+        most = re.search(r"value <= (\d+)", str(error))
+        reason = f"it holds enough for {most[1]}; lower vocab_size" if most else str(error)
+        raise ValueError(f"no vocabulary of {vocab_size} pieces can be learnt from this text: {reason}") from error
     backend, settings = _unigram(model.getvalue(), lower_case, keep_accents, "the trained model")
     return _trained(backend, settings)
 

@@ -1,0 +1,80 @@
+"""The command `albert-fast`: one module of `albert_fast.commands` for each subcommand.
+
+Nothing heavy is imported before a subcommand runs, so `--help` answers at once. Needs the extra `cli` (typer, tqdm);
+without it `main` says how to install it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from . import __version__
+
+if TYPE_CHECKING:
+    import typer
+
+# Module in albert_fast.commands -> its line in the list of commands.
+SUBCOMMANDS = {
+    "classify": "Label each line of a text.",
+    "encode": "Turn lines of text into vectors.",
+    "fill_mask": "Complete [MASK] in a text.",
+    "train": "Train a classifier on labelled text.",
+    "evaluate": "Measure a classifier on labelled text.",
+    "demo": "Check this installation.",
+    "bench": "Measure speed and error on this machine.",
+    "info": "Show what runs here, and what is missing.",
+}
+_EPILOG = (
+    "Exit codes: 0 fine; 1 the work failed; 2 wrong usage; 130 interrupted. "
+    "With ALBERT_FAST_TRACEBACK=1 in the environment an error shows where it arose."
+)
+
+
+def build_app() -> typer.Typer:
+    """The typer application with every subcommand. ImportError where typer is not installed."""
+    import typer
+
+    app = typer.Typer(
+        name="albert-fast",
+        epilog=_EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # plain paragraphs keep the lines of the examples
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"albert-fast {__version__}")
+            raise typer.Exit()
+
+    version = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Show the version and leave.")
+
+    @app.callback()
+    def root(version: bool = version) -> None:
+        """ALBERT with custom kernels: classify, encode, complete, train and measure."""
+
+    for name, summary in SUBCOMMANDS.items():
+        module = importlib.import_module(f".commands.{name}", __package__)
+        app.command(name.replace("_", "-"), short_help=summary, epilog=_EPILOG)(module.command)
+    return app
+
+
+def main() -> None:
+    """Entry point of the console script; leaves through sys.exit with one of the documented codes."""
+    try:
+        app = build_app()
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "typer":
+            raise
+        sys.exit("albert-fast: the command line needs typer: pip install 'albert-fast[cli,text]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    app()
+
+
+if __name__ == "__main__":
+    main()

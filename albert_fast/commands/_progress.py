@@ -1,0 +1,35 @@
+"""A progress bar on standard error, only where that is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ._lines import Lines
+
+
+class Progress:
+    """Bytes of a file that are done, of all there are; lines where the input's end is not known."""
+
+    def __init__(self, lines: Lines, label: str) -> None:
+        from tqdm import tqdm
+
+        self._lines = lines
+        unit: dict[str, Any] = {"unit": " lines"} if lines.size is None else {"unit": "B", "unit_scale": True}
+        self._bar = tqdm(total=lines.size, desc=label, file=sys.stderr, disable=None, initial=self._done(), **unit)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self) -> None:
+        self._bar.update(self._done() - self._bar.n)
+        if self._lines.size is not None:
+            self._bar.set_postfix_str(f"{self._lines.count} lines")
+
+    def _done(self) -> int:
+        if self._lines.size is None:
+            return self._lines.count
+        return min(self._lines.consumed, self._lines.size)

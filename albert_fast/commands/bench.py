@@ -1,0 +1,177 @@
+"""`albert-fast bench`: this library, the plain reference and transformers on this machine, on the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import _options as options
+from ._compare import Row, compare, table
+from ._errors import reports_errors
+
+if TYPE_CHECKING:
+    import torch
+
+# hidden_size, num_attention_heads, num_hidden_layers, intermediate_size (Lan et al. 2019, table 1)
+SIZES = {"tiny": (312, 12, 4, 1248), "base": (768, 12, 12, 3072), "large": (1024, 16, 24, 4096)}
+
+
+class Size(str, Enum):
+    tiny = "tiny"
+    base = "base"
+    large = "large"
+
+
+@reports_errors
+def command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Folder of a checkpoint, or its name on the hub.", show_default="random weights"
+        ),
+    ] = None,
+    size: Annotated[
+        Size, typer.Option(help="Size of the random model; tiny is that of the Chinese release.")
+    ] = Size.base,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Texts in the batch.")] = 8,
+    length: Annotated[int, typer.Option("--length", "-l", min=1, help="Tokens of the longest text.")] = 128,
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="Lengths from an eighth of --length up, padded, as real text has them.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; every side has a turn in each.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="Results and machine as JSON.")] = False,
+    backend: options.Backend = "auto",
+    precision: options.PrecisionOption = options.Precision.fp32,
+    device: options.Device = None,
+    threads: options.Threads = None,
+) -> None:
+    """Measure speed and error on this machine: albert_fast, the eager reference and, where installed, transformers.
+
+    All sides run the same weights and input in turns; the time is the median of the rounds, the speed-up the median
+    ratio to the eager reference, the error the largest one of last_hidden_state against the reference in float32. Run
+    it on a machine that does nothing else.
+
+    \b
+    Examples:
+      albert-fast bench
+      albert-fast bench --batch-size 32 --length 512 --ragged
+      albert-fast bench -m my-albert --batch-size 1 --length 16 --precision bf16 --json
+    """
+    import torch
+
+    options.set_threads(threads)
+    place = options.place(device)
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        folder = _random_model(SIZES[size.value], Path(scratch)) if model is None else _resolved(model)
+        batch = _batch(folder, batch_size, length, ragged, place)
+        sides, exact = _sides(folder, batch, backend, precision, place)
+        rows = compare(sides, exact(), rounds, place)
+    case = {
+        "model": model or f"random {size.value}", "batch_size": batch_size, "length": length,
+        "tokens": int(batch["attention_mask"].sum()), "precision": precision.value, "device": str(place),
+        "threads": torch.get_num_threads(), "rounds": rounds,
+    }  # fmt: skip
+    if as_json:
+        from ..info import describe
+
+        result = {"case": case, "sides": [dataclasses.asdict(row) for row in rows], "machine": describe()}
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        return
+    sys.stdout.write(_text(case, rows) + "\n")
+
+
+def _resolved(model: str) -> Path:
+    from ..weights import resolve
+
+    return resolve(model)
+
+
+def _random_model(sizes: tuple[int, int, int, int], folder: Path) -> Path:
+    import torch
+
+    from .. import ALBERTConfig, reference
+
+    hidden, heads, layers, intermediate = sizes
+    config = ALBERTConfig(
+        hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=intermediate
+    )
+    torch.manual_seed(0)
+    reference.ALBERTModel(config).save_pretrained(folder)
+    return folder
+
+
+def _batch(folder: Path, batch_size: int, length: int, ragged: bool, place: torch.device) -> dict[str, torch.Tensor]:
+    """Random ids (B, S) and the mask of their lengths, all S or spread evenly from S / 8 to S."""
+    import torch
+
+    from .. import ALBERTConfig
+    from ..weights import config_path
+
+    config = ALBERTConfig.from_json_file(config_path(folder))
+    if length > config.max_position_embeddings:
+        raise ValueError(f"--length {length} is more than the model's {config.max_position_embeddings} positions")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
+    shortest = max(1, length // 8) if ragged else length
+    lengths = torch.linspace(shortest, length, batch_size).round().long() if batch_size > 1 else torch.tensor([length])
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return {"input_ids": ids.to(place), "attention_mask": mask.to(place)}
+
+
+def _sides(
+    folder: Path, batch: dict[str, torch.Tensor], backend: str, precision: options.Precision, place: torch.device
+) -> tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
+    """Sides by name, the reference first, and the reference in float32; real tokens' hidden states (T, H)."""
+    from .. import ALBERTModel, reference
+    from ..weights import PRECISIONS
+
+    real = batch["attention_mask"].bool()
+    # The others have no integer formats: they run what they would run instead.
+    plain = precision.value if precision.value in PRECISIONS else "fp32"
+
+    def side(network: Any) -> Callable[[], torch.Tensor]:
+        return lambda: network(**batch).last_hidden_state[real]
+
+    exact = reference.ALBERTModel.from_pretrained(folder, device=place)
+    eager = exact if plain == "fp32" else reference.ALBERTModel.from_pretrained(folder, precision=plain, device=place)
+    fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision.value, device=place)
+    sides = {f"eager reference, {plain}": side(eager), f"albert_fast, {precision.value}": side(fast)}
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers import AlbertConfig, AlbertModel
+
+        # From our own state, so that whatever checkpoint we read is compared; only what AlbertModel knows goes in.
+        theirs = AlbertModel(
+            AlbertConfig.from_dict(exact.config.to_dict(), attn_implementation="sdpa"),
+            add_pooling_layer=exact.pooler is not None,
+        )
+        theirs.load_state_dict(exact.state_dict())
+        sides[f"transformers sdpa, {plain}"] = side(theirs.to(place, PRECISIONS[plain]).eval())
+    return sides, side(exact)
+
+
+def _text(case: dict[str, Any], rows: list[Row]) -> str:
+    dense = case["batch_size"] * case["length"]
+    head = (
+        f"{case['model']}, batch {case['batch_size']} x {case['length']} ({case['tokens']} of {dense} tokens are real),"
+        f" {case['device']}, {case['threads']} threads, {case['rounds']} rounds"
+    )
+    body = [
+        (
+            row.side,
+            f"{row.seconds * 1e3:.2f}",
+            f"{case['tokens'] / row.seconds:,.0f}",
+            f"{row.speedup:.2f}x",
+            f"{row.error:.1e}",
+        )
+        for row in rows
+    ]
+    return f"{head}\n\n{table(('', 'ms', 'tokens/s', 'speed-up', 'largest error'), body)}"

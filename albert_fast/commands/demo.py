@@ -1,0 +1,112 @@
+"""`albert-fast demo`: does this installation give the right answers, and how fast."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from . import _options as options
+from ._compare import compare, table
+from ._errors import UsageError, reports_errors
+from ._lines import Lines
+from .classify import Classifier, best
+
+SENTENCES = (
+    "A generous, quietly funny film that earns every one of its tears.",
+    "The plot makes no sense and the jokes land with a thud.",
+    "I went in expecting little and came out humming the songs.",
+    "Two hours of talented people wasting each other's time.",
+    "The first half drags, but the last scene is worth the wait.",
+    "Not good, not bad, just there.",
+)
+# Largest difference of logits, relative to the largest logit, that rounding in another order explains in float32.
+TOLERANCE = 1e-4
+
+
+@reports_errors
+def command(
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Sentences to label.", show_default="built-in ones")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", "-f", help="Sentences, one a line; - is standard input.")
+    ] = None,
+    model: options.ClassifierModel = None,
+    bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Compare with the eager reference.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of the comparison.")] = 7,
+    backend: options.Backend = "auto",
+    device: options.Device = None,
+    threads: options.Threads = None,
+) -> None:
+    """Check an installation: label a few sentences, then compare numbers and speed with the eager reference in float32.
+
+    Exit code 1 where the numbers are not those of the reference.
+
+    \b
+    Examples:
+      albert-fast demo
+      albert-fast demo "What a mess." "What a joy."
+      albert-fast demo --file sentences.txt --no-bench
+    """
+    if texts and file is not None:
+        raise UsageError("give sentences or --file, not both")
+    sentences = list(texts or SENTENCES) if file is None else _read(file)
+    classifier = Classifier(model, backend=backend, device=device, threads=threads)
+    answers = classifier([(text, None) for text in sentences])
+    rows = [(text, best(answer), *(f"{answer[label]:.3f}" for label in classifier.labels)) for text, answer in
+            zip(sentences, answers, strict=True)]  # fmt: skip
+    sys.stdout.write(table(("sentence", "label", *classifier.labels), rows) + "\n")
+    sys.stdout.flush()
+    if bench:
+        _bench(classifier, sentences, rounds)
+
+
+def _read(file: str) -> list[str]:
+    with Lines(file, options.InputFormat.text, "utf-8", False) as lines:
+        sentences = [record.text for record in lines.window(1000, patience=None)]
+    if not sentences:
+        raise ValueError(f"{lines.name} holds no sentence")
+    return sentences
+
+
+def _bench(classifier: Classifier, sentences: list[str], rounds: int) -> None:
+    import torch
+
+    from .. import reference
+
+    device = classifier.device
+    plain = reference.ALBERTForSequenceClassification.from_pretrained(classifier.folder, device=device)
+    many = (sentences * 32)[:32]
+    rows, worst = [], 0.0
+    for name, texts in (("1 sentence", sentences[:1]), ("32 sentences", many)):
+        batch = classifier.tokenizer(texts, max_length=classifier.limit, return_tensors="pt")
+        batch = {key: value.to(device) for key, value in batch.items()}
+        with torch.inference_mode():
+            expected = plain(**batch).logits
+        eager, fast = compare(
+            {
+                "eager": lambda batch=batch: plain(**batch).logits,
+                "fast": lambda batch=batch: classifier.model(**batch).logits,
+            },
+            expected, rounds, device,
+        )  # fmt: skip
+        worst = max(worst, fast.relative_error)
+        rows.append(
+            (
+                name,
+                f"{eager.seconds * 1e3:.2f}",
+                f"{fast.seconds * 1e3:.2f}",
+                f"{fast.speedup:.2f}x",
+                f"{fast.error:.1e}",
+            )
+        )
+    header = ("float32", "reference ms", "albert_fast ms", "speed-up", "largest difference")
+    sys.stdout.write(f"\n{table(header, rows)}\n")
+    if not worst <= TOLERANCE:  # a NaN fails too
+        raise RuntimeError(
+            f"the logits differ from the reference by {worst:.1e} of their size, more than rounding explains "
+            f"({TOLERANCE:.0e}); `albert-fast info` shows what ran"
+        )
+    sys.stdout.write(f"Same answers as the eager reference (within {worst:.0e} of the largest logit).\n")

@@ -1,0 +1,337 @@
+"""`albert-fast encode`, and what only shows in a process of its own: pipes, interruption, missing libraries."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, reference
+from albert_fast.cli import build_app
+from albert_fast.commands import encode as encode_module
+from albert_fast.commands._lines import CHUNK, LONGEST_LINE, InputError, Lines
+from albert_fast.commands._options import InputFormat
+from albert_fast.tokenization import load_tokenizer, train_tokenizer
+
+APP = build_app()
+WORDS = ["a", "fine", "film,", "quiet", "and", "odd;", "the", "plot", "is", "a", "mess", "-", "dull", "(but", "long)"]
+TEXTS = [" ".join((WORDS * 3)[i % 7 : i % 7 + (i * 5) % 23]) for i in range(25)]
+# The handler for Ctrl-C: a shell that starts the tests in the background would let them and their children ignore it.
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from albert_fast.cli import main; main()"
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(TEXTS * 2, 36)
+    config = ALBERTConfig(
+        vocab_size=tokenizer.vocab_size, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=48, initializer_range=0.4,
+        id2label={0: "negative", 1: "positive"},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    ALBERTForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.txt"
+    path.write_text("\n".join(TEXTS) + "\n")
+    return path
+
+
+def encode(
+    source: Path | str, model: Path, output: Path, *more: object, code: int = 0, stdin: str | None = None
+) -> str:
+    """Runs encode with windows of 4 lines in batches of 2; returns what it says on standard error."""
+    arguments = ["encode", source, "-m", model, "-o", output, "-b", 2, "--window", 2, *more]
+    result = CliRunner().invoke(APP, [str(argument) for argument in arguments], input=stdin)
+    assert result.exit_code == code, (result.stderr, result.exception)
+    return result.stderr
+
+
+def start(*arguments: object, **pipes: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", START, *map(str, arguments), "--threads", "1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **pipes)
+
+
+def interrupt_after(windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a later window is computed."""
+    compute = encode_module.Encoder.__call__
+    calls = iter(range(windows))
+
+    def call(self, texts):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return compute(self, texts)
+
+    monkeypatch.setattr(encode_module.Encoder, "__call__", call)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
+def test_vectors(model: Path, source: Path, tmp_path: Path, pooling: str) -> None:
+    encode(source, model, tmp_path / "out.npy", "--pooling", pooling)
+    vectors = np.load(tmp_path / "out.npy")
+    assert (vectors.shape, vectors.dtype) == ((25, 32), np.float32)
+    tokenizer, plain = load_tokenizer(model), reference.ALBERTModel.from_pretrained(model)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        with torch.no_grad():
+            out = plain(**tokenizer(text, max_length=48, return_tensors="pt"))
+        hidden = out.last_hidden_state[0]
+        expected = {"mean": hidden.mean(0), "cls": hidden[0], "pooler": out.pooler_output[0]}[pooling]
+        torch.testing.assert_close(torch.from_numpy(vector), expected, rtol=1e-4, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.npy"]
+
+
+def test_forms_agree(model: Path, source: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "id": f"n{i}"} for i, text in enumerate(TEXTS)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encode(source, model, tmp_path / "out.npy")
+    encode(tmp_path / "in.jsonl", model, tmp_path / "out.jsonl")
+    encode("-", model, tmp_path / "half.npy", "--dtype", "float16", stdin="\n".join(TEXTS))
+    vectors = np.load(tmp_path / "out.npy")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    assert np.array_equal(np.array([line["embedding"] for line in lines], dtype=np.float32), vectors)
+    assert np.array_equal(np.load(tmp_path / "half.npy"), vectors.astype(np.float16))
+    out = CliRunner().invoke(APP, ["encode", "-", "-m", str(model)], input=TEXTS[3] + "\n\n")
+    assert [len(json.loads(line)["embedding"]) for line in out.stdout.splitlines()] == [32, 32]
+
+
+def test_empty_input(model: Path, tmp_path: Path) -> None:
+    for name in ("out.npy", "out.jsonl"):
+        encode("-", model, tmp_path / name, stdin="")
+    assert np.load(tmp_path / "out.npy").shape == (0, 32)
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("windows", [1, 4, 6])
+@pytest.mark.parametrize("name", ["out.npy", "out.jsonl"])
+def test_resume(
+    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, windows: int
+) -> None:
+    whole, output, partial = tmp_path / f"whole-{name}", tmp_path / name, tmp_path / f"{name}.partial"
+    encode(source, model, whole)
+    with monkeypatch.context() as patch:
+        interrupt_after(windows, patch)
+        said = encode(source, model, output, code=130)
+    assert f"interrupted; {4 * windows} lines are saved, --resume continues" in said
+    assert not output.exists()
+    with partial.open("ab") as file:
+        file.write(b"half a row")  # as a kill in the middle of a write leaves it
+    assert "is unfinished work; --resume continues it" in encode(source, model, output, code=2)
+    assert f"continuing after {4 * windows} lines" in encode(source, model, output, "--resume")
+    assert output.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("*.progress")) + list(tmp_path.glob("*.partial"))
+    assert "is complete" in encode(source, model, output, "--resume")
+    assert "is there already; --overwrite" in encode(source, model, output, code=2)
+    encode(source, model, output, "--overwrite", "--pooling", "cls")
+    assert output.read_bytes() != whole.read_bytes()
+
+
+def test_resume_with_nothing_to_resume(
+    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(0, patch)
+        assert encode(source, model, tmp_path / "out.npy", code=130).strip() == "albert-fast: interrupted"
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+    encode(source, model, tmp_path / "out.npy", "--resume")
+    assert len(np.load(tmp_path / "out.npy")) == 25
+
+
+@pytest.fixture
+def unfinished(model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        encode(source, model, tmp_path / "out.npy", code=130)
+    return tmp_path / "out.npy"
+
+
+def test_resume_refuses_other_work(model: Path, source: Path, unfinished: Path) -> None:
+    def refused(says: str, *more: object, code: int = 2) -> None:
+        assert says in encode(source, model, unfinished, "--resume", *more, code=code)
+
+    refused("was made with pooling mean, not cls", "--pooling", "cls")
+    refused("was made with max_length 48, not 9", "--max-length", 9)
+    refused("was made with dtype float32, not float16", "--dtype", "float16")
+    weights = (model / "model.safetensors").read_bytes()
+    try:
+        (model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+        refused("was made with model ")
+    finally:
+        (model / "model.safetensors").write_bytes(weights)
+    content = source.read_text()
+    source.write_text("another first line\n" + content)
+    refused("the first 8 lines of")
+    source.write_text("\n".join(TEXTS[:5]))
+    refused("ends after 5 lines; 8 were done before", code=1)
+    source.write_text(content)
+    progress = unfinished.with_name("out.npy.progress")
+    note = progress.read_text()
+    progress.write_text(note[:40])
+    refused("is damaged")
+    progress.write_text(note)
+    partial = unfinished.with_name("out.npy.partial")
+    rows = partial.read_bytes()
+    partial.write_bytes(rows[:-1])
+    refused("is shorter than")
+    partial.write_bytes(rows)
+    source.write_text(content + "one more line\n")  # what follows may change: only what was encoded must be the same
+    encode(source, model, unfinished, "--resume")
+    assert len(np.load(unfinished)) == 26
+
+
+def test_overwrite_starts_again(model: Path, source: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(0, patch)
+        encode(source, model, unfinished, "--overwrite", code=130)
+    assert not list(unfinished.parent.glob("out.npy*"))  # no note is left that speaks of rows that are gone
+
+
+def test_two_processes_do_not_share_an_output(model: Path, source: Path, unfinished: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with unfinished.with_name("out.npy.partial").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for option in ("--resume", "--overwrite"):
+            assert "is being written by another process" in encode(source, model, unfinished, option, code=2)
+    encode(source, model, unfinished, "--resume")
+
+
+def test_bad_line_keeps_what_was_done(model: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": text}) for text in TEXTS]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
+    source.write_text("\n".join([*rows[:9], "{bad", *rows[10:]]))
+    assert "line 10: not JSON" in encode(source, model, output, code=1)
+    source.write_text("\n".join(rows))
+    assert "continuing after 8 lines" in encode(source, model, output, "--resume")
+    encode(source, model, tmp_path / "whole.npy")
+    assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_real_interruption_of_a_pipe(model: Path, source: Path, tmp_path: Path, how: signal.Signals) -> None:
+    output, progress = tmp_path / "out.npy", tmp_path / "out.npy.progress"
+    process = start("encode", "-", "-m", model, "-o", output, "-b", 2, "--window", 2, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write("".join(text + "\n" for text in TEXTS[:10]).encode())
+    process.stdin.flush()
+    deadline = time.monotonic() + 120
+    while not (progress.exists() and json.loads(progress.read_text())["rows"] == 8):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(how)
+    assert process.wait(60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert process.stderr is not None
+    said = process.stderr.read().decode()
+    assert "Traceback" not in said
+    assert ("8 lines are saved, --resume continues" in said) == (how == signal.SIGINT)
+    process.communicate()
+    assert not output.exists()
+    encode(source, model, output, "--resume")
+    encode(source, model, tmp_path / "whole.npy")
+    assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_answers_come_while_the_pipe_is_open(model: Path) -> None:
+    process = start("classify", "-", "-m", model, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for text in TEXTS[:3]:
+        process.stdin.write(text.encode() + b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline().split(b"\t")[0] in (b"positive", b"negative")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.decode().splitlines()[-1] == "albert-fast: interrupted"
+
+
+def test_a_reader_that_leaves_is_no_error(model: Path, source: Path) -> None:
+    source.write_text("\n".join(TEXTS * 400))
+    process = start("classify", source, "-m", model)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read().decode()
+    assert process.wait(120) == 0
+    assert "Traceback" not in said
+    assert "Broken" not in said
+
+
+def test_without_typer_the_command_says_how_to_get_it() -> None:
+    code = "import sys; sys.modules['typer'] = None; from albert_fast.cli import main; main()"
+    ran = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.strip() == "albert-fast: the command line needs typer: pip install 'albert-fast[cli,text]'"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from albert_fast.cli import build_app; build_app()\n"
+        "print({'torch', 'numpy', 'tokenizers', 'tqdm', 'transformers', 'triton'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_long_lines_take_bounded_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "long.txt"
+    with path.open("wb") as file:
+        file.write(b"first\n")
+        for _ in range(300):
+            file.write("\u00e9".encode() * (CHUNK // 2))
+        file.write(b"\nlast")
+    tracemalloc.start()
+    with Lines(str(path), InputFormat.text, "utf-8", False) as lines:
+        texts = [record.text for record in lines.window(10)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [len(text) for text in texts] == [5, LONGEST_LINE // 2, 4]
+    assert peak < 8 * LONGEST_LINE < path.stat().st_size
+    assert f"line 2: {300 * CHUNK - LONGEST_LINE} bytes beyond the first" in capsys.readouterr().err
+    assert lines.consumed == path.stat().st_size + 1
+
+
+def test_many_lines_take_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "many.txt"
+    path.write_text("a line of text\n" * 150_000)
+    with Lines(str(path), InputFormat.text, "utf-8", False) as lines:
+        lines.window(100)
+        tracemalloc.start()
+        while lines.window(100):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert lines.count == 150_000
+    assert peak < 1_000_000 < path.stat().st_size
+
+
+def test_a_long_json_line_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "x" * LONGEST_LINE}) + "\n")
+    with Lines(str(path), InputFormat.auto, "utf-8", False) as lines, pytest.raises(InputError, match="longer than"):
+        lines.window(1)
