@@ -1,0 +1,129 @@
+"""Groups for one operator: ours against plain torch and torch.compile, forward and backward, on its OpCase's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from harness import Options
+from torch import Tensor
+
+from albert_fast import dispatch
+from albert_fast.testing import ALL_CASES, OpCase
+from albert_fast.testing.timing import Side
+
+Eager = Callable[..., Tensor]
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class OperatorGroup:
+    """One operator, direction, dtype and shape."""
+
+    pause = False  # every side shares torch's one thread pool
+    warmup = 3
+
+    def __init__(
+        self,
+        case: OpCase,
+        eager: Eager,
+        shape_name: str,
+        shape: Any,
+        backward: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.case, self.eager, self.shape, self.backward = case, eager, shape, backward
+        self.dtype, self.device = dtype, device
+        self.key = f"{case.name}/{'bwd' if backward else 'fwd'}/{str(dtype).removeprefix('torch.')}/{shape_name}"
+        self.backend = dispatch.resolve(case.name, device.type, dtype)
+        self._made: dict[str, Any] | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The operator's keyword arguments, drawn once."""
+        if self._made is None:
+            self._made = self.case.make_inputs(self.shape, self.dtype, self.device, torch.Generator().manual_seed(0))
+        return self._made
+
+    @property
+    def operations(self) -> float:
+        """The backward of a product is two products; what a kernel recomputes is its own affair."""
+        forward: float = self.case.operations(self.inputs)
+        return forward * (2 if self.backward else 1)
+
+    @property
+    def bytes_moved(self) -> float:
+        """Backward: inputs and the output's gradient read once, every gradient written once."""
+        written = self._differentiated().values() if self.backward else ()
+        forward: float = self.case.bytes_moved(self.inputs)
+        return forward + sum(t.numel() * t.element_size() for t in written)
+
+    def sides(self) -> tuple[str, ...]:
+        return self.backend, "eager", "compile"
+
+    def why_not(self, side: str) -> str | None:
+        return None
+
+    def build(self, side: str) -> Side:
+        function = self.case.function
+        if side == "eager":
+            function = self.eager
+        elif side == "compile":
+            mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else None
+            function = torch.compile(self.eager, dynamic=False, mode=mode)
+        return self._side(function, self.inputs, self._differentiated())
+
+    def expected(self) -> tuple[Tensor, ...]:
+        """Plain torch in float64."""
+        leaves = {name: t.double() for name, t in self._differentiated().items()}
+        inputs = {name: v.double() if _is_float(v) else v for name, v in self.inputs.items()}
+        side = self._side(self.case.eager, inputs, leaves)
+        return self.comparable(side.call(*side.arguments()))
+
+    def comparable(self, output: Any) -> tuple[Tensor, ...]:
+        return output if self.backward else (output,)
+
+    def close(self) -> None:
+        self._made = None
+        torch.compiler.reset()
+
+    def _side(self, function: Eager, inputs: dict[str, Any], differentiated: dict[str, Tensor]) -> Side:
+        if not self.backward:
+            return Side(torch.inference_mode()(lambda: function(**inputs)))
+        leaves = {name: t.detach().requires_grad_() for name, t in differentiated.items()}
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(self.case.output_like(self.inputs).shape, generator=generator).to(
+            self.device, self.dtype
+        )
+        # Every call has a graph of its own: one that is kept for a second call may not reuse its memory.
+        return Side(
+            lambda output: torch.autograd.grad(output, tuple(leaves.values()), cotangent.to(output.dtype)),
+            lambda: function(**{**inputs, **leaves}),
+        )
+
+    def _differentiated(self) -> dict[str, Tensor]:
+        """The inputs whose gradients the backward computes."""
+        return {name: self.inputs[name] for name in self.case.gradients if _is_float(self.inputs.get(name))}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def operator_groups(
+    op: str, options: Options, shape_name: Callable[[Any], str], eager: Eager | None = None
+) -> Iterator[OperatorGroup]:
+    """Every group of `op`: its OpCase's bench_shapes (with --quick the first), dtypes and directions.
+
+    Args:
+        shape_name: a shape as it stands in the id.
+        eager: plain torch at its best for these shapes, where that is not the OpCase's.
+    """
+    case = ALL_CASES[op]
+    for shape in case.bench_shapes[:1] if options.quick else case.bench_shapes:
+        for dtype in _DTYPES:
+            for backward in (False, True):
+                yield OperatorGroup(
+                    case, eager or case.eager, shape_name(shape), shape, backward, dtype, options.device
+                )
