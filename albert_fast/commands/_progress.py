@@ -1,4 +1,4 @@
-"""A progress bar on standard error, only where that is a terminal."""
+"""A progress bar on standard error, only where that is a terminal and the answers do not go to the same one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ._lines import Lines
 class Progress:
     """Bytes of a file that are done, of all there are; lines where the input's end is not known."""
 
-    def __init__(self, lines: Lines, label: str) -> None:
+    def __init__(self, lines: Lines, label: str, answers_on_stdout: bool) -> None:
         from tqdm import tqdm
 
         self._lines = lines
         unit: dict[str, Any] = {"unit": " lines"} if lines.size is None else {"unit": "B", "unit_scale": True}
-        self._bar = tqdm(total=lines.size, desc=label, file=sys.stderr, disable=None, initial=self._done(), **unit)
+        hidden = True if answers_on_stdout and sys.stdout.isatty() else None  # None: only on a terminal
+        self._bar = tqdm(total=lines.size, desc=label, file=sys.stderr, disable=hidden, initial=self._done(), **unit)
 
     def __enter__(self) -> Progress:
         return self

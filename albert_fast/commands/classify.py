@@ -61,7 +61,7 @@ def command(
     """
     with Lines(file, input_format, encoding, replace_bad_bytes) as lines:
         classifier = Classifier(model, max_length, batch_size, backend, precision, device, threads)
-        with Progress(lines, "classify") as progress:
+        with Progress(lines, "classify", answers_on_stdout=True) as progress:
             bad_line: InputError | None = None
             while bad_line is None:
                 try:

@@ -102,7 +102,7 @@ def _encode(lines: Lines, encoder: Encoder, sink: StandardOutput | ResumableFile
             if lines.digest != sink.digest:
                 raise UsageError(f"the first {sink.rows} lines of {lines.name} are not those that were encoded before")
             warn(f"continuing after {sink.rows} lines")
-        with Progress(lines, "encode") as progress:
+        with Progress(lines, "encode", answers_on_stdout=not to_file) as progress:
             # Windows of a file are always full, so that a resumed run has the same ones.
             while records := lines.window(window, patience=None if to_file else 0.02):
                 sink.append(encoder([(r.text, r.pair) for r in records]), records, lines.digest)
