@@ -31,7 +31,7 @@ register(
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias = inputs
+    x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
 
 

@@ -142,7 +142,7 @@ class ALBERTForPreTraining(_HeadModel):
 
 
 class ALBERTForSequenceClassification(_HeadModel):
-    """labels (B,) or (B, num_labels) -> loss by problem type; logits (B, num_labels). Only the pooled tokens pass the last layer."""
+    """labels (B,) or (B, num_labels) -> loss by problem type; logits (B, num_labels). The last layer sees pooled tokens only."""
 
     output_tokens = "first"
 

@@ -7,6 +7,7 @@ old files, flushed to the disk, then renamed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from . import _vocabulary
 from .config import ALBERTConfig
 
 WEIGHTS_NAMES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
@@ -73,6 +75,9 @@ def resolve(path_or_hub_id: str | Path) -> Path:
 
     try:
         folder = fetch("config.json").parent
+        for file in (*_vocabulary.FILES, *_vocabulary.SETTINGS):  # a name of the hub serves for text too
+            with contextlib.suppress(EntryNotFoundError):
+                fetch(file)
         for file in WEIGHTS_NAMES:
             try:
                 weights = fetch(file)
@@ -85,6 +90,18 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     except (OSError, ValueError, EntryNotFoundError) as error:
         raise FileNotFoundError(f"{name}: no such folder here, and the hub answers: {error}") from error
     raise FileNotFoundError(f"{name}: this repository of the hub holds none of {', '.join(WEIGHTS_NAMES)}")
+
+
+def shipped_model() -> Path:
+    """Folder of the sentiment classifier that comes with the package (English, "negative" and "positive").
+
+    Raises:
+        FileNotFoundError: this installation was made without it.
+    """
+    folder = Path(__file__).parent / "data" / "sst2-small"
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder}: the shipped model is not there; name a checkpoint")
+    return folder
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -107,10 +124,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     weight_map = _read_index(path)
     for shard in sorted(set(weight_map.values())):
         _read_file(path.parent / shard, checkpoint)
-    for key in sorted(weight_map.keys() ^ checkpoint.keys()):
-        if key in weight_map:
+    for key in sorted(weight_map.keys() | checkpoint.keys()):
+        if key not in checkpoint:
             raise ValueError(f"{path.parent / weight_map[key]}: {key!r} is missing, of which {path.name} speaks")
-        raise ValueError(f"{path}: does not list {key!r}, which stands in {checkpoint.files[key]}")
+        if key not in weight_map:
+            raise ValueError(f"{path}: does not list {key!r}, which stands in {checkpoint.files[key]}")
+        if weight_map[key] != checkpoint.files[key].name:
+            raise ValueError(f"{path}: says that {key!r} is in {weight_map[key]}, it is in {checkpoint.files[key]}")
     return checkpoint
 
 

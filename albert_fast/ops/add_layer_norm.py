@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ._dropout import keep_scale_2d, seed_value
 from ..registration import as_dtype, check_rows, needs_dispatcher, register, register_autograd, rows
+from ._dropout import keep_scale_2d, seed_value
 
 
 def layer_norm_stats_ref(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,17 +6,25 @@ the last layer can ask for some tokens only.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 from ..registration import needs_dispatcher, register, register_autograd
+from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
 
 def _ranges(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(cu_seqlens.tolist()))
+
+
+def _check_ranges(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    # A few microseconds in Python; the kernel would read and write wherever these point.
     ends = cu_seqlens.tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
+        raise ValueError(f"attention: {name} must run from 0 to {tokens} and never fall, got {ends}")
 
 
 def _probabilities(
@@ -209,6 +217,10 @@ def attention(
         or cu_seqlens_q.shape != cu_seqlens_k.shape
     ):
         raise ValueError("attention: cu_seqlens_q and cu_seqlens_k must be int32 of one shape (B + 1,)")
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_ranges("cu_seqlens_q", cu_seqlens_q, len(q))
+        if cu_seqlens_k is not cu_seqlens_q or len(k) != len(q):
+            _check_ranges("cu_seqlens_k", cu_seqlens_k, len(k))
     if softmax_scale is None:
         softmax_scale = (q.shape[1] // num_heads) ** -0.5
     q, k, v = (t if t.stride(1) == 1 else t.contiguous() for t in (q, k, v))

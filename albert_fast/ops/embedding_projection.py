@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..gemm import linear
-from ._dropout import keep_scale_2d, seed_value
 from ..registration import as_dtype, needs_dispatcher, register, register_autograd, rows
+from ._dropout import keep_scale_2d, seed_value
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 
 TABLES = ("input_ids", "token_type_ids", "position_ids")
@@ -78,6 +78,36 @@ def _normed_cpu(
     if bad >= 0:
         _raise_bad(bad, (input_ids, token_type_ids, position_ids), (len(word), len(token_type), len(position)))
     return out, mean, rstd
+
+
+def _fwd_cuda(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
+    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
+    eps: float, dropout_p: float, seed: int,
+) -> Tensor:  # fmt: skip
+    """The whole operator in one CUDA kernel, on the current stream of the tensors' device."""
+    sizes = len(word), len(token_type), len(position)
+    nothing_bad = torch.iinfo(torch.int64).max
+    with torch.cuda.device(word.device):
+        out = word.new_empty((len(token_type_ids), len(proj_weight)))
+        first_bad = token_type_ids.new_full((), nothing_bad)
+        pointers = [
+            t.data_ptr()
+            for t in (
+                token_type_ids, position_ids, word if inputs_embeds is None else inputs_embeds, token_type, position, ln_weight,
+                ln_bias, proj_weight, proj_bias, out, first_bad,
+            )
+        ]  # fmt: skip
+        status = dispatch.extension().embedding_projection_fwd_cuda(
+            0 if input_ids is None else input_ids.data_ptr(), *pointers, len(out), word.shape[1], out.shape[1], *sizes, eps,
+            dropout_p, seed, dispatch.DTYPE_CODES[word.dtype], torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+        if status:
+            raise RuntimeError(f"embedding_projection: the CUDA kernel was not launched, cudaError {status}")
+        bad = int(first_bad)  # waits for the kernel: what it answers for a bad id is no embedding
+    if bad != nothing_bad:
+        _raise_bad(bad, (input_ids, token_type_ids, position_ids), sizes)
+    return out
 
 
 def _raise_bad(code: int, ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:

@@ -1,0 +1,54 @@
+"""What tests, benchmarks and the compile check share: operator cases, tolerances, poisoned memory, the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from .cases import ALL_CASES, OpCase
+from .tolerances import assert_close_calibrated
+
+__all__ = ["ALL_CASES", "OpCase", "assert_close_calibrated", "data_dir", "poison_empty", "require_data"]
+
+
+def data_dir() -> Path:
+    """The folder of real data: $ALBERT_FAST_DATA, or ../shared/data beside the checkout; it need not exist."""
+    beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    return Path(os.environ.get("ALBERT_FAST_DATA", beside))
+
+
+def require_data(name: str) -> Path:
+    """The path of `name` in `data_dir()`; skips the test, with the reason, where it is absent."""
+    import pytest
+
+    path = data_dir() / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent: set ALBERT_FAST_DATA to the folder of real data")
+    return path
+
+
+@contextmanager
+def poison_empty() -> Iterator[None]:
+    """Inside, torch.empty and its relatives return NaN (floats) or the lowest number (integers), so that what a kernel
+    forgets to write cannot pass for a result."""
+
+    def poisoned(create):
+        def call(*args, **kwargs):
+            tensor = create(*args, **kwargs)
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor.fill_(torch.iinfo(tensor.dtype).min) if tensor.dtype != torch.bool else tensor
+
+        return call
+
+    with (
+        mock.patch("torch.empty", poisoned(torch.empty)),
+        mock.patch("torch.empty_like", poisoned(torch.empty_like)),
+        mock.patch("torch.Tensor.new_empty", poisoned(torch.Tensor.new_empty)),
+    ):
+        yield

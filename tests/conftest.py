@@ -1,0 +1,17 @@
+import os
+
+# Before torch starts its threads: several test processes at once would spin in each other's barriers.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+# Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _seed_torch():
+    torch.manual_seed(0)

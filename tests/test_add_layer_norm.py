@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from albert_fast import ops
+from albert_fast.testing.parity import check_backward, check_forward, parity_grid
+
+GRID = parity_grid("add_layer_norm", "reference", "cpp", "triton")
+FORWARD = pytest.mark.parametrize(
+    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in GRID], ids=[g[0] for g in GRID]
+)
+# The gradient of a Triton forward runs through the reference, which is tested under its own name.
+TRAINED = [g for g in GRID if g[-1] != "triton"]
+BACKWARD = pytest.mark.parametrize(
+    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in TRAINED], ids=[g[0] for g in TRAINED]
+)
+
+
+@FORWARD
+def test_forward(case, shape, options, dtype, backend):
+    check_forward(case, shape, options, dtype, backend)
+
+
+@BACKWARD
+def test_backward(case, shape, options, dtype, backend):
+    check_backward(case, shape, options, dtype, backend)
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+ROWS, WIDTH = 11, 33
+
+
+def call(x, backend, **changes):
+    vectors = {"bias": torch.zeros(WIDTH), "weight": torch.ones(WIDTH), "ln_bias": torch.zeros(WIDTH), **changes}
+    residual = vectors.pop("residual", torch.zeros_like(x))
+    return ops.add_layer_norm(
+        x, vectors["bias"], residual, vectors["weight"], vectors["ln_bias"], 1e-12, backend=backend
+    )
+
+
+@BACKENDS
+def test_rows_have_mean_zero_and_variance_one_wherever_they_lie(backend):
+    out = call(torch.randn(ROWS, WIDTH) * 3 + 500, backend)
+    torch.testing.assert_close(out.mean(1), torch.zeros(ROWS), atol=2e-5, rtol=0)
+    torch.testing.assert_close(out.var(1, unbiased=False), torch.ones(ROWS), atol=1e-4, rtol=0)
+
+
+@BACKENDS
+def test_nan_and_infinity_stay_in_their_row(backend):
+    x = torch.randn(ROWS, WIDTH)
+    x[2, 5], x[7, 0] = float("nan"), float("inf")
+    out = call(x, backend)
+    assert out[[2, 7]].isnan().all()
+    assert out[[i for i in range(ROWS) if i not in (2, 7)]].isfinite().all()
+
+
+@BACKENDS
+def test_dropout_keeps_what_the_seed_says(backend):
+    x, seed = torch.ones(64, 256), torch.tensor(123456789012345)
+    vectors = (torch.zeros(256), torch.zeros(64, 256), torch.ones(256), torch.zeros(256), 1e-12, 0.3)
+    first, again = (ops.add_layer_norm(x, *vectors, seed, backend=backend) for _ in range(2))
+    assert torch.equal(first, again)
+    dropped = (first < 0).float().mean()
+    assert 0.28 < dropped < 0.32
+    other = ops.add_layer_norm(x, *vectors, seed + 1, backend=backend)
+    assert ((first < 0) != (other < 0)).float().mean() > 0.3
+    assert torch.equal(first < 0, ops.add_layer_norm(x, *vectors, seed, backend="reference") < 0)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="residual"):
+        call(torch.zeros(2, WIDTH), "auto", residual=torch.zeros(3, WIDTH))
+    with pytest.raises(ValueError, match=r"weight of shape \(33,\)"):
+        call(torch.zeros(2, WIDTH), "auto", weight=torch.zeros(WIDTH + 1))
+    assert call(torch.zeros(0, WIDTH), "auto").shape == (0, WIDTH)
+    with pytest.raises(ValueError, match="seed"):
+        ops.add_layer_norm(torch.zeros(1, 2), *([torch.zeros(2), torch.zeros(1, 2)] + [torch.zeros(2)] * 2), 1e-5, 0.5)

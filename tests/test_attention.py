@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from albert_fast import ops
+from albert_fast.testing.parity import check_backward, check_forward, parity_grid
+
+GRID = parity_grid("attention", "reference", "cpp", "triton")
+FORWARD = pytest.mark.parametrize(
+    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in GRID], ids=[g[0] for g in GRID]
+)
+# The gradient of a Triton forward runs through the reference, which is tested under its own name.
+TRAINED = [g for g in GRID if g[-1] != "triton"]
+BACKWARD = pytest.mark.parametrize(
+    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in TRAINED], ids=[g[0] for g in TRAINED]
+)
+
+
+@FORWARD
+def test_forward(case, shape, options, dtype, backend):
+    check_forward(case, shape, options, dtype, backend)
+
+
+@BACKWARD
+def test_backward(case, shape, options, dtype, backend):
+    check_backward(case, shape, options, dtype, backend)
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+
+
+def packed(lengths, heads=2, head_dim=16):
+    width = heads * head_dim
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    qkv = torch.randn(sum(lengths), 3 * width)
+    return qkv, cu_seqlens
+
+
+def run(qkv, cu_seqlens, backend, heads=2, **options):
+    q, k, v = qkv.split(qkv.shape[1] // 3, dim=1)
+    longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    return ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, heads, backend=backend, **options)
+
+
+@BACKENDS
+def test_a_row_of_weights_sums_to_one(backend):
+    qkv, cu_seqlens = packed([9, 1, 5])
+    qkv[:, 64:] = 1.0  # all values are one, so is every weighted mean of them
+    torch.testing.assert_close(run(qkv, cu_seqlens, backend), torch.ones(15, 32))
+
+
+@BACKENDS
+def test_scores_may_be_shifted(backend):
+    qkv, cu_seqlens = packed([7, 12])
+    shifted = qkv.clone()
+    shifted[:, 32:64] += 3.0  # the same vector added to every key shifts all scores of a query alike
+    torch.testing.assert_close(run(shifted, cu_seqlens, backend), run(qkv, cu_seqlens, backend), atol=2e-5, rtol=1e-4)
+
+
+@BACKENDS
+def test_huge_scores_do_not_overflow(backend):
+    qkv, cu_seqlens = packed([6])
+    qkv[:, :64] *= 1e3
+    assert run(qkv, cu_seqlens, backend).isfinite().all()
+
+
+@BACKENDS
+def test_nan_stays_in_its_sequence(backend):
+    qkv, cu_seqlens = packed([4, 6])
+    qkv[1, 40] = float("nan")
+    out = run(qkv, cu_seqlens, backend)
+    assert out[:4, :16].isnan().all()
+    assert out[4:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_the_same_whatever_else_is_in_the_batch(backend):
+    qkv, cu_seqlens = packed([33, 5, 70])
+    alone = run(qkv[33:38], torch.tensor([0, 5], dtype=torch.int32), backend)
+    assert torch.equal(run(qkv, cu_seqlens, backend)[33:38], alone)
+
+
+@BACKENDS
+def test_dropout_is_replayed_alike_everywhere(backend):
+    qkv, cu_seqlens = packed([5, 8])
+    options = {"dropout_p": 0.4, "seed": torch.tensor(2**62 + 77)}
+    expected = run(qkv, cu_seqlens, "reference", **options)
+    torch.testing.assert_close(run(qkv, cu_seqlens, backend, **options), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(expected, run(qkv, cu_seqlens, "reference"))
+
+
+def test_bad_input_is_named():
+    qkv, cu_seqlens = packed([3])
+    with pytest.raises(ValueError, match="multiple of num_heads"):
+        run(qkv, cu_seqlens, "auto", heads=3)
+    with pytest.raises(ValueError, match="int32"):
+        run(qkv, cu_seqlens.long(), "auto")
+    with pytest.raises(ValueError, match=r"cu_seqlens.*0 to 3"):
+        run(qkv, torch.tensor([0, 4], dtype=torch.int32), "auto")
+    with pytest.raises(ValueError, match="dtype"):
+        ops.attention(qkv, qkv.double(), qkv.double(), cu_seqlens, cu_seqlens, 3, 3, 2)
+    assert run(qkv[:0], torch.zeros(1, dtype=torch.int32), "auto").shape == (0, 32)

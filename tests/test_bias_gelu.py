@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from albert_fast import ops
+from albert_fast.testing.parity import check_backward, check_forward, parity_grid
+
+GRID = parity_grid("bias_gelu", "reference", "cpp", "triton")
+FORWARD = pytest.mark.parametrize(
+    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in GRID], ids=[g[0] for g in GRID]
+)
+# The gradient of a Triton forward runs through the reference, which is tested under its own name.
+TRAINED = [g for g in GRID if g[-1] != "triton"]
+BACKWARD = pytest.mark.parametrize(
+    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in TRAINED], ids=[g[0] for g in TRAINED]
+)
+
+
+@FORWARD
+def test_forward(case, shape, options, dtype, backend):
+    check_forward(case, shape, options, dtype, backend)
+
+
+@BACKWARD
+def test_backward(case, shape, options, dtype, backend):
+    check_backward(case, shape, options, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("act", ["gelu_tanh", "gelu_erf", "relu"])
+def test_limits_infinities_and_nan(act, backend):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([[0.0, 1e4, -1e4, inf, nan, -0.0]])
+    out = ops.bias_gelu(x, torch.zeros(6), act, backend=backend)
+    # By the formula; torch's own erf form answers NaN or inf for inf, by the width of its vectors.
+    torch.testing.assert_close(out, torch.tensor([[0.0, 1e4, 0.0, inf, nan, 0.0]]), equal_nan=True, atol=0, rtol=1e-6)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"bias of shape \(4,\).*\(3,\)"):
+        ops.bias_gelu(torch.zeros(2, 4), torch.zeros(3))
+    with pytest.raises(ValueError, match="swish"):
+        ops.bias_gelu(torch.zeros(2, 4), torch.zeros(4), "swish")
+    with pytest.raises(ValueError, match="tokens, width"):
+        ops.bias_gelu(torch.zeros(4), torch.zeros(4))
+    assert ops.bias_gelu(torch.zeros(0, 4), torch.zeros(4)).shape == (0, 4)

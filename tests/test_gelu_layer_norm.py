@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from albert_fast import ops
+from albert_fast.testing.parity import check_backward, check_forward, parity_grid
+
+GRID = parity_grid("gelu_layer_norm", "reference", "cpp", "triton")
+FORWARD = pytest.mark.parametrize(
+    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in GRID], ids=[g[0] for g in GRID]
+)
+# The gradient of a Triton forward runs through the reference, which is tested under its own name.
+TRAINED = [g for g in GRID if g[-1] != "triton"]
+BACKWARD = pytest.mark.parametrize(
+    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in TRAINED], ids=[g[0] for g in TRAINED]
+)
+
+
+@FORWARD
+def test_forward(case, shape, options, dtype, backend):
+    check_forward(case, shape, options, dtype, backend)
+
+
+@BACKWARD
+def test_backward(case, shape, options, dtype, backend):
+    check_backward(case, shape, options, dtype, backend)
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+ROWS, WIDTH = 11, 33
+
+
+def call(x, backend, **changes):
+    vectors = {"bias": torch.zeros(WIDTH), "weight": torch.ones(WIDTH), "ln_bias": torch.zeros(WIDTH), **changes}
+    return ops.gelu_layer_norm(
+        x, vectors["bias"], vectors["weight"], vectors["ln_bias"], 1e-12, "relu", backend=backend
+    )
+
+
+@BACKENDS
+def test_rows_have_mean_zero_and_variance_one(backend):
+    out = call(torch.randn(ROWS, WIDTH) * 3, backend)
+    torch.testing.assert_close(out.mean(1), torch.zeros(ROWS), atol=2e-5, rtol=0)
+    torch.testing.assert_close(out.var(1, unbiased=False), torch.ones(ROWS), atol=1e-4, rtol=0)
+
+
+@BACKENDS
+def test_nan_stays_in_its_row(backend):
+    x = torch.randn(ROWS, WIDTH)
+    x[2, 5] = float("nan")
+    out = call(x, backend)
+    assert out[2].isnan().all()
+    assert out[[i for i in range(ROWS) if i != 2]].isfinite().all()
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"ln_bias of shape \(33,\)"):
+        call(torch.zeros(2, WIDTH), "auto", ln_bias=torch.zeros(2))
+    with pytest.raises(ValueError, match="swish"):
+        ops.gelu_layer_norm(torch.zeros(2, 4), *[torch.zeros(4)] * 3, 1e-5, "swish")
+    assert call(torch.zeros(0, WIDTH), "auto").shape == (0, WIDTH)

@@ -1,0 +1,82 @@
+"""torch.library's own checks of every operator, on every backend that runs here, and the table of dispatch."""
+
+import warnings
+
+import pytest
+import torch
+
+from albert_fast import dispatch, gemm, ops, packing
+from albert_fast.testing import ALL_CASES
+from albert_fast.testing.parity import make_inputs
+
+__all__ = ["gemm", "packing"]  # imported for the operators that they register
+
+
+def fwd_arguments(name, backend, **options):
+    """Positional arguments of `albert_fast::<name>_fwd` for a small case."""
+    case = ALL_CASES[name]
+    shape = case.small_shapes[1] if len(case.small_shapes) > 1 else case.small_shapes[0]
+    inputs = make_inputs(case, shape, options, torch.float32)
+    for key in case.gradients:
+        if isinstance(inputs.get(key), torch.Tensor):
+            inputs[key] = inputs[key].detach().clone().requires_grad_()
+    schema = getattr(torch.ops.albert_fast, f"{name}_fwd").default._schema
+    values = {**inputs, "backend": backend}
+    return tuple(values.get(argument.name) for argument in schema.arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_opcheck(name, backend):
+    if backend not in dispatch.runnable_on(name, "cpu"):
+        pytest.skip(f"{name} has no {backend} kernel")
+    operator = getattr(torch.ops.albert_fast, f"{name}_fwd").default
+    torch.library.opcheck(operator, fwd_arguments(name, backend))
+    if "dropout_p" in make_inputs(ALL_CASES[name], ALL_CASES[name].small_shapes[0], {}, torch.float32):
+        torch.library.opcheck(operator, fwd_arguments(name, backend, dropout_p=0.3))
+
+
+def test_opcheck_of_products_and_packing():
+    x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
+    arguments = tuple(t.requires_grad_() for t in (x, weight, bias))
+    torch.library.opcheck(torch.ops.albert_fast.onednn_linear.default, arguments)
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]])
+    torch.library.opcheck(torch.ops.albert_fast.pack_indices.default, (mask,))
+    _, cu_seqlens = torch.ops.albert_fast.pack_indices(mask)
+    flags = torch.tensor([True, False, True, True])
+    torch.library.opcheck(torch.ops.albert_fast.select_rows.default, (flags, cu_seqlens))
+
+
+def test_every_operator_has_a_table_row_and_a_case():
+    assert set(dispatch.TABLE) == set(ALL_CASES)
+    for name in dispatch.TABLE:
+        assert dispatch.TABLE[name]["cpu"][-1] == dispatch.TABLE[name]["cuda"][-1] == "reference"
+        assert callable(getattr(ops, name))
+        assert callable(getattr(ops, f"{name}_ref"))
+
+
+def test_a_fall_back_is_said_once_with_the_way_out(monkeypatch):
+    reason = "the C++ extension is not built: install a C++17 compiler, then `pip install -e .` again"
+    monkeypatch.setattr(dispatch, "_why_not", lambda op, device, backend: None if backend == "reference" else reason)
+    dispatch.resolve.cache_clear()
+    try:
+        with pytest.warns(
+            UserWarning, match=r"bias_gelu runs on backend 'reference'.*C\+\+17 compiler.*albert_fast.info"
+        ):
+            assert dispatch.resolve("bias_gelu", "cpu", torch.float32) == "reference"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            dispatch.resolve("bias_gelu", "cpu", torch.float32)
+        with pytest.raises(dispatch.BackendUnavailableError, match=r"backend='cpp' cannot run here.*backend='auto'"):
+            dispatch.resolve("bias_gelu", "cpu", torch.float32, "cpp")
+    finally:
+        dispatch.resolve.cache_clear()
+
+
+def test_why_not_names_device_and_dtype():
+    assert dispatch.why_not("attention", "cpu", "cpp", torch.float16) is not None
+    assert "float16" in str(dispatch.why_not("attention", "cpu", "cpp", torch.float16))
+    assert dispatch.why_not("attention", "cpu", "cpp", torch.float32) is None
+    assert "no cuda kernel" in str(dispatch.why_not("attention", "cuda", "cuda"))
+    with pytest.raises(dispatch.BackendUnavailableError, match="unknown backend 'fast'"):
+        dispatch.resolve("attention", "cpu", torch.float32, "fast")
