@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -369,4 +370,4 @@ def test_train_defaults_are_the_recipes(monkeypatch: pytest.MonkeyPatch, run, la
     named = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
     for option in ("layers", "heads", "hidden-size", "embedding-size", "intermediate-size"):
         name = named.get(option, option.replace("-", "_"))
-        assert f"--{option} <int range> New model. [default: ({default[name]})" in shown
+        assert re.search(rf"--{option} [^-]*New model\. \[default: \({default[name]}\)", shown), option

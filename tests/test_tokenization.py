@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from albert_fast.testing import require_data
 from albert_fast.tokenization import Tokenizer, load_tokenizer, train_tokenizer
+from albert_fast.weights import resolve
 
 NASTY = {
     "emoji": "Hello \U0001f600 World \U0001f468\u200d\U0001f469\u200d\U0001f467!",
@@ -424,3 +425,21 @@ def test_missing_libraries_name_the_extra(tmp_path: Path) -> None:
 def test_importing_costs_neither_library() -> None:
     code = "import sys, albert_fast.tokenization; print({'tokenizers', 'sentencepiece', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_a_name_on_the_hub_brings_its_vocabulary(small: Tokenizer, tmp_path: Path, monkeypatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    small.save(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    fetched = []
+
+    def download(repository: str, file: str) -> str:
+        if not (tmp_path / file).exists():
+            raise hub.errors.EntryNotFoundError(f"404: {file}")
+        fetched.append(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert load_tokenizer(resolve("someone/albert")).get_vocab() == small.get_vocab()
+    assert {"tokenizer.json", "tokenizer_config.json"} < set(fetched)
