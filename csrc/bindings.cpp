@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "common.h"
 
@@ -21,6 +22,10 @@
 #define ALBERT_FAST_ISA avx512
 #include "cpu/kernels.h"
 #undef ALBERT_FAST_ISA
+#endif
+
+#if defined(ALBERT_FAST_CUDA)
+#include "cuda/embedding_projection.h"
 #endif
 
 namespace py = pybind11;
@@ -79,6 +84,26 @@ Isa choose_isa() {
 #define IF_AVX2(function)
 #endif
 
+#if defined(ALBERT_FAST_CUDA)
+// A function of pointers as one of addresses.
+template <class T>
+using Given = std::conditional_t<std::is_pointer_v<T>, albert_fast::Address, T>;
+
+template <class T>
+T received(Given<T> value) {
+    if constexpr (std::is_pointer_v<T>) {
+        return reinterpret_cast<T>(value);
+    } else {
+        return value;
+    }
+}
+
+template <class Result, class... Parameters>
+auto by_address(Result (*function)(Parameters...)) {
+    return [function](Given<Parameters>... values) { return function(received<Parameters>(values)...); };
+}
+#endif
+
 py::dict build_info(Isa isa) {
     py::list compiled, archs;
     for (int i = 0; i < static_cast<int>(Isa::kCount); ++i) {
@@ -124,4 +149,8 @@ PYBIND11_MODULE(_C, module) {
     EXPORT(gelu_layer_norm_fwd_cpu);
     EXPORT(gelu_layer_norm_bwd_cpu);
 #undef EXPORT
+#if defined(ALBERT_FAST_CUDA)
+    module.def("embedding_projection_fwd_cuda", by_address(embedding_projection_fwd_cuda),
+               py::call_guard<py::gil_scoped_release>());
+#endif
 }
