@@ -24,7 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--quick", action="store_true", help="small shapes, a small model and few rounds: a check, not a figure"
     )
-    group.addoption("--long", action="store_true", help="also the batch of 32 reviews, ten seconds a call where padded")
+    group.addoption(
+        "--long", action="store_true", help="every shape, also the batch that takes ten seconds a call where padded"
+    )
     group.addoption("--rounds", type=int, default=None, help="samples of each side (default 7, with --quick 3)")
     group.addoption("--threads", type=int, default=None, help="threads of every side (default: torch's)")
 

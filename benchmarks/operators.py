@@ -15,6 +15,14 @@ from albert_fast.testing.timing import Side
 
 Eager = Callable[..., Tensor]
 _DTYPES = (torch.float32, torch.bfloat16)
+# What fills a GPU: 64 sequences of 512 tokens of ALBERT-base.
+_GPU_SHAPES: dict[str, Any] = {
+    "embedding_projection": (32768, 128, 768, 30000, 512, 2),
+    "attention": ((512,) * 64, None, 12, 64),
+    "bias_gelu": (32768, 3072),
+    "add_layer_norm": (32768, 768),
+    "gelu_layer_norm": (32768, 128),
+}
 
 
 class OperatorGroup:
@@ -114,14 +122,21 @@ def _is_float(value: Any) -> bool:
 def operator_groups(
     op: str, options: Options, shape_name: Callable[[Any], str], eager: Eager | None = None
 ) -> Iterator[OperatorGroup]:
-    """Every group of `op`: its OpCase's bench_shapes (with --quick the first), dtypes and directions.
+    """Every group of `op`: its largest shape (--long: all, --quick: the smallest), each dtype and direction.
 
     Args:
         shape_name: a shape as it stands in the id.
         eager: plain torch at its best for these shapes, where that is not the OpCase's.
     """
     case = ALL_CASES[op]
-    for shape in case.bench_shapes[:1] if options.quick else case.bench_shapes:
+    shapes = case.bench_shapes  # smallest first
+    if options.device.type == "cuda":
+        shapes = (*shapes, _GPU_SHAPES[op])
+    if options.quick:
+        shapes = shapes[:1]
+    elif not options.long:
+        shapes = shapes[-1:]
+    for shape in shapes:
         for dtype in _DTYPES:
             for backward in (False, True):
                 yield OperatorGroup(
