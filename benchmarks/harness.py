@@ -162,12 +162,15 @@ def _keeping(outputs: dict[str, Any], name: str, side: Side) -> Side:
 
 def _figures(group: Group, name: str, samples: Mapping[str, list[float]]) -> dict[str, Any]:
     median = statistics.median(samples[name])
-    figures: dict[str, Any] = {"id": f"{group.key}/{name}", "ours": name == group.sides()[0]}
+    ours = group.sides()[0]
+    figures: dict[str, Any] = {"id": f"{group.key}/{name}", "ours": name == ours}
     figures["milliseconds"] = median * 1e3
     figures["operations"] = group.operations
     figures["gflops"] = group.operations / median / 1e9
     if group.bytes_moved is not None:
         figures["gbytes_per_second"] = group.bytes_moved / median / 1e9
+    if ours in samples:
+        figures["times_ours"] = paired_ratio(samples[ours], samples[name])
     others = {other: statistics.median(seconds) for other, seconds in samples.items() if other != name}
     if others:
         best = min(others, key=others.__getitem__)

@@ -165,7 +165,8 @@ def _panel(axis: Any, group: Sequence[Record], title: str) -> None:
     for place, record in enumerate(group):
         length = record.milliseconds / unit
         axis.barh(place, length, height=0.8, color=_OURS if record.ours else _OTHERS)
-        text = _time(record.milliseconds) + ("" if record.ours else f"  {length:.2f}x")
+        factor = None if record.ours else record.figures.get("times_ours")
+        text = _time(record.milliseconds) + ("" if factor is None else f"  {factor:.2f}x")
         side = "albert_fast" if record.ours else record.side
         axis.text(-0.03 * longest, place, side, ha="right", va="center", fontsize=8, color=_TEXT)
         axis.text(length + 0.03 * longest, place, text, ha="left", va="center", fontsize=8, color=_TEXT)
