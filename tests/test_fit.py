@@ -94,7 +94,7 @@ def test_fit_refuses_what_does_not_fit(text_files: tuple[Path, Path], tmp_path: 
     (folder / STATE_NAME).write_bytes((folder / STATE_NAME).read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
         run_fit(text_files, folder, recipe=short, resume=True)
-    with pytest.raises(ValueError, match="17 is more than the model's 16"):
+    with pytest.raises(ValueError, match="17 and position_shift 0 need 17 positions, the model has 16"):
         run_fit(text_files, tmp_path / "long", recipe=Recipe(max_length=17))
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf)"):
         run_fit(text_files, tmp_path / "far", recipe=Recipe(max_length=16, learning_rate=1e30))

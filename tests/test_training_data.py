@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from albert_fast.training import LengthBucketSampler, MaskedTextDataset, TextDataset, read_examples
+from albert_fast.training import LengthBucketSampler, MaskedTextDataset, TextDataset, baseline, read_examples
+from albert_fast.training.distill import write_soft_labels
 from albert_fast.training.masking import choose_tokens, drop_contained_lines, word_starts
 
 
@@ -87,6 +88,54 @@ def test_dataset_pads_cuts_and_drops_pieces() -> None:
     assert 0.25 < (ids[:, 1:-1] == tokenizer.mask_token_id).float().mean() < 0.35
     with pytest.raises(ValueError, match="2 texts but 1 labels"):
         TextDataset(["a", "b"], [1], tokenizer)
+
+
+def test_position_shift_moves_whole_rows() -> None:
+    data = TextDataset(["a b"] * 200, [0] * 200, Words("a b"), position_shift=3)
+    torch.manual_seed(0)
+    positions = data.collate([data[i] for i in range(200)])["position_ids"]
+    assert torch.equal(positions - positions[:, :1], torch.arange(4).expand(200, 4))
+    assert positions[:, 0].unique().tolist() == [0, 1, 2, 3]
+
+
+def test_soft_labels_are_read_and_collated(tmp_path: Path) -> None:
+    path = tmp_path / "soft.jsonl"
+    path.write_text('{"text": "a", "label": [0.25, 0.75]}\n{"text": "b", "label": [1, 0]}\n')
+    examples = read_examples(path, label_names=["negative", "positive"])
+    data = TextDataset(examples.texts, examples.labels, Words("a b"))
+    torch.testing.assert_close(data.collate([data[0], data[1]])["labels"], torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
+    with pytest.raises(ValueError, match="expected 3 probabilities"):
+        read_examples(path, label_names=["a", "b", "c"])
+    path.write_text('{"text": "a", "label": [0.25, 0.75]}\n{"text": "b", "label": 1}\n')
+    with pytest.raises(ValueError, match="1 of 2 labels"):
+        read_examples(path)
+
+
+def test_teacher_labels_recombined_text(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the train extra is not installed")
+    fillers = ["the", "film", "by", "this", "man", "in", "town", "with", "a", "cat"]
+    lines = [" ".join([*fillers[i % 9 :], word, *fillers[: i % 9]]) for i in range(40) for word in ("good", "bad")]
+    train = tmp_path / "train.tsv"
+    train.write_text("text\tlabel\n" + "".join(f"{line}\t{int('good' in line)}\n" for line in lines))
+    assert write_soft_labels(train, tmp_path / "soft.jsonl", examples=200, seed=1) == 280
+    soft = read_examples(tmp_path / "soft.jsonl")
+    assert soft.texts[:80] == lines
+    known = set(" ".join(lines).split())
+    for text, (_, positive) in zip(soft.texts, soft.labels, strict=True):
+        assert set(text.split()) <= known
+        if ("good" in text.split()) != ("bad" in text.split()):
+            assert (positive > 0.5) == ("good" in text.split())
+    assert len(set(soft.texts[80:])) > 100
+    write_soft_labels(train, tmp_path / "again.jsonl", examples=200, seed=1)
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "soft.jsonl").read_text()
+
+
+def test_baseline_finds_the_words_that_matter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="the train extra is not installed")
+    file = tmp_path / "x.tsv"
+    file.write_text("text\tlabel\n" + "".join(f"film {i} is {['bad', 'good'][i % 2]}\t{i % 2}\n" for i in range(40)))
+    baseline.main(["--train", str(file), "--dev", str(file), "--test", str(file)])
+    assert "test accuracy 1.0000 (95 % interval 0.9124 to 1.0000, n = 40)" in capsys.readouterr().out
 
 
 def test_sampler_covers_all_sorts_by_length_and_starts_anywhere() -> None:

@@ -47,6 +47,9 @@ def command(
     piece_dropout: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of tokens masked while training.")
     ] = 0.0,
+    position_shift: Annotated[
+        int, typer.Option(min=0, help="Training texts start at a random position up to this.")
+    ] = 0,
     ema_decay: Annotated[float | None, typer.Option(help="Keep a running average of the weights.")] = None,
     pretrain_epochs: Annotated[int, typer.Option(min=0, help="Masked language modelling on TRAIN first.")] = 0,
     pretrain_batch_size: Annotated[int, typer.Option(min=1)] = 32,
@@ -103,14 +106,14 @@ def command(
     recipe = Recipe(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=weight_decay,
         warmup_ratio=warmup_ratio, max_grad_norm=max_grad_norm, max_length=max_length, label_smoothing=label_smoothing,
-        piece_dropout=piece_dropout, ema_decay=ema_decay, pretrain_epochs=pretrain_epochs,
+        piece_dropout=piece_dropout, position_shift=position_shift, ema_decay=ema_decay, pretrain_epochs=pretrain_epochs,
         pretrain_batch_size=pretrain_batch_size, pretrain_learning_rate=pretrain_learning_rate,
         mask_probability=mask_probability, metric=metric, seed=seed, checkpoint_steps=checkpoint_steps,
     )  # fmt: skip
     try:
         result = fit(
             train_file, output_dir, dev_file=dev_file, recipe=recipe,
-            config=small_config(max_length).replace(**chosen) if chosen else None, vocab_size=vocab_size,
+            config=small_config(max_length + position_shift).replace(**chosen) if chosen else None, vocab_size=vocab_size,
             init_from=init_from, label_names=None if label_names is None else label_names.split(","), resume=resume,
             device=device, progress=bars, **columns,
         )  # fmt: skip

@@ -29,7 +29,7 @@ class Examples:
     """Texts, their labels, and the names of the classes (None: the labels are numbers to predict)."""
 
     texts: list[str] | list[tuple[str, str]]
-    labels: list[int] | list[float]
+    labels: list[int] | list[float] | list[list[float]]
     label_names: list[str] | None
 
 
@@ -49,7 +49,7 @@ def read_examples(
         label_column: default: label.
         label_names: the classes in order of their ids; labels in the file are these names, or their ids. Default:
             found in the file. Whole numbers 0..n-1 are ids, other numbers are values to predict, words are sorted and
-            numbered.
+            numbered. In .jsonl a label may also be a list, the probability of each class.
 
     Raises:
         ValueError: an unknown suffix, a missing column, a row with too few fields, a label outside `label_names`, a
@@ -57,16 +57,36 @@ def read_examples(
     """
     texts: list[Any] = []
     labels: list[str] = []
+    soft: list[list[float]] = []
     for line, row in _rows(Path(path), any(isinstance(c, int) for c in (text_column, pair_column, label_column))):
         text: Any = _field(row, TEXT_COLUMNS if text_column is None else (text_column,), path, line)
         if pair_column is not None:
             text = (text, _field(row, (pair_column,), path, line))
         texts.append(text)
-        labels.append(_field(row, (LABEL_COLUMN if label_column is None else label_column,), path, line).strip())
+        label = LABEL_COLUMN if label_column is None else label_column
+        if isinstance(row.get(label), list):
+            soft.append(row[label])
+        else:
+            labels.append(_field(row, (label,), path, line).strip())
     if not texts:
         raise ValueError(f"{path}: no examples")
+    if soft:
+        return _soft_examples(texts, soft, label_names, path)
     ids, names = encode_labels(labels, label_names, str(path))
     return Examples(texts, ids, names)
+
+
+def _soft_examples(
+    texts: list[Any], soft: list[list[float]], label_names: Sequence[str] | None, path: str | Path
+) -> Examples:
+    """Examples whose labels are probabilities of the classes."""
+    names = [str(i) for i in range(len(soft[0]))] if label_names is None else list(label_names)
+    if len(soft) != len(texts):
+        raise ValueError(f"{path}: {len(soft)} of {len(texts)} labels are lists of probabilities, the others are not")
+    for i, row in enumerate(soft):
+        if len(row) != len(names) or abs(sum(row) - 1) > 1e-2 or min(row) < 0:
+            raise ValueError(f"{path}: example {i} has the label {row}, expected {len(names)} probabilities")
+    return Examples(texts, soft, names)
 
 
 def encode_labels(
@@ -133,29 +153,35 @@ class TextDataset(Dataset[dict[str, Any]]):
 
     Args:
         texts: N strings, or N pairs of strings.
-        labels: N ints (classes) or floats (values).
+        labels: N ints (classes), floats (values) or lists of C floats (probabilities of the classes).
         tokenizer: `albert_fast.tokenization.Tokenizer`, or any callable with Hugging Face's arguments.
         max_length: longer texts are cut to this many tokens, special ones counted.
         piece_dropout: share of the tokens, special ones excepted, that `collate` replaces by the mask token: a
             regulariser for training from scratch (word dropout, Iyyer et al. 2015, section 3.1).
+        position_shift: `collate` adds `position_ids` that start anywhere from 0 to this number, so that a model trained
+            from scratch on short texts knows the positions of long ones too.
 
     Raises:
-        ValueError: as many texts as labels are needed; a piece_dropout outside [0, 1) or without a mask token.
+        ValueError: as many texts as labels are needed; a piece_dropout outside [0, 1) or without a mask token; a negative
+            position_shift.
     """
 
     def __init__(
         self,
         texts: Sequence[str] | Sequence[tuple[str, str]],
-        labels: Sequence[int] | Sequence[float],
+        labels: Sequence[int] | Sequence[float] | Sequence[Sequence[float]],
         tokenizer: Any,
         max_length: int = 512,
         *,
         piece_dropout: float = 0.0,
+        position_shift: int = 0,
     ) -> None:
         if len(texts) != len(labels):
             raise ValueError(f"{len(texts)} texts but {len(labels)} labels")
         if not 0 <= piece_dropout < 1:
             raise ValueError(f"piece_dropout must lie in [0, 1), got {piece_dropout}")
+        if position_shift < 0:
+            raise ValueError(f"position_shift must not be negative, got {position_shift}")
         if piece_dropout and tokenizer.mask_token_id is None:
             raise ValueError("piece_dropout needs a tokenizer with a mask token")
         encoded = tokenizer(list(texts), truncation=True, max_length=max_length) if len(texts) else {"input_ids": []}
@@ -166,7 +192,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         self.pad_id = int(tokenizer.pad_token_id)
         self.mask_id: int | None = tokenizer.mask_token_id
         self.special_ids = torch.tensor(sorted({int(i) for i in tokenizer.all_special_ids}))
-        self.piece_dropout = piece_dropout
+        self.piece_dropout, self.position_shift = piece_dropout, position_shift
 
     @classmethod
     def from_file(cls, path: str | Path, tokenizer: Any, max_length: int = 512, **options: Any) -> TextDataset:
@@ -191,6 +217,9 @@ class TextDataset(Dataset[dict[str, Any]]):
         batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
         if self.token_type_ids is not None:
             batch["token_type_ids"] = pad_rows([item["token_type_ids"] for item in items], 0)
+        if self.position_shift:
+            starts = torch.randint(self.position_shift + 1, (len(items), 1))
+            batch["position_ids"] = starts + torch.arange(batch["input_ids"].shape[1])
         batch["labels"] = torch.tensor([item["labels"] for item in items])
         if self.piece_dropout:
             assert self.mask_id is not None

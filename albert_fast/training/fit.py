@@ -136,13 +136,15 @@ def _complete(
     if init_from is not None:
         config = ALBERTConfig.from_json_file(config_path(resolve(init_from)))
     else:
-        config = (config or small_config(recipe.max_length)).replace(
+        config = (config or small_config(recipe.max_length + recipe.position_shift)).replace(
             vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id,
         )  # fmt: skip
-    if recipe.max_length > config.max_position_embeddings:
+    needed = recipe.max_length + recipe.position_shift
+    if needed > config.max_position_embeddings:
         raise ValueError(
-            f"max_length {recipe.max_length} is more than the model's {config.max_position_embeddings} positions"
+            f"max_length {recipe.max_length} and position_shift {recipe.position_shift} need {needed} positions, "
+            f"the model has {config.max_position_embeddings}"
         )
     if examples.label_names is None:
         return config.replace(id2label=None, label2id=None, num_labels=1, problem_type="regression")
@@ -192,8 +194,9 @@ def _classify(
     elif init_from is not None and run.saved is None:
         _start_from(model, init_from)
     data = TextDataset(
-        examples.texts, examples.labels, tokenizer, recipe.max_length, piece_dropout=recipe.piece_dropout
-    )
+        examples.texts, examples.labels, tokenizer, recipe.max_length,
+        piece_dropout=recipe.piece_dropout, position_shift=recipe.position_shift,
+    )  # fmt: skip
     regression = examples.label_names is None
     criterion = nn.MSELoss() if regression else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     dev_loader = None

@@ -32,7 +32,7 @@ class Recipe:
             `warmup_ratio` of the steps and linear decay to zero.
         max_length: longer texts are cut.
         label_smoothing: of the cross-entropy over classes.
-        piece_dropout: share of the input tokens replaced by the mask token while training.
+        piece_dropout, position_shift: of the training set, see `TextDataset`.
         ema_decay: evaluate and keep a running average of the weights with this decay; None: the weights themselves.
         pretrain_epochs, pretrain_batch_size, pretrain_learning_rate, mask_probability: masked language modelling first,
             on the training text without the lines that others contain.
@@ -50,6 +50,7 @@ class Recipe:
     max_length: int = 128
     label_smoothing: float = 0.0
     piece_dropout: float = 0.0
+    position_shift: int = 0
     ema_decay: float | None = None
     pretrain_epochs: int = 0
     pretrain_batch_size: int = 32
