@@ -66,7 +66,7 @@ def lend_libraries(python: Path) -> None:
     named in one are not read, so this environment's editable albert_fast stays out of sight.
     """
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=python.parent).strip()
-    ours = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    ours = [folder for folder in sys.path if folder.endswith(("site-packages", "dist-packages"))]
     Path(site, "lent.pth").write_text("\n".join(ours) + "\n")
 
 
