@@ -91,7 +91,7 @@ static inline void multiply_depth(Strided a, const float* b, std::int64_t b_row,
 // plus the number of blocks, which keeps its rounding error small. The order of every sum depends on the depth alone.
 static inline void multiply(Strided a, const float* b, std::int64_t b_row, float* c, std::int64_t c_row, std::int64_t rows,
                             std::int64_t columns, std::int64_t depth, bool add) {
-    constexpr std::int64_t kBlock = 128;
+    constexpr std::int64_t kBlock = 64;
     for (std::int64_t k = 0; k == 0 || k < depth; k += kBlock) {
         const std::int64_t length = depth - k < kBlock ? depth - k : kBlock;
         multiply_depth({a.data + k * a.step, a.row, a.step}, b + k * b_row, b_row, c, c_row, rows, columns, length,

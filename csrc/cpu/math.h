@@ -8,7 +8,7 @@ namespace albert_fast::ALBERT_FAST_ISA {
 // exp(x) = 2^n * exp(r), n the nearest integer to x / ln 2. exp(r) = 1 + r + r^2 P(r), P minimax of degree 4 on
 // |r| <= ln 2 / 2 (relative error 3e-9). Gives inf above 88.72, denormals and zero below -87.3, NaN for NaN.
 static inline Vec exp(Vec x) {
-    x = at_most(at_least(x, -104.0f), 89.0f);
+    x = smaller(splat(89.0f), larger(splat(-104.0f), x));
     const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
     const Vec shifted = x * 1.44269504f + round_to_integer;
     const Vec n = shifted - round_to_integer;
@@ -53,16 +53,16 @@ struct Activation;
 // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation for negative x.
 template <>
 struct Activation<kGeluTanh> {
-    static inline Vec twice_u(Vec x) { return x * (x * x * 0.0713548163f + 1.59576912f); }
+    static inline Vec minus_twice_u(Vec x) { return x * (x * x * -0.0713548163f - 1.59576912f); }
 
-    static inline Vec forward(Vec x) { return x / (exp(-twice_u(x)) + 1.0f); }
+    static inline Vec forward(Vec x) { return x / (exp(minus_twice_u(x)) + 1.0f); }
 
     static inline Vec backward(Vec x, Vec grad) {
         // s = 1 / (1 + exp(-2u)) and s (1 - s) from exp(-|2u|), which cannot overflow.
-        const Vec z = twice_u(x);
+        const Vec z = minus_twice_u(x);
         const Vec e = exp(-magnitude(z));
         const Vec t = 1.0f / (e + 1.0f);
-        const Vec s = z < 0.0f ? e * t : t;
+        const Vec s = z > 0.0f ? e * t : t;
         const Vec slope = x * x * 0.214064449f + 1.59576912f;
         return grad * (s + x * (e * t * t) * slope);
     }
@@ -86,7 +86,7 @@ struct Activation<kGeluErf> {
 
 template <>
 struct Activation<kRelu> {
-    static inline Vec forward(Vec x) { return at_least(x, 0.0f); }
+    static inline Vec forward(Vec x) { return larger(Vec{}, x); }
 
     static inline Vec backward(Vec x, Vec grad) { return x <= 0.0f ? Vec{} : grad; }
 };

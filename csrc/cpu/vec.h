@@ -58,12 +58,27 @@ static inline UintVec lane_numbers() {
     return lanes;
 }
 
-// A NaN in x stays: the comparison is false for it.
-static inline Vec at_least(Vec x, float low) { return x < low ? splat(low) : x; }
-static inline Vec at_most(Vec x, float high) { return x > high ? splat(high) : x; }
+// The larger, the smaller of both; y where either is NaN, so a NaN in y stays. x86 has just this in one instruction, which
+// GCC does not see in the comparison.
+static inline Vec larger(Vec x, Vec y) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    return x > y ? x : y;
+#endif
+}
 
-// The larger of both, x where y is NaN.
-static inline Vec larger(Vec x, Vec y) { return y > x ? y : x; }
+static inline Vec smaller(Vec x, Vec y) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_min_ps(0xFFFF, (__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_min_ps((__m256)x, (__m256)y);
+#else
+    return x < y ? x : y;
+#endif
+}
 
 // x, rounded: the compiler may not fuse the product that gave it with a sum that follows.
 static inline Vec rounded(Vec x) {
@@ -83,7 +98,14 @@ static inline Vec only(Vec x, Part lanes) {
     return lane_numbers() < static_cast<std::uint32_t>(lanes.count) ? x : Vec{};
 }
 
-static inline Vec widen(HalfVec half) { return from_bits(__builtin_convertvector(half, UintVec) << 16); }
+static inline Vec widen(HalfVec half) {
+#if defined(__AVX512F__)
+    const UintVec bits = (UintVec)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)half);  // GCC 12 takes four instructions
+#else
+    const UintVec bits = __builtin_convertvector(half, UintVec);
+#endif
+    return from_bits(bits << 16);
+}
 
 // Rounds to the nearest bfloat16, ties to even; a NaN becomes the quiet NaN 0x7FC0, as in torch.
 static inline HalfVec narrow(Vec x) {
