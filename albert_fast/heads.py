@@ -176,6 +176,8 @@ class ALBERTForQuestionAnswering(_HeadModel):
     """start_positions, end_positions (B,) -> loss; start_logits, end_logits (B, S), the lowest finite value at padding."""
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
+        if config.num_labels != 2:
+            raise ValueError(f"question answering needs num_labels = 2 (start and end), got {config.num_labels}")
         super().__init__(config, False, backend)
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()

@@ -265,6 +265,11 @@ class ALBERTModel(FastModel):
             types = torch.zeros_like(positions)
         else:
             types = _packed_ids("token_type_ids", token_type_ids, packing, shape)
+        if inputs_embeds is not None and not inputs_embeds.is_floating_point():
+            raise TypeError(f"inputs_embeds must be floats, got {inputs_embeds.dtype}")
+        if inputs_embeds is not None and inputs_embeds.shape[-1] != self.config.embedding_size:
+            width = self.config.embedding_size
+            raise ValueError(f"inputs_embeds {tuple(inputs_embeds.shape)} do not have embedding_size = {width} columns")
         embeds = None if inputs_embeds is None else packing.gather(inputs_embeds)
         try:
             return self.embeddings(

@@ -1,0 +1,58 @@
+"""A real trained ALBERT, the phoneme encoder of data/plbert, on 200 real sequences: transformers' numbers."""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import albert_fast
+from albert_fast import reference
+from albert_fast.testing import require_data
+
+Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    """(ids, mask) of 200 sequences, 190 of the file's shorter half and 10 up to its longest; 20 in a batch, by length."""
+    folder = require_data("plbert")
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))["vocab"]
+    lines = sorted((folder / "phonemes.txt").read_text(encoding="utf-8").splitlines(), key=len)
+    lines = lines[:950:5] + lines[1098::100]
+    sequences = [[0, *(vocabulary[symbol] for symbol in line), 0] for line in lines]
+    assert len(sequences) == 200
+    result = []
+    for start in range(0, 200, 20):
+        rows = [torch.tensor(ids) for ids in sequences[start : start + 20]]
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        result.append((torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask))
+    return result
+
+
+@pytest.fixture(scope="module")
+def expected(batches: list[Batch]) -> list[Tensor]:
+    """transformers' last_hidden_state, computed once for all models."""
+    theirs = transformers.AlbertModel.from_pretrained(
+        require_data("plbert"), add_pooling_layer=False, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        return [theirs(ids, mask).last_hidden_state for ids, mask in batches]
+
+
+@pytest.mark.parametrize("module", [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")])
+def test_200_real_sequences(module: ModuleType, batches: list[Batch], expected: list[Tensor]) -> None:
+    """Within 1e-4 of a hidden state whose elements reach several units; padding is zero."""
+    model = module.ALBERTModel.from_pretrained(require_data("plbert"))
+    assert model.pooler is None
+    assert sum(p.numel() for p in model.parameters()) == 5_701_888
+    with torch.no_grad():
+        for (ids, mask), reference_states in zip(batches, expected, strict=True):
+            states = model(ids, mask).last_hidden_state
+            real = mask.bool()
+            torch.testing.assert_close(states[real], reference_states[real], rtol=0, atol=1e-4)
+            assert not states[~real].any()
