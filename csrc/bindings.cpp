@@ -1,6 +1,6 @@
-// The Python module albert_fast._C: an index of what the extension exports. Arguments are addresses (tensor.data_ptr()), sizes
-// and strides in elements; csrc/cpu/kernels.h says what each means. Python checks everything before it calls; nothing is
-// checked here. The GIL is released while a kernel runs.
+// The Python module albert_fast._C: an index of what the extension exports. Arguments are addresses
+// (tensor.data_ptr()), sizes and strides in elements; csrc/cpu/kernels.h says what each means. Python checks everything
+// before it calls; nothing is checked here. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -132,11 +132,12 @@ py::dict build_info(Isa isa) {
 
 PYBIND11_MODULE(_C, module) {
     const Isa isa = choose_isa();
-    module.def("build_info", [isa] { return build_info(isa); },
-               "What was compiled in, and the instruction set that was chosen when the module was imported.");
+    module.def(
+        "build_info", [isa] { return build_info(isa); },
+        "What was compiled in, and the instruction set that was chosen when the module was imported.");
 
-#define EXPORT(function)                                                                                     \
-    module.def(#function, IF_AVX512(function) IF_AVX2(function) albert_fast::portable::function,             \
+#define EXPORT(function)                                                                         \
+    module.def(#function, IF_AVX512(function) IF_AVX2(function) albert_fast::portable::function, \
                py::call_guard<py::gil_scoped_release>())
     EXPORT(embedding_layer_norm_fwd_cpu);
     EXPORT(embedding_layer_norm_bwd_cpu);

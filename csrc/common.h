@@ -1,7 +1,7 @@
 // What bindings.cpp and every kernel agree on: codes and how an address becomes a pointer.
 //
-// Nothing here has a body that the linker could share between objects compiled for different instruction sets: whatever a
-// kernel inlines lives in the namespace of its instruction set (csrc/cpu/vec.h) or has internal linkage.
+// Nothing here has a body that the linker could share between objects compiled for different instruction sets: whatever
+// a kernel inlines lives in the namespace of its instruction set (csrc/cpu/vec.h) or has internal linkage.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// LayerNorm(dropout(x + bias) + residual): what follows the output projection of attention and of the feed-forward block.
-// One pass over memory: forward reads x and residual and writes out; backward reads grad, x, residual and writes dx
-// (and dresidual, which differs from dx only under dropout).
+// LayerNorm(dropout(x + bias) + residual): what follows the output projection of attention and of the feed-forward
+// block. One pass over memory: forward reads x and residual and writes out; backward reads grad, x, residual and writes
+// dx (and dresidual, which differs from dx only under dropout).
 #include "choose.h"
 #include "dropout.h"
 #include "kernels.h"
@@ -24,8 +24,8 @@ struct Arrays {
 };
 
 template <bool kDropout, class T>
-void forward(const Arrays<T>& in, const T* weight, const T* ln_bias, T* out, float* mean, float* rstd, std::int64_t rows,
-             float eps, const Dropout& dropout, int num_threads) {
+void forward(const Arrays<T>& in, const T* weight, const T* ln_bias, T* out, float* mean, float* rstd,
+             std::int64_t rows, float eps, const Dropout& dropout, int num_threads) {
     const std::int64_t n = in.n;
     parallel_rows(rows, n, num_threads, [&](std::int64_t begin, std::int64_t end) {
         float* line = scratch<Purpose::kTask>(round_up(n, kLanes));
@@ -36,9 +36,8 @@ void forward(const Arrays<T>& in, const T* weight, const T* ln_bias, T* out, flo
             });
             mean[row] = statistics.mean;
             rstd[row] = statistics.rstd;
-            scale_row(line, n, statistics, weight, ln_bias, [&](std::int64_t i, Vec y, auto lanes) {
-                store(out + row * n + i, y, lanes);
-            });
+            scale_row(line, n, statistics, weight, ln_bias,
+                      [&](std::int64_t i, Vec y, auto lanes) { store(out + row * n + i, y, lanes); });
         }
     });
 }
@@ -83,9 +82,9 @@ void add_layer_norm_fwd_cpu(Address x, Address bias, Address residual, Address w
 }
 
 void add_layer_norm_bwd_cpu(Address grad, Address x, Address bias, Address residual, Address weight, Address mean,
-                            Address rstd, Address dx, Address dresidual, Address dbias, Address dweight, Address dln_bias,
-                            std::int64_t T, std::int64_t N, double dropout_p, std::int64_t seed, int dtype,
-                            int num_threads) {
+                            Address rstd, Address dx, Address dresidual, Address dbias, Address dweight,
+                            Address dln_bias, std::int64_t T, std::int64_t N, double dropout_p, std::int64_t seed,
+                            int dtype, int num_threads) {
     const Dropout dropout(dropout_p, seed);
     with_dtype(dtype, [&](auto element) {
         using Element = decltype(element);

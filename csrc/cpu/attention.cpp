@@ -1,12 +1,13 @@
 // softmax(scale * Q K^T) V over packed sequences, forward and backward, with no array of all scores of a sequence.
 //
-// Forward: a task takes one head of one sequence, or a share of its queries where heads are too few for all threads. It packs
-// K and V once and goes through its queries in blocks: scores, softmax, product with V. Operations 4 Sq Sk d; the two
-// products run near the arithmetic limit, everything else is about a tenth of them for d = 64.
+// Forward: a task takes one head of one sequence, or a share of its queries where heads are too few for all threads. It
+// packs K and V once and goes through its queries in blocks: scores, softmax, product with V. Operations 4 Sq Sk d; the
+// two products run near the arithmetic limit, everything else is about a tenth of them for d = 64.
 //
 // Backward: P is computed again from the saved log-sum-exp (Dao et al. 2022, "FlashAttention"); then dP = dO V^T,
-// dS = P * (dP - rowsum(P * dP)), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q. The row sum is taken over keys rather than
-// as rowsum(dO * O): it is exact where there is one key, and not limited by the rounding of a bfloat16 output.
+// dS = P * (dP - rowsum(P * dP)), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q. The row sum is taken over keys
+// rather than as rowsum(dO * O): it is exact where there is one key, and not limited by the rounding of a bfloat16
+// output.
 #include "attention.h"
 
 #include "kernels.h"
@@ -59,8 +60,8 @@ inline Vec sum_in_blocks(std::int64_t keys, Term term) {
 // Softmax over the keys of one vector of queries, not yet divided by its sum: scores (keys rows, `row` apart) become
 // exp(score - maximum), with dropout applied.
 template <bool kDropout>
-inline void softmax(float* scores, std::int64_t row, std::int64_t keys, const Dropout& dropout, UintVec state, Vec& maximum,
-                    Vec& sum) {
+inline void softmax(float* scores, std::int64_t row, std::int64_t keys, const Dropout& dropout, UintVec state,
+                    Vec& maximum, Vec& sum) {
     maximum = load(scores, Full{});
     for (std::int64_t key = 1; key < keys; ++key) maximum = larger(maximum, load(scores + key * row, Full{}));
     sum = sum_in_blocks(keys, [&](std::int64_t key) {
@@ -73,7 +74,8 @@ inline void softmax(float* scores, std::int64_t row, std::int64_t keys, const Dr
 }
 
 template <bool kDropout, class T>
-void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std::int64_t parts, Rows<T> out, float* lse) {
+void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std::int64_t parts, Rows<T> out,
+                  float* lse) {
     const std::int64_t d = in.shape.head_dim, width = round_up(d, kLanes);
     const Chunks blocks = query_blocks(head.queries);
     const std::int64_t first = blocks.count * part / parts, last = blocks.count * (part + 1) / parts;
@@ -113,7 +115,8 @@ void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std:
             lse[query + i] = maxima[i] + __builtin_logf(sums[i]);
             const float* line = rows + i * width;
             T* target = out.at(query + i, head.column);
-            for_vectors(d, [&](std::int64_t c, auto lanes) { store(target + c, load(line + c, Full{}) / sums[i], lanes); });
+            for_vectors(
+                d, [&](std::int64_t c, auto lanes) { store(target + c, load(line + c, Full{}) / sums[i], lanes); });
         }
     }
 }
@@ -139,7 +142,8 @@ struct Gradients {
     Rows<T> dq, dk, dv;
 };
 
-// One vector of queries: turns scores into P (with dropout applied) and dprobabilities (dO V^T) into dS, both keys rows.
+// One vector of queries: turns scores into P (with dropout applied) and dprobabilities (dO V^T) into dS, both keys
+// rows.
 template <bool kDropout>
 inline void softmax_backward(float* scores, float* dprobabilities, std::int64_t row, std::int64_t keys, Vec lse,
                              const Dropout& dropout, UintVec state) {
@@ -172,7 +176,8 @@ void backward_task(const Inputs<T>& in, const Head& head, const Gradients<T>& g)
     }
     const float* lse = g.lse + head.number * in.shape.all_queries();
     const std::int64_t block_size = kQueryBlock * width, keys_size = Arrays::padded(head.keys * width);
-    Arrays arrays(scratch<Purpose::kTask>(4 * keys_size + 4 * block_size + 2 * Arrays::padded(head.keys * kQueryBlock)));
+    Arrays arrays(
+        scratch<Purpose::kTask>(4 * keys_size + 4 * block_size + 2 * Arrays::padded(head.keys * kQueryBlock)));
     float* keys = arrays.take(keys_size);
     float* values = arrays.take(keys_size);
     float* dkeys = arrays.take(keys_size);
@@ -228,25 +233,25 @@ void attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse
     const Shape shape{B, num_heads, head_dim, pointer<std::int32_t>(cu_q), pointer<std::int32_t>(cu_k)};
     with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
-        const Inputs<T> in{{pointer<T>(q), q_stride}, {pointer<T>(k), k_stride},   {pointer<T>(v), v_stride},
-                           shape,                     static_cast<float>(scale), Dropout(dropout_p, seed)};
+        const Inputs<T> in{{pointer<T>(q), q_stride}, {pointer<T>(k), k_stride}, {pointer<T>(v), v_stride}, shape,
+                           static_cast<float>(scale), Dropout(dropout_p, seed)};
         with_flag(in.dropout.active, [&](auto active) {
             forward<active.value>(in, Rows<T>{pointer<T>(out), out_stride}, pointer<float>(lse), num_threads);
         });
     });
 }
 
-void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address /*out*/, Address lse, Address dq, Address dk,
-                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
+void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address /*out*/, Address lse, Address dq,
+                       Address dk, Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
                        std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
-                       std::int64_t v_stride, std::int64_t /*out_stride*/, std::int64_t dq_stride, std::int64_t dk_stride,
-                       std::int64_t dv_stride, double scale, double dropout_p, std::int64_t seed, int dtype,
-                       int num_threads) {
+                       std::int64_t v_stride, std::int64_t /*out_stride*/, std::int64_t dq_stride,
+                       std::int64_t dk_stride, std::int64_t dv_stride, double scale, double dropout_p,
+                       std::int64_t seed, int dtype, int num_threads) {
     const Shape shape{B, num_heads, head_dim, pointer<std::int32_t>(cu_q), pointer<std::int32_t>(cu_k)};
     with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
-        const Inputs<T> in{{pointer<T>(q), q_stride}, {pointer<T>(k), k_stride},   {pointer<T>(v), v_stride},
-                           shape,                     static_cast<float>(scale), Dropout(dropout_p, seed)};
+        const Inputs<T> in{{pointer<T>(q), q_stride}, {pointer<T>(k), k_stride}, {pointer<T>(v), v_stride}, shape,
+                           static_cast<float>(scale), Dropout(dropout_p, seed)};
         const Gradients<T> gradients{{pointer<T>(grad_out), go_stride},
                                      pointer<float>(lse),
                                      {pointer<T>(dq), dq_stride},

@@ -1,8 +1,9 @@
-// What the forward and the backward pass of attention share: where tensors stand, the blocks of queries, the order of the
-// tasks, and the packing of a head's rows into aligned float32.
+// What the forward and the backward pass of attention share: where tensors stand, the blocks of queries, the order of
+// the tasks, and the packing of a head's rows into aligned float32.
 //
-// Scores are kept transposed, one row for each key and one column for each query of a block: then softmax runs over vectors of
-// queries with no sum across lanes, keys need no transpose, and products with P and with P^T read the same array.
+// Scores are kept transposed, one row for each key and one column for each query of a block: then softmax runs over
+// vectors of queries with no sum across lanes, keys need no transpose, and products with P and with P^T read the same
+// array.
 #pragma once
 
 #include "choose.h"
@@ -61,8 +62,8 @@ static inline Chunks query_blocks(std::int64_t queries) {
 
 // to (rows, width) = factor * from (rows, n), columns beyond n zero; width is n rounded up to whole vectors.
 template <class T>
-static inline void pack_rows(Rows<const T> from, std::int64_t token, std::int64_t column, std::int64_t rows, std::int64_t n,
-                             float factor, float* to, std::int64_t width) {
+static inline void pack_rows(Rows<const T> from, std::int64_t token, std::int64_t column, std::int64_t rows,
+                             std::int64_t n, float factor, float* to, std::int64_t width) {
     for (std::int64_t row = 0; row < rows; ++row) {
         const T* line = from.at(token + row, column);
         float* target = to + row * width;
@@ -86,8 +87,8 @@ static inline void zero_rows(Rows<T> to, std::int64_t token, std::int64_t column
     for (std::int64_t row = 0; row < rows; ++row) __builtin_memset(to.at(token + row, column), 0, sizeof(T) * n);
 }
 
-// to (n, width) = the transpose of from (rows, from_width), columns beyond `rows` zero. n and width are multiples of 4, and
-// `from` has rows for all of width: those beyond `rows` are overwritten with zeros first.
+// to (n, width) = the transpose of from (rows, from_width), columns beyond `rows` zero. n and width are multiples of 4,
+// and `from` has rows for all of width: those beyond `rows` are overwritten with zeros first.
 static inline void transpose(float* from, std::int64_t from_width, std::int64_t rows, float* to, std::int64_t n,
                              std::int64_t width) {
     __builtin_memset(from + rows * from_width, 0, sizeof(float) * (width - rows) * from_width);

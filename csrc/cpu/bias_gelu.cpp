@@ -49,7 +49,7 @@ void backward(const T* grad, const T* x, const T* bias, T* dx, float* dbias, std
             backward_group<Act, 1>(grad, x, bias, dx, sums.row(chunk, 0), row, n);
         }
     });
-    sums.finish(0, dbias);
+    sums.finish(0, dbias, num_threads);
 }
 
 }  // namespace

@@ -25,9 +25,12 @@ static inline void with_flag(bool flag, Body body) {
 template <class Body>
 static inline void with_activation(int act, Body body) {
     switch (act) {
-        case kGeluTanh: return body(Activation<kGeluTanh>{});
-        case kGeluErf: return body(Activation<kGeluErf>{});
-        default: return body(Activation<kRelu>{});
+        case kGeluTanh:
+            return body(Activation<kGeluTanh>{});
+        case kGeluErf:
+            return body(Activation<kGeluErf>{});
+        default:
+            return body(Activation<kRelu>{});
     }
 }
 

@@ -1,8 +1,8 @@
 // Sums over the rows of an array, as needed for the gradients of biases and LayerNorm weights.
 //
-// The rows are cut into chunks that depend on their number alone. A chunk adds four rows at a time in registers and then to
-// its own row of partial sums; the partial sums are added in the order of the chunks. So the result is the same for every
-// number of threads, and its error grows with the length of a chunk, not with the number of rows.
+// The rows are cut into chunks that depend on their number alone. A chunk adds four rows at a time in registers and
+// then to its own row of partial sums; the partial sums are added in the order of the chunks. So the result is the same
+// for every number of threads, and its error grows with the length of a chunk, not with the number of rows.
 #pragma once
 
 #include "parallel.h"
@@ -27,11 +27,15 @@ public:
     void clear(std::int64_t chunk) const { __builtin_memset(row(chunk, 0), 0, sizeof(float) * arrays_ * width_); }
 
     // sums (n) = the partial sums of an array, added in the order of the chunks.
-    void finish(int array, float* sums) const {
-        for_vectors(n_, [&](std::int64_t i, auto lanes) {
-            Vec total{};
-            for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) total += load(row(chunk, array) + i, Full{});
-            store(sums + i, total, lanes);
+    void finish(int array, float* sums, int num_threads) const {
+        const Chunks slices(n_, larger(65536 / larger(chunks_, 1), 1), 1 << 20, kLanes);
+        parallel_for(slices.count, num_threads, [&](std::int64_t slice) {
+            const std::int64_t begin = slices.begin(slice);
+            for_vectors(slices.end(slice) - begin, [&](std::int64_t i, auto lanes) {
+                Vec total{};
+                for (std::int64_t c = 0; c < chunks_; ++c) total += load(row(c, array) + begin + i, Full{});
+                store(sums + begin + i, total, lanes);
+            });
         });
     }
 

@@ -1,6 +1,7 @@
-// Dropout that can be replayed: whether an element is kept is a hash of (seed, row, column), so nothing is stored for the
-// backward pass and every backend drops the same elements.
-//   x = mix(low(seed) ^ row * 0x9E3779B1);  x = mix(x ^ high(seed) ^ column * 0x85EBCA77);  kept iff x >= floor(p * 2^32)
+// Dropout that can be replayed: whether an element is kept is a hash of (seed, row, column), so nothing is stored for
+// the backward pass and every backend drops the same elements.
+//   x = mix(low(seed) ^ row * 0x9E3779B1);  x = mix(x ^ high(seed) ^ column * 0x85EBCA77);  kept iff x >= floor(p *
+//   2^32)
 #pragma once
 
 #include "vec.h"
@@ -35,7 +36,8 @@ struct Dropout {
         return mix(low ^ (rows * 0x9E3779B1u));
     }
 
-    // x / (1 - p) where the element at (row of the state, column) is kept, 0 * x elsewhere (so a NaN stays, as in torch).
+    // x / (1 - p) where the element at (row of the state, column) is kept, 0 * x elsewhere (so a NaN stays, as in
+    // torch).
     inline Vec apply(Vec x, UintVec state, UintVec columns) const {
         const UintVec hash = mix(state ^ high ^ (columns * 0x85EBCA77u));
         return x * (hash >= threshold ? splat(scale) : Vec{});

@@ -1,5 +1,6 @@
-// dropout(LayerNorm(word + token type + position)) for packed tokens: the part of embedding_projection before its product,
-// which is torch's. The gather, the two additions, LayerNorm and dropout make one pass; the gradient scatters without atomics.
+// dropout(LayerNorm(word + token type + position)) for packed tokens: the part of embedding_projection before its
+// product, which is torch's. The gather, the two additions, LayerNorm and dropout make one pass; the gradient scatters
+// without atomics.
 #include "choose.h"
 #include "dropout.h"
 #include "kernels.h"
@@ -44,8 +45,8 @@ void forward(const Tables<T>& in, const T* weight, const T* bias, T* out, float*
         float* line = scratch<Purpose::kTask>(round_up(n, kLanes));
         for (std::int64_t row = begin; row < end; ++row) {
             const std::uint32_t state = dropout.row_state(static_cast<std::uint32_t>(row));
-            const RowStatistics statistics = normalise_row(
-                line, n, eps, [&](std::int64_t i, auto lanes) { return in.sum(row, i, lanes); });
+            const RowStatistics statistics =
+                normalise_row(line, n, eps, [&](std::int64_t i, auto lanes) { return in.sum(row, i, lanes); });
             mean[row] = statistics.mean;
             rstd[row] = statistics.rstd;
             scale_row(line, n, statistics, weight, bias, [&](std::int64_t i, Vec y, auto lanes) {
@@ -56,8 +57,8 @@ void forward(const Tables<T>& in, const T* weight, const T* bias, T* out, float*
     });
 }
 
-// Adds row t of dz (tokens, n) to row row_of(t) of table, for all t in order. Threads share out the columns, so no two of them
-// meet in a row that several tokens point to, and every sum keeps the order of the tokens.
+// Adds row t of dz (tokens, n) to row row_of(t) of table, for all t in order. Threads share out the columns, so no two
+// of them meet in a row that several tokens point to, and every sum keeps the order of the tokens.
 template <class RowOf>
 void scatter_add(const float* dz, float* table, std::int64_t tokens, std::int64_t n, int num_threads, RowOf row_of) {
     constexpr std::int64_t kSlice = 2 * kLanes;
@@ -67,7 +68,9 @@ void scatter_add(const float* dz, float* table, std::int64_t tokens, std::int64_
         for (std::int64_t token = 0; token < tokens; ++token) {
             const float* from = dz + token * n + first;
             float* to = table + row_of(token) * n + first;
-            for_vectors(width, [&](std::int64_t i, auto lanes) { store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes); });
+            for_vectors(width, [&](std::int64_t i, auto lanes) {
+                store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes);
+            });
         }
     });
 }
@@ -101,8 +104,12 @@ void backward(const Tables<T>& in, const T* grad, const T* weight, const float* 
 template <class T>
 Tables<T> tables(Address ids, Address types, Address positions, Address word, Address type, Address position,
                  std::int64_t n) {
-    return {pointer<std::int64_t>(ids), pointer<std::int64_t>(types), pointer<std::int64_t>(positions),
-            pointer<T>(word),           pointer<T>(type),             pointer<T>(position),
+    return {pointer<std::int64_t>(ids),
+            pointer<std::int64_t>(types),
+            pointer<std::int64_t>(positions),
+            pointer<T>(word),
+            pointer<T>(type),
+            pointer<T>(position),
             n};
 }
 
@@ -120,19 +127,20 @@ std::int64_t embedding_layer_norm_fwd_cpu(Address ids, Address types, Address po
     with_dtype(dtype, [&](auto element) {
         using Element = decltype(element);
         with_flag(dropout.active, [&](auto active) {
-            forward<active.value>(tables<Element>(ids, types, positions, word, type, position, E), pointer<Element>(ln_w),
-                                  pointer<Element>(ln_b), pointer<Element>(out), pointer<float>(mean),
-                                  pointer<float>(rstd), T, static_cast<float>(eps), dropout, num_threads);
+            forward<active.value>(tables<Element>(ids, types, positions, word, type, position, E),
+                                  pointer<Element>(ln_w), pointer<Element>(ln_b), pointer<Element>(out),
+                                  pointer<float>(mean), pointer<float>(rstd), T, static_cast<float>(eps), dropout,
+                                  num_threads);
         });
     });
     return -1;
 }
 
-void embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address types, Address positions, Address word, Address type,
-                                  Address position, Address ln_w, Address mean, Address rstd, Address dword,
-                                  Address dtype_table, Address dposition, Address dln_w, Address dln_b, std::int64_t T,
-                                  std::int64_t E, std::int64_t /*V*/, std::int64_t /*Y*/, std::int64_t /*P*/,
-                                  double dropout_p, std::int64_t seed, int dtype, int num_threads) {
+void embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address types, Address positions, Address word,
+                                  Address type, Address position, Address ln_w, Address mean, Address rstd,
+                                  Address dword, Address dtype_table, Address dposition, Address dln_w, Address dln_b,
+                                  std::int64_t T, std::int64_t E, std::int64_t /*V*/, std::int64_t /*Y*/,
+                                  std::int64_t /*P*/, double dropout_p, std::int64_t seed, int dtype, int num_threads) {
     const Dropout dropout(dropout_p, seed);
     with_dtype(dtype, [&](auto element) {
         using Element = decltype(element);

@@ -17,9 +17,8 @@ void forward(const T* x, const T* bias, const T* weight, const T* ln_bias, T* ou
             });
             mean[row] = statistics.mean;
             rstd[row] = statistics.rstd;
-            scale_row(line, n, statistics, weight, ln_bias, [&](std::int64_t i, Vec y, auto lanes) {
-                store(out + row * n + i, y, lanes);
-            });
+            scale_row(line, n, statistics, weight, ln_bias,
+                      [&](std::int64_t i, Vec y, auto lanes) { store(out + row * n + i, y, lanes); });
         }
     });
 }
@@ -56,9 +55,9 @@ void gelu_layer_norm_fwd_cpu(Address x, Address bias, Address weight, Address ln
     });
 }
 
-void gelu_layer_norm_bwd_cpu(Address grad, Address x, Address bias, Address weight, Address mean, Address rstd, Address dx,
-                             Address dbias, Address dweight, Address dln_bias, std::int64_t T, std::int64_t N, int act,
-                             int dtype, int num_threads) {
+void gelu_layer_norm_bwd_cpu(Address grad, Address x, Address bias, Address weight, Address mean, Address rstd,
+                             Address dx, Address dbias, Address dweight, Address dln_bias, std::int64_t T,
+                             std::int64_t N, int act, int dtype, int num_threads) {
     with_activation(act, [&](auto activation) {
         with_dtype(dtype, [&](auto element) {
             using Element = decltype(element);

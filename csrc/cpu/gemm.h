@@ -2,9 +2,9 @@
 //
 //   C (rows x columns) = A (rows x depth) B (depth x columns), or C += A B
 //
-// B and C are row-major with rows of whole vectors (columns is a multiple of kLanes, the caller pads); A is read element by
-// element with any strides, so it may be a transpose. A tile of C stays in registers while the depth runs: for every step a
-// few vectors of B are loaded and multiplied by a few broadcast elements of A.
+// B and C are row-major with rows of whole vectors (columns is a multiple of kLanes, the caller pads); A is read
+// element by element with any strides, so it may be a transpose. A tile of C stays in registers while the depth runs:
+// for every step a few vectors of B are loaded and multiplied by a few broadcast elements of A.
 #pragma once
 
 #include "vec.h"
@@ -57,16 +57,23 @@ static inline void multiply_strip(Strided a, const float* b, std::int64_t b_row,
                                   std::int64_t rows, std::int64_t depth, bool add) {
     std::int64_t i = 0;
     for (; i + kTileRows <= rows; i += kTileRows) {
-        multiply_tile<kTileRows, kVectors>({a.data + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row, depth, add);
+        multiply_tile<kTileRows, kVectors>({a.data + i * a.row, a.row, a.step}, b, b_row, c + i * c_row, c_row, depth,
+                                           add);
     }
     const Strided rest{a.data + i * a.row, a.row, a.step};
     switch (rows - i) {
-        case 5: return multiply_tile<5, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
-        case 4: return multiply_tile<4, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
-        case 3: return multiply_tile<3, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
-        case 2: return multiply_tile<2, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
-        case 1: return multiply_tile<1, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
-        default: return;
+        case 5:
+            return multiply_tile<5, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
+        case 4:
+            return multiply_tile<4, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
+        case 3:
+            return multiply_tile<3, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
+        case 2:
+            return multiply_tile<2, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
+        case 1:
+            return multiply_tile<1, kVectors>(rest, b, b_row, c + i * c_row, c_row, depth, add);
+        default:
+            return;
     }
 }
 
@@ -79,18 +86,23 @@ static inline void multiply_depth(Strided a, const float* b, std::int64_t b_row,
     }
     switch ((columns - j) / kLanes) {
 #if defined(__AVX512F__) || defined(__aarch64__)
-        case 3: return multiply_strip<3>(a, b + j, b_row, c + j, c_row, rows, depth, add);
-        case 2: return multiply_strip<2>(a, b + j, b_row, c + j, c_row, rows, depth, add);
+        case 3:
+            return multiply_strip<3>(a, b + j, b_row, c + j, c_row, rows, depth, add);
+        case 2:
+            return multiply_strip<2>(a, b + j, b_row, c + j, c_row, rows, depth, add);
 #endif
-        case 1: return multiply_strip<1>(a, b + j, b_row, c + j, c_row, rows, depth, add);
-        default: return;
+        case 1:
+            return multiply_strip<1>(a, b + j, b_row, c + j, c_row, rows, depth, add);
+        default:
+            return;
     }
 }
 
-// C = A B, or C += A B where `add`. The depth goes in blocks: B's block stays in the caches, and no sum is longer than a block
-// plus the number of blocks, which keeps its rounding error small. The order of every sum depends on the depth alone.
-static inline void multiply(Strided a, const float* b, std::int64_t b_row, float* c, std::int64_t c_row, std::int64_t rows,
-                            std::int64_t columns, std::int64_t depth, bool add) {
+// C = A B, or C += A B where `add`. The depth goes in blocks: B's block stays in the caches, and no sum is longer than
+// a block plus the number of blocks, which keeps its rounding error small. The order of every sum depends on the depth
+// alone.
+static inline void multiply(Strided a, const float* b, std::int64_t b_row, float* c, std::int64_t c_row,
+                            std::int64_t rows, std::int64_t columns, std::int64_t depth, bool add) {
     constexpr std::int64_t kBlock = 64;
     for (std::int64_t k = 0; k == 0 || k < depth; k += kBlock) {
         const std::int64_t length = depth - k < kBlock ? depth - k : kBlock;

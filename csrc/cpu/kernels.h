@@ -1,41 +1,42 @@
-// Declarations of the CPU kernels, once per instruction set: bindings.cpp includes this file with ALBERT_FAST_ISA set to
-// portable, avx2 and avx512 in turn, hence no include guard. Every csrc/cpu/<op>.cpp includes it for its own set.
+// Declarations of the CPU kernels, once per instruction set: bindings.cpp includes this file with ALBERT_FAST_ISA set
+// to portable, avx2 and avx512 in turn, hence no include guard. Every csrc/cpu/<op>.cpp includes it for its own set.
 //
 // Common to all: tensors are contiguous unless a stride (in elements) is given; T = tokens, H = hidden, N = row length;
-// dtype is a DtypeCode and holds for every tensor not marked f32 or int; sums and statistics are float32; results do not
-// depend on num_threads. Dropout is off for dropout_p = 0; csrc/cpu/dropout.h defines which elements it keeps.
+// dtype is a DtypeCode and holds for every tensor not marked f32 or int; sums and statistics are float32; results do
+// not depend on num_threads. Dropout is off for dropout_p = 0; csrc/cpu/dropout.h defines which elements it keeps.
 #include "../common.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
 // out (T,E) = dropout(LayerNorm(word[ids] + type[types] + position[positions])); ids, types, positions (T) int64; word
 // (V,E), type (Y,E), position (P,E); ln_w, ln_b (E); mean, rstd (T) f32. ids = 0: word holds (T,E) rows, V is not used.
-// Returns -1, or token * 3 + table (0 word, 1 type, 2 position) of the first id outside its table; then nothing is written.
+// Returns -1, or token * 3 + table (0 word, 1 type, 2 position) of the first id outside its table; then nothing is
+// written.
 std::int64_t embedding_layer_norm_fwd_cpu(Address ids, Address types, Address positions, Address word, Address type,
                                           Address position, Address ln_w, Address ln_b, Address out, Address mean,
                                           Address rstd, std::int64_t T, std::int64_t E, std::int64_t V, std::int64_t Y,
                                           std::int64_t P, double eps, double dropout_p, std::int64_t seed, int dtype,
                                           int num_threads);
 
-// grad (T,E) is the gradient of out. Adds to dword (V,E; (T,E) for ids = 0), dtype_table (Y,E), dposition (P,E), all f32 and
-// zeroed by the caller; writes dln_w, dln_b (E) f32. The ids are those that the forward accepted.
-void embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address types, Address positions, Address word, Address type,
-                                  Address position, Address ln_w, Address mean, Address rstd, Address dword,
-                                  Address dtype_table, Address dposition, Address dln_w, Address dln_b, std::int64_t T,
-                                  std::int64_t E, std::int64_t V, std::int64_t Y, std::int64_t P, double dropout_p,
-                                  std::int64_t seed, int dtype, int num_threads);
+// grad (T,E) is the gradient of out. Adds to dword (V,E; (T,E) for ids = 0), dtype_table (Y,E), dposition (P,E), all
+// f32 and zeroed by the caller; writes dln_w, dln_b (E) f32. The ids are those that the forward accepted.
+void embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address types, Address positions, Address word,
+                                  Address type, Address position, Address ln_w, Address mean, Address rstd,
+                                  Address dword, Address dtype_table, Address dposition, Address dln_w, Address dln_b,
+                                  std::int64_t T, std::int64_t E, std::int64_t V, std::int64_t Y, std::int64_t P,
+                                  double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
-// out (Tq,H) = dropout(softmax(scale * q k^T)) v for every sequence and head, H = num_heads * head_dim; q (Tq,H), k and v
-// (T,H); cu_q, cu_k (B+1) int32; lse (num_heads,Tq) f32 = log of the sum of exp(scale * q k^T). A sequence without keys
-// gives out = 0 and lse = -inf.
+// out (Tq,H) = dropout(softmax(scale * q k^T)) v for every sequence and head, H = num_heads * head_dim; q (Tq,H), k and
+// v (T,H); cu_q, cu_k (B+1) int32; lse (num_heads,Tq) f32 = log of the sum of exp(scale * q k^T). A sequence without
+// keys gives out = 0 and lse = -inf.
 void attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse, Address cu_q, Address cu_k,
                        std::int64_t B, std::int64_t num_heads, std::int64_t head_dim, std::int64_t q_stride,
                        std::int64_t k_stride, std::int64_t v_stride, std::int64_t out_stride, double scale,
                        double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
 // dq (Tq,H), dk, dv (T,H) from grad_out (Tq,H) and what the forward was given and returned; `out` is not read.
-void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address out, Address lse, Address dq, Address dk,
-                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
+void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address out, Address lse, Address dq,
+                       Address dk, Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
                        std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
                        std::int64_t v_stride, std::int64_t out_stride, std::int64_t dq_stride, std::int64_t dk_stride,
                        std::int64_t dv_stride, double scale, double dropout_p, std::int64_t seed, int dtype,
@@ -54,11 +55,12 @@ void add_layer_norm_fwd_cpu(Address x, Address bias, Address residual, Address w
                             Address mean, Address rstd, std::int64_t T, std::int64_t N, double eps, double dropout_p,
                             std::int64_t seed, int dtype, int num_threads);
 
-// dx (T,N), dresidual (T,N), dbias, dweight, dln_bias (N) f32 from grad (T,N). dresidual = 0 when dropout_p = 0: it is dx.
+// dx (T,N), dresidual (T,N), dbias, dweight, dln_bias (N) f32 from grad (T,N). dresidual = 0 when dropout_p = 0: it is
+// dx.
 void add_layer_norm_bwd_cpu(Address grad, Address x, Address bias, Address residual, Address weight, Address mean,
-                            Address rstd, Address dx, Address dresidual, Address dbias, Address dweight, Address dln_bias,
-                            std::int64_t T, std::int64_t N, double dropout_p, std::int64_t seed, int dtype,
-                            int num_threads);
+                            Address rstd, Address dx, Address dresidual, Address dbias, Address dweight,
+                            Address dln_bias, std::int64_t T, std::int64_t N, double dropout_p, std::int64_t seed,
+                            int dtype, int num_threads);
 
 // out (T,N) = LayerNorm(act(x (T,N) + bias (N))) with weight, ln_bias (N); mean, rstd (T) f32.
 void gelu_layer_norm_fwd_cpu(Address x, Address bias, Address weight, Address ln_bias, Address out, Address mean,
@@ -66,8 +68,8 @@ void gelu_layer_norm_fwd_cpu(Address x, Address bias, Address weight, Address ln
                              int num_threads);
 
 // dx (T,N), dbias, dweight, dln_bias (N) f32 from grad (T,N).
-void gelu_layer_norm_bwd_cpu(Address grad, Address x, Address bias, Address weight, Address mean, Address rstd, Address dx,
-                             Address dbias, Address dweight, Address dln_bias, std::int64_t T, std::int64_t N, int act,
-                             int dtype, int num_threads);
+void gelu_layer_norm_bwd_cpu(Address grad, Address x, Address bias, Address weight, Address mean, Address rstd,
+                             Address dx, Address dbias, Address dweight, Address dln_bias, std::int64_t T,
+                             std::int64_t N, int act, int dtype, int num_threads);
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

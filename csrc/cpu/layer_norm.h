@@ -1,5 +1,5 @@
-// LayerNorm of a row and its gradient, shared by the operators that end in one. What is normalised comes from a function of
-// the operator, so it is computed in registers and never stored.
+// LayerNorm of a row and its gradient, shared by the operators that end in one. What is normalised comes from a
+// function of the operator, so it is computed in registers and never stored.
 #pragma once
 
 #include "column_sums.h"
@@ -10,8 +10,8 @@ struct RowStatistics {
     float mean, rstd;
 };
 
-// Fills row (n, kept in L1) with input(i, lanes) and returns its statistics. The variance is that of the differences from the
-// mean, which does not cancel as E[x^2] - E[x]^2 does.
+// Fills row (n, kept in L1) with input(i, lanes) and returns its statistics. The variance is that of the differences
+// from the mean, which does not cancel as E[x^2] - E[x]^2 does.
 template <class Input>
 static inline RowStatistics normalise_row(float* row, std::int64_t n, float eps, Input input) {
     const float total = sum_row(n, [&](std::int64_t i, auto lanes) {
@@ -42,63 +42,72 @@ static inline void scale_row(const float* row, std::int64_t n, RowStatistics sta
 //   Vec grad(row, i, lanes)             the gradient of the normalised row times weight plus bias
 //   Vec emit(row, i, dz, lanes)         stores the gradient dz of the input; returns what its bias sum takes
 // sums: 0 = weight, 1 = bias of LayerNorm, 2 = what emit returned (where kHasInputBias).
-template <bool kHasInputBias, int kRows, class T, class Input, class Grad, class Emit>
-static inline void layer_norm_backward_group(std::int64_t first, std::int64_t n, const T* weight, const float* mean,
-                                             const float* rstd, const ColumnSums& sums, std::int64_t chunk, Input input,
-                                             Grad grad, Emit emit) {
-    const std::int64_t width = round_up(n, kLanes);
-    float* normalised = scratch<Purpose::kTask>(kRows * width);
-    float grad_mean[kRows], product_mean[kRows];
-    for (int r = 0; r < kRows; ++r) {
-        const std::int64_t row = first + r;
-        const FloatPair totals = sum_row(n, [&](std::int64_t i, auto lanes) {
-            const Vec x = (input(row, i, lanes) - mean[row]) * rstd[row];
-            store(normalised + r * width + i, x, Full{});
-            const Vec scaled = grad(row, i, lanes) * load(weight + i, lanes);
-            return VecPair{scaled, scaled * x};
-        });
-        grad_mean[r] = totals.first / static_cast<float>(n);
-        product_mean[r] = totals.second / static_cast<float>(n);
-    }
-    for_vectors(n, [&](std::int64_t i, auto lanes) {
-        const Vec w = load(weight + i, lanes);
-        Vec weight_sum{}, bias_sum{}, input_sum{};
-        for (int r = 0; r < kRows; ++r) {
-            const Vec x = load(normalised + r * width + i, Full{});
-            const Vec dy = grad(first + r, i, lanes);
-            // In a row of equal numbers rstd is huge, and dy * w must meet its mean with the rounding that the mean has.
-            const Vec dz = (rounded(dy * w) - grad_mean[r] - x * product_mean[r]) * rstd[first + r];
-            weight_sum += dy * x;
-            bias_sum += dy;
-            const Vec emitted = emit(first + r, i, dz, lanes);
-            if constexpr (kHasInputBias) input_sum += emitted;
-        }
-        add_to(sums.row(chunk, 0) + i, weight_sum);
-        add_to(sums.row(chunk, 1) + i, bias_sum);
-        if constexpr (kHasInputBias) add_to(sums.row(chunk, 2) + i, input_sum);
-    });
-}
+template <bool kHasInputBias, class T, class Input, class Grad, class Emit>
+struct LayerNormBackward {
+    std::int64_t n;
+    const T* weight;
+    const float *mean, *rstd;
+    Input input;
+    Grad grad;
+    Emit emit;
 
-// The gradient of rows rows of n; writes dweight, dln_bias and, where it is not null, dbias (n each).
+    // Rows [first, first + kRows).
+    template <int kRows>
+    void group(std::int64_t first, const ColumnSums& sums, std::int64_t chunk) const {
+        const std::int64_t width = round_up(n, kLanes);
+        float* normalised = scratch<Purpose::kTask>(kRows * width);
+        float scale[kRows], grad_mean[kRows], product_mean[kRows];
+        for (int r = 0; r < kRows; ++r) {
+            const float row_mean = mean[first + r], row_scale = rstd[first + r];
+            const FloatPair totals = sum_row(n, [&](std::int64_t i, auto lanes) {
+                const Vec x = (input(first + r, i, lanes) - row_mean) * row_scale;
+                store(normalised + r * width + i, x, Full{});
+                const Vec scaled = grad(first + r, i, lanes) * load(weight + i, lanes);
+                return VecPair{scaled, scaled * x};
+            });
+            scale[r] = row_scale;
+            grad_mean[r] = totals.first / static_cast<float>(n);
+            product_mean[r] = totals.second / static_cast<float>(n);
+        }
+        float *weight_sums = sums.row(chunk, 0), *bias_sums = sums.row(chunk, 1);
+        for_vectors(n, [&](std::int64_t i, auto lanes) {
+            const Vec w = load(weight + i, lanes);
+            Vec weight_sum{}, bias_sum{}, input_sum{};
+            for (int r = 0; r < kRows; ++r) {
+                const Vec x = load(normalised + r * width + i, Full{});
+                const Vec dy = grad(first + r, i, lanes);
+                // Where a row has equal numbers, scale is huge: dy * w must be rounded as it was in its mean.
+                const Vec dz = (rounded(dy * w) - grad_mean[r] - x * product_mean[r]) * scale[r];
+                weight_sum += dy * x;
+                bias_sum += dy;
+                const Vec emitted = emit(first + r, i, dz, lanes);
+                if constexpr (kHasInputBias) input_sum += emitted;
+            }
+            add_to(weight_sums + i, weight_sum);
+            add_to(bias_sums + i, bias_sum);
+            if constexpr (kHasInputBias) add_to(sums.row(chunk, 2) + i, input_sum);
+        });
+    }
+};
+
+// The gradient for `rows` rows of n; writes dweight, dln_bias and, where kHasInputBias, dbias (n each).
 template <bool kHasInputBias, class T, class Input, class Grad, class Emit>
 static inline void layer_norm_backward(std::int64_t rows, std::int64_t n, const T* weight, const float* mean,
                                        const float* rstd, float* dweight, float* dln_bias, float* dbias,
                                        int num_threads, Input input, Grad grad, Emit emit) {
+    const LayerNormBackward<kHasInputBias, T, Input, Grad, Emit> work{n, weight, mean, rstd, input, grad, emit};
     const Chunks chunks = summation_chunks(rows);
     const ColumnSums sums(chunks, kHasInputBias ? 3 : 2, n);
     parallel_for(chunks.count, num_threads, [&](std::int64_t chunk) {
         sums.clear(chunk);
+        const std::int64_t end = chunks.end(chunk);
         std::int64_t row = chunks.begin(chunk);
-        for (; row + kRowGroup <= chunks.end(chunk); row += kRowGroup) {
-            layer_norm_backward_group<kHasInputBias, kRowGroup>(row, n, weight, mean, rstd, sums, chunk, input, grad, emit);
-        }
-        for (; row < chunks.end(chunk); ++row) {
-            layer_norm_backward_group<kHasInputBias, 1>(row, n, weight, mean, rstd, sums, chunk, input, grad, emit);
-        }
+        for (; row + kRowGroup <= end; row += kRowGroup) work.template group<kRowGroup>(row, sums, chunk);
+        for (; row < end; ++row) work.template group<1>(row, sums, chunk);
     });
-    sums.finish(0, dweight);
-    sums.finish(1, dln_bias);
-    if constexpr (kHasInputBias) sums.finish(2, dbias);
+    sums.finish(0, dweight, num_threads);
+    sums.finish(1, dln_bias, num_threads);
+    if constexpr (kHasInputBias) sums.finish(2, dbias, num_threads);
 }
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

@@ -20,8 +20,8 @@ static inline T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Calls body(task) for every task in [0, tasks), on up to num_threads threads of the OpenMP pool that torch uses too; whoever
-// is free takes the next one. Tasks must not depend on each other.
+// Calls body(task) for every task in [0, tasks), on up to num_threads threads of the OpenMP pool that torch uses too;
+// whoever is free takes the next one. Tasks must not depend on each other.
 template <class Body>
 static inline void parallel_for(std::int64_t tasks, int num_threads, Body body) {
     [[maybe_unused]] const int threads = static_cast<int>(smaller(num_threads, tasks));
@@ -85,7 +85,8 @@ private:
 // What a task of a parallel region needs for itself, and what the caller holds for all tasks at once.
 enum class Purpose { kTask, kShared };
 
-// At least `floats` floats at a multiple of 64 bytes, contents undefined, valid until this thread asks again for the same purpose.
+// At least `floats` floats at a multiple of 64 bytes, contents undefined, valid until this thread asks again for the
+// same purpose.
 template <Purpose>
 static inline float* scratch(std::int64_t floats) {
     static thread_local Scratch memory;

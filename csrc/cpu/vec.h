@@ -1,7 +1,8 @@
-// One vector of floats of the width that this object is compiled for, written with the vector extensions of GCC and Clang.
+// One vector of floats of the width that this object is compiled for, written with the vector extensions of GCC and
+// Clang.
 //
-// Everything stands in the namespace of the instruction set and is static: an inline function with external linkage could be
-// merged by the linker with the AVX-512 copy of the same function, and kill a CPU that lacks it.
+// Everything stands in the namespace of the instruction set and is static: an inline function with external linkage
+// could be merged by the linker with the AVX-512 copy of the same function, and kill a CPU that lacks it.
 #pragma once
 
 #include <cstdint>
@@ -58,8 +59,8 @@ static inline UintVec lane_numbers() {
     return lanes;
 }
 
-// The larger, the smaller of both; y where either is NaN, so a NaN in y stays. x86 has just this in one instruction, which
-// GCC does not see in the comparison.
+// The larger, the smaller of both; y where either is NaN, so a NaN in y stays. x86 has just this in one instruction,
+// which GCC does not see in the comparison.
 static inline Vec larger(Vec x, Vec y) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y);
@@ -172,7 +173,8 @@ static inline float sum_lanes(Vec x) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
     // The masked form: GCC 12 warns of an uninitialised value inside the plain one.
-    const __m256 eight = _mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 0) + _mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 1);
+    const __m256 eight =
+        _mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 0) + _mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 1);
 #else
     const __m256 eight = (__m256)x;
 #endif
@@ -210,8 +212,8 @@ static inline void for_vectors(std::int64_t n, Body body) {
     if (i < n) body(i, Part{static_cast<int>(n - i)});
 }
 
-// Sum of term(offset, Full or Part), a Vec or a VecPair, over a row of n elements; four running sums hide the latency of the
-// addition.
+// Sum of term(offset, Full or Part), a Vec or a VecPair, over a row of n elements; four running sums hide the latency
+// of the addition.
 template <class Term>
 static inline auto sum_row(std::int64_t n, Term term) {
     decltype(term(n, Full{})) a{}, b{}, c{}, d{};

@@ -1,0 +1,50 @@
+"""Every operator case, forward and backward, on the extension found in a folder: run by .ci/sanitize on its own build."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def load_extension(folder: Path) -> str | None:
+    """Makes `albert_fast._C` the extension built in `folder`; why it does not load, if so."""
+    (path,) = (folder / "albert_fast").glob("_C.*.so")
+    spec = importlib.util.spec_from_file_location("albert_fast._C", path)
+    assert spec is not None and spec.loader is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        if "ALBERT_FAST_ISA" not in str(error):
+            raise
+        return str(error)
+    sys.modules["albert_fast._C"] = module
+    return None
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    reason = load_extension(Path(sys.argv[1]))
+    if reason is not None:
+        print(f"sanitizers: skipped, {reason}")
+        return
+    from albert_fast import dispatch
+    from albert_fast.testing.cases import ALL_CASES
+    from albert_fast.testing.parity import check_backward, check_forward, parity_grid
+
+    started, runs = time.perf_counter(), 0
+    for op in ALL_CASES:
+        for _, *case in parity_grid(op, "cpp"):
+            check_forward(*case)
+            check_backward(*case)
+            runs += 1
+    isa = dispatch.extension().build_info()["isa"]
+    print(f"sanitizers: {isa}: {runs} cases clean, {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
