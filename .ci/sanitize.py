@@ -14,7 +14,8 @@ def load_extension(folder: Path) -> str | None:
     """Makes `albert_fast._C` the extension built in `folder`; why it does not load, if so."""
     (path,) = (folder / "albert_fast").glob("_C.*.so")
     spec = importlib.util.spec_from_file_location("albert_fast._C", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
