@@ -21,10 +21,12 @@ def main() -> None:
     for statement in STATEMENTS:  # files into the page cache, bytecode onto the disk
         seconds(statement)
     rounds = [[seconds(statement) for statement in STATEMENTS] for _ in range(ROUNDS)]
-    base = statistics.median(times[0] for times in rounds)
-    for index, statement in enumerate(STATEMENTS):
+    torch_alone = statistics.median(times[0] for times in rounds)
+    print(f"import torch: {torch_alone:.2f} s")
+    for index, statement in enumerate(STATEMENTS[1:], start=1):
+        whole = statistics.median(times[index] for times in rounds)
         more = statistics.median(times[index] - times[0] for times in rounds)
-        print(f"{statement}: {base + more:.2f} s" + (f", {more:+.2f} s beside torch alone" if index else ""))
+        print(f"{statement}: {whole:.2f} s, {more:+.2f} s against import torch")
 
 
 if __name__ == "__main__":

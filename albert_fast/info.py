@@ -271,8 +271,8 @@ def report() -> str:
     else:
         cuda = f"CUDA for {', '.join(built['cuda_archs'])}" if built["cuda"] else "no CUDA"
         lines.append(
-            f"extension  {built['compiler']}; compiled for {', '.join(built['isa_compiled'])}, runs {built['isa']}; "
-            f"{'OpenMP' if built['openmp'] else 'no OpenMP'}; {cuda}"
+            f"extension  compiled for {', '.join(built['isa_compiled'])}, runs {built['isa']}; "
+            f"{'OpenMP' if built['openmp'] else 'no OpenMP'}; {cuda}; compiler {built['compiler']}"
         )
     libraries = (f"{name} {version or 'missing'}" for name, version in machine["libraries"].items())
     lines += [f"libraries  {', '.join(libraries)}", "", *_table(operators())]
