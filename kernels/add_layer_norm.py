@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    COMPILER_OPTIONS,
     dropout_arguments,
     dropout_keep,
     layer_norm_rows,
@@ -89,9 +90,10 @@ def add_layer_norm_fwd(
     dropout = dropout_arguments(dropout_p, seed)
     if n_rows == 0:
         return out, mean, rstd
-    _add_layer_norm_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
-        x, bias.contiguous(), residual, weight.contiguous(), ln_bias.contiguous(), out, mean, rstd, n_rows, n_cols,
-        x.stride(0), residual.stride(0), eps, *dropout,
-        HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _add_layer_norm_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
+            x, bias.contiguous(), residual, weight.contiguous(), ln_bias.contiguous(), out, mean, rstd, n_rows, n_cols,
+            x.stride(0), residual.stride(0), eps, *dropout,
+            HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **COMPILER_OPTIONS,
+        )  # fmt: skip
     return out, mean, rstd

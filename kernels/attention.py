@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, dropout_arguments, dropout_keep, round_to
+from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, round_to
 
 MAX_HEAD_DIM = 256
 
@@ -235,9 +235,10 @@ def attention_fwd(
     n_programs = n_query_blocks * num_heads * (len(cu_seqlens_q) - 1)
     if n_queries_total == 0 or n_programs == 0:
         return out, lse
-    _attention_fwd_kernel[(n_programs,)](
-        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, q.stride(0), k.stride(0), v.stride(0), num_heads, n_query_blocks,
-        n_queries_total, softmax_scale * 1.4426950408889634, *dropout,
-        HAS_DROPOUT=dropout_p > 0.0, HEAD_DIM=head_dim, **tiles,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _attention_fwd_kernel[(n_programs,)](
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, q.stride(0), k.stride(0), v.stride(0), num_heads, n_query_blocks,
+            n_queries_total, softmax_scale * 1.4426950408889634, *dropout,
+            HAS_DROPOUT=dropout_p > 0.0, HEAD_DIM=head_dim, **tiles, **COMPILER_OPTIONS,
+        )  # fmt: skip
     return out, lse

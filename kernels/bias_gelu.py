@@ -10,13 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import ACT_CODES, activate, round_to, rows_contiguous
+from ._common import ACT_CODES, COMPILER_OPTIONS, activate, round_to, rows_contiguous
 
-
-def bias_gelu_tiles(n_cols: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, num_warps): 32 elements a thread, and rows narrower than a tile share one."""
-    block_n = min(512, max(16, triton.next_power_of_2(n_cols)))
-    return 4096 // block_n, block_n, 4
+# Every I of the released models is a multiple of 512 but the tiny one's 1248.
+BLOCK_N, NUM_WARPS = 512, 4
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -59,10 +56,11 @@ def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, act: str) -> torch.Tensor
     out = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    block_m, block_n, num_warps = bias_gelu_tiles(n_cols)
-    grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n),)
-    _bias_gelu_fwd_kernel[grid](
-        x, bias.contiguous(), out, n_rows, n_cols, x.stride(0),
-        ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
-    )  # fmt: skip
+    block_m = 16 // x.itemsize  # four 16-byte loads in flight in every thread
+    grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, BLOCK_N),)
+    with torch.cuda.device_of(x):
+        _bias_gelu_fwd_kernel[grid](
+            x, bias.contiguous(), out, n_rows, n_cols, x.stride(0),
+            ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **COMPILER_OPTIONS,
+        )  # fmt: skip
     return out

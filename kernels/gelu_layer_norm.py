@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._common import (
     ACT_CODES,
+    COMPILER_OPTIONS,
     activate,
     layer_norm_rows,
     load_row_vector,
@@ -75,8 +76,9 @@ def gelu_layer_norm_fwd(
     block_m, block_n, num_warps = row_tiles(n_cols)
     if n_rows == 0:
         return out, mean, rstd
-    _gelu_layer_norm_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
-        x, bias.contiguous(), weight.contiguous(), ln_bias.contiguous(), out, mean, rstd, n_rows, n_cols, x.stride(0),
-        eps, ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _gelu_layer_norm_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
+            x, bias.contiguous(), weight.contiguous(), ln_bias.contiguous(), out, mean, rstd, n_rows, n_cols, x.stride(0),
+            eps, ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **COMPILER_OPTIONS,
+        )  # fmt: skip
     return out, mean, rstd
