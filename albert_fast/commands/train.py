@@ -68,6 +68,9 @@ def command(
     heads: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None,
     intermediate_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="1024")] = None,
     embedding_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="128")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="New model: in layers and attention.", show_default="0.1")
+    ] = None,
     progress: Annotated[
         bool | None,
         typer.Option("--progress/--no-progress", help="Bars on standard error.", show_default="on a terminal"),
@@ -90,6 +93,7 @@ def command(
     sizes = {
         "num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads,
         "intermediate_size": intermediate_size, "embedding_size": embedding_size,
+        "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout,
     }  # fmt: skip
     chosen = {name: value for name, value in sizes.items() if value is not None}
     if init_from is not None and chosen:
