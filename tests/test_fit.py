@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 
 import albert_fast
 from albert_fast import ALBERTConfig
+from albert_fast.testing import require_data
 from albert_fast.tokenization import load_tokenizer
-from albert_fast.training import Recipe, fit
+from albert_fast.training import Recipe, evaluate, fit
 from albert_fast.training.checkpointing import STATE_NAME
 
 CONFIG = ALBERTConfig(
@@ -113,3 +115,34 @@ def test_fit_starts_from_a_checkpoint_and_predicts_numbers(text_files: tuple[Pat
     assert history[0]["dev_mse"] == pytest.approx(history[0]["dev_loss"], rel=1e-4)
     one, two = (load_tokenizer(tmp_path / name).get_vocab() for name in ("first", "second"))
     assert one == two
+    assert load_tokenizer(tmp_path / "first").model_max_length == CONFIG.max_position_embeddings
+
+
+SHIPPED = Path(albert_fast.__file__).parent / "data" / "sst2-small"
+
+
+def stated() -> int:
+    """How many of the 872 test sentences the card says that the model gets right."""
+    found = re.search(r"\| this model \|.*\| (\d+) of 872 \|", (SHIPPED / "README.md").read_text(encoding="utf-8"))
+    assert found is not None
+    return int(found[1])
+
+
+def test_shipped_model_is_small_and_knows_its_labels() -> None:
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 12e6
+    model = albert_fast.ALBERTForSequenceClassification.from_pretrained(SHIPPED)
+    assert 2e6 <= sum(p.numel() for p in model.parameters()) <= 5e6
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    pytest.importorskip("tokenizers", reason="the text extra is not installed")
+    texts = ["a charming and moving film .", "a dull , lifeless and stupid mess ."]
+    with torch.no_grad():
+        logits = model(**load_tokenizer(SHIPPED)(texts, return_tensors="pt")).logits
+    assert logits.argmax(1).tolist() == [1, 0]
+
+
+def test_shipped_model_is_as_accurate_as_its_card_says() -> None:
+    pytest.importorskip("tokenizers", reason="the text extra is not installed")
+    result = evaluate(SHIPPED, require_data("SST-2/test.tsv"), device="cpu", progress=False)
+    assert result.examples == 872
+    # One sentence may stand on the edge and fall on the other side where another instruction set rounds otherwise.
+    assert abs(round(result.metrics["accuracy"] * 872) - stated()) <= 1

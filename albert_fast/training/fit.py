@@ -89,8 +89,13 @@ def fit(
     examples = read_examples(train_file, label_names=label_names, **columns)
     dev = None if dev_file is None else read_examples(dev_file, label_names=examples.label_names, **columns)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(folder, examples, vocab_size, init_from, resume, recipe.seed)
+    known = resume and (folder / "tokenizer_config.json").exists()  # the file that is written last
+    tokenizer = load_tokenizer(folder) if known else _new_tokenizer(examples, vocab_size, init_from, recipe.seed)
     config = _complete(config, tokenizer, examples, init_from, recipe)
+    if not known:
+        tokenizer.model_max_length = config.max_position_embeddings
+        tokenizer.settings["model_max_length"] = config.max_position_embeddings
+        tokenizer.save(folder)
     settings = dataclasses.asdict(recipe) | {
         "config": config.to_dict(), "init_from": None if init_from is None else str(init_from),
         "train_examples": len(examples.texts), "dev_examples": 0 if dev is None else len(dev.texts),
@@ -114,19 +119,12 @@ def small_config(max_length: int) -> ALBERTConfig:
     )  # fmt: skip
 
 
-def _tokenizer(
-    folder: Path, examples: Examples, vocab_size: int, init_from: str | Path | None, resume: bool, seed: int
-) -> Tokenizer:
-    """The run's vocabulary: the one in `folder` if the run goes on, else that of `init_from`, else a new one."""
-    if resume and (folder / "tokenizer.json").exists():
-        return load_tokenizer(folder)
+def _new_tokenizer(examples: Examples, vocab_size: int, init_from: str | Path | None, seed: int) -> Tokenizer:
+    """The vocabulary of `init_from`, or one learnt from the training text."""
     if init_from is not None:
-        tokenizer = load_tokenizer(resolve(init_from))
-    else:
-        lines = {line for text in examples.texts for line in ([text] if isinstance(text, str) else text)}
-        tokenizer = train_tokenizer(sorted(lines), vocab_size, seed=seed)
-    tokenizer.save(folder)
-    return tokenizer
+        return load_tokenizer(resolve(init_from))
+    lines = {line for text in examples.texts for line in ([text] if isinstance(text, str) else text)}
+    return train_tokenizer(sorted(lines), vocab_size, seed=seed)
 
 
 def _complete(
