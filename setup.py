@@ -161,10 +161,13 @@ def add_cpu_features(tools: Toolchain) -> None:
 def add_cuda(tools: Toolchain) -> None:
     """Adds nvcc and its architectures to the toolchain. Raises CannotBuild with the reason."""
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    nvcc = (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
     if nvcc is None:
         raise CannotBuild("nvcc was not found on the PATH. Install the CUDA toolkit 12 or newer, or set CUDA_HOME.")
-    known = set(run([nvcc, "--list-gpu-code"]).split())
+    try:
+        known = set(run([nvcc, "--list-gpu-code"]).split())
+    except (OSError, RuntimeError) as error:
+        raise CannotBuild(f"{nvcc} does not work: {error}") from error
     archs = [(virtual, real) for virtual, real in CUDA_ARCHS if real.rstrip("a") in known]
     if not archs:
         raise CannotBuild(f"{nvcc} is too old: it knows none of {', '.join(real for _, real in CUDA_ARCHS)}.")

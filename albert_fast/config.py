@@ -78,7 +78,9 @@ class ALBERTConfig:
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"config: {name} must lie in [0, 1), got {value!r}")
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"config: hidden_act {self.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"config: hidden_act {self.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}"
+            )
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"config: problem_type {self.problem_type!r} is none of {PROBLEM_TYPES}")
         if self.id2label is not None:
@@ -129,7 +131,9 @@ class ALBERTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json, readable by Hugging Face's AlbertConfig."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extra", "num_labels")}
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extra", "num_labels")
+        }
         if self.id2label is None:
             # Hugging Face counts the classes by their names, so unnamed ones are written out unless they are its default 2.
             values.pop("id2label"), values.pop("label2id")

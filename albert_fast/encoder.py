@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .config import ALBERTConfig
 from .gemm import linear
-from .packing import Packing, Queries
+from .packing import Packing, Queries, take
 
 
 class Embeddings(nn.Module):
@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         hidden = layers[-1](hidden, packing, None, backend, attentions)
         if states is not None:
             states.append(hidden)
-        return hidden if queries is None else hidden.index_select(0, queries.rows)
+        return hidden if queries is None else take(hidden, queries.rows)
 
 
 class LayerGroup(nn.Module):
@@ -139,7 +139,7 @@ class Attention(nn.Module):
             residual = hidden
             q, k, v = linear(hidden, weight, bias).split(width, dim=1)
         else:
-            residual = hidden.index_select(0, queries.rows)
+            residual = take(hidden, queries.rows)
             cu_seqlens_q, max_seqlen_q = queries.cu_seqlens, queries.max_seqlen
             q = linear(residual, weight[:width], bias[:width])
             k, v = linear(hidden, weight[width:], bias[width:]).split(width, dim=1)

@@ -23,7 +23,7 @@ from .config import ALBERTConfig
 from .encoder import Embeddings, Encoder
 from .gemm import linear
 from .outputs import BaseModelOutput
-from .packing import Packing, blank_empty, first_tokens, pack, packed_already, select
+from .packing import Packing, blank_empty, first_tokens, pack, packed_already, select, take
 from .weights import PRECISIONS, PretrainedMixin
 
 
@@ -49,18 +49,6 @@ class FastModel(PretrainedMixin):
         dispatch.check_backend(backend, next(self.parameters()).device.type, PRECISIONS[precision])
         self.to(PRECISIONS[precision])
         self.backend = backend
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Normal(0, initializer_range) matrices, zero biases and a zero padding row, as in Hugging Face."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-        for module in self.modules():  # afterwards, for a tied decoder fills the embedding's rows again
-            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx].zero_()
 
 
 @dataclass(frozen=True)
@@ -219,7 +207,7 @@ class ALBERTModel(FastModel):
         empty = not torch.compiler.is_compiling() and hidden.shape[0] == 0
         queries = None
         if isinstance(output_tokens, Tensor):
-            queries = select(packing, output_tokens)
+            queries = select(packing, output_tokens, hidden.shape[0])
         elif output_tokens == "first":
             queries = None if empty else first_tokens(packing, hidden.shape[0])
         elif output_tokens != "all":
@@ -232,7 +220,7 @@ class ALBERTModel(FastModel):
             if empty:
                 first = hidden.new_zeros(packing.num_sequences, hidden.shape[1])
             elif queries is None:
-                first = blank_empty(hidden.index_select(0, first_tokens(packing, hidden.shape[0]).rows), packing)
+                first = blank_empty(take(hidden, first_tokens(packing, hidden.shape[0]).rows), packing)
             else:
                 first = blank_empty(hidden, packing)
             pooled = torch.tanh(linear(first, self.pooler.weight, self.pooler.bias))

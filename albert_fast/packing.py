@@ -135,14 +135,21 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
             raise ValueError(f"cu_seqlens must run from 0 to T = {tokens} and never fall, got {cu_seqlens.tolist()}")
         if bool((lengths > max_seqlen).any()):
             raise ValueError(f"max_seqlen is {max_seqlen}, the longest sequence has {int(lengths.max())} tokens")
-    return Packing(None, cu_seqlens, max_seqlen, None)
+    return Packing(None, cu_seqlens.contiguous(), max_seqlen, None)  # kernels read it without strides
 
 
 def first_tokens(packing: Packing, tokens: int) -> Queries:
     """Each sequence's first token (for an empty one, some other token: `blank_empty` clears what comes of it)."""
-    starts = packing.cu_seqlens[:-1].long().clamp(max=tokens - 1)
+    starts = packing.cu_seqlens[:-1].long().clamp(max=tokens - 1).clamp(min=0)
     cu_seqlens = torch.arange(len(starts) + 1, dtype=torch.int32, device=starts.device)
     return Queries(starts, cu_seqlens, 1)
+
+
+def take(hidden: Tensor, rows: Tensor) -> Tensor:
+    """hidden[rows]. In a compiled graph, which cannot ask whether there are tokens at all, with a row of zeros to fall on."""
+    if torch.compiler.is_compiling():
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
+    return hidden.index_select(0, rows)
 
 
 def blank_empty(states: Tensor, packing: Packing) -> Tensor:
@@ -150,10 +157,13 @@ def blank_empty(states: Tensor, packing: Packing) -> Tensor:
     return states.masked_fill((packing.cu_seqlens.diff() == 0)[:, None], 0.0)
 
 
-def select(packing: Packing, wanted: Tensor) -> Queries:
-    """The real tokens among `wanted`: (B, S) bool, or (T,) bool for packed input."""
+def select(packing: Packing, wanted: Tensor, tokens: int) -> Queries:
+    """The real tokens among `wanted`: (B, S) bool, or (T,) bool for packed input of T = `tokens`."""
     if wanted.dtype != torch.bool:
         raise TypeError(f"output_tokens must be bool, got {wanted.dtype}")
+    expected = packing.shape if packing.shape is not None else (tokens,)
+    if wanted.shape != expected:
+        raise ValueError(f"output_tokens {tuple(wanted.shape)} does not fit the batch of {tuple(expected)}")
     flags = packing.gather(wanted)
     rows, cu_seqlens = torch.ops.albert_fast.select_rows(flags, packing.cu_seqlens)
     return Queries(rows, cu_seqlens, packing.max_seqlen)

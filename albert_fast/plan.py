@@ -92,10 +92,9 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         chosen, why = _chosen(name, device, dtype, backend)
         return Step(name, times, rows, chosen, gflop, why)
 
-    def layer(times: int, asked: int, asked_pairs: float) -> list[Step]:
+    def layer(projections: list[Step], times: int, asked: int, asked_pairs: float) -> list[Step]:
         return [
-            product("query product", times, asked, width, width),
-            product("key, value product", times, tokens, width, 2 * width),
+            *projections,
             operator("attention", times, asked, times * 4 * asked_pairs * width / 1e9),
             product("attention output", times, asked, width, width),
             operator("add_layer_norm", 2 * times, asked),
@@ -107,15 +106,27 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     projection = 2 * tokens * config.embedding_size * width / 1e9
     steps = [operator("embedding_projection", 1, tokens, projection)]
     if layers > 1 or not first_only:
-        steps += layer(layers - first_only, tokens, pairs)
+        times = layers - first_only
+        fused = product("query, key, value product", times, tokens, width, 3 * width)
+        steps += layer([fused], times, tokens, pairs)
     if first_only:
-        steps += [replace(s, name=f"last layer: {s.name}") for s in layer(1, last, last_pairs)]
+        apart = [
+            product("query product", 1, last, width, width),
+            product("key, value product", 1, tokens, width, 2 * width),
+        ]
+        steps += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
     if hasattr(model, "predictions"):
         steps += [
             product("head: dense", 1, tokens, width, config.embedding_size),
             operator("gelu_layer_norm", 1, tokens),
             product("head: decoder", 1, tokens, config.embedding_size, config.vocab_size),
         ]
+    if encoder.pooler is not None:
+        steps.append(product("pooler", 1, batch, width, width))
+    for name in ("classifier", "qa_outputs"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            steps.append(product(f"head: {name}", 1, last, width, head.out_features))
     padding = 1 - tokens / (batch * columns) if batch * columns else 0.0
     wanted = "the first token of each sequence" if first_only else "every token"
     summary = (

@@ -24,6 +24,17 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
     torch.library.register_autograd(f"albert_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
+def forbid_second_derivative(name: str) -> None:
+    """Make a gradient through the gradient operator an error: its formula is not written, and silence would be wrong."""
+
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        raise NotImplementedError(
+            f"albert_fast::{name} has no derivative of its own: for second derivatives use the models of albert_fast.reference"
+        )
+
+    register_autograd(name, backward, lambda ctx, inputs, output: None)
+
+
 def needs_dispatcher(*tensors: Tensor | None) -> bool:
     """Whether a call must go through torch's dispatcher: for a gradient, while tracing, for tensor subclasses.
 
@@ -49,8 +60,14 @@ def check_rows(op: str, x: Tensor, **vectors: tuple[Tensor, int]) -> None:
             raise ValueError(
                 f"{op}: expected {name} of shape ({width},) beside x {tuple(x.shape)}, got {tuple(vector.shape)}"
             )
-        if vector.device != x.device:
-            raise ValueError(f"{op}: {name} is on {vector.device}, x on {x.device}")
+    check_devices(op, x, *(vector for vector, _ in vectors.values()))
+
+
+def check_devices(op: str, first: Tensor, *others: Tensor | None) -> None:
+    """ValueError where a tensor is not on the device of `first`: kernels take addresses and would follow any."""
+    for other in others:
+        if other is not None and other.device != first.device:
+            raise ValueError(f"{op}: tensors on {first.device} and {other.device}; all must be on one device")
 
 
 def as_dtype(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from albert_fast import ops
+from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import check_backward, check_forward, parity_grid
 
 GRID = parity_grid("attention", "reference", "cpp", "triton")
@@ -86,6 +89,20 @@ def test_dropout_is_replayed_alike_everywhere(backend):
     expected = run(qkv, cu_seqlens, "reference", **options)
     torch.testing.assert_close(run(qkv, cu_seqlens, backend, **options), expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(expected, run(qkv, cu_seqlens, "reference"))
+
+
+def test_cu_seqlens_may_be_strided():
+    qkv, cu_seqlens = packed([4, 5])
+    strided = torch.tensor([0, 77, 4, 77, 9, 77], dtype=torch.int32)[::2]
+    assert torch.equal(run(qkv, strided, "cpp"), run(qkv, cu_seqlens, "cpp"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=5), st.integers(1, 3), st.integers(1, 70))
+def test_any_lengths_heads_and_widths(lengths, heads, head_dim):
+    shape = (tuple(q for q, _ in lengths), tuple(k for _, k in lengths), heads, head_dim)
+    check_forward(ALL_CASES["attention"], shape, {}, torch.float32, "cpp")
+    check_backward(ALL_CASES["attention"], shape, {}, torch.float32, "cpp")
 
 
 def test_bad_input_is_named():

@@ -1,7 +1,10 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from albert_fast import ops
+from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import check_backward, check_forward, parity_grid
 
 GRID = parity_grid("bias_gelu", "reference", "cpp", "triton")
@@ -18,6 +21,13 @@ BACKWARD = pytest.mark.parametrize(
 @FORWARD
 def test_forward(case, shape, options, dtype, backend):
     check_forward(case, shape, options, dtype, backend)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 300))
+def test_any_shape(rows, width):
+    for check in (check_forward, check_backward):
+        check(ALL_CASES["bias_gelu"], (rows, width), {}, torch.float32, "cpp")
 
 
 @BACKWARD

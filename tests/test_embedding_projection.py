@@ -44,8 +44,21 @@ def test_an_id_outside_its_table_is_named(backend, table, name, size, value):
         ops.embedding_projection(*ids, *tables, *rest, backend=backend)
 
 
+def test_parameters_of_other_dtypes_are_converted():
+    ids, tables, rest = inputs()
+    expected = ops.embedding_projection(*ids, *tables, *rest, backend="cpp")
+    actual = ops.embedding_projection(
+        *ids, tables[0], *(t.double() for t in tables[1:]), *(t.double() for t in rest[:-1]), rest[-1], backend="cpp"
+    )
+    torch.testing.assert_close(actual, expected)
+
+
 def test_other_bad_input_is_named():
     ids, tables, rest = inputs()
+    with pytest.raises(ValueError, match=r"ln_weight \(4,\), expected \(8,\)"):
+        ops.embedding_projection(*ids, *tables, torch.ones(4), *rest[1:])
+    with pytest.raises(ValueError, match="one device"):
+        ops.embedding_projection(*ids, *tables[:2], tables[2].to("meta"), *rest)
     with pytest.raises(TypeError, match="input_ids must be int64"):
         ops.embedding_projection(ids[0].float(), *ids[1:], *tables, *rest)
     with pytest.raises(ValueError, match=r"position_ids \(4,\)"):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-# Rows of the attention matrix: head * HEAD_STRIDE + packed index of the query token.
+# Rows of the attention matrix: head * HEAD_STRIDE + packed index of the query token. In a batch of more than 65,537 tokens a
+# head shares masks with its neighbour's tokens further on, which is harmless to training and the same on every backend.
 HEAD_STRIDE = 0x10001
 
 
@@ -49,6 +50,8 @@ def seed_value(seed: Tensor | None, p: float) -> int:
     """The number in `seed`; ValueError where dropout is on and there is none."""
     if p == 0.0:
         return 0
+    if not 0.0 < p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
     if seed is None:
         raise ValueError(f"dropout_p is {p}: pass the seed that replays it (albert_fast.ops.draw_seed())")
     return int(seed)

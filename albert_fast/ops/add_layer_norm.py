@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import as_dtype, check_rows, needs_dispatcher, register, register_autograd, rows
+from ..registration import (
+    as_dtype,
+    check_devices,
+    check_rows,
+    forbid_second_derivative,
+    needs_dispatcher,
+    register,
+    register_autograd,
+    rows,
+)
 from ._dropout import keep_scale_2d, seed_value
 
 
@@ -133,6 +142,7 @@ def _backward(ctx, grad, _grad_mean, _grad_rstd):
 
 
 register_autograd("add_layer_norm_fwd", _backward, _setup)
+forbid_second_derivative("add_layer_norm_bwd")
 
 
 def add_layer_norm(
@@ -160,6 +170,7 @@ def add_layer_norm(
     check_rows("add_layer_norm", x, bias=(bias, width), weight=(weight, width), ln_bias=(ln_bias, width))
     if residual.shape != x.shape:
         raise ValueError(f"add_layer_norm: residual {tuple(residual.shape)} differs from x {tuple(x.shape)}")
+    check_devices("add_layer_norm", x, residual)
     bias, residual, weight, ln_bias = as_dtype(x, bias, residual, weight, ln_bias)
     traced = needs_dispatcher(x, bias, residual, weight, ln_bias)
     call = torch.ops.albert_fast.add_layer_norm_fwd if traced else _fwd

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import needs_dispatcher, register, register_autograd
+from ..registration import check_devices, forbid_second_derivative, needs_dispatcher, register, register_autograd
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
 
@@ -181,6 +181,7 @@ def _backward(ctx, grad, _grad_lse):
 
 
 register_autograd("attention_fwd", _backward, _setup)
+forbid_second_derivative("attention_bwd")
 
 
 def attention(
@@ -206,7 +207,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    if q.dim() != 2 or k.shape != v.shape or q.shape[1:] != k.shape[1:] or q.shape[1] % num_heads:
+    if num_heads < 1 or q.dim() != 2 or k.shape != v.shape or q.shape[1:] != k.shape[1:] or q.shape[1] % num_heads:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {num_heads} heads"
         raise ValueError(f"attention: expected q (Tq, H), k and v (T, H) with H a multiple of num_heads, got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
@@ -217,9 +218,13 @@ def attention(
         or cu_seqlens_q.shape != cu_seqlens_k.shape
     ):
         raise ValueError("attention: cu_seqlens_q and cu_seqlens_k must be int32 of one shape (B + 1,)")
+    check_devices("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
+    same = cu_seqlens_k is cu_seqlens_q
+    cu_seqlens_q = cu_seqlens_q.contiguous()
+    cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k.contiguous()
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_ranges("cu_seqlens_q", cu_seqlens_q, len(q))
-        if cu_seqlens_k is not cu_seqlens_q or len(k) != len(q):
+        if not same or len(k) != len(q):
             _check_ranges("cu_seqlens_k", cu_seqlens_k, len(k))
     if softmax_scale is None:
         softmax_scale = (q.shape[1] // num_heads) ** -0.5

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import as_dtype, check_rows, needs_dispatcher, register, register_autograd, rows
+from ..registration import (
+    as_dtype,
+    check_rows,
+    forbid_second_derivative,
+    needs_dispatcher,
+    register,
+    register_autograd,
+    rows,
+)
 
 # The order is the numbering that the C++ and Triton kernels share.
 ACTS = ("gelu_tanh", "gelu_erf", "relu")
@@ -98,6 +106,7 @@ def _backward(ctx, grad):
 
 
 register_autograd("bias_gelu_fwd", _backward, _setup)
+forbid_second_derivative("bias_gelu_bwd")
 
 
 def bias_gelu(x: Tensor, bias: Tensor, act: str = "gelu_tanh", *, backend: str = "auto") -> Tensor:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from .. import dispatch
 from ..gemm import linear
-from ..registration import as_dtype, needs_dispatcher, register, register_autograd, rows
+from ..registration import (
+    as_dtype,
+    check_devices,
+    forbid_second_derivative,
+    needs_dispatcher,
+    register,
+    register_autograd,
+    rows,
+)
 from ._dropout import keep_scale_2d, seed_value
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 
@@ -126,7 +134,7 @@ def _fwd(
     if backend == "cpp":
         normed, _, _ = _normed_cpu(*ids, *weights, eps, dropout_p, seed_value(seed, dropout_p))  # type: ignore[arg-type]
         return linear(normed, proj_weight, proj_bias)
-    if backend == "cuda" and inputs_embeds is None:
+    if backend == "cuda":
         return _fwd_cuda(
             *ids, *weights, rows(proj_weight), rows(proj_bias), eps, dropout_p, seed_value(seed, dropout_p)
         )
@@ -217,13 +225,15 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     *tensors, seed = ctx.saved_tensors
-    dinputs, *grads = torch.ops.albert_fast.embedding_projection_bwd(
-        grad, *tensors, ctx.eps, ctx.padding_idx, ctx.dropout_p, seed, ctx.backend
-    )
+    with torch.autocast(grad.device.type, enabled=False):
+        dinputs, *grads = torch.ops.albert_fast.embedding_projection_bwd(
+            grad, *tensors, ctx.eps, ctx.padding_idx, ctx.dropout_p, seed, ctx.backend
+        )
     return None, dinputs if tensors[1] is not None else None, None, None, *grads, None, None, None, None, None
 
 
 register_autograd("embedding_projection_fwd", _backward, _setup)
+forbid_second_derivative("embedding_projection_bwd")
 
 
 def embedding_projection(
@@ -269,10 +279,30 @@ def embedding_projection(
     if token_type.shape[1:] != (width,) or position.shape[1:] != (width,) or proj_weight.shape[1:] != (width,):
         shapes = [tuple(t.shape) for t in (word, token_type, position, proj_weight)]
         raise ValueError(f"embedding_projection: word, token_type, position, proj_weight differ in width: {shapes}")
+    for name, vector, size in (
+        ("ln_weight", ln_weight, width),
+        ("ln_bias", ln_bias, width),
+        ("proj_bias", proj_bias, len(proj_weight)),
+    ):
+        if vector.shape != (size,):
+            raise ValueError(f"embedding_projection: {name} {tuple(vector.shape)}, expected ({size},)")
+    parameters = token_type, position, ln_weight, ln_bias, proj_weight, proj_bias
+    check_devices("embedding_projection", word, input_ids, inputs_embeds, token_type_ids, position_ids, *parameters)
     if inputs_embeds is not None:
         (inputs_embeds,) = as_dtype(word, inputs_embeds)
-    tensors = (inputs_embeds, word, token_type, position, ln_weight, ln_bias, proj_weight, proj_bias)
+    tensors = (inputs_embeds, word, *as_dtype(word, *parameters))
     call = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
-    return call(
-        input_ids, inputs_embeds, token_type_ids, position_ids, *tensors[1:], eps, padding_idx, dropout_p, seed, backend
-    )
+    # Under autocast the product inside would change the dtype that the schema promises.
+    with torch.autocast(word.device.type, enabled=False):
+        return call(
+            input_ids,
+            inputs_embeds,
+            token_type_ids,
+            position_ids,
+            *tensors[1:],
+            eps,
+            padding_idx,
+            dropout_p,
+            seed,
+            backend,
+        )

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import as_dtype, check_rows, needs_dispatcher, register, register_autograd, rows
+from ..registration import (
+    as_dtype,
+    check_rows,
+    forbid_second_derivative,
+    needs_dispatcher,
+    register,
+    register_autograd,
+    rows,
+)
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 from .bias_gelu import ACTS, act_grad_ref, act_ref
 
@@ -99,6 +107,7 @@ def _backward(ctx, grad, _grad_mean, _grad_rstd):
 
 
 register_autograd("gelu_layer_norm_fwd", _backward, _setup)
+forbid_second_derivative("gelu_layer_norm_bwd")
 
 
 def gelu_layer_norm(

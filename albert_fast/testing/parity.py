@@ -64,5 +64,7 @@ def _gradients(case: OpCase, inputs: Inputs, cotangent: Tensor, run: Any) -> dic
         names.remove("word")  # not looked up
     leaves = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in names}}
     output = run(leaves)
-    gradients = torch.autograd.grad(output, [leaves[name] for name in names], cotangent.to(output.dtype))
+    gradients = torch.autograd.grad(
+        output, [leaves[name] for name in names], cotangent.to(output.dtype), allow_unused=True, materialize_grads=True
+    )
     return dict(zip(names, gradients, strict=True))

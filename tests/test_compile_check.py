@@ -1,0 +1,223 @@
+"""Every GPU kernel compiles for three generations of chips, without spills; and the check that says so can fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from albert_fast import dispatch
+from albert_fast.testing import compile_check, launches
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+NEEDS = {"embedding_projection": [needs_triton, needs_nvcc]}  # cuobjdump comes with triton
+KERNELS = [pytest.param(name, marks=NEEDS.get(name, needs_triton)) for name in compile_check.KERNELS]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def run_apart(*command: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    """A fresh interpreter, in which Triton compiles: this process has it interpret."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if path is not None:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), env.get("PYTHONPATH", "")]))
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+
+
+def check(kernel: str, folder: Path) -> list[dict]:
+    file = folder / f"{kernel}.json"
+    done = run_apart("-m", "albert_fast.testing.compile_check", "--kernel", kernel, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """kernel -> its rows, compiled once."""
+    folder, found = tmp_path_factory.mktemp("compile_check"), {}
+    return lambda kernel: found[kernel] if kernel in found else found.setdefault(kernel, check(kernel, folder))
+
+
+def test_every_operator_is_checked():
+    assert sorted(compile_check.KERNELS) == sorted(dispatch.TABLE)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_compiles_without_spills(rows, kernel):
+    chips = {chip.name: chip for chip in compile_check.CHIPS}
+    cases = {(row["label"], row["tiles"]) for row in rows(kernel)}
+    assert len(rows(kernel)) == len(cases) * len(chips)
+    for row in rows(kernel):
+        assert row["problem"] == ""
+        assert row["spills"] == row["stack_bytes"] == 0
+        assert 0 < row["registers"] <= 255
+        assert row["shared_bytes"] <= chips[row["chip"]].shared_bytes
+
+
+@needs_triton
+def test_attention_multiplies_on_each_chips_own_tensor_cores(rows):
+    best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+    for row in rows("attention"):
+        if row["label"].startswith("f32"):
+            assert row["tensor_cores"] == "", "float32 must not be rounded to TF32"
+        elif " S16" in row["label"]:
+            assert "HMMA" in row["tensor_cores"], "16 queries are too few for a warpgroup"
+        else:
+            assert best[row["chip"]] in row["tensor_cores"].split(), row
+
+
+@needs_triton
+@needs_nvcc
+def test_embedding_projection_multiplies_on_tensor_cores_but_float32(rows):
+    for row in rows("embedding_projection"):
+        assert ("float" in row["label"]) == (row["tensor_cores"] == ""), row
+
+
+@needs_triton
+def test_every_tile_of_attention_is_checked(rows):
+    from albert_fast.kernels.attention import MAX_HEAD_DIM, attention_tiles
+
+    checked = {(row["label"].split()[0], row["tiles"]) for row in rows("attention") if row["label"][:3] != "f16"}
+    wanted = set()
+    for name in ("f32", "bf16"):
+        for head_dim in range(1, MAX_HEAD_DIM + 1):
+            for max_seqlen in (1, 16, 17, 64, 65, 128, 512, 100_000):
+                tiles = attention_tiles(head_dim, launches.DTYPES[name], max_seqlen)
+                sizes = [f"{size[-1]}{tiles[size]}" for size in ("BLOCK_D", "BLOCK_M", "BLOCK_N", "CHUNK_D")]
+                wanted.add((name, " ".join([*sizes, f"warps{tiles['num_warps']}"])))
+                assert attention_tiles(head_dim, torch.float16, max_seqlen) == attention_tiles(
+                    head_dim, torch.bfloat16, max_seqlen
+                )
+    assert checked == wanted
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", ["add_layer_norm", "gelu_layer_norm"])
+def test_every_tile_of_the_row_kernels_is_checked(rows, kernel):
+    from albert_fast.kernels._common import MAX_ROW, row_tiles
+
+    wanted = {"M{} N{} warps{}".format(*row_tiles(n)) for n in range(1, MAX_ROW + 1)}
+    for name in ("f32", "bf16"):
+        assert {row["tiles"] for row in rows(kernel) if row["label"].startswith(name)} == wanted
+
+
+def test_dtypes_of_the_check_are_those_of_the_kernels():
+    assert sorted(map(str, launches.DTYPES.values())) == sorted(map(str, DTYPES))
+
+
+BAD_KERNELS = """
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+from albert_fast.testing import compile_check, launches
+
+
+@triton.jit
+def spilling_kernel(x_ptr, out_ptr, BLOCK_N: tl.constexpr):
+    cols = tl.arange(0, BLOCK_N)
+    x = tl.load(x_ptr + cols)
+    tl.store(out_ptr + cols, x / tl.sum(x))
+
+
+fine_kernel = lazy_kernel = spilling_kernel
+
+
+@triton.jit
+def greedy_kernel(x_ptr, out_ptr, n, BLOCK_N: tl.constexpr):
+    cols = tl.arange(0, BLOCK_N)
+    at = cols[:, None] * BLOCK_N + cols[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_N], dtype=tl.float32)
+    for i in range(n):
+        total = tl.dot(tl.load(x_ptr + i * BLOCK_N + at), tl.load(out_ptr + i * BLOCK_N + at), total)
+    tl.store(out_ptr + at, total.to(tl.float16))
+
+
+@triton.jit
+def broken_kernel(x_ptr, out_ptr, BLOCK_N: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, BLOCK_N), x_ptr)
+
+
+def launch(name, *arguments, tensor_cores=False, **options):
+    kernel = lambda: getattr(sys.modules["bad_kernels"], name)[(1,)](*arguments, **options)
+    return launches.record(name, "case", "bad_kernels", name, kernel, tensor_cores)
+
+
+def main():
+    x = torch.empty(2**14, dtype=torch.float16)
+    rows = compile_check.check([
+        launch("spilling_kernel", x, x, BLOCK_N=2**14, num_warps=1),
+        launch("greedy_kernel", x, x, 7, BLOCK_N=128, num_warps=8, num_stages=7),
+        launch("lazy_kernel", x, x, BLOCK_N=1024, num_warps=4, tensor_cores=True),
+        launch("broken_kernel", x, x, BLOCK_N=16, num_warps=4),
+        launch("fine_kernel", x, x, BLOCK_N=1024, num_warps=4),
+    ])
+    return compile_check.report(rows)
+"""
+
+
+@needs_triton
+def test_bad_triton_kernels_fail_the_check(tmp_path):
+    (tmp_path / "bad_kernels.py").write_text(BAD_KERNELS)
+    script = tmp_path / "run_bad_kernels.py"
+    script.write_text("if __name__ == '__main__':\n    import sys, bad_kernels\n    sys.exit(bad_kernels.main())\n")
+    done = run_apart(str(script), path=tmp_path)
+    complaints = [line for line in done.stderr.splitlines() if " case on sm_" in line]
+    problems = {
+        "spilling_kernel": "spills: ",
+        "greedy_kernel": "shared memory: ",
+        "lazy_kernel": "no tensor-core instruction",
+        "broken_kernel": "does not compile: ",
+    }
+    wanted = [
+        f"{kernel} case on {chip.name}: {text}" for kernel, text in problems.items() for chip in compile_check.CHIPS
+    ]
+    assert len(complaints) == len(wanted), done.stdout + done.stderr
+    assert all(line.startswith(start) for line, start in zip(complaints, wanted, strict=True)), complaints
+    assert done.returncode == 1
+    assert "15 compiled kernels, 12 with a problem" in done.stdout
+
+
+SPILLING_CUDA = """
+__global__ void __launch_bounds__(1024) spilling_kernel(float* x) {
+    float kept[200];
+#pragma unroll
+    for (int i = 0; i < 200; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 200; ++i) x[i * 1024 + threadIdx.x] = kept[i] * kept[199 - i];
+}
+"""
+
+
+@needs_triton
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [(SPILLING_CUDA, "spills: "), ("__global__ void kernel() { undeclared(); }", "does not compile: ")],
+)
+def test_a_bad_cuda_kernel_fails_the_check(tmp_path, source, problem, capsys):
+    file = tmp_path / "kernel.cu"
+    file.write_text(source)
+    found = [row for chip in compile_check.CHIPS for row in compile_check.compile_cuda(file, chip)]
+    assert len(found) == 3
+    assert all(problem in row.problem for row in found)
+    assert compile_check.report(found) == 1
+    assert "3 compiled kernels, 3 with a problem" in capsys.readouterr().out
+
+
+def test_a_missing_tool_is_named(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(compile_check.MissingToolError, match="nvcc was not found"):
+        compile_check.check_kernels(["embedding_projection"])
+    with pytest.raises(ValueError, match="'convolution' has no GPU kernel; known: attention"):
+        compile_check.check_kernels(["convolution"])

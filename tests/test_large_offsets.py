@@ -1,0 +1,53 @@
+"""Triton kernels reach elements that lie more than 2^31 elements from the start of a tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from albert_fast import ops
+
+pytest.importorskip("triton")
+
+ROWS, WIDTH = 3, 32
+STRIDE = 2**30 + 16  # fits 32 bits, twice of it does not
+
+
+def far_rows(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """(ROWS, WIDTH) random rows STRIDE elements apart: 4 GiB of address space of which three pages are touched."""
+    try:
+        x = torch.empty((ROWS - 1) * STRIDE + WIDTH, dtype=dtype).as_strided((ROWS, WIDTH), (STRIDE, 1))
+    except RuntimeError as error:
+        pytest.skip(f"no address space for a tensor of 2^31 elements: {error}")
+    return x.copy_(torch.randn(ROWS, WIDTH))
+
+
+def vector() -> torch.Tensor:
+    return torch.randn(WIDTH, dtype=torch.bfloat16)
+
+
+def assert_same(op, *arguments, **options):
+    exact = op(*arguments, **options, backend="reference").float()
+    torch.testing.assert_close(op(*arguments, **options, backend="triton").float(), exact, rtol=2**-7, atol=2**-7)
+
+
+def test_bias_gelu():
+    assert_same(ops.bias_gelu, far_rows(), vector())
+
+
+def test_gelu_layer_norm():
+    assert_same(ops.gelu_layer_norm, far_rows(), vector(), vector(), vector(), 1e-12, "gelu_tanh")
+
+
+@pytest.mark.parametrize("far", [0, 1], ids=["x", "residual"])
+def test_add_layer_norm(far):
+    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16), far_rows()]
+    assert_same(ops.add_layer_norm, x[1 - far], vector(), x[far], vector(), vector(), 1e-12)
+
+
+@pytest.mark.parametrize("far", range(3), ids=["q", "k", "v"])
+def test_attention(far):
+    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16) for _ in range(3)]
+    x[far] = far_rows()
+    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
+    assert_same(ops.attention, *x, cu_seqlens, cu_seqlens, ROWS, ROWS, 2)
