@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .registration import needs_dispatcher, register, register_autograd
 
+# Multiplications below which oneDNN's 20 microseconds a call cost more than its kernels gain.
+_SMALL = 2**20
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -62,6 +64,8 @@ def library(device_type: str, dtype: torch.dtype) -> str:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T (+ bias): x (T, K), weight (N, K), bias (N,) -> (T, N)."""
     if not _by_onednn(x.device.type, x.dtype, weight.dtype):
+        return F.linear(x, weight, bias)
+    if not torch.compiler.is_compiling() and x.shape[0] * weight.numel() < _SMALL:
         return F.linear(x, weight, bias)
     if needs_dispatcher(x, weight, bias):
         out: Tensor = torch.ops.albert_fast.onednn_linear(x, weight, bias)

@@ -1,17 +1,21 @@
 """Soft labels for a small model that is trained from scratch: linear models teach it on recombined training text.
 
     python -m albert_fast.training.distill train.tsv soft.jsonl --examples 240000 --seed 0
+    python -m albert_fast.training.distill train.tsv soft.jsonl --reviews reviews.tsv.gz --examples 340000
 
 A transformer with random weights learns too little from some ten thousand lines about what each word is worth. Linear
 models learn that well, but only for the lines as they stand. So they label many more texts, made of pieces of the same
-lines, and the transformer learns from all of them. Nothing but the training file enters.
+lines, and the transformer learns from all of them. Nothing but the training file enters, unless reviews are given: longer
+labelled texts of the same kind, from which one more linear model learns, and whose sentences take the place of the pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,13 @@ class LinearTeacher:
         ]
         if set(labels) == {0, 1}:
             self.members.append(_fit(CountVectorizer(binary=True, **words), texts, classes, 0.1, bayes=True))
+
+    def learn_more(self, texts: Sequence[str], labels: np.ndarray) -> None:
+        """As many votes as the members have together for one more, over TF-IDF of words and word pairs of other texts."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", min_df=2, sublinear_tf=True)
+        self.members += [_fit(vectorizer, texts, labels, 10.0)] * len(self.members)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """N texts -> probabilities (N, C)."""
@@ -96,9 +107,34 @@ def recombine(texts: Sequence[str], examples: int, seed: int) -> list[str]:
     return made
 
 
-def write_soft_labels(train_file: str | Path, output: str | Path, *, examples: int, seed: int = 0) -> int:
+def read_reviews(path: str | Path) -> tuple[list[str], list[int]]:
+    """Texts and labels of a TSV file without a header, plain or .gz: the label first, the text last."""
+    opener: Callable[..., Any] = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        rows = [line.rstrip("\n").split("\t") for line in file]
+    return [re.sub(r"<br\s*/?>", " ", row[-1]) for row in rows], [int(row[0]) for row in rows]
+
+
+def spaced(text: str) -> str:
+    """Lower case, with spaces around marks and before the endings n't, 's and the like, as the lines of SST-2 are written."""
+    text = re.sub(r"([.,!?;:()\"])", r" \1 ", text.lower())
+    return " ".join(re.sub(r"'(s|re|ve|ll|d|m)\b", r" '\1", re.sub(r"n't\b", " n't", text)).split())
+
+
+def sentences(reviews: Sequence[str], examples: int, seed: int) -> list[str]:
+    """At most `examples` of the reviews' sentences of 3 to 40 words, drawn at random."""
+    found = [spaced(sentence) for review in reviews for sentence in re.split(r"(?<=[.!?])\s+", review)]
+    found = [sentence for sentence in found if 3 <= len(sentence.split()) <= 40]
+    random.Random(seed).shuffle(found)
+    return found[:examples]
+
+
+def write_soft_labels(
+    train_file: str | Path, output: str | Path, *, examples: int, seed: int = 0, reviews_file: str | Path | None = None
+) -> int:
     """Writes a JSONL file for `fit`: the training lines, their labels half the given ones and half the teacher's, and
-    `examples` recombined texts with the teacher's labels, each {"text": ..., "label": [probability of each class]}.
+    `examples` recombined texts (or sentences of the reviews) with the teacher's labels, each
+    {"text": ..., "label": [probability of each class]}. With reviews, the training lines stand there twice.
 
     Returns the number of lines. ValueError: labels that are no classes, pairs of texts.
     """
@@ -107,8 +143,15 @@ def write_soft_labels(train_file: str | Path, output: str | Path, *, examples: i
         raise ValueError(f"{train_file}: soft labels are for classes, its labels are numbers to predict")
     texts = [" ".join(str(text).split()) for text in train.texts]
     teacher = LinearTeacher(texts, train.labels)  # type: ignore[arg-type]
-    given = np.eye(len(train.label_names))[np.asarray(train.labels)]
-    more = recombine(texts, examples, seed)
+    labels = np.asarray(train.labels)
+    if reviews_file is None:
+        more = recombine(texts, examples, seed)
+    else:
+        reviews, review_labels = read_reviews(reviews_file)
+        teacher.learn_more([*texts, *map(spaced, reviews)], np.concatenate([labels, review_labels]))
+        more = sentences(reviews, examples, seed)
+        texts, labels = texts * 2, np.tile(labels, 2)
+    given = np.eye(len(train.label_names))[labels]
     soft = np.concatenate([(given + teacher(texts)) / 2, teacher(more)])
     with Path(output).open("w", encoding="utf-8") as file:
         for text, label in zip([*texts, *more], soft.tolist(), strict=True):
@@ -121,9 +164,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("train", help="labelled text: .tsv, .csv or .jsonl")
     parser.add_argument("output", help=".jsonl to write")
     parser.add_argument("--examples", type=int, default=240_000, help="recombined texts (default: %(default)s)")
+    parser.add_argument(
+        "--reviews", help="longer labelled texts, .tsv or .tsv.gz without a header: label first, text last"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    count = write_soft_labels(options.train, options.output, examples=options.examples, seed=options.seed)
+    count = write_soft_labels(
+        options.train, options.output, examples=options.examples, seed=options.seed, reviews_file=options.reviews
+    )
     print(f"{options.output}: {count} texts")
 
 
