@@ -1,5 +1,7 @@
 """What a text classifier must beat: TF-IDF of words and pairs of words, and logistic regression.
 
+Example:
+
     python -m albert_fast.training.baseline --train train.tsv --dev dev.tsv --test test.tsv
 """
 

@@ -1,5 +1,7 @@
 """Labelled text: files to examples, examples to batches of tokens, batches drawn by length.
 
+Example:
+
     dataset = TextDataset.from_file("train.tsv", tokenizer, max_length=128)
     sampler = LengthBucketSampler(dataset.lengths, batch_size=32, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=dataset.collate)

@@ -1,5 +1,7 @@
 """A saved classifier on labelled text: the figures that its card states.
 
+Example:
+
     evaluate("albert_fast/data/sst2-small", "test.tsv")
 """
 
