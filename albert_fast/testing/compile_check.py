@@ -147,18 +147,9 @@ def compile_cuda(source: Path, chip: Chip) -> list[Row]:
         raise MissingToolError("nvcc was not found on the PATH: install the CUDA toolkit 12 or newer")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.cubin")
-        command = [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            "-DNDEBUG",
-            f"-I{CSRC}",
-            "-gencode",
-            chip.nvcc_arch,
-            "-cubin",
-            str(source),
-        ]
-        done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True)
+        flags = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}", "-gencode", chip.nvcc_arch]
+        command = [nvcc, *flags, "-cubin", str(source), "-o", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             problem = f"does not compile: {done.stderr.strip()[:300]}"
             return [Row(source.stem, source.name, "", chip.name, 0, 0, 0, 0, "", problem)]
@@ -166,9 +157,8 @@ def compile_cuda(source: Path, chip: Chip) -> list[Row]:
     rows = []
     for name, numbers in sorted(found.items()):
         label = _template_arguments(name)
-        rows.append(
-            _judged(Row(source.stem, label, "dynamic memory apart", chip.name, **numbers), chip, "float" not in label)
-        )
+        row = Row(source.stem, label, "dynamic memory apart", chip.name, **numbers)
+        rows.append(_judged(row, chip, not label.startswith("<float")))
     return rows
 
 
