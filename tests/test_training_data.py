@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,21 @@ def test_teacher_labels_recombined_text(tmp_path: Path) -> None:
     assert len(set(soft.texts[80:])) > 100
     write_soft_labels(train, tmp_path / "again.jsonl", examples=200, seed=1)
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "soft.jsonl").read_text()
+
+
+def test_reviews_teach_and_their_sentences_are_labelled(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the train extra is not installed")
+    train, reviews = tmp_path / "train.tsv", tmp_path / "reviews.tsv.gz"
+    train.write_text("text\tlabel\n" + "".join(f"film {i} is {['bad', 'good'][i % 2]}\t{i % 2}\n" for i in range(40)))
+    rows = [f"{i % 2}\t9\tx\tIt's the {['worst', 'best'][i % 2]}!<br />I didn't sleep." for i in range(40)]
+    with gzip.open(reviews, "wt", encoding="utf-8") as file:
+        file.write("\n".join(rows) + "\n")
+    assert write_soft_labels(train, tmp_path / "soft.jsonl", examples=50, reviews_file=reviews) == 2 * 40 + 50
+    soft = [json.loads(line) for line in (tmp_path / "soft.jsonl").read_text().splitlines()]
+    assert {record["text"] for record in soft[80:]} <= {"it 's the worst !", "it 's the best !", "i did n't sleep ."}
+    for record in soft[80:]:
+        if "sleep" not in record["text"]:
+            assert (record["label"][1] > 0.5) == ("best" in record["text"])
 
 
 def test_baseline_finds_the_words_that_matter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

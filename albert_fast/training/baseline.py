@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import read_examples
+from .distill import read_reviews, spaced
 from .metrics import confidence_interval
 
 # What counts as a word: scikit-learn's default, and all that stands between spaces ('s and n't included).
@@ -38,14 +39,22 @@ class Baseline:
         return confidence_interval(round(self.test_accuracy * self.test_examples), self.test_examples)
 
 
-def train_baseline(train_file: str | Path, dev_file: str | Path, test_file: str | Path) -> Baseline:
+def train_baseline(
+    train_file: str | Path, dev_file: str | Path, test_file: str | Path, reviews_file: str | Path | None = None
+) -> Baseline:
     """Fits one model for each word pattern and strength, takes the best on the dev set, and tests that one alone.
+
+    reviews_file: longer labelled texts to learn from as well, as `distill` reads them.
 
     Raises:
         ImportError: scikit-learn is not installed. ValueError: files that do not fit, see `read_examples`.
     """
     train, dev = read_examples(train_file), read_examples(dev_file)
-    models = [_fit(words, strength, train.texts, train.labels) for words, strength in product(WORDS, STRENGTHS)]
+    texts, labels = list(train.texts), list(train.labels)
+    if reviews_file is not None:
+        reviews, review_labels = read_reviews(reviews_file)
+        texts, labels = [*texts, *map(spaced, reviews)], [*labels, *review_labels]
+    models = [_fit(words, strength, texts, labels) for words, strength in product(WORDS, STRENGTHS)]
     scores = [float(model.score(dev.texts, dev.labels)) for model in models]
     best = scores.index(max(scores))
     words, strength = list(product(WORDS, STRENGTHS))[best]
@@ -68,8 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m albert_fast.training.baseline", description=__doc__)
     for name in ("train", "dev", "test"):
         parser.add_argument(f"--{name}", required=True, help="labelled text: .tsv, .csv or .jsonl")
+    parser.add_argument(
+        "--reviews", help="longer labelled texts, .tsv or .tsv.gz without a header: label first, text last"
+    )
     options = parser.parse_args(arguments)
-    result = train_baseline(options.train, options.dev, options.test)
+    result = train_baseline(options.train, options.dev, options.test, options.reviews)
     low, high = result.interval
     print(f"words {result.words}  C {result.strength:g}  dev accuracy {result.dev_accuracy:.4f}")
     interval = f"95 % interval {low:.4f} to {high:.4f}, n = {result.test_examples}"
