@@ -121,7 +121,7 @@ def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str = "auto"
                 f"backend={backend!r} cannot run here: {reason}. backend='auto' takes the best that can"
             )
         return backend
-    missing = []
+    missing: list[str] = []
     for candidate in TABLE[op].get(device_type, ("reference",)):
         reason = why_not(op, device_type, candidate, dtype)
         if reason is None:

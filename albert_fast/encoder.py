@@ -191,7 +191,7 @@ def _merge_qkv(
 ) -> None:  # fmt: skip
     for kind in ("weight", "bias"):
         names = [f"{prefix}{name}.{kind}" for name in _QKV]
-        current = getattr(module.qkv, kind)  # type: ignore[union-attr]
+        current = getattr(module.qkv, kind)
         rows = current.chunk(3)
         missing += [name for name in names if name not in state]
         parts = [state.pop(name, row) for name, row in zip(names, rows, strict=True)]

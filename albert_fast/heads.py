@@ -68,7 +68,7 @@ class _HeadModel(FastModel):
         super().__init__(config)
         self.albert = ALBERTModel(config, add_pooling_layer, backend=backend)
 
-    @property  # type: ignore[override]
+    @property
     def backend(self) -> str:
         return self.albert.backend
 
@@ -213,7 +213,7 @@ class ALBERTForMultipleChoice(_HeadModel):
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.init_weights()
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -228,11 +228,11 @@ class ALBERTForMultipleChoice(_HeadModel):
         given = exactly_one(input_ids, inputs_embeds)
         if given.dim() != (3 if inputs_embeds is None else 4):
             raise ValueError(f"expected (B, choices, S) ids or (B, choices, S, E) embeddings, got {tuple(given.shape)}")
-        flat = [
+        flat: Any = [
             None if t is None else t.flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
-        return super().forward(
+        return super().forward(  # type: ignore[call-arg]
             *flat, labels, output_hidden_states, output_attentions, return_dict, choices=given.shape[1]
         )
 

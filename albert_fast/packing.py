@@ -50,6 +50,7 @@ class Packing:
 
     def mask(self) -> Tensor:
         """(B, S) bool, True at the real tokens."""
+        assert self.shape is not None, "packed input has no mask"
         tokens = self.cu_seqlens.new_ones(
             self.shape[0] * self.shape[1] if self.indices is None else self.indices.shape[0]
         )

@@ -154,7 +154,8 @@ def _sides(
             add_pooling_layer=exact.pooler is not None,
         )
         theirs.load_state_dict(exact.state_dict())
-        sides[f"transformers sdpa, {plain}"] = side(theirs.to(place, PRECISIONS[plain]).eval())
+        module: Any = theirs  # transformers types `to` for other arguments
+        sides[f"transformers sdpa, {plain}"] = side(module.to(place, PRECISIONS[plain]).eval())
     return sides, side(exact)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from ._compare import compare, table
 from ._errors import UsageError, reports_errors
 from ._lines import Lines
 from .classify import Classifier, best
+
+if TYPE_CHECKING:
+    import torch
 
 SENTENCES = (
     "A generous, quietly funny film that earns every one of its tears.",
@@ -71,6 +75,11 @@ def _read(file: str) -> list[str]:
     return sentences
 
 
+def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits: torch.Tensor = model(**batch).logits
+    return logits
+
+
 def _bench(classifier: Classifier, sentences: list[str], rounds: int) -> None:
     import torch
 
@@ -85,13 +94,8 @@ def _bench(classifier: Classifier, sentences: list[str], rounds: int) -> None:
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.inference_mode():
             expected = plain(**batch).logits
-        eager, fast = compare(
-            {
-                "eager": lambda batch=batch: plain(**batch).logits,
-                "fast": lambda batch=batch: classifier.model(**batch).logits,
-            },
-            expected, rounds, device,
-        )  # fmt: skip
+        sides = {"eager": partial(_logits, plain, batch), "fast": partial(_logits, classifier.model, batch)}
+        eager, fast = compare(sides, expected, rounds, device)
         worst = max(worst, fast.relative_error)
         rows.append(
             (

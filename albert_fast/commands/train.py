@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,7 +102,7 @@ def command(
 
     options.set_threads(threads)
     bars = sys.stderr.isatty() if progress is None else progress
-    columns = {
+    columns: dict[str, Any] = {
         "text_column": options.column(text_column),
         "pair_column": options.column(pair_column),
         "label_column": options.column(label_column),

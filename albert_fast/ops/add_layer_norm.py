@@ -78,7 +78,7 @@ def _fwd(
 def _bwd(
     grad: Tensor, x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     dropout_p: float, seed: Tensor | None, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dx, dresidual (empty without dropout: then it equals dx), dbias, dweight, dln_bias."""
     backend = dispatch.resolve("add_layer_norm", x.device.type, x.dtype, backend)
     if backend != "cpp":

@@ -7,6 +7,8 @@ a GPU all of it is one CUDA kernel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -129,13 +131,13 @@ def _fwd(
     eps: float, padding_idx: int, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     backend = dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend)
-    ids = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
-    weights = tuple(map(rows, (word, token_type, position, ln_weight, ln_bias)))
+    ids: Any = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
+    weights: Any = tuple(map(rows, (word, token_type, position, ln_weight, ln_bias)))
     if backend == "cpp":
-        normed, _, _ = _normed_cpu(*ids, *weights, eps, dropout_p, seed_value(seed, dropout_p))  # type: ignore[arg-type]
+        normed, _, _ = _normed_cpu(*ids, *weights, eps, dropout_p, seed_value(seed, dropout_p))  # type: ignore[call-arg]
         return linear(normed, proj_weight, proj_bias)
     if backend == "cuda":
-        return _fwd_cuda(
+        return _fwd_cuda(  # type: ignore[call-arg]
             *ids, *weights, rows(proj_weight), rows(proj_bias), eps, dropout_p, seed_value(seed, dropout_p)
         )
     return embedding_projection_ref(
@@ -154,18 +156,18 @@ def _bwd(
     seed_number = seed_value(seed, dropout_p)
     f32 = torch.float32
     if dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend) == "cpp":
-        ids = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
-        tables = tuple(map(rows, (word, token_type, position, ln_weight)))
-        normed, mean, rstd = _normed_cpu(*ids, *tables, rows(ln_bias), eps, dropout_p, seed_number)  # type: ignore[arg-type]
+        ids: Any = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
+        tables: Any = tuple(map(rows, (word, token_type, position, ln_weight)))
+        normed, mean, rstd = _normed_cpu(*ids, *tables, rows(ln_bias), eps, dropout_p, seed_number)  # type: ignore[call-arg]
         dnormed = linear(grad, proj_weight.t()).contiguous()
-        ids_ptr = 0 if input_ids is None else ids[0].data_ptr()  # type: ignore[union-attr]
+        ids_ptr = 0 if input_ids is None else ids[0].data_ptr()
         dembeds = torch.zeros(word.shape if inputs_embeds is None else inputs_embeds.shape, dtype=f32)
         dtype_table, dposition, dln_weight, dln_bias = (
             torch.zeros(t.shape, dtype=f32) for t in (token_type, position, ln_weight, ln_bias)
         )
         dispatch.extension().embedding_layer_norm_bwd_cpu(
-            dnormed.data_ptr(), ids_ptr, ids[2].data_ptr(), ids[3].data_ptr(),  # type: ignore[union-attr]
-            (tables[0] if inputs_embeds is None else ids[1]).data_ptr(), tables[1].data_ptr(), tables[2].data_ptr(),  # type: ignore[union-attr]
+            dnormed.data_ptr(), ids_ptr, ids[2].data_ptr(), ids[3].data_ptr(),
+            (tables[0] if inputs_embeds is None else ids[1]).data_ptr(), tables[1].data_ptr(), tables[2].data_ptr(),
             tables[3].data_ptr(), mean.data_ptr(), rstd.data_ptr(), dembeds.data_ptr(), dtype_table.data_ptr(),
             dposition.data_ptr(), dln_weight.data_ptr(), dln_bias.data_ptr(), len(normed), word.shape[1], len(word),
             len(token_type), len(position), dropout_p, seed_number, dispatch.DTYPE_CODES[word.dtype], torch.get_num_threads(),
@@ -291,7 +293,7 @@ def embedding_projection(
     if inputs_embeds is not None:
         (inputs_embeds,) = as_dtype(word, inputs_embeds)
     tensors = (inputs_embeds, word, *as_dtype(word, *parameters))
-    call = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
+    call: Any = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
     # Under autocast the product inside would change the dtype that the schema promises.
     with torch.autocast(word.device.type, enabled=False):
         return call(

@@ -51,7 +51,7 @@ def _fwd(
 
 def _bwd(
     grad: Tensor, x: Tensor, bias: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, act: str, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dx, dbias, dweight, dln_bias."""
     backend = dispatch.resolve("gelu_layer_norm", x.device.type, x.dtype, backend)
     if backend != "cpp":

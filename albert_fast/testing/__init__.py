@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -37,8 +38,8 @@ def poison_empty() -> Iterator[None]:
     """Inside, torch.empty and its relatives return NaN (floats) or the lowest number (integers), so that what a kernel
     forgets to write cannot pass for a result."""
 
-    def poisoned(create):
-        def call(*args, **kwargs):
+    def poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor = create(*args, **kwargs)
             if tensor.is_floating_point():
                 return tensor.fill_(float("nan"))

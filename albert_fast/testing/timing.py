@@ -105,9 +105,9 @@ def _cuda_clock(device: torch.device) -> Callable[[Side, int], float]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             # The write also keeps the GPU busy while the call is being launched, so events see the GPU's time alone.
             flushed.fill_(1)
-            start.record()  # type: ignore[no-untyped-call]
+            start.record()
             side.call(*arguments)
-            end.record()  # type: ignore[no-untyped-call]
+            end.record()
             events.append((start, end))
         torch.cuda.synchronize(device)
         return sum(start.elapsed_time(end) for start, end in events) / calls / 1e3
