@@ -21,7 +21,7 @@ _FEW_QUERIES, _SOME_QUERIES = 16, 64
 # of sm_80. A float32 product runs on plain FMA, with all its operands in registers: hence small tiles and chunks.
 _TILES = {
     (2, 16): (128, 32, 16, 8, 3),
-    (2, 32): (128, 64, 32, 8, 3),
+    (2, 32): (128, 32, 32, 8, 3),
     (2, 64): (128, 64, 64, 8, 3),
     (2, 128): (128, 64, 64, 8, 3),
     (2, 256): (64, 16, 64, 8, 2),
@@ -44,7 +44,9 @@ def attention_tiles(head_dim: int, dtype: torch.dtype, max_seqlen: int) -> dict[
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_m, block_n, chunk_d, num_warps, num_stages = _TILES[dtype.itemsize, block_d]
     if max_seqlen <= _FEW_QUERIES:
-        block_m, block_n, num_warps = 16, max(block_n, 32), 4
+        # Larger key tiles hide the loads of few queries; float32 heads of 128 would spill.
+        block_n = 16 if (dtype.itemsize, block_d) == (4, 128) else max(block_n, 32)
+        block_m, num_warps = 16, 4
     elif max_seqlen <= _SOME_QUERIES and block_m > 64:
         block_m, num_warps = 64, 4
     tiles = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK_D": chunk_d}
