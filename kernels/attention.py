@@ -21,7 +21,7 @@ _FEW_QUERIES, _SOME_QUERIES = 16, 64
 # of sm_80. A float32 product runs on plain FMA, with all its operands in registers: hence small tiles and chunks.
 _TILES = {
     (2, 16): (128, 32, 16, 8, 3),
-    (2, 32): (128, 32, 32, 8, 3),
+    (2, 32): (64, 64, 32, 4, 3),
     (2, 64): (128, 64, 64, 8, 3),
     (2, 128): (128, 64, 64, 8, 3),
     (2, 256): (64, 16, 64, 8, 2),
