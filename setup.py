@@ -161,7 +161,7 @@ def add_cpu_features(tools: Toolchain) -> None:
 def add_cuda(tools: Toolchain) -> None:
     """Adds nvcc and its architectures to the toolchain. Raises CannotBuild with the reason."""
     home = os.environ.get("CUDA_HOME")
-    nvcc = (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if nvcc is None:
         raise CannotBuild("nvcc was not found on the PATH. Install the CUDA toolkit 12 or newer, or set CUDA_HOME.")
     try:
