@@ -117,8 +117,8 @@ def _fwd(
 
 
 def _bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    num_heads: int, softmax_scale: float, dropout_p: float, seed: Tensor | None, backend: str,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int,
+    softmax_scale: float, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     seed_number = seed_value(seed, dropout_p)
     if dispatch.resolve("attention", q.device.type, q.dtype, backend) != "cpp":
@@ -126,10 +126,10 @@ def _bwd(
     grad = grad.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype) for t in (q, k, v))
     dispatch.extension().attention_bwd_cpu(
-        grad.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), dq.data_ptr(),
-        dk.data_ptr(), dv.data_ptr(), cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), len(cu_seqlens_q) - 1, num_heads,
-        q.shape[1] // num_heads, *(t.stride(0) for t in (grad, q, k, v, out, dq, dk, dv)), softmax_scale, dropout_p,
-        seed_number, dispatch.DTYPE_CODES[q.dtype], torch.get_num_threads(),
+        grad.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), lse.data_ptr(), dq.data_ptr(), dk.data_ptr(),
+        dv.data_ptr(), cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), len(cu_seqlens_q) - 1, num_heads,
+        q.shape[1] // num_heads, *(t.stride(0) for t in (grad, q, k, v, dq, dk, dv)), softmax_scale, dropout_p, seed_number,
+        dispatch.DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -142,8 +142,7 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale,
-    dropout_p, seed, backend,
+    grad, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed, backend,
 ):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
 
@@ -156,7 +155,7 @@ register(
     _fwd_fake,
 )
 register(
-    "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
+    "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor cu_seqlens_q, "
     f"Tensor cu_seqlens_k, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
@@ -167,8 +166,8 @@ def _setup(ctx, inputs, output):
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, ctx.num_heads, ctx.softmax_scale, ctx.dropout_p, seed, ctx.backend = (
         inputs
     )
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed)
+    _, lse = output
+    ctx.save_for_backward(q, k, v, lse, cu_seqlens_q, cu_seqlens_k, seed)
     ctx.mark_non_differentiable(lse)
 
 

@@ -45,12 +45,12 @@ struct Head {
 
 // Sum of term(key) over all keys, in blocks against rounding error.
 template <class Term>
-inline Vec sum_in_blocks(std::int64_t keys, Term term) {
+inline auto sum_in_blocks(std::int64_t keys, Term term) {
     constexpr std::int64_t kBlock = 32;
-    Vec sum{};
+    decltype(term(keys)) sum{};
     for (std::int64_t begin = 0; begin < keys; begin += kBlock) {
         const std::int64_t end = smaller(begin + kBlock, keys);
-        Vec block_sum{};
+        decltype(sum) block_sum{};
         for (std::int64_t key = begin; key < end; ++key) block_sum += term(key);
         sum += block_sum;
     }
@@ -142,6 +142,15 @@ struct Gradients {
     Rows<T> dq, dk, dv;
 };
 
+struct RowSums {
+    Vec p, product;
+
+    void operator+=(const RowSums& other) {
+        p += other.p;
+        product += other.product;
+    }
+};
+
 // One vector of queries: turns scores into P (with dropout applied) and dprobabilities (dO V^T) into dS, both keys
 // rows.
 template <bool kDropout>
@@ -151,17 +160,20 @@ inline void softmax_backward(float* scores, float* dprobabilities, std::int64_t 
         if constexpr (kDropout) return dropout.apply(x, state, splat(static_cast<std::uint32_t>(key)));
         return x;
     };
-    const Vec product_sum = sum_in_blocks(keys, [&](std::int64_t key) {
+    // Scores are far larger than 1 where softmax is saturated, and the rounding of lse scales a whole row of P by as much;
+    // dP - rowsum(P * dP) cancels only where the row sums to 1.
+    const RowSums sums = sum_in_blocks(keys, [&](std::int64_t key) {
         const Vec p = exp(load(scores + key * row, Full{}) - lse);
         const Vec dp = rounded(drop(load(dprobabilities + key * row, Full{}), key));
         store(scores + key * row, p, Full{});
         store(dprobabilities + key * row, dp, Full{});
-        return p * dp;
+        return RowSums{p, p * dp};
     });
+    const Vec normal = 1.0f / sums.p, mean = sums.product * normal;
     for (std::int64_t key = 0; key < keys; ++key) {
-        const Vec p = load(scores + key * row, Full{});
-        store(dprobabilities + key * row, p * (load(dprobabilities + key * row, Full{}) - product_sum), Full{});
-        if constexpr (kDropout) store(scores + key * row, drop(p, key), Full{});
+        const Vec p = load(scores + key * row, Full{}) * normal;
+        store(dprobabilities + key * row, p * (load(dprobabilities + key * row, Full{}) - mean), Full{});
+        store(scores + key * row, drop(p, key), Full{});
     }
 }
 
@@ -241,12 +253,11 @@ void attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse
     });
 }
 
-void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address /*out*/, Address lse, Address dq,
-                       Address dk, Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
+void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address lse, Address dq, Address dk,
+                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
                        std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
-                       std::int64_t v_stride, std::int64_t /*out_stride*/, std::int64_t dq_stride,
-                       std::int64_t dk_stride, std::int64_t dv_stride, double scale, double dropout_p,
-                       std::int64_t seed, int dtype, int num_threads) {
+                       std::int64_t v_stride, std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride,
+                       double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads) {
     const Shape shape{B, num_heads, head_dim, pointer<std::int32_t>(cu_q), pointer<std::int32_t>(cu_k)};
     with_dtype(dtype, [&](auto element) {
         using T = decltype(element);

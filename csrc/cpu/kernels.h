@@ -34,13 +34,12 @@ void attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse
                        std::int64_t k_stride, std::int64_t v_stride, std::int64_t out_stride, double scale,
                        double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
-// dq (Tq,H), dk, dv (T,H) from grad_out (Tq,H) and what the forward was given and returned; `out` is not read.
-void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address out, Address lse, Address dq,
-                       Address dk, Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
+// dq (Tq,H), dk, dv (T,H) from grad_out (Tq,H), what the forward was given, and the lse that it returned.
+void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address lse, Address dq, Address dk,
+                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
                        std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
-                       std::int64_t v_stride, std::int64_t out_stride, std::int64_t dq_stride, std::int64_t dk_stride,
-                       std::int64_t dv_stride, double scale, double dropout_p, std::int64_t seed, int dtype,
-                       int num_threads);
+                       std::int64_t v_stride, std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride,
+                       double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
 // out (T,N) = act(x (T,N) + bias (N)); out may be x.
 void bias_gelu_fwd_cpu(Address x, Address bias, Address out, std::int64_t T, std::int64_t N, int act, int dtype,
