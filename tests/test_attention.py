@@ -5,17 +5,9 @@ from hypothesis import strategies as st
 
 from albert_fast import ops
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.parity import check_backward, check_forward, parity_grid
+from albert_fast.testing.parity import check_backward, check_forward, parity_tests
 
-GRID = parity_grid("attention", "reference", "cpp", "triton")
-FORWARD = pytest.mark.parametrize(
-    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in GRID], ids=[g[0] for g in GRID]
-)
-# The gradient of a Triton forward runs through the reference, which is tested under its own name.
-TRAINED = [g for g in GRID if g[-1] != "triton"]
-BACKWARD = pytest.mark.parametrize(
-    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in TRAINED], ids=[g[0] for g in TRAINED]
-)
+FORWARD, BACKWARD = parity_tests("attention")
 
 
 @FORWARD

@@ -2,17 +2,9 @@ import pytest
 import torch
 
 from albert_fast import ops
-from albert_fast.testing.parity import check_backward, check_forward, parity_grid
+from albert_fast.testing.parity import check_backward, check_forward, parity_tests
 
-GRID = parity_grid("embedding_projection", "reference", "cpp")
-FORWARD = pytest.mark.parametrize(
-    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in GRID], ids=[g[0] for g in GRID]
-)
-# The gradient of a Triton forward runs through the reference, which is tested under its own name.
-TRAINED = [g for g in GRID if g[-1] != "triton"]
-BACKWARD = pytest.mark.parametrize(
-    ("case", "shape", "options", "dtype", "backend"), [g[1:] for g in TRAINED], ids=[g[0] for g in TRAINED]
-)
+FORWARD, BACKWARD = parity_tests("embedding_projection")
 
 
 @FORWARD

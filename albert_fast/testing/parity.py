@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from . import poison_empty
 from .cases import ALL_CASES, Inputs, OpCase
 from .tolerances import assert_close_calibrated
@@ -16,16 +18,22 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _BACKEND_DTYPES = {"cpp": ("f32", "bf16"), "triton": ("f32", "bf16", "f16"), "reference": ("f32", "bf16", "f16")}
 
 
-def parity_grid(op: str, *backends: str) -> list[tuple[str, OpCase, Any, dict[str, Any], torch.dtype, str]]:
-    """(id, case, shape, options, dtype, backend) of every parity test of `op`; Triton's interpreter gets the small shapes."""
+def parity_tests(op: str) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
+    """(forward, backward): pytest parametrisations of `check_forward` and `check_backward` over every shape, option and
+    dtype of `op`, on every backend that runs on CPU tensors; Triton's interpreter gets the small shapes.
+
+    The gradient of a Triton forward runs through the reference, which is tested under its own name.
+    """
     case = ALL_CASES[op]
     grid = []
-    for backend in backends:
+    for backend in dispatch.runnable_on(op, "cpu"):
         shapes = case.small_shapes if backend == "triton" else case.shapes
         for dtype, shape, options in itertools.product(_BACKEND_DTYPES[backend], shapes, case.options):
             name = "-".join([backend, dtype, _shape_id(shape), *(f"{k}={v}" for k, v in options.items())])
-            grid.append((name, case, shape, options, DTYPES[dtype], backend))
-    return grid
+            grid.append(pytest.param(case, shape, options, DTYPES[dtype], backend, id=name))
+    names = ("case", "shape", "options", "dtype", "backend")
+    trained = [row for row in grid if row.values[-1] != "triton"]
+    return pytest.mark.parametrize(names, grid), pytest.mark.parametrize(names, trained)
 
 
 def _shape_id(shape: Any) -> str:

@@ -63,7 +63,10 @@ def drawn_config(seed: int) -> dict[str, Any]:
 
 
 def twins(module: ModuleType, name: str, fields: dict[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Module]:
-    """`module`'s model and Hugging Face's with one set of weights, strong enough that attention is far from uniform.
+    """`module`'s model and Hugging Face's with one set of weights: products keep the size of what comes in.
+
+    So attention is far from uniform (scores deviate by 1), and float32 still has room within 1e-5: stronger weights blow up
+    the rounding of either model, which then differs from its own answer in float64 by more than that.
 
     Args:
         module: where `ALBERT<name>` is: albert_fast or albert_fast.reference.
@@ -86,7 +89,7 @@ def twins(module: ModuleType, name: str, fields: dict[str, Any], seed: int = 0) 
             if "norm" in key.lower():
                 parameter.copy_(0.1 * noise + (1.0 if key.endswith("weight") else 0.0))
             else:
-                parameter.copy_(noise * (1.5 / math.sqrt(parameter.shape[-1]) if parameter.dim() == 2 else 0.1))
+                parameter.copy_(noise * (1 / math.sqrt(parameter.shape[-1]) if parameter.dim() == 2 else 0.1))
     ours: nn.Module = getattr(module, f"ALBERT{name}")(ALBERTConfig(**fields))
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours.eval(), theirs.eval()
@@ -166,18 +169,18 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return named
 
 
-def assert_gradients_equal(ours: nn.Module, *theirs: nn.Module, relative: float = 1e-4) -> None:
-    """Each parameter's gradient is, in norm and within `relative`, that of one of `theirs`.
+def assert_gradients_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    """Each parameter's gradient is, in norm, within 1e-4 of that of `theirs`.
 
-    `theirs` is a model in float32, and for kernels that round less than it does the same model in float64, too. Some
-    gradients are zero or nearly so, and what is computed is rounding noise: the keys' bias, as softmax ignores a shift;
-    queries under a saturated softmax. Hence a second term: 32 float32 roundings of the norm of all gradients together.
+    Some gradients are zero and what is computed is rounding noise, as softmax ignores what shifts all of its scores: the
+    keys' bias, a classifier's for one answer among several. Hence an absolute term: 4 float32 roundings of the norm of all
+    gradients together.
     """
-    actual, expected = gradients(ours), [gradients(model) for model in theirs]
-    total = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected[0].values()))
+    actual, expected = gradients(ours), gradients(theirs)
+    total = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
     assert total > 0, "no gradient at all"
-    assert actual.keys() == expected[0].keys()
-    for key, gradient in expected[0].items():
-        allowed = relative * float(gradient.norm()) + 32 * torch.finfo(torch.float32).eps * total
-        errors = [float((actual[key] - other[key]).norm()) for other in expected]
-        assert min(errors) <= allowed, f"{key}: errors {errors} in a gradient of norm {float(gradient.norm()):.3g}"
+    assert actual.keys() == expected.keys()
+    for key, gradient in expected.items():
+        error, size = float((actual[key] - gradient).norm()), float(gradient.norm())
+        allowed = 1e-4 * size + 4 * torch.finfo(torch.float32).eps * total
+        assert error <= allowed, f"{key}: error {error:.3g} exceeds {allowed:.3g} in a gradient of norm {size:.3g}"
