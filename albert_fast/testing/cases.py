@@ -152,7 +152,8 @@ def _attention_inputs(shape, dtype, device="cpu", generator=None, dropout_p=0.0,
     return {
         "q": q[: sum(lengths_q)], "k": k[: sum(lengths_k)], "v": v[: sum(lengths_k)], "cu_seqlens_q": cu_q,
         "cu_seqlens_k": cu_k, "max_seqlen_q": max(lengths_q, default=0), "max_seqlen_k": max(lengths_k, default=0),
-        "num_heads": heads, "softmax_scale": sharpness * head_dim**-0.5, "dropout_p": dropout_p, "seed": _seed(dropout_p, generator),
+        "num_heads": heads, "softmax_scale": sharpness * head_dim**-0.5, "dropout_p": dropout_p,
+        "seed": _seed(dropout_p, generator),
     }  # fmt: skip
 
 
