@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,11 @@ class _HeadModel(FastModel):
     prefix = "albert."
     output_tokens = "all"
     head: Callable[..., Any]
+    takes: frozenset[str]  # what `head` names
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.takes = frozenset(inspect.signature(cls.head).parameters)
 
     def __init__(self, config: ALBERTConfig, add_pooling_layer: bool, backend: str) -> None:
         super().__init__(config)
@@ -90,6 +96,9 @@ class _HeadModel(FastModel):
         output_tokens: Tensor | None = None,
         **more: Any,
     ) -> Any:
+        for name in more:
+            if name not in self.takes:
+                raise TypeError(f"{type(self).__name__}.forward() got an unexpected argument {name!r}")
         if output_tokens is not None and self.output_tokens != "all":
             raise ValueError(f"{type(self).__name__} reads the pooled token alone and takes no output_tokens")
         encoded = self.albert.encode(

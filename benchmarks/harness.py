@@ -19,7 +19,8 @@ from torch import Tensor
 from albert_fast.testing.timing import Side, interleaved, paired_ratio
 
 # Largest relative error (Frobenius norm, worst output) with which a row still counts as having computed the same thing.
-MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+# torch's own bfloat16 gradients of a LayerNorm's vectors come to 0.034: it adds up rows in bfloat16.
+MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,13 @@ def test_output_tokens_of_another_shape_are_refused(shape):
         pair()[1](torch.zeros(4, 19, dtype=torch.long), output_tokens=torch.ones(shape, dtype=torch.bool))
 
 
+def test_an_unknown_argument_is_named():
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    for name in ("ALBERTForMaskedLM", "ALBERTForQuestionAnswering", "ALBERTForSequenceClassification"):
+        with pytest.raises(TypeError, match=rf"{name}.forward\(\) got an unexpected argument 'head_mask'"):
+            pair(name)[1](ids, head_mask=None)
+
+
 @pytest.mark.parametrize("name", ["ALBERTModel", "ALBERTForMaskedLM", "ALBERTForSequenceClassification"])
 def test_compiled_as_one_graph(name):
     _, fast = pair(name, num_hidden_layers=2)

@@ -160,7 +160,10 @@ class TestInstalls:
         for place in (tmp_path, Path("/")):
             files = run(python, "-c", f"from albert_fast import ALBERTModel; {show}", cwd=place).split()
             assert [Path(file).is_relative_to(tmp_path / "venv") for file in files] == [True, True], files
-        assert cpp_runs(report(python, tmp_path)) == {True}
+        described = report(python, tmp_path)
+        assert cpp_runs(described) == {True}
+        archs = ["sm_80", "sm_90a", "sm_100"] if shutil.which("nvcc") else []
+        assert described["machine"]["extension"]["cuda_archs"] == archs, "CUDA is compiled in where nvcc is, GPU or not"
         version = run(python.parent / "albert-fast", "--version", cwd=tmp_path)
         assert version.split()[-1] == report(python, tmp_path)["machine"]["albert_fast"]
 
@@ -226,6 +229,22 @@ class TestModes:
     def test_unknown_mode(self, tmp_path):
         copy_sources(tmp_path / "source")
         assert "must be one of auto, cpu, cuda, off" in self.setup("fast", {}, tmp_path, fails=True)
+
+    def test_an_nvcc_that_does_not_work(self, tmp_path):
+        if shutil.which("c++") is None:
+            pytest.skip("no C++ compiler on the PATH")
+        copy_sources(tmp_path / "source")
+        broken = tmp_path / "cuda" / "bin" / "nvcc"
+        broken.parent.mkdir(parents=True)
+        broken.write_text("#!/bin/sh\necho no device files >&2\nexit 1\n")
+        broken.chmod(0o755)
+        env = {"CUDA_HOME": str(tmp_path / "cuda")}
+        said = self.setup("cuda", env, tmp_path, fails=True)
+        assert "ALBERT_FAST_BUILD=cuda, but the CUDA part cannot be built" in said
+        assert "no device files" in said
+        self.setup("auto", env, tmp_path, fails=False)
+        (made,) = (tmp_path / "out").glob("*.whl")
+        assert f"albert_fast/_C{SUFFIX}" in zipfile.ZipFile(made).namelist()
 
     def test_cuda_asked_for_without_nvcc(self, tmp_path):
         if shutil.which("c++") is None:
