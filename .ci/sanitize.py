@@ -41,7 +41,8 @@ def main() -> None:
     for op in ALL_CASES:
         for _, *case in parity_grid(op, "cpp"):
             check_forward(*case)
-            check_backward(*case)
+            if case[0].gradients:
+                check_backward(*case)
             runs += 1
     isa = dispatch.extension().build_info()["isa"]
     print(f"sanitizers: {isa}: {runs} cases clean, {time.perf_counter() - started:.0f} s")

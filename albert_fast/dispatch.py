@@ -22,6 +22,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "bias_gelu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "add_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "gelu_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    # All layers in one call, where no gradient is wanted; elsewhere a model runs them operator by operator.
+    "encoder": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},
 }
 BACKENDS = ("cpp", "triton", "cuda", "reference")
 
@@ -32,6 +34,7 @@ _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+_OP_DTYPES = {("encoder", "cpp"): (torch.float32,)}  # operators that know fewer
 
 
 class BackendUnavailableError(RuntimeError):
@@ -96,8 +99,9 @@ def why_not(op: str, device_type: str, backend: str, dtype: torch.dtype | None =
     """Why `backend` cannot run `op` on `device_type` (for activations of `dtype`); None where it can."""
     if backend not in runnable_on(op, device_type):
         return f"{op} has no {backend} kernel for {device_type} tensors"
-    if dtype is not None and backend in _DTYPES and dtype not in _DTYPES[backend]:
-        known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[backend])
+    dtypes = _OP_DTYPES.get((op, backend), _DTYPES.get(backend))
+    if dtype is not None and dtypes is not None and dtype not in dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         return f"the {backend} kernel of {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
     return _why_not(op, device_type, backend)
 
@@ -142,4 +146,5 @@ def _say_fall_back(op: str, chosen: str, reason: str) -> None:
 def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
     """Raise BackendUnavailableError where a model cannot run as `backend` on such a device."""
     for op in TABLE:
-        resolve(op, device_type, dtype, backend)
+        if op != "encoder":  # a model that cannot have it runs the others
+            resolve(op, device_type, dtype, backend)

@@ -1,4 +1,8 @@
-"""Embedding and the shared layer, in operator names: what happens to the T real tokens of a packed batch."""
+"""Embedding and the shared layer, in operator names: what happens to the T real tokens of a packed batch.
+
+For inference all layers are one operator, `encoder`; for a gradient, dropout or the states in between they run operator by
+operator.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import dispatch, ops
 from .config import ALBERTConfig
 from .gemm import linear
 from .packing import Packing, Queries, take
@@ -51,26 +55,58 @@ class Encoder(nn.Module):
         self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
         self.albert_layer_groups = nn.ModuleList(LayerGroup(config) for _ in range(config.num_hidden_groups))
 
-    def layers(self) -> list[Layer]:
-        """The layers in the order in which they run: num_hidden_layers x inner_group_num, the shared ones repeated."""
-        groups = [self.albert_layer_groups[self.config.group_of_layer(i)] for i in range(self.config.num_hidden_layers)]
-        return [layer for group in groups for layer in group.albert_layers]  # type: ignore[union-attr]
+    def order(self) -> list[int]:
+        """The distinct layer of each step, counted over all groups: num_hidden_layers x inner_group_num."""
+        config = self.config
+        groups = [config.group_of_layer(i) for i in range(config.num_hidden_layers)]
+        return [group * config.inner_group_num + inner for group in groups for inner in range(config.inner_group_num)]
+
+    def distinct(self) -> list[Layer]:
+        """The layers that have weights of their own, group after group."""
+        return [layer for group in self.albert_layer_groups for layer in group.albert_layers]  # type: ignore[union-attr]
+
+    def in_one_call(self, hidden: Tensor, backend: str) -> str | None:
+        """None where the `encoder` operator can run all layers on such states, else why it cannot."""
+        if torch.compiler.is_compiling():
+            return "a compiler traces the operators"
+        if backend not in ("auto", "cpp"):
+            return f"backend={backend!r} was asked for"
+        if reason := dispatch.why_not("encoder", hidden.device.type, "cpp", hidden.dtype):
+            return reason
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if self.training:
+            return "the model is in training mode"
+        weights = (parameter for layer in self.distinct() for parameter in layer.parameters())
+        if torch.is_grad_enabled() and (hidden.requires_grad or any(weight.requires_grad for weight in weights)):
+            return "a gradient may be asked for: torch.no_grad() says that it is not"
+        if not all(layer.is_plain() for layer in self.distinct()):
+            return "a layer has hooks or replaced parts"
+        return None
 
     def forward(
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
         states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """(T, H) -> (T, H), or (Tq, H) for `queries`; appends every layer's states and probabilities where lists are given."""
-        layers = self.layers()
+        order, distinct = self.order(), self.distinct()
+        if states is None and attentions is None and self.in_one_call(hidden, backend) is None:
+            first = distinct[0]
+            return ops.encoder(
+                hidden, [weight for layer in distinct for weight in layer.weights()], order, packing.cu_seqlens,
+                *((None, None) if queries is None else (queries.rows, queries.cu_seqlens)),
+                first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
+            )  # fmt: skip
         if states is not None:
             states.append(hidden)
-        for layer in layers[:-1]:
-            hidden = layer(hidden, packing, None, backend, attentions)
+        for number in order[:-1]:
+            hidden = distinct[number](hidden, packing, None, backend, attentions)
             if states is not None:
                 states.append(hidden)
+        last = distinct[order[-1]]
         if states is None and attentions is None:
-            return layers[-1](hidden, packing, queries, backend)
-        hidden = layers[-1](hidden, packing, None, backend, attentions)
+            return last(hidden, packing, queries, backend)
+        hidden = last(hidden, packing, None, backend, attentions)
         if states is not None:
             states.append(hidden)
         return hidden if queries is None else take(hidden, queries.rows)
@@ -96,6 +132,20 @@ class Layer(nn.Module):
         self.act = config.activation
         # Google's code applies this dropout, Hugging Face's does not; the configuration says which.
         self.dropout_p = config.hidden_dropout_prob if config.ffn_output_dropout else 0.0
+
+    def weights(self) -> list[Tensor]:
+        """What `ops.encoder` reads, in the order of `ops.WEIGHTS`."""
+        a, norm = self.attention, self.full_layer_layer_norm
+        modules = (a.qkv, a.dense, a.LayerNorm, self.ffn, self.ffn_output, norm)
+        return [parameter for module in modules for parameter in (module.weight, module.bias)]
+
+    def is_plain(self) -> bool:
+        """Whether the layer computes just what `ops.encoder` does: no hook, no part replaced or parametrised."""
+        return all(
+            type(module) in (Layer, Attention, nn.Linear, nn.LayerNorm)
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            for module in self.modules()
+        )
 
     def forward(
         self,

@@ -80,7 +80,7 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     lengths = packing.cu_seqlens.diff().double()
     tokens, pairs = int(lengths.sum()), float((lengths * lengths).sum())
     width, inner = config.hidden_size, config.intermediate_size
-    layers = len(encoder.encoder.layers())
+    layers = len(encoder.encoder.order())
     first_only = getattr(model, "output_tokens", "all") == "first"
     last = min(batch, tokens) if first_only else tokens
     last_pairs = float(lengths.sum()) if first_only else pairs
@@ -105,16 +105,22 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
 
     projection = 2 * tokens * config.embedding_size * width / 1e9
     steps = [operator("embedding_projection", 1, tokens, projection)]
+    by_layer: list[Step] = []
     if layers > 1 or not first_only:
         times = layers - first_only
         fused = product("query, key, value product", times, tokens, width, 3 * width)
-        steps += layer([fused], times, tokens, pairs)
+        by_layer += layer([fused], times, tokens, pairs)
     if first_only:
         apart = [
             product("query product", 1, last, width, width),
             product("key, value product", 1, tokens, width, 2 * width),
         ]
-        steps += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
+        by_layer += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
+    apart_because = encoder.encoder.in_one_call(weight.detach(), backend)
+    if apart_because is None:
+        steps.append(Step("encoder", 1, tokens, "cpp", sum(s.gflop for s in by_layer), "all layers in one call"))
+    else:
+        steps += by_layer
     if hasattr(model, "predictions"):
         steps += [
             product("head: dense", 1, tokens, width, config.embedding_size),
@@ -133,5 +139,6 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         f"{type(model).__name__}, {str(dtype).removeprefix('torch.')} on {device}, backend={backend!r}: {batch} x {columns} "
         f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "
         f"group(s), the last one for {wanted}; {sum(s.gflop for s in steps):.2f} GFLOP"
+        + (f"; layers operator by operator: {apart_because}" if apart_because else "")
     )
     return Plan(summary, steps)

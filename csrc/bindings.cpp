@@ -149,6 +149,9 @@ PYBIND11_MODULE(_C, module) {
     EXPORT(add_layer_norm_bwd_cpu);
     EXPORT(gelu_layer_norm_fwd_cpu);
     EXPORT(gelu_layer_norm_bwd_cpu);
+    EXPORT(encoder_packed_size_cpu);
+    EXPORT(encoder_pack_cpu);
+    EXPORT(encoder_fwd_cpu);
 #undef EXPORT
 #if defined(ALBERT_FAST_CUDA)
     module.def("embedding_projection_fwd_cuda", by_address(embedding_projection_fwd_cuda),

@@ -46,7 +46,8 @@ def rows(tmp_path_factory):
 
 
 def test_every_operator_is_checked():
-    assert sorted(compile_check.KERNELS) == sorted(dispatch.TABLE)
+    on_gpu = [op for op, devices in dispatch.TABLE.items() if {"triton", "cuda"} & set(devices["cuda"])]
+    assert sorted(compile_check.KERNELS) == sorted(on_gpu)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

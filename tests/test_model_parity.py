@@ -49,15 +49,15 @@ def batches(draw):
     return torch.from_numpy(generator.integers(0, 61, (rows, columns))), torch.from_numpy(masks[kind].astype(np.int64))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_any_batch_and_mask(backend):
+@pytest.mark.parametrize(("backend", "grad"), [("reference", False), ("cpp", False), ("cpp", True)])
+def test_any_batch_and_mask(backend, grad):
     slow, fast = pair(backend=backend)
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(batches())
     def check(batch):
         ids, mask = batch
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):  # without, all layers are one operator
             expected, actual = slow(ids, mask), fast(ids, mask)
         assert_same(actual.last_hidden_state, expected.last_hidden_state)
         assert_same(actual.pooler_output, expected.pooler_output)
@@ -300,11 +300,50 @@ def test_nan_travels_and_stays_in_its_sequence():
     assert not actual[[0, 2]].isnan().any()
 
 
+def test_all_layers_in_one_call_only_where_that_computes_the_same():
+    slow, fast = pair(num_hidden_groups=3, inner_group_num=2)
+    encoder, ids = fast.encoder, torch.randint(0, 61, (3, 9))
+
+    def why():
+        return encoder.in_one_call(torch.zeros(1, 40), "auto")
+
+    assert "torch.no_grad()" in why()
+    with torch.no_grad():
+        assert why() is None
+        assert_same(fast(ids).last_hidden_state, slow(ids).last_hidden_state)
+        assert "backend='reference'" in encoder.in_one_call(torch.zeros(1, 40), "reference")
+        assert "bfloat16" in encoder.in_one_call(torch.zeros(1, 40).bfloat16(), "auto")
+        with torch.autocast("cpu"):
+            assert "autocast" in why()
+        assert "training" in fast.train().encoder.in_one_call(torch.zeros(1, 40), "auto")
+        fast.eval()
+        seen = []
+        with encoder.distinct()[3].attention.register_forward_hook(lambda *_: seen.append(1)):
+            assert "hooks" in why()
+            fast(ids)
+        assert seen
+        assert why() is None
+
+        class Doubled(torch.nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        dense = encoder.distinct()[0].attention.dense
+        encoder.distinct()[0].attention.dense = replaced = Doubled(40, 40)
+        replaced.load_state_dict(dense.state_dict())
+        assert "replaced" in why()
+
+
 def test_explain_says_what_runs_where_and_why():
     _, fast = pair("ALBERTForSequenceClassification")
     ids, mask = torch.randint(0, 61, (4, 10)), torch.ones(4, 10, dtype=torch.long)
     mask[:, 6:] = 0
+    with torch.no_grad():
+        (one,) = (step for step in explain(fast, ids, mask).steps if step.name == "encoder")
     plan = explain(fast, ids, mask)
+    assert "torch.no_grad()" in plan.summary
+    layers = [step for step in plan.steps if step.name not in ("embedding_projection", "pooler", "head: classifier")]
+    assert one.gflop == pytest.approx(sum(step.gflop for step in layers))
     assert "24 real tokens" in str(plan)
     assert "40% padding" in str(plan)
     steps = {step.name: step for step in plan.steps}

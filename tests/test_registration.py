@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("name", [name for name, case in ALL_CASES.items() if case.gradients])
 def test_opcheck_of_the_gradient(name, backend):
     with_dropout = "dropout_p" in make_inputs(ALL_CASES[name], ALL_CASES[name].small_shapes[0], {}, torch.float32)
     operator = getattr(torch.ops.albert_fast, f"{name}_bwd").default

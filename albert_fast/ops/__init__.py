@@ -8,9 +8,11 @@ from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref
+from .encoder import WEIGHTS, encoder, encoder_ref
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 
 __all__ = [
+    "WEIGHTS",
     "TokenIndexError",
     "add_layer_norm",
     "add_layer_norm_ref",
@@ -21,6 +23,8 @@ __all__ = [
     "draw_seed",
     "embedding_projection",
     "embedding_projection_ref",
+    "encoder",
+    "encoder_ref",
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
 ]

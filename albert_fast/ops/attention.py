@@ -20,11 +20,13 @@ def _ranges(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cu_seqlens.tolist()))
 
 
-def _check_ranges(name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    # A few microseconds in Python; the kernel would read and write wherever these point.
+def check_ranges(op: str, name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """ValueError where `cu_seqlens` is not int32 from 0 to `tokens`: the kernel would read and write wherever it points."""
+    if cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"{op}: {name} must be int32, got {cu_seqlens.dtype}")
     ends = cu_seqlens.tolist()
     if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
-        raise ValueError(f"attention: {name} must run from 0 to {tokens} and never fall, got {ends}")
+        raise ValueError(f"{op}: {name} must run from 0 to {tokens} and never fall, got {ends}")
 
 
 def _probabilities(
@@ -222,9 +224,9 @@ def attention(
     cu_seqlens_q = cu_seqlens_q.contiguous()
     cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k.contiguous()
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_ranges("cu_seqlens_q", cu_seqlens_q, len(q))
+        check_ranges("attention", "cu_seqlens_q", cu_seqlens_q, len(q))
         if not same or len(k) != len(q):
-            _check_ranges("cu_seqlens_k", cu_seqlens_k, len(k))
+            check_ranges("attention", "cu_seqlens_k", cu_seqlens_k, len(k))
     if softmax_scale is None:
         softmax_scale = (q.shape[1] // num_heads) ** -0.5
     q, k, v = (t if t.stride(1) == 1 else t.contiguous() for t in (q, k, v))

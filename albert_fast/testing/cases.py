@@ -52,7 +52,8 @@ class OpCase:
         return self.eager(**{name: _double(value) for name, value in inputs.items()})
 
     def bytes_moved(self, inputs: Inputs) -> int:
-        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        listed = [item for value in inputs.values() if isinstance(value, list) for item in value]
+        tensors = [value for value in (*inputs.values(), *listed) if isinstance(value, Tensor)]
         gathered = inputs.get("input_ids")
         read = sum(t.numel() * t.element_size() for t in tensors)
         if gathered is not None:  # of a table, only the rows that are looked up
@@ -66,10 +67,14 @@ class OpCase:
             return torch.empty(
                 (len(inputs["token_type_ids"]), len(inputs["proj_weight"])), dtype=inputs["word"].dtype, device="meta"
             )
-        return torch.empty_like(inputs["q" if self.name == "attention" else "x"], device="meta")
+        if self.name == "encoder" and inputs["rows"] is not None:
+            return torch.empty((len(inputs["rows"]), inputs["hidden"].shape[1]), device="meta")
+        return torch.empty_like(inputs[{"attention": "q", "encoder": "hidden"}.get(self.name, "x")], device="meta")
 
 
 def _double(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_double(item) for item in value]
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -179,6 +184,54 @@ def _attention_eager(
 def _attention_operations(inputs: Inputs) -> float:
     lengths = zip(inputs["cu_seqlens_q"].diff().tolist(), inputs["cu_seqlens_k"].diff().tolist(), strict=True)
     return 4.0 * inputs["q"].shape[1] * sum(a * b for a, b in lengths)
+
+
+# encoder: shapes are (lengths, hidden size, heads, intermediate size, distinct layers, steps) -------------------------------
+
+
+def _encoder_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh", wanted=False) -> Inputs:
+    lengths, hidden, heads, middle, distinct, steps = shape
+    sizes = {"H": hidden, "3H": 3 * hidden, "I": middle}
+    weights = []
+    for name, spelt in list(ops.WEIGHTS.items()) * distinct:
+        size = tuple(sizes[letter] for letter in spelt.split())
+        scale = size[-1] ** -0.5 if len(size) == 2 else 0.2
+        drawn = _randn(size, dtype, device, generator) * scale
+        weights.append(drawn + 1 if name.endswith("norm_weight") else drawn)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    rows = cu_rows = None
+    if wanted:  # about a third of the tokens
+        flags = torch.rand(sum(lengths), generator=generator) < 0.3
+        before = torch.cat([flags.new_zeros(1, dtype=torch.int32), flags.cumsum(0).int()])
+        rows, cu_rows = flags.nonzero().squeeze(1).to(device), before[cu_seqlens.long().cpu()].to(device)
+    return {
+        "hidden": _randn((sum(lengths), hidden), dtype, device, generator), "weights": weights,
+        "order": [step * distinct // steps for step in range(steps)], "cu_seqlens": cu_seqlens, "rows": rows,
+        "cu_rows": cu_rows, "num_heads": heads, "softmax_scale": (hidden // heads) ** -0.5, "eps": EPS, "act": act,
+    }  # fmt: skip
+
+
+def _encoder_eager(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act):
+    per_layer = len(ops.WEIGHTS)
+    for step, number in enumerate(order):
+        w = dict(zip(ops.WEIGHTS, weights[number * per_layer : (number + 1) * per_layer], strict=True))
+        q, k, v = F.linear(hidden, w["qkv"], w["qkv_bias"]).chunk(3, dim=1)
+        cu_q = cu_seqlens
+        if step + 1 == len(order) and rows is not None:
+            q, hidden, cu_q = q[rows], hidden[rows], cu_rows
+        context = _attention_eager(q, k, v, cu_q, cu_seqlens, 0, 0, num_heads, softmax_scale, 0.0, None)
+        x = F.linear(context, w["dense"], w["dense_bias"]) + hidden
+        x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
+        y = F.linear(act_ref(F.linear(x, w["ffn"], w["ffn_bias"]), act), w["ffn_output"], w["ffn_output_bias"]) + x
+        hidden = F.layer_norm(y, y.shape[1:], w["full_norm_weight"], w["full_norm_bias"], eps)
+    return hidden
+
+
+def _encoder_operations(inputs: Inputs) -> float:
+    lengths, matrices = inputs["cu_seqlens"].diff().double(), inputs["weights"][: len(ops.WEIGHTS)]
+    tokens, width = len(inputs["hidden"]), inputs["hidden"].shape[1]
+    products = 2.0 * tokens * sum(m.numel() for m in matrices if m.dim() == 2)
+    return len(inputs["order"]) * (products + 4.0 * float((lengths * lengths).sum()) * width)
 
 
 # embedding_projection: shapes are (tokens, E, H, vocabulary, positions, types) ----------------------------------------------
@@ -307,6 +360,24 @@ ALL_CASES: dict[str, OpCase] = {
             options=_ACTS,
             gradients=("x", "bias", "weight", "ln_bias"),
             operations=lambda i: 18.0 * i["x"].numel(),
+        ),
+        OpCase(
+            name="encoder",
+            function=ops.encoder,
+            eager=_encoder_eager,
+            make_inputs=_encoder_inputs,
+            shapes=(
+                ((1,), 26, 1, 40, 1, 1),
+                ((7, 0, 13), 78, 3, 129, 1, 3),
+                ((5,) * 40, 64, 2, 96, 2, 2),
+                ((131, 17, 1), 80, 1, 72, 2, 4),
+                ((37, 2), 256, 4, 1600, 1, 2),
+            ),
+            small_shapes=(((3, 0, 2), 26, 1, 40, 2, 2),),
+            bench_shapes=(((16,), 768, 12, 3072, 1, 12), ((128,) * 8, 768, 12, 3072, 1, 12)),
+            options=({}, {"wanted": True}, {"act": "gelu_erf"}, {"act": "relu"}),
+            gradients=(),  # inference only: training runs the other operators
+            operations=_encoder_operations,
         ),
     )
 }

@@ -15,25 +15,30 @@ from .cases import ALL_CASES, Inputs, OpCase
 from .tolerances import assert_close_calibrated
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-_BACKEND_DTYPES = {"cpp": ("f32", "bf16"), "triton": ("f32", "bf16", "f16"), "reference": ("f32", "bf16", "f16")}
+
+
+def parity_grid(op: str, *backends: str) -> list[tuple[str, OpCase, Any, dict[str, Any], torch.dtype, str]]:
+    """(id, case, shape, options, dtype, backend) of every parity test of `op`; Triton's interpreter gets the small shapes."""
+    case, grid = ALL_CASES[op], []
+    for backend in backends:
+        shapes = case.small_shapes if backend == "triton" else case.shapes
+        dtypes = [name for name, dtype in DTYPES.items() if dispatch.why_not(op, "cpu", backend, dtype) is None]
+        for dtype, shape, options in itertools.product(dtypes, shapes, case.options):
+            name = "-".join([backend, dtype, _shape_id(shape), *(f"{k}={v}" for k, v in options.items())])
+            grid.append((name, case, shape, options, DTYPES[dtype], backend))
+    return grid
 
 
 def parity_tests(op: str) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
-    """(forward, backward): pytest parametrisations of `check_forward` and `check_backward` over every shape, option and
-    dtype of `op`, on every backend that runs on CPU tensors; Triton's interpreter gets the small shapes.
+    """pytest parametrisations of `check_forward` and `check_backward` over the grid of every backend that has CPU tensors.
 
     The gradient of a Triton forward runs through the reference, which is tested under its own name.
     """
-    case = ALL_CASES[op]
-    grid = []
-    for backend in dispatch.runnable_on(op, "cpu"):
-        shapes = case.small_shapes if backend == "triton" else case.shapes
-        for dtype, shape, options in itertools.product(_BACKEND_DTYPES[backend], shapes, case.options):
-            name = "-".join([backend, dtype, _shape_id(shape), *(f"{k}={v}" for k, v in options.items())])
-            grid.append(pytest.param(case, shape, options, DTYPES[dtype], backend, id=name))
     names = ("case", "shape", "options", "dtype", "backend")
-    trained = [row for row in grid if row.values[-1] != "triton"]
-    return pytest.mark.parametrize(names, grid), pytest.mark.parametrize(names, trained)
+    forward = parity_grid(op, *dispatch.runnable_on(op, "cpu"))
+    backward = [row for row in forward if row[-1] != "triton" and row[1].gradients]
+    marks = (pytest.mark.parametrize(names, [r[1:] for r in g], ids=[r[0] for r in g]) for g in (forward, backward))
+    return next(marks), next(marks)
 
 
 def _shape_id(shape: Any) -> str:

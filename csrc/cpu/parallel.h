@@ -8,6 +8,10 @@
 
 #include "vec.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace albert_fast::ALBERT_FAST_ISA {
 
 static inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -56,6 +60,17 @@ static inline void parallel_rows(std::int64_t rows, std::int64_t columns, int nu
     parallel_for(chunks.count, num_threads, [&](std::int64_t i) { body(chunks.begin(i), chunks.end(i)); });
 }
 
+// Asks for large pages under memory that nothing has been written to yet: at 4 KiB a page, weights and activations are
+// more pages than the processor remembers addresses of.
+static inline void use_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__)
+    constexpr std::uintptr_t kLarge = 2 << 20;
+    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + kLarge - 1) / kLarge * kLarge;
+    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kLarge * kLarge;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Memory that grows and stays: an allocation of its size goes to the kernel and back, at a page fault per 4 KiB.
 class Scratch {
 public:
@@ -73,6 +88,7 @@ public:
                 capacity_ = 0;
                 throw std::bad_alloc();
             }
+            use_large_pages(data_, static_cast<std::size_t>(capacity_) * sizeof(float));
         }
         return data_;
     }

@@ -1,0 +1,127 @@
+// The forward pass of attention for one head of one sequence: what attention.cpp runs as its tasks and encoder.cpp
+// between its products.
+//
+// K and V are packed once; then queries go in blocks: scores, softmax, product with V. Operations 4 Sq Sk d; the two
+// products run near the arithmetic limit, everything else is about a tenth of them for d = 64.
+#pragma once
+
+#include "attention.h"
+
+namespace albert_fast::ALBERT_FAST_ISA {
+
+template <class T>
+struct Inputs {
+    Rows<const T> q, k, v;
+    Shape shape;
+    float scale;
+    Dropout dropout;
+};
+
+// One head of one sequence: its first column, and where its tokens start.
+struct Head {
+    std::int64_t sequence, number, column, first_query, queries, first_key, keys;
+
+    Head(const Shape& shape, std::int64_t sequence, std::int64_t number)
+        : sequence(sequence),
+          number(number),
+          column(number * shape.head_dim),
+          first_query(shape.cu_q[sequence]),
+          queries(shape.queries(sequence)),
+          first_key(shape.cu_k[sequence]),
+          keys(shape.keys(sequence)) {}
+
+    // The same head for the packed queries [begin, end) alone.
+    Head within(std::int64_t begin, std::int64_t end) const {
+        Head part = *this;
+        part.first_query = larger(first_query, begin);
+        part.queries = larger(smaller(first_query + queries, end) - part.first_query, 0);
+        return part;
+    }
+
+    // The dropout state of kLanes queries of this head, from packed index `query` on.
+    UintVec dropout_state(const Dropout& dropout, std::int64_t query) const {
+        const std::uint32_t row = static_cast<std::uint32_t>(number) * kHeadStride + static_cast<std::uint32_t>(query);
+        return dropout.row_state(lane_numbers() + row);
+    }
+};
+
+// Sum of term(key) over all keys, in blocks against rounding error.
+template <class Term>
+static inline auto sum_in_blocks(std::int64_t keys, Term term) {
+    constexpr std::int64_t kBlock = 32;
+    decltype(term(keys)) sum{};
+    for (std::int64_t begin = 0; begin < keys; begin += kBlock) {
+        const std::int64_t end = smaller(begin + kBlock, keys);
+        decltype(sum) block_sum{};
+        for (std::int64_t key = begin; key < end; ++key) block_sum += term(key);
+        sum += block_sum;
+    }
+    return sum;
+}
+
+// Softmax over the keys of one vector of queries, not yet divided by its sum: scores (keys rows, `row` apart) become
+// exp(score - maximum), with dropout applied.
+template <bool kDropout>
+static inline void softmax(float* scores, std::int64_t row, std::int64_t keys, const Dropout& dropout, UintVec state,
+                    Vec& maximum, Vec& sum) {
+    maximum = load(scores, Full{});
+    for (std::int64_t key = 1; key < keys; ++key) maximum = larger(maximum, load(scores + key * row, Full{}));
+    sum = sum_in_blocks(keys, [&](std::int64_t key) {
+        const Vec p = exp(load(scores + key * row, Full{}) - maximum);
+        Vec kept = p;
+        if constexpr (kDropout) kept = dropout.apply(p, state, splat(static_cast<std::uint32_t>(key)));
+        store(scores + key * row, kept, Full{});
+        return p;
+    });
+}
+
+// The queries of parts `part` of `parts`; lse may be null.
+template <bool kDropout, class T>
+static inline void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std::int64_t parts, Rows<T> out,
+                  float* lse) {
+    const std::int64_t d = in.shape.head_dim, width = round_up(d, kLanes);
+    const Chunks blocks = query_blocks(head.queries);
+    const std::int64_t first = blocks.count * part / parts, last = blocks.count * (part + 1) / parts;
+    if (first == last) return;
+    if (head.keys == 0) {
+        const std::int64_t begin = blocks.begin(first), end = blocks.end(last - 1);
+        zero_rows(out, head.first_query + begin, head.column, end - begin, d);
+        for (std::int64_t i = begin; lse != nullptr && i < end; ++i) lse[head.first_query + i] = -__builtin_inff();
+        return;
+    }
+    Arrays arrays(scratch<Purpose::kTask>(2 * Arrays::padded(head.keys * width) + 2 * kQueryBlock * width +
+                                          Arrays::padded(head.keys * kQueryBlock) + 2 * kQueryBlock));
+    float* keys = arrays.take(head.keys * width);
+    float* values = arrays.take(head.keys * width);
+    float* rows = arrays.take(kQueryBlock * width);  // Q's block, later the output's
+    float* queries = arrays.take(kQueryBlock * width);
+    float* scores = arrays.take(head.keys * kQueryBlock);
+    float* sums = arrays.take(kQueryBlock);
+    float* maxima = arrays.take(kQueryBlock);
+    pack_rows(in.k, head.first_key, head.column, head.keys, d, 1.0f, keys, width);
+    pack_rows(in.v, head.first_key, head.column, head.keys, d, 1.0f, values, width);
+    for (std::int64_t block = first; block < last; ++block) {
+        const std::int64_t query = head.first_query + blocks.begin(block);
+        const std::int64_t count = blocks.end(block) - blocks.begin(block), columns = round_up(count, kLanes);
+        pack_rows(in.q, query, head.column, count, d, in.scale, rows, width);
+        transpose(rows, width, count, queries, width, columns);
+        multiply({keys, width, 1}, queries, columns, scores, columns, head.keys, columns, d, false);
+        for (std::int64_t j = 0; j < columns; j += kLanes) {
+            Vec maximum, sum;
+            softmax<kDropout>(scores + j, columns, head.keys, in.dropout, head.dropout_state(in.dropout, query + j),
+                              maximum, sum);
+            store(maxima + j, maximum, Full{});
+            store(sums + j, sum, Full{});
+        }
+        multiply({scores, 1, columns}, values, width, rows, width, count, width, head.keys, false);
+        for (std::int64_t i = 0; i < count; ++i) {
+            if (lse != nullptr) lse[query + i] = maxima[i] + __builtin_logf(sums[i]);
+            const float* line = rows + i * width;
+            T* target = out.at(query + i, head.column);
+            for_vectors(
+                d, [&](std::int64_t c, auto lanes) { store(target + c, load(line + c, Full{}) / sums[i], lanes); });
+        }
+    }
+}
+
+}  // namespace albert_fast::ALBERT_FAST_ISA
