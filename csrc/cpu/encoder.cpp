@@ -122,12 +122,11 @@ std::int64_t border(const Batch& batch, std::int64_t t, std::int64_t threads) {
 
 bool few_rows(std::int64_t rows, int threads) { return threads > 1 && rows <= kFewRows * threads; }
 
-template <class Act>
 class Encoder {
 public:
     // `wanted` may be null: all rows.
-    Encoder(const Batch& batch, const Sizes& sizes, const Wanted* wanted, int threads)
-        : batch_(batch), sizes_(sizes), wanted_(wanted), threads_(threads), few_(0), crossed_(few_rows(batch.rows, threads)) {
+    Encoder(const Batch& batch, const Sizes& sizes, const Wanted* wanted, int act, int threads)
+        : batch_(batch), sizes_(sizes), wanted_(wanted), act_(act), threads_(threads), few_(0), crossed_(few_rows(batch.rows, threads)) {
         const std::int64_t stride = sizes.stride, count = wanted == nullptr ? 0 : wanted->count;
         const std::int64_t rows = larger(batch.rows, count);
         const auto work_floats = [&](std::int64_t block, std::int64_t slices) {
@@ -180,7 +179,7 @@ private:
     const Batch& batch_;
     const Sizes& sizes_;
     const Wanted* wanted_;
-    int threads_;
+    int act_, threads_;
     std::int64_t few_;  // rows at most, by columns
     bool crossed_;  // whether a thread needs keys that another one makes
     std::vector<std::int64_t> borders_;
@@ -317,11 +316,13 @@ private:
     void middle(Team team, const Work& work, std::int64_t rows, const Layer& layer, std::int64_t slice, float* to) const {
         const std::int64_t begin = slice * kSlice;
         const Range panels = team.share(divide_up(sizes_.slice_columns(slice), kPanel));
-        packed_product(work.attended, sizes_.stride, rows, layer.ffn + begin * sizes_.hidden, sizes_.hidden, panels.begin,
-                       panels.end, [&](std::int64_t row, std::int64_t column, Vec sum) {
-                           const Vec b = load_padded(layer.ffn_bias, begin + column, sizes_.middle);
-                           store(to + row * work.middle_row + column, Act::forward(sum + b), Full{});
-                       });
+        with_activation(act_, [&](auto act) {
+            packed_product(work.attended, sizes_.stride, rows, layer.ffn + begin * sizes_.hidden, sizes_.hidden,
+                           panels.begin, panels.end, [&](std::int64_t row, std::int64_t column, Vec sum) {
+                               const Vec b = load_padded(layer.ffn_bias, begin + column, sizes_.middle);
+                               store(to + row * work.middle_row + column, decltype(act)::forward(sum + b), Full{});
+                           });
+        });
     }
 
     // The last layer for the wanted rows, once keys and values of all rows are made.
@@ -391,25 +392,24 @@ void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::
         all.push_back(layer_of(pointer<std::int64_t>(table) + pointer<std::int64_t>(order)[i] * kSlots, sizes));
     }
     const int threads = static_cast<int>(larger(smaller(num_threads, T), 1));
-    with_activation(act, [&](auto activation) {
-        const Encoder<decltype(activation)> encoder(batch, sizes, cu_wanted ? &asked : nullptr, threads);
+    const Wanted* wanted = cu_wanted ? &asked : nullptr;
 #if defined(_OPENMP)
-        if (threads > 1) {
-            bool done = true;
+    if (threads > 1) {
+        const Encoder encoder(batch, sizes, wanted, act, threads);
+        bool done = true;
 #pragma omp parallel num_threads(threads)
-            {
-                if (omp_get_num_threads() == threads) {
-                    encoder.run(omp_get_thread_num(), pointer<float>(x), all, pointer<float>(out));
-                } else if (omp_get_thread_num() == 0) {
-                    done = false;  // inside another parallel region, or at the limit of threads
-                }
+        {
+            if (omp_get_num_threads() == threads) {
+                encoder.run(omp_get_thread_num(), pointer<float>(x), all, pointer<float>(out));
+            } else if (omp_get_thread_num() == 0) {
+                done = false;  // inside another parallel region, or at the limit of threads
             }
-            if (done) return;
         }
+        if (done) return;
+    }
 #endif
-        const Encoder<decltype(activation)> alone(batch, sizes, cu_wanted ? &asked : nullptr, 1);
-        alone.run(0, pointer<float>(x), all, pointer<float>(out));
-    });
+    const Encoder alone(batch, sizes, wanted, act, 1);
+    alone.run(0, pointer<float>(x), all, pointer<float>(out));
 }
 
 }  // namespace albert_fast::ALBERT_FAST_ISA
