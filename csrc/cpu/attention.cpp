@@ -51,8 +51,8 @@ inline void softmax_backward(float* scores, float* dprobabilities, std::int64_t 
         if constexpr (kDropout) return dropout.apply(x, state, splat(static_cast<std::uint32_t>(key)));
         return x;
     };
-    // Scores are far larger than 1 where softmax is saturated, and the rounding of lse scales a whole row of P by as much;
-    // dP - rowsum(P * dP) cancels only where the row sums to 1.
+    // Scores are far larger than 1 where softmax is saturated, and the rounding of lse scales a whole row of P by as
+    // much; dP - rowsum(P * dP) cancels only where the row sums to 1.
     const RowSums sums = sum_in_blocks(keys, [&](std::int64_t key) {
         const Vec p = exp(load(scores + key * row, Full{}) - lse);
         const Vec dp = rounded(drop(load(dprobabilities + key * row, Full{}), key));

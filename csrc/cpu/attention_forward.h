@@ -63,7 +63,7 @@ static inline auto sum_in_blocks(std::int64_t keys, Term term) {
 // exp(score - maximum), with dropout applied.
 template <bool kDropout>
 static inline void softmax(float* scores, std::int64_t row, std::int64_t keys, const Dropout& dropout, UintVec state,
-                    Vec& maximum, Vec& sum) {
+                           Vec& maximum, Vec& sum) {
     maximum = load(scores, Full{});
     for (std::int64_t key = 1; key < keys; ++key) maximum = larger(maximum, load(scores + key * row, Full{}));
     sum = sum_in_blocks(keys, [&](std::int64_t key) {
@@ -77,8 +77,8 @@ static inline void softmax(float* scores, std::int64_t row, std::int64_t keys, c
 
 // The queries of parts `part` of `parts`; lse may be null.
 template <bool kDropout, class T>
-static inline void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std::int64_t parts, Rows<T> out,
-                  float* lse) {
+static inline void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std::int64_t parts,
+                                Rows<T> out, float* lse) {
     const std::int64_t d = in.shape.head_dim, width = round_up(d, kLanes);
     const Chunks blocks = query_blocks(head.queries);
     const std::int64_t first = blocks.count * part / parts, last = blocks.count * (part + 1) / parts;

@@ -16,9 +16,9 @@
 #include <vector>
 
 #include "attention_forward.h"
+#include "encoder_layer.h"
 #include "kernels.h"
 #include "layer_norm.h"
-#include "packed_gemm.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -27,60 +27,11 @@
 namespace albert_fast::ALBERT_FAST_ISA {
 namespace {
 
-constexpr std::int64_t kSlice = 768;     // columns of the feed-forward block's middle at a time
 // Tiles of rows in a block, 126 rows on AVX-512: rows x (2 H + kSlice) floats stay below 2 MiB for H = 768.
 constexpr std::int64_t kBlockTiles = 9;
 constexpr std::int64_t kRowBlock = kBlockTiles * kPackedRows;
 // Rows a thread at which reading all weights for them costs more than the barriers of going by columns.
 constexpr std::int64_t kFewRows = 48;
-
-// Sizes of a layer and where its parts stand in packed memory.
-struct Sizes {
-    std::int64_t hidden, middle, width, stride;
-
-    Sizes(std::int64_t hidden, std::int64_t middle)
-        : hidden(hidden), middle(middle), width(round_up(hidden, kPanel)), stride(row_stride(hidden)) {}
-
-    std::int64_t panels() const { return width / kPanel; }
-    std::int64_t slices() const { return divide_up(middle, kSlice); }
-    std::int64_t slice_end(std::int64_t slice) const { return smaller(middle, (slice + 1) * kSlice); }
-    std::int64_t slice_columns(std::int64_t slice) const { return slice_end(slice) - slice * kSlice; }
-    // Query, key and value, each from a whole panel on.
-    std::int64_t qkv() const { return 3 * packed_size(hidden, hidden); }
-    std::int64_t dense() const { return packed_size(hidden, hidden); }
-    std::int64_t ffn() const { return packed_size(middle, hidden); }
-    std::int64_t ffn_output() const { return width * middle; }
-    std::int64_t packed() const { return qkv() + dense() + ffn() + ffn_output(); }
-};
-
-// One of the distinct layers. Vectors are those of the model, matrices are packed.
-struct Layer {
-    const float *qkv, *dense, *ffn, *ffn_output;
-    const float *qkv_bias, *dense_bias, *norm_weight, *norm_bias;
-    const float *ffn_bias, *ffn_output_bias, *full_norm_weight, *full_norm_bias;
-};
-
-// Addresses in a layer's row of the table that Python hands over; the order of `WEIGHTS` in albert_fast/ops/encoder.py.
-enum Slot : int {
-    kQkv, kQkvBias, kDense, kDenseBias, kNormWeight, kNormBias,
-    kFfn, kFfnBias, kFfnOutput, kFfnOutputBias, kFullNormWeight, kFullNormBias, kPacked, kSlots
-};
-
-const float* at(const std::int64_t* row, Slot slot) { return reinterpret_cast<const float*>(row[slot]); }
-
-Layer layer_of(const std::int64_t* row, const Sizes& sizes) {
-    const float* packed = at(row, kPacked);
-    const float *dense = packed + sizes.qkv(), *ffn = dense + sizes.dense(), *ffn_output = ffn + sizes.ffn();
-    return {packed, dense, ffn, ffn_output,
-            at(row, kQkvBias), at(row, kDenseBias), at(row, kNormWeight), at(row, kNormBias),
-            at(row, kFfnBias), at(row, kFfnOutputBias), at(row, kFullNormWeight), at(row, kFullNormBias)};
-}
-
-// Element [begin, begin + kLanes) of a vector of n elements, zero beyond it.
-Vec load_padded(const float* vector, std::int64_t begin, std::int64_t n) {
-    if (begin + kLanes <= n) return load(vector + begin, Full{});
-    return begin < n ? load(vector + begin, Part{static_cast<int>(n - begin)}) : Vec{};
-}
 
 struct Batch {
     std::int64_t rows, sequences, heads;
@@ -126,7 +77,13 @@ class Encoder {
 public:
     // `wanted` may be null: all rows.
     Encoder(const Batch& batch, const Sizes& sizes, const Wanted* wanted, int act, int threads)
-        : batch_(batch), sizes_(sizes), wanted_(wanted), act_(act), threads_(threads), few_(0), crossed_(few_rows(batch.rows, threads)) {
+        : batch_(batch),
+          sizes_(sizes),
+          wanted_(wanted),
+          act_(act),
+          threads_(threads),
+          few_(0),
+          crossed_(few_rows(batch.rows, threads)) {
         const std::int64_t stride = sizes.stride, count = wanted == nullptr ? 0 : wanted->count;
         const std::int64_t rows = larger(batch.rows, count);
         const auto work_floats = [&](std::int64_t block, std::int64_t slices) {
@@ -145,7 +102,8 @@ public:
         for (int t = 0; t <= threads; ++t) {
             borders_.push_back(border(batch, t, threads));
             const std::int32_t* end = batch.cu_seqlens + batch.sequences + 1;
-            crossed_ = crossed_ || !std::binary_search(batch.cu_seqlens, end, static_cast<std::int32_t>(borders_.back()));
+            crossed_ =
+                crossed_ || !std::binary_search(batch.cu_seqlens, end, static_cast<std::int32_t>(borders_.back()));
         }
     }
 
@@ -181,7 +139,7 @@ private:
     const Wanted* wanted_;
     int act_, threads_;
     std::int64_t few_;  // rows at most, by columns
-    bool crossed_;  // whether a thread needs keys that another one makes
+    bool crossed_;      // whether a thread needs keys that another one makes
     std::vector<std::int64_t> borders_;
     float *hidden_, *qkv_, *context_, *residual_, *queries_, *work_;
 
@@ -213,11 +171,14 @@ private:
     template <class Body>
     static void in_blocks(Range rows, std::int64_t most, Body body) {
         const std::int64_t tiles = divide_up(rows.size(), kPackedRows), count = divide_up(rows.size(), most);
-        const auto begin = [&](std::int64_t i) { return smaller(rows.begin + tiles * i / count * kPackedRows, rows.end); };
+        const auto begin = [&](std::int64_t i) {
+            return smaller(rows.begin + tiles * i / count * kPackedRows, rows.end);
+        };
         for (std::int64_t i = 0; i < count; ++i) body(Range{begin(i), begin(i + 1)});
     }
 
-    // The parts `parts` of query, key and value (0, 1, 2) of rows of `from`, one after another from each whole panel on.
+    // The parts `parts` of query, key and value (0, 1, 2) of rows of `from`, one after another from each whole panel
+    // on.
     void project(Team team, Range rows, const float* from, std::int64_t from_row, const Layer& layer, Range parts,
                  float* to, std::int64_t to_row) const {
         const std::int64_t hidden = sizes_.hidden, panels = sizes_.panels();
@@ -230,7 +191,8 @@ private:
                 packed_product(from + block.begin * from_row, from_row, block.size(), layer.qkv + part * sizes_.dense(),
                                hidden, larger(mine.begin - offset, 0), smaller(mine.end - offset, panels),
                                [&](std::int64_t row, std::int64_t column, Vec sum) {
-                                   store(target + row * to_row + column, sum + load_padded(bias, column, hidden), Full{});
+                                   store(target + row * to_row + column, sum + load_padded(bias, column, hidden),
+                                         Full{});
                                });
             }
         });
@@ -240,8 +202,9 @@ private:
     void attend(Team team, Range rows, Rows<const float> queries, const std::int32_t* cu_queries) const {
         const std::int64_t stride = sizes_.stride;
         const Shape shape{batch_.sequences, batch_.heads, sizes_.hidden / batch_.heads, cu_queries, batch_.cu_seqlens};
-        const Inputs<float> in{queries, {qkv_ + stride, 3 * stride}, {qkv_ + 2 * stride, 3 * stride},
-                               shape, batch_.scale, Dropout(0.0, 0)};
+        const Inputs<float> in{
+            queries,        {qkv_ + stride, 3 * stride}, {qkv_ + 2 * stride, 3 * stride}, shape, batch_.scale,
+            Dropout(0.0, 0)};
         const Range heads = team.share(batch_.heads);
         const std::int32_t* end = cu_queries + batch_.sequences + 1;
         std::int64_t b = std::upper_bound(cu_queries, end, static_cast<std::int32_t>(rows.begin)) - cu_queries - 1;
@@ -283,7 +246,8 @@ private:
                 float* target = work.product + row * stride + column;
                 store(target, load(target, Full{}) + sum, Full{});
             };
-            packed_product(context_ + offset, stride, count, layer.dense, hidden, panels.begin, panels.end, into_product);
+            packed_product(context_ + offset, stride, count, layer.dense, hidden, panels.begin, panels.end,
+                           into_product);
             barrier(shared);
             add_norm(mine, work.product, layer.dense_bias, residual + offset, layer.norm_weight, layer.norm_bias,
                      work.attended);
@@ -299,9 +263,11 @@ private:
                                 *packed = layer.ffn_output + slice * kSlice * sizes_.width;
                     const std::int64_t depth = sizes_.slice_columns(slice);
                     if (slice == 0) {
-                        packed_product(from, work.middle_row, count, packed, depth, panels.begin, panels.end, into_product);
+                        packed_product(from, work.middle_row, count, packed, depth, panels.begin, panels.end,
+                                       into_product);
                     } else {
-                        packed_product(from, work.middle_row, count, packed, depth, panels.begin, panels.end, onto_product);
+                        packed_product(from, work.middle_row, count, packed, depth, panels.begin, panels.end,
+                                       onto_product);
                     }
                 }
             }
@@ -313,7 +279,8 @@ private:
     }
 
     // to (rows x slice) = act(attended W^T + bias).
-    void middle(Team team, const Work& work, std::int64_t rows, const Layer& layer, std::int64_t slice, float* to) const {
+    void middle(Team team, const Work& work, std::int64_t rows, const Layer& layer, std::int64_t slice,
+                float* to) const {
         const std::int64_t begin = slice * kSlice;
         const Range panels = team.share(divide_up(sizes_.slice_columns(slice), kPanel));
         with_activation(act_, [&](auto act) {
@@ -384,8 +351,8 @@ void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::
                      std::int64_t H, std::int64_t I, std::int64_t num_heads, double scale, double eps, int act,
                      int num_threads) {
     const Sizes sizes(H, I);
-    const Batch batch{T, B, num_heads, pointer<std::int32_t>(cu_seqlens), static_cast<float>(scale),
-                      static_cast<float>(eps)};
+    const Batch batch{
+        T, B, num_heads, pointer<std::int32_t>(cu_seqlens), static_cast<float>(scale), static_cast<float>(eps)};
     const Wanted asked{pointer<std::int64_t>(wanted_rows), pointer<std::int32_t>(cu_wanted), wanted_count};
     std::vector<Layer> all;
     for (std::int64_t i = 0; i < layers; ++i) {

@@ -22,8 +22,8 @@ constexpr int kPackedRows = 6;
 // How far ahead of a tile its panel is fetched into the first cache, in bytes: 12 steps of 128.
 constexpr std::int64_t kPrefetch = 1536;
 
-// The distance between rows of an array with n columns: whole panels, and no multiple of 1 KiB, whose rows would compete
-// for the same lines of the first cache.
+// The distance between rows of an array with n columns: whole panels, and no multiple of 1 KiB, whose rows would
+// compete for the same lines of the first cache.
 static inline std::int64_t row_stride(std::int64_t n) {
     const std::int64_t stride = round_up(n, kPanel);
     return stride % 256 == 0 ? stride + 16 : stride;
@@ -88,17 +88,17 @@ static inline void packed_tile_of(std::int64_t rows, const float* a, std::int64_
 template <class Emit>
 static inline void packed_product(const float* a, std::int64_t a_row, std::int64_t rows, const float* packed,
                                   std::int64_t k, std::int64_t first, std::int64_t last, Emit emit) {
-    // Full tiles and one with the rest; two even ones rather than a full and a small one, which would wait for its panel.
+    // Full tiles and one with the rest; two even ones rather than a full and a small one, which would wait for its
+    // panel.
     const std::int64_t tiles = divide_up(rows, kPackedRows), size = tiles == 2 ? divide_up(rows, 2) : kPackedRows;
     const std::int64_t bytes = k * kPanel * static_cast<std::int64_t>(sizeof(float));
     for (std::int64_t p = first; p < last; ++p) {
         const char* next = reinterpret_cast<const char*>(packed) + (p + 1) * bytes;
         for (std::int64_t tile = 0; tile < tiles; ++tile) {
             const std::int64_t begin = tile * size;
-            packed_tile_of<kPackedRows>(
-                smaller(rows - begin, size), a + begin * a_row, a_row, packed + p * k * kPanel, k,
-                Fetch{next + bytes * tile / tiles, kPanel * 4 / tiles},
-                [&](int r, int v, Vec sum) { emit(begin + r, p * kPanel + v * kLanes, sum); });
+            packed_tile_of<kPackedRows>(smaller(rows - begin, size), a + begin * a_row, a_row, packed + p * k * kPanel,
+                                        k, Fetch{next + bytes * tile / tiles, kPanel * 4 / tiles},
+                                        [&](int r, int v, Vec sum) { emit(begin + r, p * kPanel + v * kLanes, sum); });
         }
     }
 }

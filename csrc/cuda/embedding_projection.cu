@@ -1,12 +1,12 @@
 // embedding_projection: gather three tables, add, LayerNorm, dropout, and the product E -> H, in one pass.
 //
 // A block takes kTokens tokens. It normalises their rows into shared memory (eight lanes a row), then walks over the
-// output's columns, 128 at a time, and over E in chunks of 128 bytes, while the next chunks of proj_weight arrive in the
-// background. 16-bit types multiply on tensor cores, float32 on plain FMA: no TF32. Written bytes bound it: at E = 128 the
-// product takes a third of the time that storing (T,H) takes, so mma.sync is enough.
+// output's columns, 128 at a time, and over E in chunks of 128 bytes, while the next chunks of proj_weight arrive in
+// the background. 16-bit types multiply on tensor cores, float32 on plain FMA: no TF32. Written bytes bound it: at E =
+// 128 the product takes a third of the time that storing (T,H) takes, so mma.sync is enough.
 //
-// Where the rows of a tile do not fit shared memory (E of a thousand and more) they are normalised again, 128 columns at a
-// time, whenever the product needs them.
+// Where the rows of a tile do not fit shared memory (E of a thousand and more) they are normalised again, 128 columns
+// at a time, whenever the product needs them.
 #include "embedding_projection.h"
 
 #include <cuda_runtime.h>
@@ -20,7 +20,8 @@ namespace albert_fast::cuda {
 
 constexpr int kMultiprocessorBlocks = 2;  // blocks that share a multiprocessor and hide each other's latency
 
-// Starts to bring rows first_row to first_row + kTileColumns, columns first_column on, of proj_weight; zeros outside it.
+// Starts to bring rows first_row to first_row + kTileColumns, columns first_column on, of proj_weight; zeros outside
+// it.
 template <class Scalar>
 __device__ __forceinline__ void load_weight(unsigned char* target, const Arguments<Scalar>& a, std::int64_t first_row,
                                             std::int64_t first_column) {
@@ -111,8 +112,9 @@ struct Product {
         }
     }
 
-  private:
-    // Lane t of four holds word t of four rows of words; afterwards it holds all four words of row t, 16 bytes to store.
+private:
+    // Lane t of four holds word t of four rows of words; afterwards it holds all four words of row t, 16 bytes to
+    // store.
     __device__ __forceinline__ void transpose_in_quad(std::uint32_t (&words)[4]) const {
         const bool odd = lane % 2 == 1, upper = lane / 2 % 2 == 1;
 #pragma unroll
@@ -264,11 +266,12 @@ cudaError_t launch(const Arguments<Scalar>& a, const Device& device, cudaStream_
     }
     // Few tokens: the columns are shared out as well, so that all multiprocessors have work.
     const std::int64_t token_blocks = (a.T + kTokens - 1) / kTokens, tiles = (a.H + kTileColumns - 1) / kTileColumns;
-    const std::int64_t wanted = std::max<std::int64_t>(1, kMultiprocessorBlocks * device.multiprocessors / token_blocks);
+    const std::int64_t wanted =
+        std::max<std::int64_t>(1, kMultiprocessorBlocks * device.multiprocessors / token_blocks);
     const std::int64_t column_tiles = (tiles + std::min(tiles, wanted) - 1) / std::min(tiles, wanted);
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(token_blocks),
-                          static_cast<unsigned>((tiles + column_tiles - 1) / column_tiles));
+    config.gridDim =
+        dim3(static_cast<unsigned>(token_blocks), static_cast<unsigned>((tiles + column_tiles - 1) / column_tiles));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
     config.stream = stream;
@@ -309,9 +312,27 @@ extern "C" int embedding_projection_fwd_cuda(const std::int64_t* ids, const std:
         const auto typed = [](const void* address) { return static_cast<const Scalar*>(address); };
         const auto fills_16 = [](std::int64_t n) { return n * static_cast<std::int64_t>(sizeof(Scalar)) % 16 == 0; };
         const Arguments<Scalar> arguments{
-            ids, types, positions, typed(word), typed(token_type), typed(position), typed(ln_weight), typed(ln_bias),
-            typed(proj_weight), typed(proj_bias), static_cast<Scalar*>(out), reinterpret_cast<long long*>(first_bad),
-            T, E, H, V, Y, P, static_cast<float>(eps), make_dropout(dropout_p, seed), dropout_p > 0.0,
+            ids,
+            types,
+            positions,
+            typed(word),
+            typed(token_type),
+            typed(position),
+            typed(ln_weight),
+            typed(ln_bias),
+            typed(proj_weight),
+            typed(proj_bias),
+            static_cast<Scalar*>(out),
+            reinterpret_cast<long long*>(first_bad),
+            T,
+            E,
+            H,
+            V,
+            Y,
+            P,
+            static_cast<float>(eps),
+            make_dropout(dropout_p, seed),
+            dropout_p > 0.0,
             fills_16(E) && on_16_bytes({word, token_type, position, ln_weight, ln_bias, proj_weight}),
             fills_16(H) && on_16_bytes({out})};
         return choose_and_launch(arguments, device, static_cast<cudaStream_t>(stream));

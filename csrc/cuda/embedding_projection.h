@@ -6,9 +6,10 @@
 // out (T,H) = dropout(LayerNorm((word[ids] + token_type[types]) + position[positions])) proj_weight^T + proj_bias.
 //
 // ids, types, positions: (T) int64 on the device. word (V,E), token_type (Y,E), position (P,E), ln_weight, ln_bias (E),
-// proj_weight (H,E), proj_bias (H), out (T,H): contiguous, of the dtype 0 float32, 1 bfloat16 or 2 float16. With ids null,
-// `word` holds the rows (T,E) themselves and V is not used. Sums and statistics are float32; the normalised rows are
-// rounded to the dtype before the product. dropout_p in [0, 1), replayed from `seed`, rows and columns counted in (T,E).
+// proj_weight (H,E), proj_bias (H), out (T,H): contiguous, of the dtype 0 float32, 1 bfloat16 or 2 float16. With ids
+// null, `word` holds the rows (T,E) themselves and V is not used. Sums and statistics are float32; the normalised rows
+// are rounded to the dtype before the product. dropout_p in [0, 1), replayed from `seed`, rows and columns counted in
+// (T,E).
 //
 // first_bad: one int64 on the device, INT64_MAX on entry. An id outside its table is never looked up: its row of out is
 // proj_bias, and first_bad becomes the smallest token * 3 + table (0 ids, 1 types, 2 positions).

@@ -13,7 +13,8 @@
 
 namespace albert_fast::cuda {
 
-// Replayable dropout: an element is kept iff hash32(seed, row, column) >= threshold. All members are the same for a tensor.
+// Replayable dropout: an element is kept iff hash32(seed, row, column) >= threshold. All members are the same for a
+// tensor.
 struct Dropout {
     std::uint32_t low, high, threshold;
     float scale;

@@ -125,9 +125,10 @@ __device__ __forceinline__ void gather(float (&z)[kLaneColumns], const Arguments
 
 // Normalises what `gather` brought and writes it to shared memory, `row` pointing at first_column there.
 template <class Scalar>
-__device__ __forceinline__ void store_normalised(Scalar* row, const float (&z)[kLaneColumns], const Arguments<Scalar>& a,
-                                                 std::int64_t token, bool good, const RowStatistics& statistics,
-                                                 std::int64_t first_column, std::int64_t end_column, int lane) {
+__device__ __forceinline__ void store_normalised(Scalar* row, const float (&z)[kLaneColumns],
+                                                 const Arguments<Scalar>& a, std::int64_t token, bool good,
+                                                 const RowStatistics& statistics, std::int64_t first_column,
+                                                 std::int64_t end_column, int lane) {
     constexpr int kItems = kVector<Scalar>;
     const std::uint32_t state = row_state(a.dropout, token);
 #pragma unroll

@@ -1,8 +1,8 @@
 // The instructions that CUDA C++ has no word for: tensor cores, their loads, and copies that run on their own.
 //
 // Layouts are those of the PTX instruction set manual, "Matrix fragments for mma.m16n8k16" and "ldmatrix". With
-// g = lane / 4 and t = lane % 4, a thread holds of A (16 x 16) rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9; of B
-// (16 x 8) the same k and column g; of C (16 x 8) rows g, g + 8 and columns 2t, 2t + 1.
+// g = lane / 4 and t = lane % 4, a thread holds of A (16 x 16) rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9; of
+// B (16 x 8) the same k and column g; of C (16 x 8) rows g, g + 8 and columns 2t, 2t + 1.
 #ifndef ALBERT_FAST_HARDWARE_CUH
 #define ALBERT_FAST_HARDWARE_CUH
 
@@ -17,7 +17,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes from global to shared memory in the background; `valid` of them (0 or 16) are read, the rest are zeros.
+// Copies 16 bytes from global to shared memory in the background; `valid` of them (0 or 16) are read, the rest are
+// zeros.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
                  : "memory");
