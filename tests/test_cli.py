@@ -306,6 +306,11 @@ def test_bench(run, models) -> None:
     assert result["sides"][0]["speedup"] == 1
     assert "machine" in result
     assert "67 of 120 tokens are real" in run(*options, "--precision", "bf16").stdout
+    stages = json.loads(run(*options, "--profile", "--json").stdout)["stages"]
+    assert all(stage["seconds"] >= 0 for stage in stages)
+    text = run(*options, "--profile").stdout
+    assert all(stage["name"] in text for stage in stages)
+    assert "not bfloat16" in run(*options, "--profile", "--precision", "bf16", code=1).stderr
 
 
 def test_info(run) -> None:

@@ -48,6 +48,9 @@ def command(
         bool, typer.Option("--ragged", help="Lengths from an eighth of --length up, padded, as real text has them.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; every side has a turn in each.")] = 7,
+    by_stage: Annotated[
+        bool, typer.Option("--profile", help="Instead: where our forward's time goes, against this machine's limits.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results and machine as JSON.")] = False,
     backend: options.Backend = "auto",
     precision: options.PrecisionOption = options.Precision.fp32,
@@ -65,6 +68,7 @@ def command(
       albert-fast bench
       albert-fast bench --batch-size 32 --length 512 --ragged
       albert-fast bench -m my-albert --batch-size 1 --length 16 --precision bf16 --json
+      albert-fast bench --profile --batch-size 1 --length 16
     """
     import torch
 
@@ -73,8 +77,11 @@ def command(
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = _random_model(SIZES[size.value], Path(scratch)) if model is None else _resolved(model)
         batch = _batch(folder, batch_size, length, ragged, place)
-        sides, exact = _sides(folder, batch, backend, precision, place)
-        rows = compare(sides, exact(), rounds, place)
+        if by_stage:
+            stages = _stages(folder, batch, backend, precision, place, rounds)
+        else:
+            sides, exact = _sides(folder, batch, backend, precision, place)
+            rows = compare(sides, exact(), rounds, place)
     case = {
         "model": model or f"random {size.value}", "batch_size": batch_size, "length": length,
         "tokens": int(batch["attention_mask"].sum()), "precision": precision.value, "device": str(place),
@@ -83,10 +90,10 @@ def command(
     if as_json:
         from ..info import describe
 
-        result = {"case": case, "sides": [dataclasses.asdict(row) for row in rows], "machine": describe()}
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        found = {"stages": stages} if by_stage else {"sides": [dataclasses.asdict(row) for row in rows]}
+        sys.stdout.write(json.dumps({"case": case, **found, "machine": describe()}, indent=2) + "\n")
         return
-    sys.stdout.write(_text(case, rows) + "\n")
+    sys.stdout.write(f"{_head(case)}\n\n{_stage_table(stages) if by_stage else _side_table(case, rows)}\n")
 
 
 def _resolved(model: str) -> Path:
@@ -159,12 +166,58 @@ def _sides(
     return sides, side(exact)
 
 
-def _text(case: dict[str, Any], rows: list[Row]) -> str:
+def _stages(
+    folder: Path,
+    batch: dict[str, torch.Tensor],
+    backend: str,
+    precision: options.Precision,
+    place: torch.device,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """The rows of --profile: name, seconds, rate, unit, limit and of_limit of every stage."""
+    from .. import ALBERTModel
+    from ..profiling import profile
+
+    fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision.value, device=place)
+    return [
+        {
+            "name": stage.name,
+            "seconds": stage.seconds,
+            "rate": stage.rate,
+            "unit": stage.unit,
+            "limit": stage.limit,
+            "of_limit": stage.of_limit,
+        }
+        for stage in profile(fast, **batch, rounds=rounds)
+    ]
+
+
+def _head(case: dict[str, Any]) -> str:
     dense = case["batch_size"] * case["length"]
-    head = (
+    return (
         f"{case['model']}, batch {case['batch_size']} x {case['length']} ({case['tokens']} of {dense} tokens are real),"
         f" {case['device']}, {case['threads']} threads, {case['rounds']} rounds"
     )
+
+
+def _stage_table(stages: list[dict[str, Any]]) -> str:
+    whole = sum(stage["seconds"] for stage in stages) or 1.0
+    body = [
+        (
+            stage["name"],
+            f"{stage['seconds'] * 1e3:.2f}",
+            f"{stage['seconds'] / whole:.0%}",
+            f"{stage['rate']:,.0f} {stage['unit']}" if stage["unit"] else "",
+            f"{stage['limit']:,.0f}" if stage["unit"] else "",
+            f"{stage['of_limit']:.0%}" if stage["unit"] else "",
+        )
+        for stage in stages
+    ]
+    body.append(("all layers", f"{whole * 1e3:.2f}", "100%", "", "", ""))
+    return table(("stage", "ms", "share", "rate", "limit", "of limit"), body)
+
+
+def _side_table(case: dict[str, Any], rows: list[Row]) -> str:
     body = [
         (
             row.side,
@@ -175,4 +228,4 @@ def _text(case: dict[str, Any], rows: list[Row]) -> str:
         )
         for row in rows
     ]
-    return f"{head}\n\n{table(('', 'ms', 'tokens/s', 'speed-up', 'largest error'), body)}"
+    return table(("", "ms", "tokens/s", "speed-up", "largest error"), body)

@@ -8,10 +8,11 @@ from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref
-from .encoder import WEIGHTS, encoder, encoder_ref
+from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, stage_seconds
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 
 __all__ = [
+    "STAGES",
     "WEIGHTS",
     "TokenIndexError",
     "add_layer_norm",
@@ -27,4 +28,5 @@ __all__ = [
     "encoder_ref",
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
+    "stage_seconds",
 ]

@@ -7,7 +7,8 @@ again when they change.
 from __future__ import annotations
 
 import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,11 @@ WEIGHTS = {
     "ffn": "I H", "ffn_bias": "I", "ffn_output": "H I", "ffn_output_bias": "H", "full_norm_weight": "H",
     "full_norm_bias": "H",
 }  # fmt: skip
+# What the kernel's time goes to, in the order in which it counts.
+STAGES = (
+    *("query, key, value", "attention", "attention output", "add, LayerNorm"),
+    *("FFN up, activation", "FFN down", "copies", "waiting"),
+)
 WEIGHT_NAMES = tuple(WEIGHTS)
 _PER_LAYER = len(WEIGHTS)
 _MATRICES = [i for i, shape in enumerate(WEIGHTS.values()) if " " in shape]
@@ -76,6 +82,7 @@ class _Packed:
         return self.versions == _versions(matrices) and all(map(torch.equal, map(_sample, matrices), self.samples))
 
 
+_profile: Tensor | None = None
 # Keyed by the first matrix of a layer, as long as that lives.
 _PACKED = WeakIdKeyDictionary()
 
@@ -103,6 +110,20 @@ def packed(weights: Sequence[Tensor]) -> Tensor:
     return found.memory
 
 
+@contextmanager
+def stage_seconds() -> Iterator[Tensor]:
+    """Inside, calls of the C++ kernel add their seconds to the tensor that this yields: (threads, len(STAGES)) float64.
+
+    For one calling thread, and as many threads within the kernel as torch has on entry.
+    """
+    global _profile
+    _profile = torch.zeros(torch.get_num_threads(), len(STAGES), dtype=torch.float64)
+    try:
+        yield _profile
+    finally:
+        _profile = None
+
+
 def _fwd(
     hidden: Tensor, weights: list[Tensor], order: list[int], cu_seqlens: Tensor, rows: Tensor | None,
     cu_rows: Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str, backend: str,
@@ -121,7 +142,8 @@ def _fwd(
         hidden.data_ptr(), out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps),
         cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(hidden), 0 if rows is None else rows.data_ptr(),
         0 if cu_rows is None else cu_rows.data_ptr(), 0 if rows is None else len(rows), hidden.shape[1],
-        len(layers[0][WEIGHT_NAMES.index("ffn")]), num_heads, softmax_scale, eps, ACTS.index(act), torch.get_num_threads(),
+        len(layers[0][WEIGHT_NAMES.index("ffn")]), num_heads, softmax_scale, eps, ACTS.index(act),
+        0 if _profile is None else _profile.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

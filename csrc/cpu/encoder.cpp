@@ -13,6 +13,7 @@
 //
 // Sums do not depend on the way, the threads or the rest of the batch: a sequence's result is bitwise the same.
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "attention_forward.h"
@@ -71,6 +72,32 @@ std::int64_t border(const Batch& batch, std::int64_t t, std::int64_t threads) {
     return off * threads * 16 <= batch.rows ? nearest : target;
 }
 
+// What a thread's time goes to; the names are `STAGES` in albert_fast/ops/encoder.py.
+enum Stage : int { kProject, kAttention, kDense, kNorm, kUp, kDown, kCopy, kWait, kStages };
+
+// Adds the time since the last lap to a stage; does nothing where nobody asks.
+class Clock {
+public:
+    explicit Clock(double* seconds) : seconds_(seconds) {
+        if (seconds_ != nullptr) last_ = now();
+    }
+
+    void lap(Stage stage) {
+        if (seconds_ == nullptr) return;
+        const double time = now();
+        seconds_[stage] += time - last_;
+        last_ = time;
+    }
+
+private:
+    static double now() {
+        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    }
+
+    double* seconds_;
+    double last_ = 0.0;
+};
+
 bool few_rows(std::int64_t rows, int threads) { return threads > 1 && rows <= kFewRows * threads; }
 
 class Encoder {
@@ -108,23 +135,28 @@ public:
     }
 
     // What one thread does; all threads call it, inside one parallel region.
-    void run(int thread, const float* x, const std::vector<Layer>& layers, float* out) const {
+    void run(int thread, const float* x, const std::vector<Layer>& layers, float* out, double* profile) const {
+        Clock clock(profile == nullptr ? nullptr : profile + thread * kStages);
         const bool by_columns = few_rows(batch_.rows, threads_);
         const Team team = by_columns ? Team{thread, threads_} : Team{0, 1};
         const Range rows = by_columns ? Range{0, batch_.rows} : Range{borders_[thread], borders_[thread + 1]};
         const Range own = by_columns ? team.share(batch_.rows) : rows;
         copy_rows(x, sizes_.hidden, own, hidden_, sizes_.stride);
-        barrier(by_columns);
+        clock.lap(kCopy);
+        barrier(by_columns, clock);
         for (std::size_t i = 0; i < layers.size(); ++i) {
             const bool whole = wanted_ == nullptr || i + 1 < layers.size();
             project(team, rows, hidden_, sizes_.stride, layers[i], {whole ? 0 : 1, 3}, qkv_, 3 * sizes_.stride);
-            if (!whole) return last(thread, layers[i], out);
-            barrier(crossed_);
+            clock.lap(kProject);
+            if (!whole) return last(thread, layers[i], out, clock);
+            barrier(crossed_, clock);
             attend(team, rows, {qkv_, 3 * sizes_.stride}, batch_.cu_seqlens);
-            barrier(crossed_);
-            finish(team, work_of(thread, by_columns), rows, layers[i], hidden_, hidden_);
+            clock.lap(kAttention);
+            barrier(crossed_, clock);
+            finish(team, work_of(thread, by_columns), rows, layers[i], hidden_, hidden_, clock);
         }
         copy_rows(hidden_, sizes_.stride, own, out, sizes_.hidden);
+        clock.lap(kCopy);
     }
 
 private:
@@ -152,10 +184,11 @@ private:
         return {memory, memory + rows, memory + 2 * rows, block, slices, row};
     }
 
-    static void barrier([[maybe_unused]] bool needed) {
+    static void barrier([[maybe_unused]] bool needed, [[maybe_unused]] Clock& clock) {
 #if defined(_OPENMP)
         if (needed) {
 #pragma omp barrier
+            clock.lap(kWait);
         }
 #endif
     }
@@ -232,7 +265,8 @@ private:
     }
 
     // What follows attention: to = LayerNorm(FFN(a) + a), a = LayerNorm(dense(context_) + residual).
-    void finish(Team team, const Work& work, Range rows, const Layer& layer, const float* residual, float* to) const {
+    void finish(Team team, const Work& work, Range rows, const Layer& layer, const float* residual, float* to,
+                Clock& clock) const {
         const std::int64_t stride = sizes_.stride, hidden = sizes_.hidden;
         const Range panels = team.share(sizes_.panels());
         const bool shared = team.size > 1;
@@ -248,16 +282,19 @@ private:
             };
             packed_product(context_ + offset, stride, count, layer.dense, hidden, panels.begin, panels.end,
                            into_product);
-            barrier(shared);
+            clock.lap(kDense);
+            barrier(shared, clock);
             add_norm(mine, work.product, layer.dense_bias, residual + offset, layer.norm_weight, layer.norm_bias,
                      work.attended);
-            barrier(shared);
+            clock.lap(kNorm);
+            barrier(shared, clock);
             for (std::int64_t first = 0; first < sizes_.slices(); first += work.slices) {
                 const std::int64_t last = smaller(first + work.slices, sizes_.slices());
                 for (std::int64_t slice = first; slice < last; ++slice) {
                     middle(team, work, count, layer, slice, work.middle + (slice - first) * kSlice);
                 }
-                barrier(shared);
+                clock.lap(kUp);
+                barrier(shared, clock);
                 for (std::int64_t slice = first; slice < last; ++slice) {
                     const float *from = work.middle + (slice - first) * kSlice,
                                 *packed = layer.ffn_output + slice * kSlice * sizes_.width;
@@ -270,11 +307,13 @@ private:
                                        onto_product);
                     }
                 }
+                clock.lap(kDown);
             }
-            barrier(shared);
+            barrier(shared, clock);
             add_norm(mine, work.product, layer.ffn_output_bias, work.attended, layer.full_norm_weight,
                      layer.full_norm_bias, to + offset);
-            barrier(shared);
+            clock.lap(kNorm);
+            barrier(shared, clock);
         });
     }
 
@@ -293,23 +332,27 @@ private:
     }
 
     // The last layer for the wanted rows, once keys and values of all rows are made.
-    void last(int thread, const Layer& layer, float* out) const {
+    void last(int thread, const Layer& layer, float* out, Clock& clock) const {
         const std::int64_t stride = sizes_.stride;
         const bool by_columns = few_rows(wanted_->count, threads_);
         const Team team = by_columns ? Team{thread, threads_} : Team{0, 1};
         const Range own = Team{thread, threads_}.share(wanted_->count);
         const Range rows = by_columns ? Range{0, wanted_->count} : own;
-        barrier(threads_ > 1);
+        barrier(threads_ > 1, clock);
         for (std::int64_t row = own.begin; row < own.end; ++row) {
             copy_rows(hidden_ + wanted_->rows[row] * stride, stride, {0, 1}, residual_ + row * stride, stride);
         }
-        barrier(by_columns);
+        clock.lap(kCopy);
+        barrier(by_columns, clock);
         project(team, rows, residual_, stride, layer, {0, 1}, queries_, stride);
-        barrier(by_columns);
+        clock.lap(kProject);
+        barrier(by_columns, clock);
         attend(team, rows, {queries_, stride}, wanted_->cu_seqlens);
-        barrier(by_columns);
-        finish(team, work_of(thread, by_columns), rows, layer, residual_, residual_);
+        clock.lap(kAttention);
+        barrier(by_columns, clock);
+        finish(team, work_of(thread, by_columns), rows, layer, residual_, residual_, clock);
         copy_rows(residual_, stride, own, out, sizes_.hidden);
+        clock.lap(kCopy);
     }
 };
 
@@ -349,7 +392,7 @@ void encoder_pack_cpu(Address qkv, Address dense, Address ffn, Address ffn_outpu
 void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
                      std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted, std::int64_t wanted_count,
                      std::int64_t H, std::int64_t I, std::int64_t num_heads, double scale, double eps, int act,
-                     int num_threads) {
+                     Address profile, int num_threads) {
     const Sizes sizes(H, I);
     const Batch batch{
         T, B, num_heads, pointer<std::int32_t>(cu_seqlens), static_cast<float>(scale), static_cast<float>(eps)};
@@ -367,7 +410,8 @@ void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::
 #pragma omp parallel num_threads(threads)
         {
             if (omp_get_num_threads() == threads) {
-                encoder.run(omp_get_thread_num(), pointer<float>(x), all, pointer<float>(out));
+                encoder.run(omp_get_thread_num(), pointer<float>(x), all, pointer<float>(out),
+                            pointer<double>(profile));
             } else if (omp_get_thread_num() == 0) {
                 done = false;  // inside another parallel region, or at the limit of threads
             }
@@ -376,7 +420,7 @@ void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::
     }
 #endif
     const Encoder alone(batch, sizes, wanted, act, 1);
-    alone.run(0, pointer<float>(x), all, pointer<float>(out));
+    alone.run(0, pointer<float>(x), all, pointer<float>(out), pointer<double>(profile));
 }
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

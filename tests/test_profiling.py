@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTModel, explain, ops
+from albert_fast.dispatch import BackendUnavailableError
+from albert_fast.profiling import profile
+
+SMALL = ALBERTConfig(
+    vocab_size=61, embedding_size=12, hidden_size=40, num_attention_heads=4, intermediate_size=56, num_hidden_layers=3
+)
+
+
+def batch():
+    ids, mask = torch.randint(0, 61, (4, 30)), torch.ones(4, 30, dtype=torch.long)
+    mask[0, 7:] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("model", [ALBERTModel, ALBERTForMaskedLM])
+def test_stages_hold_all_the_work_of_the_layers(model):
+    network, (ids, mask) = model(SMALL).eval(), batch()
+    stages = profile(network, ids, mask, rounds=3)
+    assert tuple(stage.name for stage in stages) == ops.STAGES
+    with torch.no_grad():
+        (encoder,) = (step for step in explain(network, ids, mask).steps if step.name == "encoder")
+    work = sum(stage.work for stage in stages if stage.unit == "GFLOPS")
+    assert work == pytest.approx(1e9 * encoder.gflop)
+    for stage in stages:
+        assert stage.seconds > 0 or stage.name == "waiting"
+        assert (stage.limit > 0) == bool(stage.unit)
+        assert stage.of_limit == pytest.approx(stage.rate / stage.limit if stage.limit else 0)
+
+
+def test_every_thread_counts():
+    network, (ids, mask) = ALBERTModel(SMALL).eval(), batch()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad(), ops.stage_seconds() as seconds:
+            network(ids, mask)
+            once = seconds.clone()
+            network(ids, mask)
+        assert seconds.shape == (2, len(ops.STAGES))
+        assert (once[:, : len(ops.STAGES) - 1] > 0).all()
+        assert (seconds >= once).all()
+        after = seconds.clone()
+        with torch.no_grad():
+            network(ids, mask)
+        assert torch.equal(seconds, after), "outside nothing is counted"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_without_the_one_call_says_why():
+    ids, mask = batch()
+    with pytest.raises(BackendUnavailableError, match="operator by operator, as .*not bfloat16"):
+        profile(ALBERTModel(SMALL).eval().bfloat16(), ids, mask)
+    with pytest.raises(BackendUnavailableError, match="training mode"):
+        profile(ALBERTModel(SMALL), ids, mask)
+    with pytest.raises(TypeError, match="Linear"):
+        profile(torch.nn.Linear(2, 2), ids, mask)
