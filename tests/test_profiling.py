@@ -53,7 +53,7 @@ def test_every_thread_counts():
 
 def test_a_model_without_the_one_call_says_why():
     ids, mask = batch()
-    with pytest.raises(BackendUnavailableError, match="operator by operator, as .*not bfloat16"):
+    with pytest.raises(BackendUnavailableError, match=r"operator by operator, as .*not bfloat16"):
         profile(ALBERTModel(SMALL).eval().bfloat16(), ids, mask)
     with pytest.raises(BackendUnavailableError, match="training mode"):
         profile(ALBERTModel(SMALL), ids, mask)
