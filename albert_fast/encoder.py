@@ -92,10 +92,10 @@ class Encoder(nn.Module):
         order, distinct = self.order(), self.distinct()
         if states is None and attentions is None and self.in_one_call(hidden, backend) is None:
             first = distinct[0]
+            rows, cu_rows = (None, None) if queries is None else (queries.rows, queries.cu_seqlens)
             return ops.encoder(
-                hidden, [weight for layer in distinct for weight in layer.weights()], order, packing.cu_seqlens,
-                *((None, None) if queries is None else (queries.rows, queries.cu_seqlens)),
-                first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
+                hidden, [weight for layer in distinct for weight in layer.weights()], order, packing.cu_seqlens, rows,
+                cu_rows, first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
             )  # fmt: skip
         if states is not None:
             states.append(hidden)
