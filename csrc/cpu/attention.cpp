@@ -60,7 +60,7 @@ inline void softmax_backward(float* scores, float* dprobabilities, std::int64_t 
         store(dprobabilities + key * row, dp, Full{});
         return RowSums{p, p * dp};
     });
-    const Vec normal = 1.0f / sums.p, mean = sums.product * normal;
+    const Vec normal = 1.0f / sums.p, mean = sums.product / sums.p;
     for (std::int64_t key = 0; key < keys; ++key) {
         const Vec p = load(scores + key * row, Full{}) * normal;
         store(dprobabilities + key * row, p * (load(dprobabilities + key * row, Full{}) - mean), Full{});
