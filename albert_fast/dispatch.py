@@ -148,3 +148,10 @@ def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
     for op in TABLE:
         if op != "encoder":  # a model that cannot have it runs the others
             resolve(op, device_type, dtype, backend)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """BackendUnavailableError for a GPU that is not there; torch's own words come after the weights have been read."""
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        built = "finds no CUDA device" if torch.version.cuda else "is built without CUDA"
+        raise BackendUnavailableError(f"device={str(device)!r}: torch {torch.__version__} {built}; take device='cpu'")

@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import _vocabulary
+from . import _vocabulary, dispatch
 from .config import ALBERTConfig
 
 WEIGHTS_NAMES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
@@ -416,10 +416,12 @@ class PretrainedMixin(nn.Module):
 
         Raises:
             FileNotFoundError: no such checkpoint.
-            ValueError: a checkpoint that does not fit, or a backend or precision that cannot run here.
+            ValueError: a checkpoint that does not fit.
+            BackendUnavailableError: a device, backend or precision that cannot run here; says why, and what can.
             TypeError: an override that is no field of the configuration.
         """
         cls.check_backend(backend, precision)
+        dispatch.check_device(device)
         path = resolve(path_or_hub_id)
         config_file = config_path(path if path.is_dir() else path.parent)
         config = ALBERTConfig.from_json_file(config_file).replace(**config_overrides)

@@ -87,6 +87,9 @@ def place(device: str | None) -> torch.device:
     """The device that was asked for, or a GPU if there is one. RuntimeError where it does not exist."""
     import torch
 
+    from ..dispatch import check_device
+
+    check_device(device)
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
