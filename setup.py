@@ -40,14 +40,17 @@ CSRC = Path("csrc")
 OBJECTS = ROOT / "build" / "objects"  # setuptools' own build_temp is thrown away after an editable install
 MODES = ("auto", "cpu", "cuda", "off")
 
-# Each csrc/cpu/*.cpp is compiled once per row; csrc/bindings.cpp asks the CPU at run time which of them to call.
-# Portable stays first: templates of the standard library appear in every object and the linker keeps the first copy it
-# meets, which must not be one that needs AVX-512.
+# Each csrc/cpu/*.cpp is compiled once per row (but see ISA_SOURCES); csrc/bindings.cpp asks the CPU at run time which of
+# them to call. Portable stays first: templates of the standard library appear in every object and the linker keeps the
+# first copy it meets, which must not be one that needs AVX-512.
 ISA_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+ISA_FLAGS["avx512_vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
+# An instruction set that helps only some sources; every other one serves all of csrc/cpu.
+ISA_SOURCES = {"avx512_vnni": "cpu/quantized_*.cpp"}
 # (architecture compiled for, name of the machine code). 80 also serves 86 and 89, 90a has wgmma, later ones take PTX.
 CUDA_ARCHS = (("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_100", "sm_100"))
 
@@ -234,7 +237,7 @@ def compile_commands(tools: Toolchain) -> list[tuple[Path, str, list[str]]]:
     units = [(CSRC / "bindings.cpp", "bindings", [*base, *tools.python, *defines])]
     for isa in tools.isas:
         command = [*base, *ISA_FLAGS[isa], f"-DALBERT_FAST_ISA={isa}"]
-        units += [(source, isa, command) for source in sources("cpu/*.cpp")]
+        units += [(source, isa, command) for source in sources(ISA_SOURCES.get(isa, "cpu/*.cpp"))]
     if tools.nvcc:
         units += [(source, "cuda", tools.nvcc) for source in sources("cuda/*.cu")]
     return units

@@ -38,13 +38,14 @@ def main() -> None:
     from albert_fast.testing.parity import check_backward, check_forward, parity_grid
 
     started, runs = time.perf_counter(), 0
-    for op in ALL_CASES:
+    isa = dispatch.extension().build_info()["isa"]
+    # The other operators are compiled for the sets below this one alone, whose runs cover them.
+    for op in ["quantized_encoder"] if isa == "avx512_vnni" else ALL_CASES:
         for _, *case in parity_grid(op, "cpp"):
             check_forward(*case)
             if case[0].gradients:
                 check_backward(*case)
             runs += 1
-    isa = dispatch.extension().build_info()["isa"]
     print(f"sanitizers: {isa}: {runs} cases clean, {time.perf_counter() - started:.0f} s")
 
 

@@ -24,7 +24,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "gelu_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     # All layers in one call, where no gradient is wanted; elsewhere a model runs them operator by operator.
     "encoder": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+    "quantized_encoder": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},
 }
+# Models that cannot have these run the others.
+WHOLE_ENCODERS = ("encoder", "quantized_encoder")
 BACKENDS = ("cpp", "triton", "cuda", "reference")
 
 # The extension and the CUDA kernels know element types by number; Triton reads them off the tensors.
@@ -34,7 +37,9 @@ _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-_OP_DTYPES = {("encoder", "cpp"): (torch.float32,)}  # operators that know fewer
+# Operators that know fewer.
+_OP_DTYPES = {(op, "cpp"): (torch.float32,) for op in WHOLE_ENCODERS}
+_OP_DTYPES["quantized_encoder", "reference"] = (torch.float32,)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -146,8 +151,19 @@ def _say_fall_back(op: str, chosen: str, reason: str) -> None:
 def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
     """Raise BackendUnavailableError where a model cannot run as `backend` on such a device."""
     for op in TABLE:
-        if op != "encoder":  # a model that cannot have it runs the others
+        if op not in WHOLE_ENCODERS:
             resolve(op, device_type, dtype, backend)
+
+
+def integer_kernels(device_type: str) -> tuple[bool, str]:
+    """Whether this CPU has instructions for products of integers, and what runs them, in a few words."""
+    module, reason = _load_extension()
+    if device_type != "cpu" or module is None:
+        return False, f"no integer kernels: {reason or f'they run on CPUs, not on {device_type}'}"
+    isa = module.build_info()["isa"]
+    if isa == "avx512_vnni":
+        return True, "AVX512-VNNI"
+    return False, f"without AVX512-VNNI ({isa}): the same numbers, not faster than float32"
 
 
 def check_device(device: str | torch.device | None) -> None:

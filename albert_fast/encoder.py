@@ -15,6 +15,7 @@ from . import dispatch, ops
 from .config import ALBERTConfig
 from .gemm import linear
 from .packing import Packing, Queries, take
+from .quantization import QuantizedLinear
 
 
 class Embeddings(nn.Module):
@@ -65,6 +66,12 @@ class Encoder(nn.Module):
         """The layers that have weights of their own, group after group."""
         return [layer for group in self.albert_layer_groups for layer in group.albert_layers]  # type: ignore[union-attr]
 
+    @property
+    def bits(self) -> int | None:
+        """Of the layers' weights where those are integers; None where they are floats."""
+        first: Any = self.distinct()[0].ffn
+        return first.bits if isinstance(first, QuantizedLinear) else None
+
     def in_one_call(self, hidden: Tensor, backend: str) -> str | None:
         """None where the `encoder` operator can run all layers on such states, else why it cannot."""
         if torch.compiler.is_compiling():
@@ -90,6 +97,8 @@ class Encoder(nn.Module):
     ) -> Tensor:  # fmt: skip
         """(T, H) -> (T, H), or (Tq, H) for `queries`; appends every layer's states and probabilities where lists are given."""
         order, distinct = self.order(), self.distinct()
+        if self.bits is not None:
+            return self._quantized(hidden, packing, queries, backend, states, attentions)
         if states is None and attentions is None and self.in_one_call(hidden, backend) is None:
             first = distinct[0]
             rows, cu_rows = (None, None) if queries is None else (queries.rows, queries.cu_seqlens)
@@ -108,6 +117,38 @@ class Encoder(nn.Module):
             return last(hidden, packing, queries, backend)
         hidden = last(hidden, packing, None, backend, attentions)
         if states is not None:
+            states.append(hidden)
+        return hidden if queries is None else take(hidden, queries.rows)
+
+    def _quantized(
+        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, states: list[Tensor] | None,
+        attentions: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        if attentions is not None:
+            raise ValueError("output_attentions: integer layers run as a whole; load the model in fp32 for these")
+        if self.training:
+            raise RuntimeError("integer weights cannot be trained: load the model in fp32, or call eval()")
+        distinct, order = self.distinct(), self.order()
+        first = distinct[0]
+        linears = [linear for layer in distinct for linear in layer.products()]
+        vectors = [vector for layer in distinct for vector in layer.vectors()]
+        integers, scales, sums, rescales, shifts = (
+            [getattr(linear, name) for linear in linears] for name in ("integers", "scales", "sums", "rescale", "shift")
+        )
+
+        def run(hidden: Tensor, order: list[int], rows: Tensor | None, cu_rows: Tensor | None) -> Tensor:
+            return ops.quantized_encoder(
+                hidden, vectors, integers, scales, sums, rescales, shifts, order, packing.cu_seqlens, rows, cu_rows,
+                first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
+                bits=linears[0].bits, backend=backend,
+            )  # fmt: skip
+
+        if states is None:
+            rows, cu_rows = (None, None) if queries is None else (queries.rows, queries.cu_seqlens)
+            return run(hidden, order, rows, cu_rows)
+        states.append(hidden)
+        for number in order:
+            hidden = run(hidden, [number], None, None)
             states.append(hidden)
         return hidden if queries is None else take(hidden, queries.rows)
 
@@ -138,6 +179,35 @@ class Layer(nn.Module):
         a, norm = self.attention, self.full_layer_layer_norm
         modules = (a.qkv, a.dense, a.LayerNorm, self.ffn, self.ffn_output, norm)
         return [parameter for module in modules for parameter in (module.weight, module.bias)]
+
+    def products(self) -> list[Any]:
+        """The four Linears, in the order of `ops.quantized_encoder.PRODUCTS`."""
+        return [self.attention.qkv, self.attention.dense, self.ffn, self.ffn_output]
+
+    def vectors(self) -> list[Tensor]:
+        """What `ops.quantized_encoder` reads beside the products, in the order of its `VECTORS`."""
+        a, norm = self.attention, self.full_layer_layer_norm
+        return [a.qkv.bias, a.dense.bias, a.LayerNorm.weight, a.LayerNorm.bias, self.ffn.bias, self.ffn_output.bias,
+                norm.weight, norm.bias]  # fmt: skip
+
+    def inputs(self, hidden: Tensor, packing: Packing) -> tuple[list[Tensor], Tensor]:
+        """What each of `products` is given (T, K) in a float32 layer, and the layer's result: to calibrate integers."""
+        a, norm = self.attention, self.full_layer_layer_norm
+        q, k, v = linear(hidden, a.qkv.weight, a.qkv.bias).split(hidden.shape[1], dim=1)
+        cu, longest = packing.cu_seqlens, packing.max_seqlen
+        context = ops.attention(q, k, v, cu, cu, longest, longest, a.num_heads, a.scale)
+        attended = _add_norm(context, a.dense, hidden, a.LayerNorm, self, 0.0, "auto")
+        middle = ops.bias_gelu(linear(attended, self.ffn.weight), self.ffn.bias, self.act)
+        out = _add_norm(middle, self.ffn_output, attended, norm, self, 0.0, "auto")
+        return [hidden, context, attended, middle], out
+
+    def quantize(self, bits: int, inputs: list[Tensor] | list[None], representative: bool) -> None:
+        """Put integers in the place of the four Linears; `inputs` are what each was given: see `QuantizedLinear.rounded`."""
+        linears = zip(ops.PRODUCTS, self.products(), inputs, strict=True)
+        self.place([QuantizedLinear.rounded(name, old, bits, x, representative) for name, old, x in linears])
+
+    def place(self, linears: list[Any]) -> None:
+        self.attention.qkv, self.attention.dense, self.ffn, self.ffn_output = linears
 
     def is_plain(self) -> bool:
         """Whether the layer computes just what `ops.encoder` does: no hook, no part replaced or parametrised."""
@@ -229,8 +299,13 @@ def _probabilities(q: Tensor, k: Tensor, packing: Packing, num_heads: int, scale
 _QKV = ("query", "key", "value")
 
 
+def _qkv_kinds(module: nn.Module) -> tuple[str, ...]:
+    """What of `qkv` stands apart for query, key and value outside."""
+    return ("weight", "bias", "weight_scale") if isinstance(module.qkv, QuantizedLinear) else ("weight", "bias")
+
+
 def _split_qkv(module: nn.Module, state: dict[str, Tensor], prefix: str, _local_metadata: Any) -> None:
-    for kind in ("weight", "bias"):
+    for kind in _qkv_kinds(module):
         parts = state.pop(f"{prefix}qkv.{kind}").chunk(3)
         state.update({f"{prefix}{name}.{kind}": part for name, part in zip(_QKV, parts, strict=True)})
 
@@ -239,9 +314,11 @@ def _merge_qkv(
     module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any, _strict: bool, missing: list[str],
     _unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    for kind in ("weight", "bias"):
+    expected: dict[str, Tensor] = {}
+    module.qkv._save_to_state_dict(expected, "", False)  # type: ignore[union-attr]
+    for kind in _qkv_kinds(module):
         names = [f"{prefix}{name}.{kind}" for name in _QKV]
-        current = getattr(module.qkv, kind)
+        current = expected[kind]
         rows = current.chunk(3)
         missing += [name for name in names if name not in state]
         parts = [state.pop(name, row) for name, row in zip(names, rows, strict=True)]

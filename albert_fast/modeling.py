@@ -12,6 +12,7 @@ and value are one product.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ from .encoder import Embeddings, Encoder
 from .gemm import linear
 from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, first_tokens, pack, packed_already, select, take
-from .weights import PRECISIONS, PretrainedMixin
+from .pretrained import PRECISIONS, Calibration, PretrainedMixin
+from .quantization import PRECISIONS as INTEGERS
+from .quantization import QuantizedLinear, random_batches, sample
 
 
 class FastModel(PretrainedMixin):
@@ -36,19 +39,66 @@ class FastModel(PretrainedMixin):
     def check_backend(cls, backend: str, precision: str) -> None:
         if backend not in ("auto", *dispatch.BACKENDS):
             raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
-        if precision in ("int16", "int8"):
-            reason = "its integer kernels are not part of this version"
-            raise dispatch.BackendUnavailableError(
-                f"precision={precision!r} cannot run here: {reason}; take 'fp32' or 'bf16'"
-            )
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}, int16, int8")
+        if precision not in (*PRECISIONS, *INTEGERS):
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*PRECISIONS, *INTEGERS))}")
 
-    def use_backend(self, backend: str, precision: str) -> None:
+    def use_backend(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Run on `backend` in `precision`; BackendUnavailableError, with the reason, where this device cannot."""
-        dispatch.check_backend(backend, next(self.parameters()).device.type, PRECISIONS[precision])
-        self.to(PRECISIONS[precision])
+        device = next(self.parameters()).device.type
+        dispatch.check_backend(backend, device, PRECISIONS.get(precision, torch.float32))
+        if precision in INTEGERS:
+            self._use_integers(device, precision, calibration)
+        else:
+            self.to(PRECISIONS[precision])
         self.backend = backend
+
+    def _use_integers(self, device: str, precision: str, calibration: Calibration | None) -> None:
+        if device != "cpu":
+            raise dispatch.BackendUnavailableError(
+                f"precision={precision!r} cannot run here: integer kernels run on CPUs, not on {device}; take 'bf16' or 'fp32'"
+            )
+        fast, reason = dispatch.integer_kernels(device)
+        if not fast:
+            warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
+        if self.integer_bits is None:
+            quantize(self.base, INTEGERS[precision], calibration)
+        self.requires_grad_(False)
+
+    @property
+    def base(self) -> ALBERTModel:
+        """The encoder of a model with a head, or the model itself."""
+        return self.albert  # type: ignore[return-value]
+
+    @property
+    def integer_bits(self) -> int | None:
+        return self.base.encoder.bits
+
+    def expect_integers(self, bits: int) -> None:
+        config = self.config
+        sizes = {"H": config.hidden_size, "3H": 3 * config.hidden_size, "I": config.intermediate_size}
+        for layer in self.base.encoder.distinct():
+            layer.place([QuantizedLinear(name, (sizes[n], sizes[k]), bits) for name, (n, k) in ops.PRODUCTS.items()])
+
+
+def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = None) -> None:
+    """Round the weights of all layers in place, calibrated on batches, for int8 by default on random ids."""
+    encoder = model.encoder
+    distinct = encoder.distinct()
+    seen: list[list[list[Tensor]]] = [[] for _ in distinct]
+    representative = calibration is not None
+    if calibration is None:
+        calibration = random_batches(model.config) if bits == 8 else ()
+    with torch.no_grad():
+        for batch in calibration:
+            ids, mask = (batch, None) if isinstance(batch, Tensor) else batch
+            packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
+            positions = torch.arange(ids.shape[1])[None].expand(ids.shape)
+            hidden = model.embed(packing, ids, None, positions, None)
+            for number in encoder.order():
+                inputs, hidden = distinct[number].inputs(hidden, packing)
+                seen[number].append(inputs)
+        for layer, batches in zip(distinct, seen, strict=True):
+            layer.quantize(bits, [sample(parts) for parts in zip(*batches, strict=True)] or [None] * 4, representative)
 
 
 @dataclass(frozen=True)
@@ -86,6 +136,10 @@ class ALBERTModel(FastModel):
     """
 
     prefix = ""
+
+    @property
+    def base(self) -> ALBERTModel:
+        return self
 
     def __init__(self, config: ALBERTConfig, add_pooling_layer: bool = True, *, backend: str = "auto") -> None:
         super().__init__(config)

@@ -116,9 +116,15 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
             product("key, value product", 1, tokens, width, 2 * width),
         ]
         by_layer += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
-    apart_because = encoder.encoder.in_one_call(weight.detach(), backend)
-    if apart_because is None:
-        steps.append(Step("encoder", 1, tokens, "cpp", sum(s.gflop for s in by_layer), "all layers in one call"))
+    bits = encoder.encoder.bits
+    apart_because = None if bits else encoder.encoder.in_one_call(weight.detach(), backend)
+    gflop = sum(s.gflop for s in by_layer)
+    if bits:
+        chosen, _ = _chosen("quantized_encoder", device, dtype, backend)
+        why = f"int{bits} weights, {dispatch.integer_kernels(device)[1]}; attention and norms in float32"
+        steps.append(Step("quantized_encoder", 1, tokens, chosen, gflop, why))
+    elif apart_because is None:
+        steps.append(Step("encoder", 1, tokens, "cpp", gflop, "all layers in one call"))
     else:
         steps += by_layer
     if hasattr(model, "predictions"):
@@ -135,8 +141,9 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
             steps.append(product(f"head: {name}", 1, last, width, head.out_features))
     padding = 1 - tokens / (batch * columns) if batch * columns else 0.0
     wanted = "the first token of each sequence" if first_only else "every token"
+    precision = f"int{bits} layers" if bits else str(dtype).removeprefix("torch.")
     summary = (
-        f"{type(model).__name__}, {str(dtype).removeprefix('torch.')} on {device}, backend={backend!r}: {batch} x {columns} "
+        f"{type(model).__name__}, {precision} on {device}, backend={backend!r}: {batch} x {columns} "
         f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "
         f"group(s), the last one for {wanted}; {sum(s.gflop for s in steps):.2f} GFLOP"
         + (f"; layers operator by operator: {apart_because}" if apart_because else "")

@@ -1,7 +1,8 @@
 """Where the time of a forward goes on a CPU, stage by stage, and how near each stage comes to what this machine can do.
 
-Limits are measured in the same run: the rate of a large product (1024 x 768 by 768 x 3072, oneDNN's where torch has it) for
-stages that multiply, the rate of `torch.add` on arrays of the batch's size for those that move memory.
+Limits are measured in the same run: for stages that multiply floats the rate of a large product (1024 x 768 by 768 x 3072,
+oneDNN's where torch has it), for those that multiply integers that of our own kernel on operands in the first cache, for
+those that move memory that of `torch.add` on arrays of the batch's size.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import dispatch, ops
 from .dispatch import BackendUnavailableError
 from .gemm import linear
 from .modeling import ALBERTModel
@@ -25,7 +26,7 @@ from .packing import pack
 class StageTime:
     """One stage of all layers: seconds (the mean of the threads), its work in operations or bytes, and the rate's limit.
 
-    `unit` is "GFLOPS" or "GB/s"; work, rate and limit are 0 for stages that do nothing of either.
+    `unit` is "GFLOPS", "GOPS" or "GB/s"; work, rate and limit are 0 for stages that do nothing of either.
     """
 
     name: str
@@ -62,8 +63,9 @@ def profile(
         raise TypeError(f"expected an ALBERTModel or a model with a head of albert_fast, got {type(model).__name__}")
     packing = pack((input_ids.shape[0], input_ids.shape[1]), attention_mask, input_ids.device)
     with torch.inference_mode():
+        bits = encoder.encoder.bits
         reason = encoder.encoder.in_one_call(encoder.embeddings.word_embeddings.weight.detach(), encoder.backend)
-        if reason is not None:
+        if reason is not None and bits is None:
             raise BackendUnavailableError(f"no profile by stage: layers run operator by operator, as {reason}")
         encoder(input_ids, attention_mask)
         samples = []
@@ -84,10 +86,13 @@ def profile(
     # Two a layer, each reads the product and the residual and writes the sum's LayerNorm.
     moved = {"add, LayerNorm": 2 * 3 * 4 * tokens * width}
     arithmetic, memory = _product_rate(), _add_rate(int(tokens), width)
+    products = arithmetic if bits is None else _integer_rate(bits)
     stages = []
     for name, seconds in zip(ops.STAGES, medians, strict=True):
         if name in operations:
-            stages.append(StageTime(name, seconds, layers * operations[name], "GFLOPS", arithmetic))
+            integer = bits is not None and name != "attention"
+            unit, limit = ("GOPS", products) if integer else ("GFLOPS", arithmetic)
+            stages.append(StageTime(name, seconds, layers * operations[name], unit, limit))
         elif name in moved:
             stages.append(StageTime(name, seconds, layers * moved[name], "GB/s", memory))
         else:
@@ -99,6 +104,13 @@ def _product_rate() -> float:
     """GFLOPS of a product that is large enough to be limited by arithmetic alone."""
     x, weight = torch.randn(1024, 768), torch.randn(3072, 768)
     return 2 * x.numel() * len(weight) / _seconds(lambda: linear(x, weight)) / 1e9
+
+
+def _integer_rate(bits: int) -> float:
+    """GOPS of products whose operands stay in the first cache, all threads together."""
+    limit, threads, repeats = dispatch.extension().quantized_encoder_limit_cpu, torch.get_num_threads(), 5000
+    operations = threads * limit(bits, 1, threads) * repeats
+    return float(operations / _seconds(lambda: limit(bits, repeats, threads)) / 1e9)
 
 
 def _add_rate(rows: int, columns: int) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import ALBERTConfig
 from .losses import cross_entropy, position_loss, row_loss, token_loss, widened
 from .outputs import BaseModelOutput, LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
-from .weights import PretrainedMixin
+from .pretrained import PretrainedMixin
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),

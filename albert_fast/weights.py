@@ -16,15 +16,14 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import _vocabulary, dispatch
-from .config import ALBERTConfig
+from . import _vocabulary
 
 WEIGHTS_NAMES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 BODY = ("embeddings.", "encoder.", "pooler.")
@@ -39,7 +38,6 @@ OLD_NAMES = (
     (r"(\.albert_layers\.\d+)\.LayerNorm\.", r"\1.attention.LayerNorm."),
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SOP = "sop_classifier.classifier"
 
 
@@ -231,8 +229,9 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
                 shape = (2, *shape[1:])
             if tuple(tensor.shape) != shape:
                 problem(key, f"has the shape {tuple(tensor.shape)}, expected {shape}")
-            elif tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
-                problem(key, f"is no dense tensor of floats but {tensor.dtype}")
+            elif not _fits(tensor.dtype, expected[key].dtype) or tensor.layout != torch.strided or tensor.is_meta:
+                wanted = "floats" if expected[key].is_floating_point() else expected[key].dtype
+                problem(key, f"is no dense tensor of {wanted} but {tensor.dtype}")
             complete[key] = tensor
         elif head is None or heads[head]:
             problem(key, f"is not a tensor of {type(model).__name__}")
@@ -265,6 +264,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
     model.load_state_dict(complete, strict=True)
 
 
+def _fits(found: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether a checkpoint's tensor may fill the model's: any floats for floats, the very integers for integers."""
+    return found in FLOATS if wanted.is_floating_point else found == wanted
+
+
 def _head(key: str) -> str | None:
     """The entry of HEADS that `key` belongs to, None for the encoder's tensors."""
     key = key.removeprefix("albert.")
@@ -280,8 +284,8 @@ def _tied(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
             yield key, first[place]
 
 
-def save_checkpoint(model: PretrainedMixin, directory: str | Path) -> None:
-    """Write config.json and model.safetensors into `directory`; one process at a time, other files there stay.
+def save_checkpoint(model: nn.Module, values: Mapping[str, Any], directory: str | Path) -> None:
+    """Write config.json, of `values`, and model.safetensors into `directory`; one process at a time, other files there stay.
 
     A kill at any moment leaves the checkpoint that was there, or the new one, whole: both files are written aside and
     flushed first; renaming the weights is the moment of change, and a configuration that was not renamed any more is
@@ -300,7 +304,7 @@ def save_checkpoint(model: PretrainedMixin, directory: str | Path) -> None:
         # In this order: `config_path` takes a configuration without its weights for a committed one.
         safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
         _flush(weights)
-        config.write_text(json.dumps(_config_dict(model), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _flush(config)
         shutil.copymode(config, weights)  # safetensors creates files that nobody else may read
         _flush(directory)
@@ -345,94 +349,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
-    """What transformers expects in config.json; the dtype is that of the file beside it."""
-    values = model.config.to_dict()
-    values.pop("torch_dtype", None)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {**values, "architectures": [type(model).__name__.replace("ALBERT", "Albert")], "dtype": dtype}
-
-
-Model = TypeVar("Model", bound="PretrainedMixin")
-
-
-class PretrainedMixin(nn.Module):
-    """from_pretrained and save_pretrained, for every model of `reference.py` and `modeling.py`.
-
-    `prefix` is what the encoder's names begin with. A bare model (prefix "") takes `add_pooling_layer` as its second
-    argument.
-    """
-
-    prefix: ClassVar[str] = "albert."
-
-    def __init__(self, config: ALBERTConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def init_weights(self) -> None:
-        """Linear and Embedding weights from N(0, initializer_range), zero biases, a zero row for the pad token."""
-        done = set[int]()
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and id(module.weight) not in done:
-                done.add(id(module.weight))  # a decoder is tied to the embeddings, which come first
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                    nn.init.zeros_(module.weight[module.padding_idx])
-                elif isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    @classmethod
-    def check_backend(cls, backend: str, precision: str) -> None:
-        """Raises ValueError, with the reason, for what this class cannot run; called before anything is read."""
-        if backend not in ("auto", "reference"):
-            raise ValueError(f"backend {backend!r}: this model is plain PyTorch; it takes 'auto' or 'reference'")
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(PRECISIONS)}"
-            )
-
-    def use_backend(self, backend: str, precision: str) -> None:
-        """Called by from_pretrained once the float32 weights are in place, on their device."""
-        self.to(PRECISIONS[precision])
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Model],
-        path_or_hub_id: str | Path,
-        *,
-        backend: str = "auto",
-        precision: str = "fp32",
-        device: str | torch.device | None = None,
-        allow_missing_head: bool = False,
-        **config_overrides: Any,
-    ) -> Model:
-        """The model of a checkpoint folder, weights file or hub id, in eval mode.
-
-        Float16 and bfloat16 checkpoints become float32 parameters unless `precision` says otherwise. A bare model has a
-        pooler if the checkpoint has one. `allow_missing_head` starts a new task: see `load_into`. `config_overrides`
-        are fields of ALBERTConfig.
-
-        Raises:
-            FileNotFoundError: no such checkpoint.
-            ValueError: a checkpoint that does not fit.
-            BackendUnavailableError: a device, backend or precision that cannot run here; says why, and what can.
-            TypeError: an override that is no field of the configuration.
-        """
-        cls.check_backend(backend, precision)
-        dispatch.check_device(device)
-        path = resolve(path_or_hub_id)
-        config_file = config_path(path if path.is_dir() else path.parent)
-        config = ALBERTConfig.from_json_file(config_file).replace(**config_overrides)
-        state = rename_old_names(load_checkpoint(path), cls.prefix)
-        arguments = () if cls.prefix else ("pooler.weight" in state,)
-        model = cls(config, *arguments)
-        load_into(model, state, allow_missing_head=allow_missing_head)
-        model.to(device)
-        model.use_backend(backend, precision)
-        return model.eval()
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, as transformers reads them: see `save_checkpoint`."""
-        save_checkpoint(self, directory)

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one import each other by their plain names
 
-from harness import Options, ReplayClock, Result, Row, measure
+from harness import Options, ReplayClock, Result, Row
 from report import row_table
 
 _CLOCK = ReplayClock()
@@ -33,7 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops: an operator against its eager and compiled form")
-    config.addinivalue_line("markers", "model: the whole model against other ways to run it")
+    config.addinivalue_line("markers", "model: the whole model against other ways to run it in PyTorch")
+    config.addinivalue_line("markers", "cpu_peers: the whole model against engines on CPUs, in every precision")
     config.stash[_RECORDS] = []
 
 
@@ -79,7 +80,7 @@ def _measured(request: pytest.FixtureRequest) -> Callable[[Row], Result | Except
         key = row.group.key
         if key not in results:
             try:
-                results[key] = measure(row.group, selected[key], options)
+                results[key] = row.group.measure(selected[key], options)
             except Exception as error:  # of the inputs or the expected answer: no row of the group can be measured
                 results[key] = dict.fromkeys(selected[key], error)
         return results[key][row.side]

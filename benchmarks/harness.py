@@ -1,8 +1,8 @@
 """From a question ("which side is fastest at this operator and shape?") to rows of pytest-benchmark.
 
-A `Group` is one question; its sides answer it. All selected sides of a group are measured together, interleaved, when
-the first of its rows runs; each row then plays its own samples back to pytest-benchmark through `ReplayClock`, and so
-has its usual statistics, table and JSON without ever having been timed alone.
+A `Group` is one question; its sides answer it. All selected sides of a group are measured together when the first of its
+rows runs, interleaved where a call is the question; each row then plays its own samples back to pytest-benchmark through
+`ReplayClock`, and so has its usual statistics, table and JSON without ever having been timed alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import sides
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from albert_fast.testing.timing import Side, interleaved, paired_ratio
 # Largest relative error (Frobenius norm, worst output) with which a row still counts as having computed the same thing.
 # torch's own bfloat16 gradients of a LayerNorm's vectors come to 0.034: it adds up rows in bfloat16.
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+# int16 calls itself near-lossless. The error of int8 is a result to report; 0.9 is that of an answer to something else.
+MAX_RELATIVE_ERROR_OF_INTEGERS = {sides.INT16: 5e-2, sides.INT8: 0.9}
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,43 @@ class Options:
 
     @property
     def pause(self) -> float:
-        """Seconds between blocks; a GPU has no threads of other engines to wait for."""
-        return 0.25 if self.device.type == "cpu" else 0.0
+        """Seconds between blocks; a GPU has no threads of other engines to wait for, and a check no use for it."""
+        return 0.25 if self.device.type == "cpu" and not self.quick else 0.0
 
 
 class Group(Protocol):
     """One question: the same inputs for every side, the same answer expected from each."""
 
-    key: str  # "<op>/<fwd, bwd or full>/<dtype>/<shape>"
-    dtype: torch.dtype
-    warmup: int
-    pause: bool  # whether engines with thread pools of their own take part
-    operations: float  # floating-point operations of one call
-    bytes_moved: float | None  # least traffic with memory of one call, where that is what limits it
+    key: str  # "<op>/<fwd, bwd or load>/<dtype>/<shape>"
 
     def sides(self) -> Sequence[str]:
-        """Ours first."""
+        """All that may take part."""
 
     def why_not(self, side: str) -> str | None:
         """Why `side` cannot take part here; None where it can."""
+
+    def measure(self, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
+        """Samples and figures of the sides `names`; one that fails leaves its exception and the others go on."""
+
+
+class CallGroup(Group, Protocol):
+    """A question about the time of one call."""
+
+    dtype: torch.dtype
+    device: torch.device
+    warmup: int
+    pause: bool  # whether engines with thread pools of their own take part
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of one call."""
+
+    @property
+    def bytes_moved(self) -> float | None:
+        """Least traffic with memory of one call, where that is what limits it."""
+
+    def ours(self, side: str) -> str:
+        """The side of ours that `side` is compared with."""
 
     def build(self, side: str) -> Side:
         """What to time; `call` returns what `expected` is compared with."""
@@ -66,6 +87,10 @@ class Group(Protocol):
 
     def close(self) -> None:
         """Let go of inputs and engines that no other group uses."""
+
+    def measure(self, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
+        """All sides interleaved, outputs compared with `expected`."""
+        return _measure_calls(self, names, options)
 
 
 class Row(str):
@@ -106,33 +131,51 @@ class Result:
     extra_info: dict[str, Any]
 
 
-def measure(group: Group, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
-    """Measure the sides `names` of `group` interleaved; a side that fails leaves its exception and the others go on."""
+def _measure_calls(group: CallGroup, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
     failures: dict[str, Exception] = {}
     outputs: dict[str, Any] = {}
-    sides: dict[str, Side] = {}
+    built: dict[str, Side] = {}
     for name in names:
         try:
-            sides[name] = _keeping(outputs, name, group.build(name))
+            built[name] = _keeping(outputs, name, group.build(name))
         except Exception as error:  # whatever another engine raises belongs to its own row
             failures[name] = error
     samples: dict[str, list[float]] = {}
-    if sides:
+    if built:
         pause = options.pause if group.pause else 0.0
         samples = interleaved(
-            sides, options.rounds, warmup=group.warmup, pause=pause, device=options.device, failures=failures
+            built, options.rounds, warmup=group.warmup, pause=pause, device=group.device, failures=failures
         )
     results: dict[str, Result | Exception] = dict(failures)
     expected = group.expected() if samples else ()
     for name, seconds in samples.items():
-        errors = compare(group.comparable(outputs.pop(name)), expected)
-        if not errors["relative_error"] <= MAX_RELATIVE_ERROR[group.dtype]:
-            results[name] = AssertionError(f"{group.key}/{name} computes something else: {errors}")
+        try:
+            errors = checked_errors(group.comparable(outputs.pop(name)), expected, name, group.dtype)
+        except (AssertionError, ValueError) as error:
+            results[name] = error
         else:
-            results[name] = Result(seconds, _figures(group, name, samples) | errors | {"threads": options.threads})
+            figures = _figures(group, name, samples) | comparison(name, samples, group.ours(name))
+            results[name] = Result(seconds, figures | errors | {"threads": options.threads})
     group.close()
     gc.collect()
     return results
+
+
+def checked_errors(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], side: str, dtype: torch.dtype
+) -> dict[str, float]:
+    """`compare`, for a side whose floats are `dtype`.
+
+    Raises:
+        AssertionError: an error that shows that something else was computed.
+        ValueError: another number of outputs, or other shapes.
+    """
+    errors = compare(actual, expected)
+    if not errors["relative_error"] <= MAX_RELATIVE_ERROR_OF_INTEGERS.get(
+        sides.precision(side), MAX_RELATIVE_ERROR[dtype]
+    ):
+        raise AssertionError(f"{side} computes something else: {errors}")
+    return errors
 
 
 def compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
@@ -161,20 +204,26 @@ def _keeping(outputs: dict[str, Any], name: str, side: Side) -> Side:
     return Side(call, side.prepare)
 
 
-def _figures(group: Group, name: str, samples: Mapping[str, list[float]]) -> dict[str, Any]:
+def _figures(group: CallGroup, name: str, samples: Mapping[str, list[float]]) -> dict[str, Any]:
     median = statistics.median(samples[name])
-    ours = group.sides()[0]
-    figures: dict[str, Any] = {"id": f"{group.key}/{name}", "ours": name == ours}
-    figures["milliseconds"] = median * 1e3
+    figures: dict[str, Any] = {"id": f"{group.key}/{name}", "milliseconds": median * 1e3}
     figures["operations"] = group.operations
     figures["gflops"] = group.operations / median / 1e9
     if group.bytes_moved is not None:
         figures["gbytes_per_second"] = group.bytes_moved / median / 1e9
+    return figures
+
+
+def comparison(name: str, samples: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
+    """What a row says about its neighbours in time: our side of its precision, and the fastest of its rivals."""
+    figures: dict[str, Any] = {"ours": name == ours, "precision": sides.precision(name)}
     if ours in samples:
         figures["times_ours"] = paired_ratio(samples[ours], samples[name])
-    others = {other: statistics.median(seconds) for other, seconds in samples.items() if other != name}
-    if others:
-        best = min(others, key=others.__getitem__)
+    if name == ours != sides.FAST and sides.FAST in samples:
+        figures["ratio_to_own_float"] = paired_ratio(samples[name], samples[sides.FAST])
+    rivals = sides.rivals(name, list(samples))
+    if rivals:
+        best = min(rivals, key=lambda rival: statistics.median(samples[rival]))
         figures["best_other"] = best
         figures["ratio_to_best_other"] = paired_ratio(samples[name], samples[best])
     return figures

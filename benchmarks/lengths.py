@@ -1,4 +1,4 @@
-"""Batches of real length: 32 texts each of SST-2 (sentences), aclImdb (reviews) and traffic that mixes both.
+"""Batches of real length: 32 texts each of SST-2 (sentences), aclImdb (reviews) and traffic that mixes both; phonemes.
 
 Where the texts are present (`albert_fast.testing.data_dir()`) the batches are their real ids, by the vocabulary of the
 English ALBERT v2 release. Elsewhere lengths.json, the numbers of tokens of the very same texts, is filled with random
@@ -11,7 +11,7 @@ import csv
 import gzip
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +24,8 @@ _VOCABULARY = Path("vocab/albert-en-30k.spiece.model")
 _SEED = 0
 
 
-def _sst2(folder: Path) -> list[str]:
-    with open(folder / "SST-2/test.tsv", encoding="utf-8") as file:
+def _sst2(folder: Path, split: str = "test") -> list[str]:
+    with open(folder / f"SST-2/{split}.tsv", encoding="utf-8") as file:
         return [row[0] for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)][1:]
 
 
@@ -47,8 +47,7 @@ def batch(name: str, vocab_size: int) -> list[list[int]]:
     """
     lengths = json.loads(COMMITTED.read_text())["batches"][name]
     if not (data_dir() / _VOCABULARY).exists():
-        draw = random.Random(_SEED)
-        return [[draw.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(length)] for length in lengths]
+        return _random(lengths, vocab_size, random.Random(_SEED))
     ids = _sample(name)
     if [len(row) for row in ids] != lengths:
         raise ValueError(
@@ -57,15 +56,44 @@ def batch(name: str, vocab_size: int) -> list[list[int]]:
     return ids
 
 
+def calibration(count: int, vocab_size: int) -> list[list[int]]:
+    """Ids of `count` sentences of SST-2's training split; random ids of such lengths where the texts are absent."""
+    draw = random.Random(f"{_SEED} calibration")
+    if not (data_dir() / _VOCABULARY).exists():
+        lengths = json.loads(COMMITTED.read_text())["batches"]["sst2-32"]
+        return _random(draw.choices(lengths, k=count), vocab_size, draw)
+    return _tokenized(draw.sample(_sst2(data_dir(), "train"), count))
+
+
+def phonemes(start: int, count: int) -> list[list[int]]:
+    """Ids of the phoneme sequences `start` to `start + count` of plbert/, in an order drawn once.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+    """
+    symbols = json.loads((data_dir() / "plbert/vocab.json").read_text(encoding="utf-8"))["vocab"]
+    # Each of them once, so that what is measured was not calibrated on.
+    lines = list(dict.fromkeys((data_dir() / "plbert/phonemes.txt").read_text(encoding="utf-8").splitlines()))
+    random.Random(f"{_SEED} phonemes").shuffle(lines)
+    return [[0, *(symbols[symbol] for symbol in line), 0] for line in lines[start : start + count]]
+
+
+def _random(lengths: Sequence[int], vocab_size: int, draw: random.Random) -> list[list[int]]:
+    return [[draw.randrange(FIRST_ORDINARY_ID, vocab_size) for _ in range(length)] for length in lengths]
+
+
 @cache
 def _sample(name: str) -> list[list[int]]:
-    from albert_fast.tokenization import load_tokenizer
-
-    tokenizer = load_tokenizer(data_dir() / _VOCABULARY)
     draw = random.Random(f"{_SEED} {name}")
     texts = [text for source, count in BATCHES[name].items() for text in draw.sample(_TEXTS[source](data_dir()), count)]
     draw.shuffle(texts)
-    ids: list[list[int]] = tokenizer(texts, max_length=MAX_LENGTH)["input_ids"]
+    return _tokenized(texts)
+
+
+def _tokenized(texts: list[str]) -> list[list[int]]:
+    from albert_fast.tokenization import load_tokenizer
+
+    ids: list[list[int]] = load_tokenizer(data_dir() / _VOCABULARY)(texts, max_length=MAX_LENGTH)["input_ids"]
     return ids
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from harness import Options
+from harness import CallGroup, Options
 from torch import Tensor
 
 from albert_fast import dispatch
@@ -26,7 +26,7 @@ _GPU_SHAPES: dict[str, Any] = {
 }
 
 
-class OperatorGroup:
+class OperatorGroup(CallGroup):
     """One operator, direction, dtype and shape."""
 
     pause = False  # every side shares torch's one thread pool
@@ -73,6 +73,9 @@ class OperatorGroup:
 
     def why_not(self, side: str) -> str | None:
         return None
+
+    def ours(self, side: str) -> str:
+        return self.backend
 
     def build(self, side: str) -> Side:
         function = self.case.function

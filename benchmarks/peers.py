@@ -1,190 +1,140 @@
-"""The other ways to run the same ALBERT on the same weights, each with the options that its makers recommend.
+"""All ways to run one model on the same weights: their files, made where they are missing, and their calls on a batch.
 
 `Peers(...).bind(side, batch)` gives a callable without arguments whose result is last_hidden_state (B, S, H), a tensor
-or an array. Engines are built once and shared by all shapes, except where a fixed shape makes them faster.
+or an array, or a list of the parts of a batch that the side has sorted and split.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import onnx_export
+import artifacts
+import engines
+import sides
 import torch
-from shapes import FAST, Batch
-from torch import Tensor, nn
+from models import Model
+from shapes import Batch
+from torch import Tensor
 
 from albert_fast import ALBERTConfig, ALBERTModel, reference
 from albert_fast.testing.timing import Side, interleaved
 
-Call = Callable[[], Any]
-# What a side needs beside torch: module -> how to get it.
+# What an engine needs beside torch; without bench's packages there is nothing to compare with.
 _NEEDS = {
-    "hf-eager": ("transformers",),
-    "hf-sdpa": ("transformers",),
-    "hf-compile": ("transformers",),
+    "hf": ("transformers",),
     "onnxruntime": ("transformers", "onnx", "onnxruntime"),
     "openvino": ("transformers", "onnx", "openvino"),
 }
-_CPU_ONLY = ("onnxruntime", "openvino")
+_CALIBRATION, _CALIBRATION_QUICK = 128, 8  # sequences
 
 
-def why_not(side: str, device: torch.device) -> str | None:
+def why_not(side: str, model: Model) -> str | None:
     """Why `side` cannot take part on this machine; None where it can."""
-    missing = [module for module in _NEEDS.get(side, ()) if importlib.util.find_spec(module) is None]
+    needs = _NEEDS.get(sides.engine(side), ())
+    if sides.engine(side) == "openvino" and sides.precision(side) == sides.INT8:
+        needs = (*needs, "nncf")
+    missing = [module for module in needs if importlib.util.find_spec(module) is None]
     if missing:
         return f"{' and '.join(missing)} not installed: pip install 'albert-fast[bench]'"
-    if side in _CPU_ONLY and device.type != "cpu":
-        return f"{side} is measured on CPUs only"
-    return None
+    return model.why_not()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Peers:
-    """One set of random weights, and every engine that runs it.
+    """One model, and every engine that runs it. Engines live as long as their calls, files until the system clears them."""
 
-    Every parameter is drawn, biases and LayerNorms too, so that an engine which dropped one would be found out.
-    """
-
-    config: ALBERTConfig
+    model: Model
     device: torch.device
     dtype: torch.dtype
     threads: int
+    quick: bool = False
+
+    @property
+    def config(self) -> ALBERTConfig:
+        return self.model.config
 
     @cached_property
-    def state(self) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        state = reference.ALBERTModel(self.config, add_pooling_layer=False).state_dict()
-        return {key: t + 0.02 * torch.randn(t.shape, generator=generator) for key, t in state.items()}
+    def calibration(self) -> list[tuple[Tensor, Tensor]]:
+        """Batches (ids, mask) of one sequence: no padding takes part in any range."""
+        rows = self.model.calibration(_CALIBRATION_QUICK if self.quick else _CALIBRATION)
+        return [(ids, torch.ones_like(ids)) for ids in (torch.tensor([row]) for row in rows)]
 
-    def bind(self, side: str, batch: Batch) -> Call:
-        """`side` with `batch` as its input, ready to be called again and again.
+    def batch(self, name: str) -> Batch:
+        return Batch.of(self.model.rows(name), self.config.pad_token_id or 0, self.device)
+
+    def files(self, side: str) -> tuple[Path, ...]:
+        """What `side` reads; of ONNX Runtime's graphs that as exported and the fused one, or the one it asks for.
+
+        The fused one merges query, key and value, but holds a copy of the shared layer's weights for every layer.
+        """
+        int8 = sides.precision(side) == sides.INT8
+        if sides.engine(side) == "openvino":
+            ir = artifacts.openvino_ir(self._exported)
+            return (artifacts.quantize_openvino(ir, self.calibration) if int8 else ir,)
+        if sides.engine(side) == "onnxruntime":
+            fused = artifacts.fuse(self._exported, self.config)
+            graphs = (fused,) if "fused" in sides.options(side) else (self._exported, fused)
+            return tuple(map(artifacts.quantize_onnx, graphs)) if int8 else graphs
+        if sides.precision(side) != sides.FLOAT:
+            return (self._integers(sides.precision(side)),)
+        return (self._checkpoint,)
+
+    def bind(self, side: str, batch: Batch) -> engines.Call:
+        """`side` with `batch` as its input, ready to be called again and again; of several files the fastest.
 
         Raises:
             Whatever the engine raises where it cannot load the model.
         """
-        return _BINDERS[side](self, batch)
+        parts = [part for _, part in batch.by_length()] if "sorted" in sides.options(side) else None
+        # Sub-batches have other lengths every time, so nobody compiles for them.
+        rows, columns = batch.ids.shape
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        settings = engines.Settings(self.threads, None if parts else (rows, columns), self.device.type, precision)
+        calls = [_call(engines.load(side, path, settings), batch, parts) for path in self.files(side)]
+        if len(calls) == 1:
+            return calls[0]
+        trial = interleaved({str(i): Side(call) for i, call in enumerate(calls)}, rounds=1, warmup=1)
+        return calls[min(range(len(calls)), key=lambda i: trial[str(i)][0])]
 
     def expected(self, batch: Batch) -> Tensor:
         """The float32 reference's last_hidden_state of the real tokens (T, H), one unpadded sequence after another."""
-        model = self._ours(reference.ALBERTModel, torch.float32)
+        model = reference.ALBERTModel.from_pretrained(self._checkpoint, device=self.device)
         with torch.inference_mode():
             rows = [model(ids[None, :n]).last_hidden_state[0] for ids, n in zip(batch.ids, batch.lengths, strict=True)]
         return torch.cat(rows)
 
-    def fast(self, batch: Batch) -> Call:
-        return _torch_call(self._fast, batch)
+    @cached_property
+    def _checkpoint(self) -> Path:
+        return artifacts.checkpoint(self.config, self.model.state)
 
-    def reference(self, batch: Batch) -> Call:
-        return _torch_call(self._reference, batch)
-
-    def hf_eager(self, batch: Batch) -> Call:
-        return _torch_call(self._hf_eager, batch)
-
-    def hf_sdpa(self, batch: Batch) -> Call:
-        return _torch_call(self._hf_sdpa, batch)
-
-    def hf_compile(self, batch: Batch) -> Call:
-        """Compiled for this very shape; on CPUs with frozen weights, on GPUs with CUDA graphs and tuned products."""
-        if self.device.type == "cuda":
-            compiled = torch.compile(self._hf_sdpa, dynamic=False, mode="max-autotune")
-        else:
-            compiled = torch.compile(self._hf_sdpa, dynamic=False, options={"freezing": True})
-        return _torch_call(compiled, batch)
-
-    def onnxruntime(self, batch: Batch) -> Call:
-        """The faster of two graphs: as exported, or fused by ONNX Runtime's transformer optimizer.
-
-        The fused one merges query, key and value, but holds a copy of the shared layer's weights for every layer.
-        """
-        feeds = {"input_ids": batch.ids.numpy(), "attention_mask": batch.mask.numpy()}
-
-        def call_of(session: Any) -> Call:
-            return lambda: session.run(None, feeds)[0]
-
-        calls = [call_of(session) for session in self._onnxruntime_sessions]
-        trial = interleaved({str(i): Side(call) for i, call in enumerate(calls)}, rounds=1, warmup=1)
-        return calls[min(range(len(calls)), key=lambda i: trial[str(i)][0])]
-
-    def openvino(self, batch: Batch) -> Call:
-        """The exported graph, reshaped to this batch before it is compiled."""
-        import openvino
-
-        core = openvino.Core()
-        model = core.read_model(self._exported)
-        model.reshape({"input_ids": list(batch.ids.shape), "attention_mask": list(batch.ids.shape)})
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": self.threads,
-        }
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
-        feeds = {"input_ids": batch.ids.numpy(), "attention_mask": batch.mask.numpy()}
-        return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)[0]
+    def _integers(self, precision: str) -> Path:
+        """Our own integers, rounded anew in every run: by the code that is measured, whatever version it calls itself."""
+        folder = Path(self._scratch.name) / precision
+        if not folder.exists():
+            model = ALBERTModel.from_pretrained(self._checkpoint, precision=precision, calibration=self.calibration)
+            model.save_pretrained(folder)
+        return folder
 
     @cached_property
-    def _fast(self) -> nn.Module:
-        return self._ours(ALBERTModel, self.dtype)
-
-    @cached_property
-    def _reference(self) -> nn.Module:
-        return self._ours(reference.ALBERTModel, self.dtype)
-
-    @cached_property
-    def _hf_eager(self) -> nn.Module:
-        return self._hugging_face("eager")
-
-    @cached_property
-    def _hf_sdpa(self) -> nn.Module:
-        return self._hugging_face("sdpa")
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="albert_fast-integers-")
 
     @cached_property
     def _exported(self) -> Path:
-        return onnx_export.export(self._hugging_face("eager"), self.state)
-
-    @cached_property
-    def _onnxruntime_sessions(self) -> list[Any]:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        files = (self._exported, onnx_export.fuse(self._exported, self.config))
-        return [onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in files]
-
-    def _ours(self, model_class: Any, dtype: torch.dtype) -> nn.Module:
-        model: nn.Module = model_class(self.config, add_pooling_layer=False)
-        model.load_state_dict(self.state)
-        return model.to(self.device, dtype).eval()
-
-    def _hugging_face(self, attention: str) -> nn.Module:
-        from transformers import AlbertConfig, AutoModel
-
-        config = AlbertConfig(**self.config.to_dict())
-        model: nn.Module = AutoModel.from_config(config, attn_implementation=attention, add_pooling_layer=False)
-        model.load_state_dict(self.state)
-        return model.to(self.device, self.dtype).eval()
+        return artifacts.export(self._checkpoint)
 
 
-def _torch_call(model: Callable[..., Any], batch: Batch) -> Call:
-    @torch.inference_mode()
-    def call() -> Tensor:
-        hidden_states: Tensor = model(batch.ids, attention_mask=batch.mask).last_hidden_state
-        return hidden_states
+def _call(bind: engines.Bind, batch: Batch, parts: list[Batch] | None) -> engines.Call:
+    if parts is None:
+        return bind(batch.ids, batch.mask)
+    calls = [bind(part.ids, part.mask) for part in parts]
+
+    def call() -> list[Any]:
+        return [one() for one in calls]
 
     return call
-
-
-_BINDERS: Mapping[str, Callable[[Peers, Batch], Call]] = {
-    FAST: Peers.fast,
-    "reference": Peers.reference,
-    "hf-eager": Peers.hf_eager,
-    "hf-sdpa": Peers.hf_sdpa,
-    "hf-compile": Peers.hf_compile,
-    "onnxruntime": Peers.onnxruntime,
-    "openvino": Peers.openvino,
-}

@@ -8,65 +8,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plots import plot_model, plot_operators
+from records import Record, digits, grouped, of_precision, ratio_text
 from tabulate import tabulate
-
-_OURS, _OTHERS, _TEXT = "#d1495b", "#9aa5b1", "#333333"
-_BAR_INCHES, _PANEL_INCHES = 0.24, 3.3
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row: the id's parts, and the figures stored beside its samples (see harness.py)."""
-
-    op: str
-    direction: str
-    dtype: str
-    shape: str
-    side: str
-    figures: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, extra_info: Mapping[str, Any]) -> Record:
-        op, direction, dtype, shape, side = extra_info["id"].split("/")
-        return cls(op, direction, dtype, shape, side, extra_info)
-
-    @property
-    def group(self) -> tuple[str, str, str, str]:
-        return self.op, self.direction, self.dtype, self.shape
-
-    @property
-    def milliseconds(self) -> float:
-        return float(self.figures["milliseconds"])
-
-    @property
-    def ours(self) -> bool:
-        return bool(self.figures["ours"])
-
-
-def grouped(extra_infos: Iterable[Mapping[str, Any]]) -> list[list[Record]]:
-    """The records of each question together, in the order in which they were asked."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
-    for extra_info in extra_infos:
-        record = Record.of(extra_info)
-        groups.setdefault(record.group, []).append(record)
-    return list(groups.values())
 
 
 def row_table(extra_infos: Iterable[Mapping[str, Any]]) -> str:
     """Every row with all that was measured, as a markdown table."""
-    head = ["id", "ms", "GFLOPS", "GB/s", "x best other", "best other", "relative error", "largest error"]
+    head = [
+        "id",
+        "ms",
+        "GFLOPS",
+        "GB/s",
+        "x best other",
+        "best other",
+        "x own float",
+        "relative error",
+        "largest error",
+    ]
     body = []
     for figures in extra_infos:
         errors = [f"{figures[name]:.1e}" for name in ("relative_error", "max_abs_error")]
-        ratio, best = figures.get("ratio_to_best_other"), figures.get("best_other", "")
-        speeds = [figures["milliseconds"], figures["gflops"], figures.get("gbytes_per_second")]
-        body.append([figures["id"], *map(_digits, speeds), _ratio(ratio), best, *errors])
+        best = [ratio_text(figures.get("ratio_to_best_other")), figures.get("best_other", "")]
+        own = ratio_text(figures.get("ratio_to_own_float"))
+        speeds = [figures["milliseconds"], figures.get("gflops"), figures.get("gbytes_per_second")]
+        body.append([figures["id"], *map(digits, speeds), *best, own, *errors])
     return _markdown(head, body)
 
 
@@ -75,12 +45,49 @@ def model_table(groups: Sequence[Sequence[Record]]) -> str:
     sides = list(dict.fromkeys(record.side for group in groups for record in group))
     body = []
     for group in groups:
-        times = {record.side: _digits(record.milliseconds) for record in group}
+        times = {record.side: digits(record.milliseconds) for record in group}
         ours = next((record for record in group if record.ours), None)
         figures = ours.figures if ours else {}
-        ratio = _ratio(figures.get("ratio_to_best_other"))
-        body.append([group[0].shape, *(times.get(side, "") for side in sides), _digits(figures.get("gflops")), ratio])
+        ratio = ratio_text(figures.get("ratio_to_best_other"))
+        body.append([group[0].shape, *(times.get(side, "") for side in sides), digits(figures.get("gflops")), ratio])
     return _markdown(["batch", *(f"{side}, ms" for side in sides), "our GFLOPS", "x best other"], body)
+
+
+def peers_table(groups: Sequence[Sequence[Record]]) -> str:
+    """What `model_table` shows, one table a precision; those of integers with errors, and our time in floats over theirs.
+
+    The best other of int16 is the fastest side of floats that is not ours: no engine has int16.
+    """
+    text = []
+    for precision, title in (("float", "Float32"), ("int16", "int16"), ("int8", "int8")):
+        chosen = of_precision(groups, precision)
+        if chosen:
+            text += [f"### {title}", model_table(chosen)]
+        if chosen and precision != "float":
+            text.append(_error_table(chosen))
+    return "\n\n".join(text)
+
+
+def _error_table(groups: Sequence[Sequence[Record]]) -> str:
+    sides = list(dict.fromkeys(record.side for group in groups for record in group))
+    body = []
+    for group in groups:
+        errors = {record.side: f"{record.figures['relative_error']:.1e}" for record in group}
+        own = next((record.figures.get("ratio_to_own_float") for record in group if record.ours), None)
+        body.append([group[0].shape, *(errors.get(side, "") for side in sides), ratio_text(own)])
+    return _markdown(["batch", *(f"{side}, relative error" for side in sides), "x albert_fast in float32"], body)
+
+
+def load_table(groups: Sequence[Sequence[Record]]) -> str:
+    """One line an engine: seconds from the start of loading, and the process's resident memory in MiB."""
+    body = []
+    for record in (record for group in groups for record in group):
+        figures = record.figures
+        seconds = [figures[key] for key in ("load_seconds", "first_answer_seconds")]
+        memory = [figures["import_mib"], figures["peak_mib"], figures["peak_mib"] - figures["import_mib"]]
+        body.append([record.side, *map(digits, seconds), *(f"{mib:,.0f}" for mib in memory)])
+    head = ["side", "loaded, s", "first answer, s", "after its imports, MiB", "peak, MiB", "peak beyond imports, MiB"]
+    return f"Files to an answer on {groups[0][0].shape}, in a fresh process.\n\n" + _markdown(head, body)
 
 
 def operator_table(groups: Sequence[Sequence[Record]]) -> str:
@@ -90,11 +97,11 @@ def operator_table(groups: Sequence[Sequence[Record]]) -> str:
         ours = next((record for record in group if record.ours), None)
         if ours is None:
             continue
-        others = {record.side: _digits(record.milliseconds) for record in group if not record.ours}
+        others = {record.side: digits(record.milliseconds) for record in group if not record.ours}
         speeds = [ours.milliseconds, ours.figures["gflops"], ours.figures.get("gbytes_per_second")]
-        ratio = _ratio(ours.figures.get("ratio_to_best_other"))
+        ratio = ratio_text(ours.figures.get("ratio_to_best_other"))
         times = [others.get(side, "") for side in ("eager", "compile")]
-        body.append([*ours.group, ours.side, *map(_digits, speeds), *times, ratio])
+        body.append([*ours.group, ours.side, *map(digits, speeds), *times, ratio])
     head = ["operator", "direction", "dtype", "shape", "backend", "ms", "GFLOPS", "GB/s", "eager, ms", "compile, ms"]
     return _markdown([*head, "x best other"], body)
 
@@ -115,84 +122,8 @@ def machine_table(machine: Mapping[str, Any], threads: int) -> str:
     return _markdown(["machine", ""], lines)
 
 
-def plot_model(groups: Sequence[Sequence[Record]], path: Path) -> None:
-    """A panel a batch; a bar a side, as long as the side takes relative to ours."""
-    columns = min(4, len(groups))
-    cells: list[Sequence[Record] | None] = [*groups, *[None] * (-len(groups) % columns)]
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    _plot(rows, lambda record: record.shape, "ALBERT", path)
-
-
-def plot_operators(groups: Sequence[Sequence[Record]], path: Path) -> None:
-    """A line an operator, a column a direction and dtype; each panel shows the largest shape."""
-    largest: dict[tuple[str, str, str], Sequence[Record]] = {}
-    for group in groups:
-        key = group[0].group[:3]
-        size = group[0].figures["operations"]
-        if key not in largest or size >= largest[key][0].figures["operations"]:
-            largest[key] = group
-    kinds = list(dict.fromkeys(key[1:] for key in largest))
-    rows = [[largest.get((op, *kind)) for kind in kinds] for op in dict.fromkeys(key[0] for key in largest)]
-    _plot(rows, lambda record: f"{record.op}\n{record.direction} {record.dtype} {record.shape}", "Operators", path)
-
-
-def _plot(rows: Sequence[Sequence[Sequence[Record] | None]], title_of: Any, heading: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    heights = [max(len(group) for group in row if group is not None) for row in rows]
-    columns = max(map(len, rows))
-    size = (columns * _PANEL_INCHES, sum(_BAR_INCHES * height + 0.6 for height in heights) + 0.45)
-    figure, axes = pyplot.subplots(
-        len(rows), columns, figsize=size, squeeze=False, height_ratios=heights, layout="constrained"
-    )
-    for axis, group in zip(axes.flat, (group for row in rows for group in row), strict=True):
-        axis.axis("off")
-        if group is not None:
-            _panel(axis, group, title_of(group[0]))
-    heading += ": shorter is faster; the factor is a side's time over ours"
-    figure.suptitle(heading, x=0.01, ha="left", fontsize=12, color=_TEXT)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
-
-
-def _panel(axis: Any, group: Sequence[Record], title: str) -> None:
-    """Horizontal bars, labelled where they stand: side, time and how many times ours."""
-    unit = next((record.milliseconds for record in group if record.ours), group[0].milliseconds)
-    longest = max(record.milliseconds for record in group) / unit
-    for place, record in enumerate(group):
-        length = record.milliseconds / unit
-        axis.barh(place, length, height=0.8, color=_OURS if record.ours else _OTHERS)
-        factor = None if record.ours else record.figures.get("times_ours")
-        text = _time(record.milliseconds) + ("" if factor is None else f"  {factor:.2f}x")
-        side = "albert_fast" if record.ours else record.side
-        axis.text(-0.03 * longest, place, side, ha="right", va="center", fontsize=8, color=_TEXT)
-        axis.text(length + 0.03 * longest, place, text, ha="left", va="center", fontsize=8, color=_TEXT)
-    axis.set_xlim(-0.75 * longest, 1.9 * longest)
-    axis.set_ylim(len(group) - 0.4, -0.6)
-    axis.set_title(title, fontsize=9, fontweight="bold", color=_TEXT)
-
-
 def _markdown(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
     return str(tabulate(body, head, tablefmt="github", disable_numparse=True))
-
-
-def _digits(value: float | None) -> str:
-    """Three significant digits, without an exponent."""
-    if value is None:
-        return ""
-    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-    return f"{value:,.{decimals}f}"
-
-
-def _time(milliseconds: float) -> str:
-    return f"{_digits(milliseconds)} ms" if milliseconds >= 1 else f"{_digits(milliseconds * 1e3)} \N{MICRO SIGN}s"
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -201,27 +132,36 @@ def _listed(values: Mapping[str, Any]) -> str:
     )
 
 
+# op -> heading and suffix of the plot's file, table, plot; every other op is an operator
+_MODELS: dict[str, tuple[str, Callable[..., str], Callable[..., None] | None]] = {
+    "model": ("model", model_table, plot_model),
+    "cpu_peers": ("peers", peers_table, plot_model),
+    "load": ("loading", load_table, None),
+}
+_OPERATORS = ("operators", operator_table, plot_operators)
+
+
 def write(source: Path) -> list[Path]:
-    """Write X.md, X-model.png and X-operators.png beside X.json; the plots where there is something to show."""
+    """Write X.md and the plots X-<what>.png beside X.json; of what was measured alone."""
     content = json.loads(source.read_text())
     extra_infos = [benchmark["extra_info"] for benchmark in content["benchmarks"]]
-    groups = grouped(extra_infos)
-    model = [group for group in groups if group[0].op == "model"]
-    operators = [group for group in groups if group[0].op != "model"]
     text = [f"# Benchmark of {content['datetime'][:10]}"]
     if content["quick"]:
-        text.append("A quick run on a small model: it shows that everything runs, not how fast.")
+        text.append("A quick run on small models: it shows that everything runs, not how fast.")
     text.append(machine_table(content["machine_info"], extra_infos[0]["threads"]))
+    groups = grouped(extra_infos)
     written = []
-    for name, chosen, table, plot in (
-        ("model", model, model_table, plot_model),
-        ("operators", operators, operator_table, plot_operators),
-    ):
-        if chosen:
+    for op in (*_MODELS, None):
+        chosen = [group for group in groups if (group[0].op if group[0].op in _MODELS else None) == op]
+        if not chosen:
+            continue
+        name, table, plot = _OPERATORS if op is None else _MODELS[op]
+        text += [f"## {name.capitalize()}", table(chosen)]
+        if plot is not None:
             image = source.with_name(f"{source.stem}-{name}.png")
             plot(chosen, image)
             written.append(image)
-            text += [f"## {name.capitalize()}", table(chosen), f"![{name}]({image.name})"]
+            text.append(f"![{name}]({image.name})")
     text += ["## Every row", row_table(extra_infos)]
     page = source.with_suffix(".md")
     page.write_text("\n\n".join(text) + "\n")

@@ -1,68 +1,72 @@
-"""What the model is measured on: dense batches, and batches of real length.
+"""What the models are measured on: dense batches, and batches of real length; and which sides run on which.
 
-`shape_list("cpu")` is the table; which sides run on a shape stands next to it, for the longest
-batches take ten seconds a call where padding is computed.
+The longest batches take ten seconds a call where padding is computed, so fewer sides run on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import lengths
 import torch
+from sides import FAST, INT8, INT16
 from torch import Tensor
 
 from albert_fast import ALBERTConfig
 
-BASE = ALBERTConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
-QUICK = replace(BASE, hidden_size=128, num_attention_heads=2, intermediate_size=512, num_hidden_layers=2)
-
-FAST = "albert_fast"
-ALL_SIDES = (FAST, "reference", "hf-eager", "hf-sdpa", "hf-compile", "onnxruntime", "openvino")
-# Real lengths: the usual ways to run the model and the two engines; on 32 padded rows of 512 the faster engine alone.
-PADDED_SIDES = (FAST, "hf-sdpa", "hf-compile", "onnxruntime", "openvino")
-LONG_SIDES = (FAST, "openvino")
+OURS = (FAST, f"{FAST}-{INT16}", f"{FAST}-{INT8}")
+# The usual ways to run the model in PyTorch.
+_TORCH = (FAST, "reference", "hf-eager", "hf-sdpa", "hf-compile")
+_TORCH_PADDED = (FAST, "hf-sdpa", "hf-compile")
+# Peers on CPUs, without the one that compiles for a minute, and what each engine can do about padding.
+_ENGINES = ("hf-sdpa", "onnxruntime", "openvino", "onnxruntime-int8", "openvino-int8")
+_SORTED = ("onnxruntime-sorted", "openvino-sorted", "onnxruntime-int8-sorted", "openvino-int8-sorted")
+_PEERS = (*OURS, "hf-compile", *_ENGINES)
+_REAL_PEERS = (*_PEERS, *_SORTED)
+_LONG_PEERS = (*OURS, "openvino", "openvino-int8", *_SORTED)  # padded 32 x 512: the faster engine alone
+# Loading: each of ONNX Runtime's graphs is a file of its own.
+LOAD_SIDES = (*_PEERS, "onnxruntime-fused", "onnxruntime-int8-fused")
+LOAD_BATCH, LOAD_SIDES_QUICK = "8x128", tuple(side for side in LOAD_SIDES if side != "hf-compile")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch by name, the sides that run on it and how many calls warm it up."""
+    """A batch by name, the sides that run on it, how many calls warm it up, and of which model (see models.py) it is."""
 
     name: str
-    sides: tuple[str, ...] = ALL_SIDES
+    sides: tuple[str, ...]
     warmup: int = 2
-
-    def rows(self, vocab_size: int) -> list[list[int]]:
-        """Token ids of every sequence."""
-        if self.name in lengths.BATCHES:
-            return lengths.batch(self.name, vocab_size)
-        batch, columns = map(int, self.name.split("x"))
-        generator = torch.Generator().manual_seed(0)
-        ids: list[list[int]] = torch.randint(
-            lengths.FIRST_ORDINARY_ID, vocab_size, (batch, columns), generator=generator
-        ).tolist()
-        return ids
+    model: str = "base"
 
 
-_CPU = (
-    *(Shape(name) for name in ("1x16", "1x128")),
-    *(Shape(name, warmup=1) for name in ("8x128", "4x512")),
-    Shape("sst2-32", PADDED_SIDES),
-    Shape("mixed-32", LONG_SIDES, warmup=1),
-)
-_CPU_LONG = (Shape("imdb-32", LONG_SIDES, warmup=1),)
-_CUDA = tuple(Shape(name) for name in ("1x128", "64x128", "64x512", *lengths.BATCHES))
-_QUICK = (Shape("1x16"), Shape("sst2-32"))
-
-
-def shape_list(device_type: str, quick: bool = False, long: bool = False) -> tuple[Shape, ...]:
-    """The shapes of a run: `quick` for a check alone, `long` with those that take minutes on a CPU."""
+def model_shapes(device_type: str, quick: bool = False) -> tuple[Shape, ...]:
+    """bench_model.py's batches of ALBERT-base."""
     if quick:
-        return _QUICK
+        return Shape("1x16", _TORCH), Shape("sst2-32", _TORCH_PADDED)
     if device_type == "cuda":
-        return _CUDA
-    return _CPU + (_CPU_LONG if long else ())
+        return tuple(Shape(name, _TORCH) for name in ("1x128", "64x128", "64x512", *lengths.BATCHES))
+    dense = (Shape(name, _TORCH, warmup=1 if name[0] > "1" else 2) for name in ("1x16", "1x128", "8x128", "4x512"))
+    return *dense, Shape("sst2-32", _TORCH_PADDED)
+
+
+def cpu_shapes(quick: bool = False, long: bool = False) -> tuple[Shape, ...]:
+    """bench_cpu_peers.py's batches; `long` adds the one that takes the longest."""
+    if quick:
+        return (
+            Shape("1x16", _PEERS),
+            Shape("sst2-32", (*OURS, *_ENGINES, *_SORTED)),
+            Shape("2", (*OURS, *_ENGINES), model="plbert"),
+        )
+    shapes = (
+        *(Shape(name, _PEERS) for name in ("1x16", "1x128")),
+        *(Shape(name, _PEERS, warmup=1) for name in ("8x128", "4x512")),
+        Shape("sst2-32", _REAL_PEERS),
+        Shape("mixed-32", _LONG_PEERS, warmup=1),
+        Shape("1x128", _PEERS, model="large"),
+        *(Shape(name, _PEERS, model="plbert") for name in ("1", "8")),
+    )
+    return (*shapes, Shape("imdb-32", _LONG_PEERS, warmup=1)) if long else shapes
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,23 @@ class Batch:
     def real(self, hidden_states: Tensor) -> Tensor:
         """(B, S, H) -> (T, H): the real tokens' rows."""
         return hidden_states[self.mask.bool().to(hidden_states.device)]
+
+    def by_length(self, rows: int = 8) -> list[tuple[Tensor, Batch]]:
+        """Sub-batches of `rows` sequences of similar length, each padded to its own longest, and which rows they hold."""
+        order = torch.tensor(self.lengths).argsort(stable=True)
+        parts = []
+        for chosen in order.split(rows):
+            lengths = [self.lengths[row] for row in chosen.tolist()]
+            ids, mask = (t[chosen, : max(lengths)].contiguous() for t in (self.ids, self.mask))
+            parts.append((chosen, Batch(ids, mask, lengths)))
+        return parts
+
+    def join(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The outputs (rows, S', H) of the sub-batches, put back to (B, S, H) with zeros where there is none."""
+        joined = outputs[0].new_zeros(*self.ids.shape, outputs[0].shape[-1])
+        for (chosen, _), output in zip(self.by_length(), outputs, strict=True):
+            joined[chosen, : output.shape[1]] = output
+        return joined
 
 
 def model_operations(config: ALBERTConfig, lengths: Sequence[int]) -> float:

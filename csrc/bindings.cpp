@@ -23,6 +23,11 @@
 #include "cpu/kernels.h"
 #undef ALBERT_FAST_ISA
 #endif
+#if defined(ALBERT_FAST_HAS_AVX512_VNNI)
+#define ALBERT_FAST_ISA avx512_vnni
+#include "cpu/kernels.h"
+#undef ALBERT_FAST_ISA
+#endif
 
 #if defined(ALBERT_FAST_CUDA)
 #include "cuda/embedding_projection.h"
@@ -32,10 +37,14 @@ namespace py = pybind11;
 
 namespace {
 
-enum class Isa { kPortable, kAvx2, kAvx512, kCount };
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
+// In order: what one has, the next has too.
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kCount };
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
 
 bool is_compiled(Isa isa) {
+#if defined(ALBERT_FAST_HAS_AVX512_VNNI)
+    if (isa == Isa::kAvx512Vnni) return true;
+#endif
 #if defined(ALBERT_FAST_HAS_AVX512)
     if (isa == Isa::kAvx512) return true;
 #endif
@@ -50,10 +59,10 @@ bool is_supported([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == Isa::kAvx2) return avx2;
-    if (isa == Isa::kAvx512) {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    }
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (isa == Isa::kAvx512) return avx512;
+    if (isa == Isa::kAvx512Vnni) return avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
     return isa == Isa::kPortable;
 }
@@ -70,16 +79,21 @@ Isa choose_isa() {
         throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced + ": " +
                                  (is_compiled(isa) ? "this CPU does not have it" : "not compiled into this build"));
     }
-    throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced + ": must be portable, avx2 or avx512");
+    throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced + ": must be portable, avx2, avx512 or avx512_vnni");
 }
 
+#if defined(ALBERT_FAST_HAS_AVX512_VNNI)
+#define IF_VNNI(function) isa >= Isa::kAvx512Vnni ? albert_fast::avx512_vnni::function:
+#else
+#define IF_VNNI(function)
+#endif
 #if defined(ALBERT_FAST_HAS_AVX512)
-#define IF_AVX512(function) isa == Isa::kAvx512 ? albert_fast::avx512::function:
+#define IF_AVX512(function) isa >= Isa::kAvx512 ? albert_fast::avx512::function:
 #else
 #define IF_AVX512(function)
 #endif
 #if defined(ALBERT_FAST_HAS_AVX2)
-#define IF_AVX2(function) isa == Isa::kAvx2 ? albert_fast::avx2::function:
+#define IF_AVX2(function) isa >= Isa::kAvx2 ? albert_fast::avx2::function:
 #else
 #define IF_AVX2(function)
 #endif
@@ -136,9 +150,11 @@ PYBIND11_MODULE(_C, module) {
         "build_info", [isa] { return build_info(isa); },
         "What was compiled in, and the instruction set that was chosen when the module was imported.");
 
-#define EXPORT(function)                                                                         \
-    module.def(#function, IF_AVX512(function) IF_AVX2(function) albert_fast::portable::function, \
+// CHOICES: the instruction sets beside the portable one that a function is compiled for, the widest first.
+#define EXPORT_FOR(CHOICES, function)                                   \
+    module.def(#function, CHOICES albert_fast::portable::function, \
                py::call_guard<py::gil_scoped_release>())
+#define EXPORT(function) EXPORT_FOR(IF_AVX512(function) IF_AVX2(function), function)
     EXPORT(embedding_layer_norm_fwd_cpu);
     EXPORT(embedding_layer_norm_bwd_cpu);
     EXPORT(attention_fwd_cpu);
@@ -153,6 +169,11 @@ PYBIND11_MODULE(_C, module) {
     EXPORT(encoder_pack_cpu);
     EXPORT(encoder_fwd_cpu);
 #undef EXPORT
+#define EXPORT(function) EXPORT_FOR(IF_VNNI(function) IF_AVX512(function) IF_AVX2(function), function)
+    EXPORT(quantized_encoder_fwd_cpu);
+    EXPORT(quantized_encoder_limit_cpu);
+#undef EXPORT
+#undef EXPORT_FOR
 #if defined(ALBERT_FAST_CUDA)
     module.def("embedding_projection_fwd_cuda", by_address(embedding_projection_fwd_cuda),
                py::call_guard<py::gil_scoped_release>());

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import albert_fast
-from albert_fast import reference, weights
+from albert_fast import pretrained, reference, weights
 from albert_fast.testing.twins import NAMES, OUTPUTS, SMALL, drawn_inputs, twins
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]
@@ -212,7 +212,7 @@ def test_the_dtype_of_the_file(module: ModuleType, dtype: torch.dtype, saved: Pa
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_precision_of_the_eager_models(precision: str, saved: Path, tmp_path: Path) -> None:
-    dtype = weights.PRECISIONS[precision]
+    dtype = pretrained.PRECISIONS[precision]
     model = reference.ALBERTForPreTraining.from_pretrained(saved, precision=precision)
     exact = reference.ALBERTForPreTraining.from_pretrained(saved)
     assert_same_bits(model.state_dict(), {key: tensor.to(dtype) for key, tensor in exact.state_dict().items()})

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_FOLDERS = ("albert_fast", "kernels")
 MAX_LINES = 450
 OPERATORS = sorted(dispatch.TABLE)
-MADE_OF_OTHERS = {"encoder"}  # where they have no kernel, the model runs those others
+# Where `encoder` has no kernel the model runs the others; integer weights are for CPUs.
+WITHOUT_GPU = {"encoder", "quantized_encoder"}
 # Peers and heavy libraries: never needed to import albert_fast, so never imported where a module is loaded.
 BASE_LIBRARIES = {"torch", "numpy", "safetensors"}
 
@@ -76,7 +77,7 @@ def test_operator_has_all_of_its_parts(op):
     wanted += [folders[backend].format(op) for backend in sorted(backends - {"reference"})]
     assert [path for path in wanted if not (ROOT / path).is_file()] == []
     assert {"cpp", "reference"} <= backends, "every operator runs on a CPU, and has a reference"
-    assert {"triton", "cuda"} & backends or op in MADE_OF_OTHERS, "every operator has a GPU kernel"
+    assert {"triton", "cuda"} & backends or op in WITHOUT_GPU, "every operator has a GPU kernel"
     assert callable(getattr(ops, op)), "the public function"
     assert callable(getattr(ops, f"{op}_ref")), "the reference"
     assert hasattr(torch.ops.albert_fast, f"{op}_fwd"), "registered with torch.library"
@@ -115,7 +116,8 @@ def test_kernels_import_torch_and_triton_alone():
 ABOVE = {"training", "commands", "cli", "testing"}
 BELOW = {"kernels", "_C"}  # reached through ops alone
 # layer -> the parts of albert_fast that it may not import
-TOP = {"modeling", "encoder", "heads", "reference", "weights", "tokenization", "plan", "info"}
+TOP = {"modeling", "encoder", "heads", "reference", "pretrained", "weights", "tokenization", "plan",
+       "info"}  # fmt: skip
 APART = {
     "dispatch.py": ABOVE | TOP | {"ops", "kernels", "registration", "packing", "gemm"},
     "registration.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},
@@ -125,7 +127,11 @@ APART = {
     "config.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "weights.py": ABOVE
     | BELOW
+    | {"ops", "packing", "gemm", "dispatch", "pretrained", "modeling", "encoder", "heads", "reference", "tokenization"},
+    "pretrained.py": ABOVE
+    | BELOW
     | {"ops", "packing", "gemm", "modeling", "encoder", "heads", "reference", "tokenization"},
+    "quantization.py": ABOVE | BELOW | TOP | {"packing", "gemm", "dispatch"},
     "plan.py": ABOVE | BELOW | {"reference", "tokenization", "weights"},
     "info.py": ABOVE | BELOW | {"ops", "modeling", "encoder", "heads", "reference", "tokenization", "weights"},
     "ops": ABOVE | TOP,

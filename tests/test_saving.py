@@ -181,8 +181,8 @@ def test_the_folder(tmp_path: Path) -> None:
     (folder / "vocabulary.txt").write_text("kept")
     before = os.umask(0o027)
     try:
-        weights.save_checkpoint(model_of(SMALL, 0), folder)
-        weights.save_checkpoint(model_of(SMALL, 0), tmp_path / "new" / "folder")
+        model_of(SMALL, 0).save_pretrained(folder)
+        model_of(SMALL, 0).save_pretrained(tmp_path / "new" / "folder")
     finally:
         os.umask(before)
     assert litter(folder) == ["vocabulary.txt"]

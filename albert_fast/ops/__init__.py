@@ -10,8 +10,10 @@ from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref
 from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, stage_seconds
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
+from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
 
 __all__ = [
+    "PRODUCTS",
     "STAGES",
     "WEIGHTS",
     "TokenIndexError",
@@ -28,5 +30,7 @@ __all__ = [
     "encoder_ref",
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
+    "quantized_encoder",
+    "quantized_encoder_ref",
     "stage_seconds",
 ]

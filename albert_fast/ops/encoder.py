@@ -30,7 +30,7 @@ WEIGHTS = {
 # What the kernel's time goes to, in the order in which it counts.
 STAGES = (
     *("query, key, value", "attention", "attention output", "add, LayerNorm"),
-    *("FFN up, activation", "FFN down", "copies", "waiting"),
+    *("FFN up, activation", "FFN down", "rounding to integers", "copies", "waiting"),
 )
 WEIGHT_NAMES = tuple(WEIGHTS)
 _PER_LAYER = len(WEIGHTS)
@@ -110,6 +110,11 @@ def packed(weights: Sequence[Tensor]) -> Tensor:
     return found.memory
 
 
+def profile_address() -> int:
+    """Where kernels add their seconds by stage; 0 where nobody asks."""
+    return 0 if _profile is None else _profile.data_ptr()
+
+
 @contextmanager
 def stage_seconds() -> Iterator[Tensor]:
     """Inside, calls of the C++ kernel add their seconds to the tensor that this yields: (threads, len(STAGES)) float64.
@@ -143,7 +148,7 @@ def _fwd(
         cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(hidden), 0 if rows is None else rows.data_ptr(),
         0 if cu_rows is None else cu_rows.data_ptr(), 0 if rows is None else len(rows), hidden.shape[1],
         len(layers[0][WEIGHT_NAMES.index("ffn")]), num_heads, softmax_scale, eps, ACTS.index(act),
-        0 if _profile is None else _profile.data_ptr(), torch.get_num_threads(),
+        profile_address(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -156,6 +161,32 @@ register(
         hidden.new_empty((hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]))
     ),
 )
+
+
+def check_tokens(
+    op: str, hidden: Tensor, order: Sequence[int], layers: int, cu_seqlens: Tensor, rows: Tensor | None,
+    cu_rows: Tensor | None, num_heads: int, softmax_scale: float | None, act: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, float]:  # fmt: skip
+    """What both encoders ask of everything but weights: ValueError, or cu_seqlens, rows, cu_rows and scale as kernels take them."""
+    if hidden.dim() != 2 or num_heads < 1 or hidden.shape[1] % num_heads:
+        raise ValueError(
+            f"{op}: expected hidden (T, H), H a multiple of num_heads, got {tuple(hidden.shape)} and {num_heads} heads"
+        )
+    if act not in ACTS:
+        raise ValueError(f"{op}: unknown act {act!r}; known: {', '.join(ACTS)}")
+    if not order or not all(0 <= number < layers for number in order):
+        raise ValueError(f"{op}: the weights of {layers} layers do not make the layers {list(order)}")
+    if (rows is None) != (cu_rows is None):
+        raise ValueError(f"{op}: rows and cu_rows come together")
+    cu_seqlens = cu_seqlens.contiguous()
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ranges(op, "cu_seqlens", cu_seqlens, len(hidden))
+        if rows is not None and cu_rows is not None:
+            check_ranges(op, "cu_rows", cu_rows, len(rows))
+            if len(cu_rows) != len(cu_seqlens) or bool(((rows < 0) | (rows >= len(hidden))).any()):
+                raise ValueError(f"{op}: rows must lie in [0, {len(hidden)}) and cu_rows have the shape of cu_seqlens")
+            rows, cu_rows = rows.contiguous(), cu_rows.contiguous()
+    return cu_seqlens, rows, cu_rows, (hidden.shape[1] // num_heads) ** -0.5 if softmax_scale is None else softmax_scale
 
 
 def encoder(
@@ -185,14 +216,12 @@ def encoder(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation.
     """
-    if hidden.dim() != 2 or num_heads < 1 or hidden.shape[1] % num_heads:
-        raise ValueError(
-            f"encoder: expected hidden (T, H), H a multiple of num_heads, got {tuple(hidden.shape)} and {num_heads} heads"
-        )
-    if act not in ACTS:
-        raise ValueError(f"encoder: unknown act {act!r}; known: {', '.join(ACTS)}")
-    if len(weights) % _PER_LAYER or not all(0 <= number < len(weights) // _PER_LAYER for number in order) or not order:
-        raise ValueError(f"encoder: {len(weights)} weights do not make the layers {list(order)}, {_PER_LAYER} each")
+    count = len(weights) // _PER_LAYER
+    if len(weights) % _PER_LAYER:
+        raise ValueError(f"encoder: {len(weights)} weights do not make layers of {_PER_LAYER} each")
+    cu_seqlens, rows, cu_rows, softmax_scale = check_tokens(
+        "encoder", hidden, order, count, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, act
+    )
     sizes = {"H": hidden.shape[1], "3H": 3 * hidden.shape[1], "I": weights[WEIGHT_NAMES.index("ffn")].shape[0]}
     for i, weight in enumerate(weights):
         name, shape = (
@@ -204,20 +233,6 @@ def encoder(
                 f"encoder: expected {name} of shape {shape} in {hidden.dtype}, got {tuple(weight.shape)} in {weight.dtype}"
             )
     check_devices("encoder", hidden, *weights, cu_seqlens, rows, cu_rows)
-    if (rows is None) != (cu_rows is None):
-        raise ValueError("encoder: rows and cu_rows come together")
-    cu_seqlens = cu_seqlens.contiguous()
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_ranges("encoder", "cu_seqlens", cu_seqlens, len(hidden))
-        if rows is not None and cu_rows is not None:
-            check_ranges("encoder", "cu_rows", cu_rows, len(rows))
-            if len(cu_rows) != len(cu_seqlens) or bool(((rows < 0) | (rows >= len(hidden))).any()):
-                raise ValueError(
-                    f"encoder: rows must lie in [0, {len(hidden)}) and cu_rows have the shape of cu_seqlens"
-                )
-            rows, cu_rows = rows.contiguous(), cu_rows.contiguous()
-    if softmax_scale is None:
-        softmax_scale = (hidden.shape[1] // num_heads) ** -0.5
     call = torch.ops.albert_fast.encoder_fwd if needs_dispatcher(hidden, *weights) else _fwd
     return call(
         hidden, list(weights), list(order), cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act, backend

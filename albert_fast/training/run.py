@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ..weights import PretrainedMixin
+from ..pretrained import PretrainedMixin
 from .checkpointing import load_state, random_state, save_state, set_random_state, write_log
 from .data import LengthBucketSampler, TextDataset
 from .loop import Criterion, test, train

@@ -1,5 +1,5 @@
-// A layer of the encoder as encoder.cpp reads it: sizes, matrices packed in one piece of memory, vectors as the model
-// has them.
+// A layer of the encoder as encoder.h reads it: sizes, matrices packed in one piece of memory, vectors as the model has
+// them. `Float32` is the arithmetic of encoder.cpp; quantized_layer.h has those of quantized_encoder.cpp.
 #pragma once
 
 #include "packed_gemm.h"
@@ -9,73 +9,122 @@ namespace albert_fast::ALBERT_FAST_ISA {
 // Columns of the feed-forward block's middle that are made and used up at a time.
 constexpr std::int64_t kSlice = 768;
 
-// Sizes of a layer and where its parts stand in packed memory.
+// Sizes of a layer whose matrices are packed in panels of `panel` columns.
 struct Sizes {
-    std::int64_t hidden, middle, width, stride;
+    std::int64_t hidden, middle, panel, width, stride;
 
-    Sizes(std::int64_t hidden, std::int64_t middle)
-        : hidden(hidden), middle(middle), width(round_up(hidden, kPanel)), stride(row_stride(hidden)) {}
+    Sizes(std::int64_t hidden, std::int64_t middle, std::int64_t panel)
+        : hidden(hidden),
+          middle(middle),
+          panel(panel),
+          width(round_up(hidden, panel)),
+          stride(row_stride(width)) {}
 
-    std::int64_t panels() const { return width / kPanel; }
+    std::int64_t panels() const { return width / panel; }
     std::int64_t slices() const { return divide_up(middle, kSlice); }
     std::int64_t slice_end(std::int64_t slice) const { return smaller(middle, (slice + 1) * kSlice); }
     std::int64_t slice_columns(std::int64_t slice) const { return slice_end(slice) - slice * kSlice; }
-    // Query, key and value, each from a whole panel on.
-    std::int64_t qkv() const { return 3 * packed_size(hidden, hidden); }
-    std::int64_t dense() const { return packed_size(hidden, hidden); }
-    std::int64_t ffn() const { return packed_size(middle, hidden); }
-    std::int64_t ffn_output() const { return width * middle; }
-    std::int64_t packed() const { return qkv() + dense() + ffn() + ffn_output(); }
 };
 
-// One of the distinct layers. Vectors are those of the model, matrices are packed.
-struct Layer {
-    const float *qkv, *dense, *ffn, *ffn_output;
+// The vectors of one of the distinct layers.
+struct LayerVectors {
     const float *qkv_bias, *dense_bias, *norm_weight, *norm_bias;
     const float *ffn_bias, *ffn_output_bias, *full_norm_weight, *full_norm_bias;
 };
 
-// Addresses in a layer's row of the table that Python hands over; the order of `WEIGHTS` in albert_fast/ops/encoder.py.
-enum Slot : int {
-    kQkv,
-    kQkvBias,
-    kDense,
-    kDenseBias,
-    kNormWeight,
-    kNormBias,
-    kFfn,
-    kFfnBias,
-    kFfnOutput,
-    kFfnOutputBias,
-    kFullNormWeight,
-    kFullNormBias,
-    kPacked,
-    kSlots
-};
-
-static inline const float* at(const std::int64_t* row, Slot slot) { return reinterpret_cast<const float*>(row[slot]); }
-
-static inline Layer layer_of(const std::int64_t* row, const Sizes& sizes) {
-    const float* packed = at(row, kPacked);
-    const float *dense = packed + sizes.qkv(), *ffn = dense + sizes.dense(), *ffn_output = ffn + sizes.ffn();
-    return {packed,
-            dense,
-            ffn,
-            ffn_output,
-            at(row, kQkvBias),
-            at(row, kDenseBias),
-            at(row, kNormWeight),
-            at(row, kNormBias),
-            at(row, kFfnBias),
-            at(row, kFfnOutputBias),
-            at(row, kFullNormWeight),
-            at(row, kFullNormBias)};
-}
+// An address in a row of the table that Python hands over.
+static inline const float* at(const std::int64_t* row, int slot) { return reinterpret_cast<const float*>(row[slot]); }
 
 // Element [begin, begin + kLanes) of a vector of n elements, zero beyond it.
 static inline Vec load_padded(const float* vector, std::int64_t begin, std::int64_t n) {
     if (begin + kLanes <= n) return load(vector + begin, Full{});
     return begin < n ? load(vector + begin, Part{static_cast<int>(n - begin)}) : Vec{};
 }
+
+// Products of float32: they read activations where they stand.
+struct Float32 {
+    static constexpr std::int64_t kColumnsOfPanel = kPanel;
+    static constexpr std::int64_t kRowsOfTile = kPackedRows;
+    static constexpr bool kRounds = false;
+
+    // k columns of all panels of a part of a matrix.
+    struct Matrix {
+        const float* packed;
+        std::int64_t k;
+    };
+
+    // The left side of a product, for rows of floats that stand anywhere.
+    struct Operand {
+        const float* rows;
+        std::int64_t stride;
+
+        Operand from(std::int64_t row) const { return {rows + row * stride, stride}; }
+    };
+
+    static std::int64_t operand_floats(std::int64_t, std::int64_t) { return 0; }
+    static Operand operand(const float* rows, std::int64_t stride, float*, std::int64_t, std::int64_t) {
+        return {rows, stride};
+    }
+    static void round(const float*, const Matrix&, const Operand&, std::int64_t) {}
+
+    template <class Emit>
+    static void product(const Operand& a, std::int64_t rows, const Matrix& w, std::int64_t first, std::int64_t last,
+                        Emit emit) {
+        packed_product(a.rows, a.stride, rows, w.packed, w.k, first, last, emit);
+    }
+
+    // Where the parts of a layer stand in packed memory.
+    class Layer {
+    public:
+        // Slots of a row of the table; the order of `WEIGHTS` in albert_fast/ops/encoder.py, then the packed memory.
+        enum Slot : int {
+            kQkv,
+            kQkvBias,
+            kDense,
+            kDenseBias,
+            kNormWeight,
+            kNormBias,
+            kFfn,
+            kFfnBias,
+            kFfnOutput,
+            kFfnOutputBias,
+            kFullNormWeight,
+            kFullNormBias,
+            kPacked,
+            kSlots
+        };
+
+        LayerVectors vectors;
+
+        Layer(const std::int64_t* row, const Sizes& sizes)
+            : vectors{at(row, kQkvBias),      at(row, kDenseBias),      at(row, kNormWeight),
+                      at(row, kNormBias),     at(row, kFfnBias),        at(row, kFfnOutputBias),
+                      at(row, kFullNormWeight), at(row, kFullNormBias)},
+              packed_(at(row, kPacked)),
+              sizes_(sizes) {}
+
+        // Query, key or value (0, 1, 2), each from a whole panel on.
+        Matrix qkv(std::int64_t part) const { return {packed_ + part * square(sizes_), sizes_.hidden}; }
+        Matrix dense() const { return {packed_ + 3 * square(sizes_), sizes_.hidden}; }
+        Matrix ffn(std::int64_t slice) const {
+            return {packed_ + 4 * square(sizes_) + slice * kSlice * sizes_.hidden, sizes_.hidden};
+        }
+        Matrix ffn_output(std::int64_t slice) const {
+            const float* all = packed_ + 4 * square(sizes_) + up(sizes_);
+            return {all + slice * kSlice * sizes_.width, sizes_.slice_columns(slice)};
+        }
+
+        static std::int64_t floats(const Sizes& sizes) {
+            return 4 * square(sizes) + up(sizes) + sizes.width * sizes.middle;
+        }
+
+    private:
+        const float* packed_;
+        Sizes sizes_;
+
+        static std::int64_t square(const Sizes& sizes) { return sizes.width * sizes.hidden; }
+        static std::int64_t up(const Sizes& sizes) { return round_up(sizes.middle, kPanel) * sizes.hidden; }
+    };
+};
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

@@ -1,0 +1,144 @@
+"""from_pretrained and save_pretrained: what every model of `reference.py` and `modeling.py` inherits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch
+from .config import ALBERTConfig
+from .weights import config_path, load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How config.json names checkpoints with integer layers, which only this library reads.
+QUANT_METHOD = "albert_fast"
+
+
+def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
+    """What transformers expects in config.json; the dtype is that of the file beside it."""
+    values = model.config.to_dict()
+    values.pop("torch_dtype", None)
+    values.pop("quantization_config", None)
+    if model.integer_bits is not None:
+        values["quantization_config"] = {"quant_method": QUANT_METHOD, "bits": model.integer_bits}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {**values, "architectures": [type(model).__name__.replace("ALBERT", "Albert")], "dtype": dtype}
+
+
+def _integer_bits(config: ALBERTConfig, path: Path) -> int | None:
+    """Of the weights beside a config.json, where they are integers of ours."""
+    values = config.extra.get("quantization_config")
+    if values is None:
+        return None
+    method, bits = (values.get(key) for key in ("quant_method", "bits")) if isinstance(values, dict) else (None, None)
+    if method != QUANT_METHOD or bits not in (8, 16):
+        raise ValueError(f"{path}: quantization_config {values!r} is not one of this library's")
+    return int(bits)
+
+
+Model = TypeVar("Model", bound="PretrainedMixin")
+# Batches as a model takes them: (input_ids, attention_mask), (B, S) each, or input_ids alone.
+Calibration = Iterable[tuple[Tensor, Tensor | None] | Tensor]
+
+
+class PretrainedMixin(nn.Module):
+    """from_pretrained and save_pretrained, for every model of `reference.py` and `modeling.py`.
+
+    `prefix` is what the encoder's names begin with. A bare model (prefix "") takes `add_pooling_layer` as its second
+    argument.
+    """
+
+    prefix: ClassVar[str] = "albert."
+
+    def __init__(self, config: ALBERTConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def init_weights(self) -> None:
+        """Linear and Embedding weights from N(0, initializer_range), zero biases, a zero row for the pad token."""
+        done = set[int]()
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and id(module.weight) not in done:
+                done.add(id(module.weight))  # a decoder is tied to the embeddings, which come first
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    nn.init.zeros_(module.weight[module.padding_idx])
+                elif isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @classmethod
+    def check_backend(cls, backend: str, precision: str) -> None:
+        """Raises ValueError, with the reason, for what this class cannot run; called before anything is read."""
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend {backend!r}: this model is plain PyTorch; it takes 'auto' or 'reference'")
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(PRECISIONS)}"
+            )
+
+    def use_backend(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
+        """Called by from_pretrained once the weights are in place, on their device: float32, or integers already."""
+        self.to(PRECISIONS[precision])
+
+    @property
+    def integer_bits(self) -> int | None:
+        """Of the layers' weights where those are integers; None where they are floats."""
+        return None
+
+    def expect_integers(self, bits: int) -> None:
+        """Make room for the integer weights of a checkpoint."""
+        raise ValueError(f"{type(self).__name__} is plain PyTorch and does not run integer weights")
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_hub_id: str | Path,
+        *,
+        backend: str = "auto",
+        precision: str = "fp32",
+        device: str | torch.device | None = None,
+        allow_missing_head: bool = False,
+        calibration: Calibration | None = None,
+        **config_overrides: Any,
+    ) -> Model:
+        """The model of a checkpoint folder, weights file or hub id, in eval mode.
+
+        Float16 and bfloat16 checkpoints become float32 parameters unless `precision` says otherwise. A bare model has a
+        pooler if the checkpoint has one. `allow_missing_head` starts a new task: see `load_into`. `config_overrides`
+        are fields of ALBERTConfig.
+
+        "int8" and "int16" round the layers' weights on the way in. `calibration`, a list of (input_ids, attention_mask)
+        (B, S) as the model will see them, decides how; without it int8 is calibrated on random ids. What `save_pretrained`
+        makes of such a model loads again in the same precision, as it is.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: a checkpoint that does not fit.
+            BackendUnavailableError: a device, backend or precision that cannot run here; says why, and what can.
+            TypeError: an override that is no field of the configuration.
+        """
+        cls.check_backend(backend, precision)
+        dispatch.check_device(device)
+        path = resolve(path_or_hub_id)
+        config_file = config_path(path if path.is_dir() else path.parent)
+        config = ALBERTConfig.from_json_file(config_file).replace(**config_overrides)
+        bits = _integer_bits(config, config_file)
+        if bits is not None and precision != f"int{bits}":
+            raise ValueError(f"{path}: holds int{bits} weights: load it with precision='int{bits}', not {precision!r}")
+        state = rename_old_names(load_checkpoint(path), cls.prefix)
+        arguments = () if cls.prefix else ("pooler.weight" in state,)
+        model = cls(config, *arguments)
+        if bits is not None:
+            model.expect_integers(bits)
+        load_into(model, state, allow_missing_head=allow_missing_head)
+        model.to(device)
+        model.use_backend(backend, precision, calibration)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors: see `save_checkpoint`. transformers reads them, unless layers are integers."""
+        save_checkpoint(self, _config_dict(self), directory)

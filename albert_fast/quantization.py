@@ -1,0 +1,221 @@
+"""Integer weights for the integer kernels of a CPU: how they are rounded, and the module that holds them.
+
+A product W x + b is computed as (W / r) ((x - c) r) + (b + W c), which is exact for any factor r and shift c of each channel
+of x. With c the mean of calibration inputs, channels that are large and hardly vary vanish before x is rounded, and weights'
+rounding errors have no mean effect; r moves what range is left from activations into weights; the integers of W / r are
+chosen one column after another, each later column making up for the errors before it (GPTQ, Frantar et al. 2022,
+arXiv 2210.17323). The layer is shared, so all of its applications calibrate one set of integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ALBERTConfig
+from .ops.quantized_encoder import FORMATS, SLICE, channel_sums, pack, pack_channels, unpack, unpack_channels
+
+PRECISIONS = {"int16": 16, "int8": 8}
+# Elements of a row whose products int16 adds up in 32 bits: kRun steps of csrc/cpu/integer_gemm.h.
+RUN = 128
+
+
+class QuantizedLinear(nn.Module):
+    """Stands where a Linear (K -> N) of a layer stood: integers in the kernel's layout, one copy, and float32 around them.
+
+    state_dict has `weight` (N, K) in int8 or int16, `weight_scale` (N,), `rescale` and `shift` (K,), and `bias` (N,):
+    W x + b = weight_scale * (weight (x * rescale + shift)) + bias.
+    """
+
+    integers: Tensor
+    scales: Tensor
+    sums: Tensor
+    rescale: Tensor
+    shift: Tensor
+
+    def __init__(self, product: str, shape: tuple[int, int], bits: int) -> None:
+        super().__init__()
+        self.product, self.shape, self.bits = product, shape, bits
+        n, k = shape
+        self.bias = nn.Parameter(torch.zeros(n), requires_grad=False)
+        self.register_buffer("rescale", torch.ones(k))
+        self.register_buffer("shift", torch.zeros(k))
+        for name in ("integers", "scales", "sums"):
+            self.register_buffer(name, None, persistent=False)
+        self._set(torch.zeros(shape, dtype=FORMATS[bits].dtype), torch.ones(n))
+
+    def _set(self, integers: Tensor, scale: Tensor) -> None:
+        self.integers = pack(self.product, integers)
+        self.scales, self.sums = pack_channels(self.product, scale), channel_sums(self.product, integers)
+
+    @classmethod
+    def rounded(
+        cls, product: str, linear: nn.Linear, bits: int, inputs: Tensor | None, representative: bool
+    ) -> QuantizedLinear:
+        """`linear` in integers.
+
+        `inputs` (T, K) are what it was given in float32; None: neither shift nor factor. Where they are representative of
+        what it will be given, the integers of int8 are fitted to them; fitted to random ids they err more than the nearest.
+        """
+        weight, bias = linear.weight.detach().float(), linear.bias.detach().float()
+        module = cls(product, (weight.shape[0], weight.shape[1]), bits)
+        shift, rescale = torch.zeros(weight.shape[1]), torch.ones(weight.shape[1])
+        if inputs is not None and len(inputs):
+            shift = inputs.mean(0)
+            inputs = inputs - shift
+            rescale = balanced(weight, inputs)
+            if bits == 8:
+                rescale = rescaling(weight, inputs, _slices(product, weight.shape[1]), rescale)
+            inputs = inputs * rescale
+        rescaled = weight / rescale
+        scale = rescaled.abs().amax(1) / FORMATS[8].weight_levels if bits == 8 else int16_scale(rescaled)
+        scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
+        if inputs is not None and len(inputs) and representative and bits == 8:
+            integers = gptq(rescaled, inputs.t() @ inputs, scale)
+        else:
+            integers = torch.round(rescaled / scale[:, None])
+        module._set(integers.to(FORMATS[bits].dtype), scale)
+        module.rescale.copy_(rescale)
+        module.shift.copy_(-shift * rescale)
+        module.bias.data.copy_(bias + weight @ shift)
+        return module
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = unpack(self.product, self.integers, self.shape)
+        destination[prefix + "weight_scale"] = unpack_channels(self.product, self.scales, self.shape[0])
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        own = {prefix + name for name in ("weight", "weight_scale")}
+        rest = {key: value for key, value in state_dict.items() if key not in own}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[arg-type]
+        missing += [key for key in sorted(own) if key not in state_dict]
+        if own <= state_dict.keys():
+            weight, scale = state_dict[prefix + "weight"], state_dict[prefix + "weight_scale"]
+            if self.bits == 16 and not fits_sums(weight):
+                errors.append(f"{prefix}weight: its sums do not fit the 32 bits in which they are added up")
+                return
+            self._set(weight, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("a quantised layer runs as a whole: see ops.quantized_encoder")
+
+
+def _slices(product: str, k: int) -> list[slice]:
+    """Columns of the activations that are rounded together."""
+    width = SLICE if product == "ffn_output" else k
+    return [slice(i, min(i + width, k)) for i in range(0, k, width)]
+
+
+def _run_sums(weight: Tensor) -> Tensor:
+    """(N, K) -> (N, runs): sums of magnitudes over runs of RUN columns."""
+    magnitude = F.pad(weight.double().abs(), (0, -weight.shape[1] % RUN))
+    return magnitude.unflatten(1, (-1, RUN)).sum(2)
+
+
+def int16_scale(weight: Tensor) -> Tensor:
+    """(N, K) -> (N,): the finest steps at which no run of products with activations can leave 32 bits."""
+    form = FORMATS[16]
+    limit = (2**31 - 1) / form.activation_levels - RUN / 2  # rounding adds half a step a column at most
+    return torch.maximum(weight.abs().amax(1).double() / form.weight_levels, _run_sums(weight).amax(1) / limit).float()
+
+
+def fits_sums(integers: Tensor) -> bool:
+    """Whether int16 weights (N, K) keep what `int16_scale` promises."""
+    return float(_run_sums(integers).amax()) * FORMATS[16].activation_levels < 2**31
+
+
+def balanced(weight: Tensor, inputs: Tensor) -> Tensor:
+    """W (N, K), centred inputs (T, K) -> r (K,), by which both are of one size in every channel."""
+    return (_floored(weight.abs().amax(0)) / _floored(inputs.square().mean(0).sqrt())).sqrt()
+
+
+def rescaling(
+    weight: Tensor, inputs: Tensor, slices: list[slice], start: Tensor, steps: int = 60, rate: float = 0.05
+) -> Tensor:
+    """W (N, K), centred inputs (T, K) -> r (K,) where the noise of both roundings is least, by Adam on log r from `start`.
+
+    Rounding errors count as uniform within a step. That of the activations is a row's range / 255 in every channel and is
+    amplified by the channel's weights; that of the weights is an output channel's largest weight / 127 and is amplified by
+    the activations.
+    """
+    inputs = inputs[:: max(1, len(inputs) // 512)]
+    energy, magnitude = inputs.square().mean(0), weight.abs()
+    column_energy = magnitude.square().sum(0)
+    log_r = start.log().requires_grad_()
+    optimizer = torch.optim.Adam([log_r], lr=rate)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        # Where the extremes stand is found without a gradient; only the extremes themselves are differentiated.
+        r = log_r.detach().exp()
+        largest = (magnitude / r).argmax(1)
+        ends = [(part, y.argmax(1), y.argmin(1)) for part in slices for y in [inputs[:, part] * r[part]]]
+        with torch.enable_grad():
+            r = log_r.exp()
+            weight_steps = magnitude.gather(1, largest[:, None])[:, 0] / r[largest] / 127
+            noise = weight_steps.square().sum() * (energy * r.square()).sum()
+            for part, high, low in ends:
+                y, factor = inputs[:, part], r[part]
+                span = (y.gather(1, high[:, None])[:, 0] * factor[high]).clamp(min=0) - (
+                    y.gather(1, low[:, None])[:, 0] * factor[low]
+                ).clamp(max=0)
+                noise = noise + (span / 255).square().mean() * (column_energy[part] / factor.square()).sum()
+            optimizer.zero_grad()
+            noise.log().backward()
+        optimizer.step()
+    r = log_r.detach().exp()
+    return r if bool(r.isfinite().all()) else start
+
+
+def _floored(x: Tensor) -> Tensor:
+    """x, no element less than a 1e-5th of the largest: a dead channel must not ask for an infinite factor."""
+    return x.clamp(min=1e-5 * float(x.max()) + 1e-30)
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, damp: float = 0.01, block: int = 128) -> Tensor:
+    """W (N, K), X^T X (K, K), steps (N,) -> integers (N, K), as floats: those of W / step for which W X errs least.
+
+    Columns are rounded in the order of their energy; what a column's error does to the product is made up for by those that
+    are still floats, through the Cholesky factor of the inverse Hessian (algorithm 1 of the paper). Blocks only gather
+    updates into larger products.
+    """
+    levels, order = FORMATS[8].weight_levels, hessian.diagonal().argsort(descending=True, stable=True)
+    h = hessian.double()[order][:, order]
+    h.diagonal().add_(damp * h.diagonal().mean() + 1e-30)
+    # The upper R with R^T R = H^-1: H = U U^T with U upper, from the factor of H with its order reversed; R = U^-1.
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if failed or not lower.isfinite().all():
+        return (weight / scale[:, None]).round().clamp(-levels, levels)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype), upper=True).float()
+    left = (weight / scale[:, None]).t()[order]  # (K, N): a column of W is a row here, and contiguous
+    integers = torch.empty_like(left)
+    for begin in range(0, len(left), block):
+        end = min(begin + block, len(left))
+        errors = left.new_empty(end - begin, left.shape[1])
+        for i in range(begin, end):
+            integers[i] = left[i].round().clamp(-levels, levels)
+            errors[i - begin] = (left[i] - integers[i]) / factor[i, i]
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin], alpha=-1)
+        left[end:] -= factor[begin:end, end:].t() @ errors
+    return torch.empty_like(integers).index_copy_(0, order, integers).t()
+
+
+def random_batches(config: ALBERTConfig) -> list[tuple[Tensor, Tensor | None]]:
+    """Random ids (B, S) of the vocabulary, for want of real text; the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    longest = min(128, config.max_position_embeddings)
+    return [(torch.randint(config.vocab_size, (8 * longest // n, n), generator=generator), None)
+            for n in sorted({max(1, longest // 8), max(1, longest // 2)})]  # fmt: skip
+
+
+def sample(parts: tuple[Tensor, ...], most: int = 4096) -> Tensor:
+    """Rows (T, K) of all parts, at most about `most` of them, evenly chosen."""
+    step = max(1, sum(map(len, parts)) // most)
+    return torch.cat([part[::step] for part in parts])

@@ -1,0 +1,182 @@
+"""Inputs and plain torch for attention and for the two operators that run whole layers."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..ops._dropout import HEAD_STRIDE, keep_scale
+from ..ops.bias_gelu import act_ref
+from ..ops.quantized_encoder import VECTORS, unpack, unpack_channels
+from ..quantization import QuantizedLinear
+from .case import EPS, Inputs, drawn_seed, randn
+
+# attention: shapes are (lengths of queries, lengths of keys or None for the same, heads, head_dim) --------------------------
+
+
+def attention_inputs(shape, dtype, device="cpu", generator=None, dropout_p=0.0, sharpness=1.0) -> Inputs:
+    lengths_q, lengths_k, heads, head_dim = shape
+    lengths_k = lengths_q if lengths_k is None else lengths_k
+    width = heads * head_dim
+    # Views into one fused projection, as the model has them.
+    qkv = randn((max(sum(lengths_q), sum(lengths_k)), 3 * width), dtype, device, generator)
+    q, k, v = qkv.split(width, dim=1)
+    cu_q, cu_k = (
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        for lengths in (lengths_q, lengths_k)
+    )
+    return {
+        "q": q[: sum(lengths_q)], "k": k[: sum(lengths_k)], "v": v[: sum(lengths_k)], "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k, "max_seqlen_q": max(lengths_q, default=0), "max_seqlen_k": max(lengths_k, default=0),
+        "num_heads": heads, "softmax_scale": sharpness * head_dim**-0.5, "dropout_p": dropout_p,
+        "seed": drawn_seed(dropout_p, generator),
+    }  # fmt: skip
+
+
+def attention_eager(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed
+):
+    outputs = [q[:0]]
+    for (q0, q1), (k0, k1) in zip(
+        itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True
+    ):
+        query, key, value = (t.unflatten(1, (num_heads, -1)).transpose(0, 1) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        if k0 == k1:
+            outputs.append(torch.zeros_like(q[q0:q1]))
+            continue
+        p = torch.softmax(query @ key.transpose(1, 2) * softmax_scale, dim=-1)
+        if dropout_p:
+            rows = torch.arange(num_heads)[:, None, None] * HEAD_STRIDE + torch.arange(q0, q1)[:, None]
+            p = p * keep_scale(int(seed), rows, torch.arange(k1 - k0), dropout_p).to(q)
+        outputs.append((p @ value).transpose(0, 1).flatten(1))
+    return torch.cat(outputs)
+
+
+def attention_operations(inputs: Inputs) -> float:
+    lengths = zip(inputs["cu_seqlens_q"].diff().tolist(), inputs["cu_seqlens_k"].diff().tolist(), strict=True)
+    return 4.0 * inputs["q"].shape[1] * sum(a * b for a, b in lengths)
+
+
+# encoder: shapes are (lengths, hidden size, heads, intermediate size, distinct layers, steps) -------------------------------
+
+
+def encoder_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh", wanted=False) -> Inputs:
+    lengths, hidden, heads, middle, distinct, steps = shape
+    sizes = {"H": hidden, "3H": 3 * hidden, "I": middle}
+    weights = []
+    for name, spelt in list(ops.WEIGHTS.items()) * distinct:
+        size = tuple(sizes[letter] for letter in spelt.split())
+        scale = size[-1] ** -0.5 if len(size) == 2 else 0.2
+        drawn = randn(size, dtype, device, generator) * scale
+        weights.append(drawn + 1 if name.endswith("norm_weight") else drawn)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    rows = cu_rows = None
+    if wanted:  # about a third of the tokens
+        flags = torch.rand(sum(lengths), generator=generator) < 0.3
+        before = torch.cat([flags.new_zeros(1, dtype=torch.int32), flags.cumsum(0).int()])
+        rows, cu_rows = flags.nonzero().squeeze(1).to(device), before[cu_seqlens.long().cpu()].to(device)
+    return {
+        "hidden": randn((sum(lengths), hidden), dtype, device, generator), "weights": weights,
+        "order": [step * distinct // steps for step in range(steps)], "cu_seqlens": cu_seqlens, "rows": rows,
+        "cu_rows": cu_rows, "num_heads": heads, "softmax_scale": (hidden // heads) ** -0.5, "eps": EPS, "act": act,
+    }  # fmt: skip
+
+
+def encoder_eager(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act):
+    per_layer = len(ops.WEIGHTS)
+    for step, number in enumerate(order):
+        w = dict(zip(ops.WEIGHTS, weights[number * per_layer : (number + 1) * per_layer], strict=True))
+        q, k, v = F.linear(hidden, w["qkv"], w["qkv_bias"]).chunk(3, dim=1)
+        cu_q = cu_seqlens
+        if step + 1 == len(order) and rows is not None:
+            q, hidden, cu_q = q[rows], hidden[rows], cu_rows
+        context = attention_eager(q, k, v, cu_q, cu_seqlens, 0, 0, num_heads, softmax_scale, 0.0, None)
+        x = F.linear(context, w["dense"], w["dense_bias"]) + hidden
+        x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
+        y = F.linear(act_ref(F.linear(x, w["ffn"], w["ffn_bias"]), act), w["ffn_output"], w["ffn_output_bias"]) + x
+        hidden = F.layer_norm(y, y.shape[1:], w["full_norm_weight"], w["full_norm_bias"], eps)
+    return hidden
+
+
+def encoder_operations(inputs: Inputs) -> float:
+    lengths, matrices = inputs["cu_seqlens"].diff().double(), inputs["weights"][: len(ops.WEIGHTS)]
+    tokens, width = len(inputs["hidden"]), inputs["hidden"].shape[1]
+    products = 2.0 * tokens * sum(m.numel() for m in matrices if m.dim() == 2)
+    return len(inputs["order"]) * (products + 4.0 * float((lengths * lengths).sum()) * width)
+
+
+# quantized_encoder: shapes as of encoder -------------------------------------------------------------------------------------
+
+
+def quantized_encoder_inputs(
+    shape, dtype, device="cpu", generator=None, bits=8, act="gelu_tanh", wanted=False
+) -> Inputs:
+    inputs = encoder_inputs(shape, dtype, device, generator, act, wanted)
+    weights, names = inputs.pop("weights"), list(ops.WEIGHTS)
+    lists: dict[str, list[Tensor]] = {name: [] for name in ("integers", "scales", "sums", "rescales", "shifts")}
+    for i, weight in enumerate(weights):
+        name = names[i % len(names)]
+        if name not in ops.PRODUCTS:
+            continue
+        rescale = torch.rand(weight.shape[1], generator=generator) * 1.5 + 0.5
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        linear.weight.data = weight / rescale
+        rounded = QuantizedLinear.rounded(name, linear, bits, None, False)
+        shift = torch.randn(weight.shape[1], generator=generator)
+        for key, tensor in zip(lists, (rounded.integers, rounded.scales, rounded.sums, rescale, shift), strict=True):
+            lists[key].append(tensor)
+    vectors = [w for i, w in enumerate(weights) if names[i % len(names)] not in ops.PRODUCTS]
+    return {"vectors": vectors, **lists, **inputs, "bits": bits}
+
+
+def _rounded(x: Tensor, bits: int) -> Tensor:
+    """x (T, K), every row rounded to the nearest of 256 steps between its ends, or of 8191 on either side of zero."""
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    if bits == 16:
+        step = torch.maximum(high, -low) / 8191
+        return torch.where(step > 0, (x / step).round() * step, 0.0)
+    step = (high - low) / 255
+    zero = (-low / step).round()
+    return torch.where(step > 0, ((x / step + zero).round().clamp(0, 255) - zero) * step, 0.0)
+
+
+def quantized_encoder_eager(
+    hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale,
+    eps, act, bits,
+):  # fmt: skip
+    width, middle = hidden.shape[1], len(vectors[4])
+    shapes = {"qkv": (3 * width, width), "dense": (width, width), "ffn": (middle, width), "ffn_output": (width, middle)}
+    matrices = []
+    for i, (packed, scale) in enumerate(zip(integers, scales, strict=True)):
+        name = list(ops.PRODUCTS)[i % 4]
+        matrix = unpack(name, packed, shapes[name]).to(hidden.dtype)
+        matrices.append(matrix * unpack_channels(name, scale, shapes[name][0])[:, None])
+
+    def product(x: Tensor, at: int) -> Tensor:
+        x = x * rescales[at] + shifts[at]
+        parts = x.split(768, dim=1) if at % 4 == 3 else [x]
+        return torch.cat([_rounded(part, bits) for part in parts], dim=1) @ matrices[at].t()
+
+    for step, number in enumerate(order):
+        w, at = dict(zip(VECTORS, vectors[8 * number : 8 * number + 8], strict=True)), 4 * number
+        q, k, v = (product(hidden, at) + w["qkv_bias"]).chunk(3, dim=1)
+        cu_q = cu_seqlens
+        if step + 1 == len(order) and rows is not None:
+            q, hidden, cu_q = q[rows], hidden[rows], cu_rows
+        context = attention_eager(q, k, v, cu_q, cu_seqlens, 0, 0, num_heads, softmax_scale, 0.0, None)
+        x = product(context, at + 1) + w["dense_bias"] + hidden
+        x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
+        y = product(act_ref(product(x, at + 2) + w["ffn_bias"], act), at + 3) + w["ffn_output_bias"] + x
+        hidden = F.layer_norm(y, y.shape[1:], w["full_norm_weight"], w["full_norm_bias"], eps)
+    return hidden
+
+
+def quantized_encoder_operations(inputs: Inputs) -> float:
+    tokens, width, middle = len(inputs["hidden"]), inputs["hidden"].shape[1], len(inputs["vectors"][4])
+    pairs = float(inputs["cu_seqlens"].diff().double().square().sum())
+    products = 2.0 * tokens * (4 * width * width + 2 * width * middle)
+    return len(inputs["order"]) * (products + 4.0 * pairs * width)

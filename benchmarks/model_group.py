@@ -1,0 +1,138 @@
+"""The two questions about a whole model: how long a batch takes, and what it costs to load it in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import sides
+import torch
+from harness import CallGroup, Group, Options, Result, checked_errors, comparison
+from shapes import LOAD_BATCH, Batch, Shape, model_operations
+from torch import Tensor
+
+from albert_fast.testing.timing import Side
+
+_LOADS = 3  # samples of loading; each takes seconds, and a process of its own
+_SCRIPT = Path(__file__).with_name("load_engine.py")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class ModelGroup(CallGroup):
+    """One batch, the sides of its shape."""
+
+    bytes_moved = None
+    pause = True  # engines bring their own threads
+
+    def __init__(self, op: str, shape_name: str, shape: Shape, model: peers.Peers) -> None:
+        self.shape, self.model = shape, model
+        self.dtype, self.device = model.dtype, model.device
+        # torch.compile records its CUDA graphs in the first calls.
+        self.warmup = shape.warmup + (2 if model.device.type == "cuda" else 0)
+        self.key = f"{op}/fwd/{_dtype_name(model.dtype)}/{shape_name}"
+        self._batch: Batch | None = None
+
+    @property
+    def batch(self) -> Batch:
+        if self._batch is None:
+            self._batch = self.model.batch(self.shape.name)
+        return self._batch
+
+    @property
+    def operations(self) -> float:
+        return model_operations(self.model.config, self.batch.lengths)
+
+    def sides(self) -> tuple[str, ...]:
+        return self.shape.sides
+
+    def why_not(self, side: str) -> str | None:
+        return peers.why_not(side, self.model.model)
+
+    def ours(self, side: str) -> str:
+        return sides.ours(side)
+
+    def build(self, side: str) -> Side:
+        return Side(self.model.bind(side, self.batch))
+
+    def expected(self) -> tuple[Tensor, ...]:
+        return (self.model.expected(self.batch),)
+
+    def comparable(self, output: Any) -> tuple[Tensor, ...]:
+        if isinstance(output, list):
+            output = self.batch.join([torch.as_tensor(part) for part in output])
+        return (self.batch.real(torch.as_tensor(output)).float(),)
+
+    def close(self) -> None:
+        self._batch = None
+        torch.compiler.reset()
+
+
+class LoadGroup(Group):
+    """From files on disk to the first answer, every side in a fresh process; the samples are the seconds of loading."""
+
+    def __init__(self, shape_name: str, names: Sequence[str], model: peers.Peers) -> None:
+        self.model, self._sides = model, tuple(names)
+        self.key = f"load/fwd/{_dtype_name(model.dtype)}/{shape_name}"
+
+    @cached_property
+    def batch(self) -> Batch:
+        return self.model.batch(LOAD_BATCH)
+
+    def sides(self) -> tuple[str, ...]:
+        return self._sides
+
+    def why_not(self, side: str) -> str | None:
+        return peers.why_not(side, self.model.model)
+
+    def measure(self, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
+        """A B C A B C, a process each; the medians of what they report."""
+        reports: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        outputs: dict[str, Tensor] = {}
+        failures: dict[str, Exception] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(min(options.rounds, 1 if options.quick else _LOADS)):
+                for name in [name for name in names if name not in failures]:
+                    try:
+                        report, outputs[name] = self._load(name, Path(folder))
+                        reports[name].append(report)
+                    except Exception as error:  # belongs to its own row
+                        failures[name] = error
+        measured = [name for name in names if name not in failures]
+        samples = {name: [report["load_seconds"] for report in reports[name]] for name in measured}
+        expected = (self.model.expected(self.batch),) if measured else ()
+        results: dict[str, Result | Exception] = dict(failures)
+        for name, seconds in samples.items():
+            try:
+                errors = checked_errors((self.batch.real(outputs[name]),), expected, name, self.model.dtype)
+            except (AssertionError, ValueError) as error:
+                results[name] = error
+                continue
+            figures: dict[str, Any] = {"id": f"{self.key}/{name}", "milliseconds": statistics.median(seconds) * 1e3}
+            figures |= {key: statistics.median(report[key] for report in reports[name]) for key in reports[name][0]}
+            figures |= comparison(name, samples, sides.ours(name)) | errors | {"threads": options.threads}
+            results[name] = Result(seconds, figures)
+        return results
+
+    def _load(self, side: str, folder: Path) -> tuple[dict[str, float], Tensor]:
+        """What load_engine.py reports, and the answer (B, S, H)."""
+        inputs, output = folder / "inputs.npz", folder / "output.npy"
+        np.savez(inputs, input_ids=self.batch.ids.numpy(), attention_mask=self.batch.mask.numpy())
+        path = self.model.files(side)[0]
+        command = [sys.executable, _SCRIPT, side, path, inputs, output, self.model.threads]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"loading {side} failed: {done.stderr.strip()[-2000:]}")
+        report: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return report, torch.from_numpy(np.load(output))

@@ -1,0 +1,388 @@
+// The shared layer, all num_hidden_layers times, in one call: no Python, no allocation and as few barriers as can be
+// between the first layer and the last. `Encoder` is the schedule; its parameter is the arithmetic of the products:
+// Float32 (encoder_layer.h), or Integers, whose rows are rounded where they are made or just before they are multiplied
+// (quantized_layer.h).
+//
+// Weights are packed once and read by all layers. Two ways to share the work:
+//
+// By rows: a thread takes its rows of the batch through all layers. Only attention needs rows of others, and only where
+// a sequence goes across a border between threads; borders are laid between sequences where that costs little balance,
+// and then no thread ever waits. Rows go in blocks whose activations stay in a core's second cache, the feed-forward
+// block's middle among them, which is made and used up in slices of kSlice columns.
+//
+// By columns: few rows leave all time to the reading of weights, so every thread takes all rows and reads its share of
+// each matrix, with a barrier after each product.
+//
+// Sums do not depend on the way, the threads or the rest of the batch: a sequence's result is bitwise the same.
+#pragma once
+
+#include <vector>
+
+#include "attention_forward.h"
+#include "encoder_layer.h"
+#include "encoder_schedule.h"
+#include "layer_norm.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace albert_fast::ALBERT_FAST_ISA {
+
+template <class Format>
+class Encoder {
+    using Layer = typename Format::Layer;
+    using Matrix = typename Format::Matrix;
+    using Operand = typename Format::Operand;
+    static constexpr std::int64_t kRowBlock = kBlockTiles * Format::kRowsOfTile;
+
+public:
+    // `wanted` may be null: all rows.
+    Encoder(const Batch& batch, const Sizes& sizes, const Wanted* wanted, int act, int threads)
+        : batch_(batch),
+          sizes_(sizes),
+          wanted_(wanted),
+          act_(act),
+          threads_(threads),
+          few_(0),
+          crossed_(few_rows(batch.rows, threads)) {
+        const std::int64_t stride = sizes.stride, count = wanted == nullptr ? 0 : wanted->count;
+        const std::int64_t rows = larger(batch.rows, count);
+        const std::int64_t rounded = Format::operand_floats(rows, sizes.hidden);
+        few_ = smaller(rows, kFewRows * threads);
+        const std::int64_t work = larger(threads * work_floats(kRowBlock, 1), work_floats(few_, sizes.slices()));
+        Arrays arrays(scratch<Purpose::kShared>(2 * Arrays::padded(rows * stride) + 2 * Arrays::padded(count * stride) +
+                                                Arrays::padded(batch.rows * 3 * stride) + Arrays::padded(rounded) +
+                                                work));
+        hidden_ = arrays.take(batch.rows * stride);
+        qkv_ = arrays.take(batch.rows * 3 * stride);
+        context_ = arrays.take(rows * stride);
+        residual_ = arrays.take(count * stride);
+        queries_ = arrays.take(count * stride);
+        // One place for what the next product of a row reads: the states, then the context, then the states again.
+        rounded_ = arrays.take(rounded);
+        work_ = arrays.take(work);
+        for (int t = 0; t <= threads; ++t) {
+            borders_.push_back(border(batch, t, threads));
+            const std::int32_t* end = batch.cu_seqlens + batch.sequences + 1;
+            crossed_ =
+                crossed_ || !std::binary_search(batch.cu_seqlens, end, static_cast<std::int32_t>(borders_.back()));
+        }
+    }
+
+    // What one thread does; all threads call it, inside one parallel region.
+    void run(int thread, const float* x, const std::vector<Layer>& layers, float* out, double* profile) const {
+        Clock clock(profile == nullptr ? nullptr : profile + thread * kStages);
+        const bool by_columns = few_rows(batch_.rows, threads_);
+        const Team team = by_columns ? Team{thread, threads_} : Team{0, 1};
+        const Range rows = by_columns ? Range{0, batch_.rows} : Range{borders_[thread], borders_[thread + 1]};
+        const Range own = by_columns ? team.share(batch_.rows) : rows;
+        copy_rows(x, sizes_.hidden, own, hidden_, sizes_.stride);
+        clock.lap(kCopy);
+        round(own, hidden_, layers[0].qkv(0), operand(hidden_), clock);
+        barrier(by_columns, clock);
+        for (std::size_t i = 0; i < layers.size(); ++i) {
+            const bool whole = wanted_ == nullptr || i + 1 < layers.size();
+            project(team, rows, operand(hidden_), layers[i], {whole ? 0 : 1, 3}, qkv_, 3 * sizes_.stride);
+            clock.lap(kProject);
+            if (!whole) return last(thread, layers[i], out, clock);
+            barrier(crossed_, clock);
+            attend(team, rows, {qkv_, 3 * sizes_.stride}, batch_.cu_seqlens);
+            clock.lap(kAttention);
+            barrier(crossed_, clock);
+            const Layer* next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
+            finish(team, work_of(thread, by_columns), rows, layers[i], hidden_, hidden_, next, clock);
+        }
+        copy_rows(hidden_, sizes_.stride, own, out, sizes_.hidden);
+        clock.lap(kCopy);
+    }
+
+private:
+    // What a team needs beside the rows: attended and product (block x hidden), middle (block x columns of the slices),
+    // and the roundings of attended and of each slice of middle.
+    struct Work {
+        float *attended, *product, *middle, *rounded;
+        std::int64_t block, slices, middle_row;
+    };
+
+    const Batch& batch_;
+    const Sizes& sizes_;
+    const Wanted* wanted_;
+    int act_, threads_;
+    std::int64_t few_;  // rows at most, by columns
+    bool crossed_;      // whether a thread needs keys that another one makes
+    std::vector<std::int64_t> borders_;
+    float *hidden_, *qkv_, *context_, *residual_, *queries_, *rounded_, *work_;
+
+    static std::int64_t middle_stride(std::int64_t slices) { return row_stride(slices * kSlice); }
+
+    std::int64_t work_floats(std::int64_t block, std::int64_t slices) const {
+        return 2 * Arrays::padded(block * sizes_.stride) + Arrays::padded(block * middle_stride(slices)) +
+               Arrays::padded(Format::operand_floats(block, sizes_.hidden)) +
+               slices * Arrays::padded(Format::operand_floats(block, kSlice));
+    }
+
+    Work work_of(int thread, bool by_columns) const {
+        const std::int64_t block = by_columns ? few_ : kRowBlock, slices = by_columns ? sizes_.slices() : 1;
+        Arrays arrays(work_ + (by_columns ? 0 : thread * work_floats(block, slices)));
+        Work work{nullptr, nullptr, nullptr, nullptr, block, slices, middle_stride(slices)};
+        work.attended = arrays.take(block * sizes_.stride);
+        work.product = arrays.take(block * sizes_.stride);
+        work.middle = arrays.take(block * work.middle_row);
+        work.rounded = arrays.take(0);
+        return work;
+    }
+
+    // The operand of a product with the states or the context.
+    Operand operand(const float* rows) const {
+        const std::int64_t count = larger(batch_.rows, wanted_ == nullptr ? 0 : wanted_->count);
+        return Format::operand(rows, sizes_.stride, rounded_, count, sizes_.hidden);
+    }
+
+    Operand attended(const Work& work) const {
+        return Format::operand(work.attended, sizes_.stride, work.rounded, work.block, sizes_.hidden);
+    }
+
+    // The operand of a slice of middle, counted from the first that a team holds at a time.
+    Operand middle(const Work& work, std::int64_t slice) const {
+        float* memory = work.rounded + Arrays::padded(Format::operand_floats(work.block, sizes_.hidden)) +
+                        slice * Arrays::padded(Format::operand_floats(work.block, kSlice));
+        return Format::operand(work.middle + slice * kSlice, work.middle_row, memory, work.block, kSlice);
+    }
+
+    // Rounds rows of floats for their product with `matrix`.
+    void round(Range rows, const float* from, const Matrix& matrix, const Operand& to, Clock& clock) const {
+        if constexpr (Format::kRounds) {
+            for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+                Format::round(from + row * sizes_.stride, matrix, to, row);
+            }
+            clock.lap(kRounding);
+        }
+    }
+
+    static void barrier([[maybe_unused]] bool needed, [[maybe_unused]] Clock& clock) {
+#if defined(_OPENMP)
+        if (needed) {
+#pragma omp barrier
+            clock.lap(kWait);
+        }
+#endif
+    }
+
+    static void copy_rows(const float* from, std::int64_t from_row, Range rows, float* to, std::int64_t to_row) {
+        const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(smaller(from_row, to_row));
+        for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+            __builtin_memcpy(to + row * to_row, from + row * from_row, bytes);
+        }
+    }
+
+    // body(block) for `rows` in even blocks of whole tiles, at most `most` rows each.
+    template <class Body>
+    static void in_blocks(Range rows, std::int64_t most, Body body) {
+        constexpr std::int64_t kTile = Format::kRowsOfTile;
+        const std::int64_t tiles = divide_up(rows.size(), kTile), count = divide_up(rows.size(), most);
+        const auto begin = [&](std::int64_t i) { return smaller(rows.begin + tiles * i / count * kTile, rows.end); };
+        for (std::int64_t i = 0; i < count; ++i) body(Range{begin(i), begin(i + 1)});
+    }
+
+    // The parts `parts` of query, key and value (0, 1, 2) of rows of `from`, one after another from each whole panel
+    // on.
+    void project(Team team, Range rows, const Operand& from, const Layer& layer, Range parts, float* to,
+                 std::int64_t to_row) const {
+        const std::int64_t hidden = sizes_.hidden, panels = sizes_.panels();
+        const Range mine = team.share(parts.size() * panels);
+        in_blocks(rows, kRowBlock, [&](Range block) {
+            for (std::int64_t part = parts.begin; part < parts.end; ++part) {
+                const std::int64_t offset = (part - parts.begin) * panels;
+                const float* bias = layer.vectors.qkv_bias + part * hidden;
+                float* target = to + block.begin * to_row + part * sizes_.stride;
+                Format::product(from.from(block.begin), block.size(), layer.qkv(part), larger(mine.begin - offset, 0),
+                                smaller(mine.end - offset, panels),
+                                [&](std::int64_t row, std::int64_t column, Vec sum) {
+                                    store(target + row * to_row + column, sum + load_padded(bias, column, hidden),
+                                          Full{});
+                                });
+            }
+        });
+    }
+
+    // context_ = attention of the queries `rows`, which begin at cu_queries, to the keys of their sequences.
+    void attend(Team team, Range rows, Rows<const float> queries, const std::int32_t* cu_queries) const {
+        const std::int64_t stride = sizes_.stride;
+        const Shape shape{batch_.sequences, batch_.heads, sizes_.hidden / batch_.heads, cu_queries, batch_.cu_seqlens};
+        const Inputs<float> in{
+            queries,        {qkv_ + stride, 3 * stride}, {qkv_ + 2 * stride, 3 * stride}, shape, batch_.scale,
+            Dropout(0.0, 0)};
+        const Range heads = team.share(batch_.heads);
+        const std::int32_t* end = cu_queries + batch_.sequences + 1;
+        std::int64_t b = std::upper_bound(cu_queries, end, static_cast<std::int32_t>(rows.begin)) - cu_queries - 1;
+        for (; b < batch_.sequences && cu_queries[b] < rows.end; ++b) {
+            for (std::int64_t number = heads.begin; number < heads.end; ++number) {
+                const Head head = Head(shape, b, number).within(rows.begin, rows.end);
+                if (head.queries > 0) forward_task<false>(in, head, 0, 1, Rows<float>{context_, stride}, nullptr);
+            }
+        }
+    }
+
+    // to = LayerNorm(product + bias + residual) for rows one stride apart.
+    void add_norm(Range rows, const float* product, const float* bias, const float* residual, const float* weight,
+                  const float* norm_bias, float* to) const {
+        const std::int64_t n = sizes_.hidden, stride = sizes_.stride;
+        float* line = scratch<Purpose::kTask>(round_up(n, kLanes));
+        for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+            const RowStatistics statistics = normalise_row(line, n, batch_.eps, [&](std::int64_t i, auto lanes) {
+                const Vec sum = load(product + row * stride + i, lanes) + load(bias + i, lanes);
+                return sum + load(residual + row * stride + i, lanes);
+            });
+            scale_row(line, n, statistics, weight, norm_bias,
+                      [&](std::int64_t i, Vec y, auto lanes) { store(to + row * stride + i, y, lanes); });
+        }
+    }
+
+    // What follows attention: to = LayerNorm(FFN(a) + a), a = LayerNorm(dense(context_) + residual), rounded for `next`
+    // where there is one.
+    void finish(Team team, const Work& work, Range rows, const Layer& layer, const float* residual, float* to,
+                const Layer* next, Clock& clock) const {
+        const std::int64_t stride = sizes_.stride;
+        const LayerVectors& vectors = layer.vectors;
+        const Range panels = team.share(sizes_.panels());
+        const bool shared = team.size > 1;
+        in_blocks(rows, work.block, [&](Range block) {
+            const std::int64_t count = block.size(), offset = block.begin * stride;
+            const Range mine = team.share(count), mine_of_all{block.begin + mine.begin, block.begin + mine.end};
+            const auto into_product = [&](std::int64_t row, std::int64_t column, Vec sum) {
+                store(work.product + row * stride + column, sum, Full{});
+            };
+            const auto onto_product = [&](std::int64_t row, std::int64_t column, Vec sum) {
+                float* target = work.product + row * stride + column;
+                store(target, load(target, Full{}) + sum, Full{});
+            };
+            round(mine_of_all, context_, layer.dense(), operand(context_), clock);
+            barrier(shared && Format::kRounds, clock);
+            Format::product(operand(context_).from(block.begin), count, layer.dense(), panels.begin, panels.end,
+                            into_product);
+            clock.lap(kDense);
+            barrier(shared, clock);
+            add_norm(mine, work.product, vectors.dense_bias, residual + offset, vectors.norm_weight, vectors.norm_bias,
+                     work.attended);
+            clock.lap(kNorm);
+            round(mine, work.attended, layer.ffn(0), attended(work), clock);
+            barrier(shared, clock);
+            for (std::int64_t first = 0; first < sizes_.slices(); first += work.slices) {
+                const std::int64_t last = smaller(first + work.slices, sizes_.slices());
+                for (std::int64_t slice = first; slice < last; ++slice) {
+                    fill_middle(team, work, count, layer, slice, work.middle + (slice - first) * kSlice);
+                }
+                clock.lap(kUp);
+                barrier(shared, clock);
+                if constexpr (Format::kRounds) {
+                    for (std::int64_t slice = first; slice < last; ++slice) {
+                        for (std::int64_t row = mine.begin; row < mine.end; ++row) {
+                            Format::round(work.middle + row * work.middle_row + (slice - first) * kSlice,
+                                          layer.ffn_output(slice), middle(work, slice - first), row);
+                        }
+                    }
+                    clock.lap(kRounding);
+                    barrier(shared, clock);
+                }
+                for (std::int64_t slice = first; slice < last; ++slice) {
+                    const Operand from = middle(work, slice - first);
+                    const Matrix matrix = layer.ffn_output(slice);
+                    if (slice == 0) {
+                        Format::product(from, count, matrix, panels.begin, panels.end, into_product);
+                    } else {
+                        Format::product(from, count, matrix, panels.begin, panels.end, onto_product);
+                    }
+                }
+                clock.lap(kDown);
+            }
+            barrier(shared, clock);
+            add_norm(mine, work.product, vectors.ffn_output_bias, work.attended, vectors.full_norm_weight,
+                     vectors.full_norm_bias, to + offset);
+            clock.lap(kNorm);
+            if (next != nullptr) round(mine_of_all, to, next->qkv(0), operand(to), clock);
+            barrier(shared, clock);
+        });
+    }
+
+    // to (rows x slice) = act(attended W^T + bias).
+    void fill_middle(Team team, const Work& work, std::int64_t rows, const Layer& layer, std::int64_t slice,
+                     float* to) const {
+        const std::int64_t begin = slice * kSlice;
+        const Range panels = team.share(divide_up(sizes_.slice_columns(slice), sizes_.panel));
+        with_activation(act_, [&](auto act) {
+            Format::product(attended(work), rows, layer.ffn(slice), panels.begin, panels.end,
+                            [&](std::int64_t row, std::int64_t column, Vec sum) {
+                                const Vec b = load_padded(layer.vectors.ffn_bias, begin + column, sizes_.middle);
+                                store(to + row * work.middle_row + column, decltype(act)::forward(sum + b), Full{});
+                            });
+        });
+    }
+
+    // The last layer for the wanted rows, once keys and values of all rows are made.
+    void last(int thread, const Layer& layer, float* out, Clock& clock) const {
+        const std::int64_t stride = sizes_.stride;
+        const bool by_columns = few_rows(wanted_->count, threads_);
+        const Team team = by_columns ? Team{thread, threads_} : Team{0, 1};
+        const Range own = Team{thread, threads_}.share(wanted_->count);
+        const Range rows = by_columns ? Range{0, wanted_->count} : own;
+        barrier(threads_ > 1, clock);
+        for (std::int64_t row = own.begin; row < own.end; ++row) {
+            copy_rows(hidden_ + wanted_->rows[row] * stride, stride, {0, 1}, residual_ + row * stride, stride);
+        }
+        clock.lap(kCopy);
+        round(own, residual_, layer.qkv(0), operand(residual_), clock);
+        barrier(by_columns, clock);
+        project(team, rows, operand(residual_), layer, {0, 1}, queries_, stride);
+        clock.lap(kProject);
+        barrier(by_columns, clock);
+        attend(team, rows, {queries_, stride}, wanted_->cu_seqlens);
+        clock.lap(kAttention);
+        barrier(by_columns, clock);
+        finish(team, work_of(thread, by_columns), rows, layer, residual_, residual_, nullptr, clock);
+        copy_rows(residual_, stride, own, out, sizes_.hidden);
+        clock.lap(kCopy);
+    }
+};
+
+
+// What encoder_fwd_cpu and quantized_encoder_fwd_cpu are given: see kernels.h.
+struct EncoderCall {
+    const float* x;
+    float* out;
+    const std::int64_t *table, *order;
+    std::int64_t layers;
+    Batch batch;
+    const Wanted* wanted;
+    int act;
+    double* profile;
+    int num_threads;
+};
+
+template <class Format>
+static inline void run_encoder(const EncoderCall& call, const Sizes& sizes) {
+    std::vector<typename Format::Layer> layers;
+    for (std::int64_t i = 0; i < call.layers; ++i) {
+        layers.emplace_back(call.table + call.order[i] * Format::Layer::kSlots, sizes);
+    }
+    const int threads = static_cast<int>(larger(smaller(call.num_threads, call.batch.rows), 1));
+#if defined(_OPENMP)
+    if (threads > 1) {
+        const Encoder<Format> encoder(call.batch, sizes, call.wanted, call.act, threads);
+        bool done = true;
+#pragma omp parallel num_threads(threads)
+        {
+            if (omp_get_num_threads() == threads) {
+                encoder.run(omp_get_thread_num(), call.x, layers, call.out, call.profile);
+            } else if (omp_get_thread_num() == 0) {
+                done = false;  // inside another parallel region, or at the limit of threads
+            }
+        }
+        if (done) return;
+    }
+#endif
+    const Encoder<Format> alone(call.batch, sizes, call.wanted, call.act, 1);
+    alone.run(0, call.x, layers, call.out, call.profile);
+}
+
+}  // namespace albert_fast::ALBERT_FAST_ISA

@@ -1,0 +1,173 @@
+// Products of integers with weights that are packed once: out (rows x N) = A (rows x K) W^T, where a row of A has a scale
+// (and in Int8 a zero point) of its own, and a row of W, an output channel, a scale.
+//
+// W is packed in panels of kColumns channels, [N / kColumns][K / kGroup][kColumns][kGroup]: kGroup neighbours in K fill
+// the 32 bits whose products one instruction adds up in one lane (vpdpbusd: u8 x s8, four of them; vpdpwssd: s16 x s16,
+// two). The layout is the same on every instruction set. Integer sums are exact, so they are the same on all of them too.
+#pragma once
+
+#include "packed_gemm.h"
+
+namespace albert_fast::ALBERT_FAST_ISA {
+
+constexpr std::int64_t kColumns = 32;
+constexpr int kColumnVectors = static_cast<int>(kColumns / kLanes);
+// One step of a panel: kGroup elements of K for all of its columns.
+constexpr std::int64_t kStepBytes = 4 * kColumns;
+#if defined(__AVX512F__)
+constexpr int kIntegerRows = 14;  // 28 sums, 2 vectors of the panel, 1 group of a row: 31 of 32 registers
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int kIntegerRows = 3;
+#else
+constexpr int kIntegerRows = 1;
+#endif
+
+static inline Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
+
+// Sums of products of pairs of 16-bit integers, one pair a lane.
+static inline IntVec pairs(IntVec x, IntVec y) {
+#if defined(__AVX512F__)
+    return (IntVec)_mm512_madd_epi16((__m512i)x, (__m512i)y);
+#elif defined(__AVX2__)
+    return (IntVec)_mm256_madd_epi16((__m256i)x, (__m256i)y);
+#else
+    return (x >> 16) * (y >> 16) + ((x << 16) >> 16) * ((y << 16) >> 16);
+#endif
+}
+
+// What a row of A is multiplied with to give floats: scale * (element - zero).
+struct RowScale {
+    float scale, zero;
+};
+
+// Activations of 8 bits without a sign and a zero point, weights of 8 bits with one. A sum of K < 66,000 products fits.
+struct Int8 {
+    using Element = std::uint8_t;
+    using Weight = std::int8_t;
+    static constexpr int kGroup = 4;
+    static constexpr float kLevels = 255.0f;
+    static constexpr bool kHasZero = true, kInRuns = false;
+
+    // sum + the four products of each lane; `a` holds a group of A in every lane.
+    static inline IntVec dot(IntVec sum, IntVec a, IntVec w) {
+#if defined(__AVX512VNNI__)
+        return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)w);
+#else
+        // Even and odd elements as 16-bit pairs: exact, where the saturating u8 x s8 instruction of AVX2 is not.
+        const IntVec low = (a & 0x00FF00FF), high = ((IntVec)((UintVec)a >> 8)) & 0x00FF00FF;
+        return sum + pairs(low, low_bytes(w)) + pairs(high, high_bytes(w));
+#endif
+    }
+
+private:
+    typedef std::int16_t ShortVec __attribute__((vector_size(4 * kLanes)));
+    static inline IntVec low_bytes(IntVec x) { return (IntVec)((ShortVec)((ShortVec)x << 8) >> 8); }
+    static inline IntVec high_bytes(IntVec x) { return (IntVec)((ShortVec)x >> 8); }
+};
+
+// Both in 16 bits with a sign, activations of 14. Sums are moved to float32 after every run of kRun steps, 128 elements:
+// weights are rounded so that no run can leave 32 bits (`int16_scale` in albert_fast/quantization.py).
+struct Int16 {
+    using Element = std::int16_t;
+    using Weight = std::int16_t;
+    static constexpr int kGroup = 2;
+    static constexpr float kLevels = 8191.0f;
+    static constexpr bool kHasZero = false, kInRuns = true;
+
+    static inline IntVec dot(IntVec sum, IntVec a, IntVec w) {
+#if defined(__AVX512VNNI__)
+        return (IntVec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)w);
+#else
+        return sum + pairs(a, w);
+#endif
+    }
+};
+
+constexpr std::int64_t kRun = 64;
+
+// One weight matrix as the kernel reads it.
+struct IntegerMatrix {
+    const char* packed;    // panels, kStepBytes * steps each
+    const float* scale;    // (N rounded up to kColumns)
+    const float* sum;      // likewise: of each channel's integers, for the zero point
+    // (K): activations are multiplied with the one, then the other is added, before they are rounded.
+    const float *rescale, *shift;
+};
+
+// emit(row, vector, sum) for the integer sums, as floats, of one tile: rows [0, kRows) of A and one panel.
+template <class Format, int kRows, class Emit>
+static inline void integer_tile(const char* a, std::int64_t a_row, const char* panel, std::int64_t steps,
+                                Fetch fetch, Emit emit) {
+    [[maybe_unused]] float totals[Format::kInRuns ? kRows : 1][kColumns] = {};
+    for (std::int64_t begin = 0; begin < steps;) {
+        const std::int64_t end = Format::kInRuns ? smaller(begin + kRun, steps) : steps;
+        IntVec sums[kRows][kColumnVectors] = {};
+        for (std::int64_t step = begin; step < end; ++step) {
+            const char* at = panel + step * kStepBytes;
+            IntVec weights[kColumnVectors];
+#pragma GCC unroll 8
+            for (int v = 0; v < kColumnVectors; ++v) __builtin_memcpy(&weights[v], at + 4 * kLanes * v, 4 * kLanes);
+            __builtin_prefetch(at + kPrefetch);
+            __builtin_prefetch(at + kPrefetch + 64);
+            __builtin_prefetch(fetch.from + step * fetch.step, 0, 2);
+            __builtin_prefetch(fetch.from + step * fetch.step + 64, 0, 2);
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) {
+                std::int32_t group;
+                __builtin_memcpy(&group, a + r * a_row + 4 * step, 4);
+                const IntVec splatted = group - IntVec{};
+#pragma GCC unroll 8
+                for (int v = 0; v < kColumnVectors; ++v) sums[r][v] = Format::dot(sums[r][v], splatted, weights[v]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kColumnVectors; ++v) {
+                const Vec sum = to_float(sums[r][v]);
+                if constexpr (Format::kInRuns) {
+                    float* total = &totals[r][v * kLanes];
+                    const Vec all = load(total, Full{}) + sum;
+                    end == steps ? emit(r, v, all) : store(total, all, Full{});
+                } else {
+                    emit(r, v, sum);
+                }
+            }
+        }
+        begin = end;
+    }
+}
+
+template <class Format, int kRows, class Emit>
+static inline void integer_tile_of(std::int64_t rows, const char* a, std::int64_t a_row, const char* panel,
+                                   std::int64_t steps, Fetch fetch, Emit emit) {
+    if (rows == kRows) return integer_tile<Format, kRows>(a, a_row, panel, steps, fetch, emit);
+    if constexpr (kRows > 1) integer_tile_of<Format, kRows - 1>(rows, a, a_row, panel, steps, fetch, emit);
+}
+
+// emit(row, column, Vec) for every vector of the panels [first, last) of A W^T in float32; a row of A is `a_row` bytes
+// and holds `steps` groups, `scales` one entry a row.
+template <class Format, class Emit>
+static inline void integer_product(const char* a, std::int64_t a_row, const RowScale* scales, std::int64_t rows,
+                                   const IntegerMatrix& w, std::int64_t steps, std::int64_t first, std::int64_t last,
+                                   Emit emit) {
+    const std::int64_t tiles = divide_up(rows, kIntegerRows), size = tiles == 2 ? divide_up(rows, 2) : kIntegerRows;
+    const std::int64_t bytes = steps * kStepBytes;
+    for (std::int64_t p = first; p < last; ++p) {
+        const char* panel = w.packed + p * bytes;
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+            const std::int64_t begin = tile * size;
+            integer_tile_of<Format, kIntegerRows>(
+                smaller(rows - begin, size), a + begin * a_row, a_row, panel, steps,
+                Fetch{panel + bytes + bytes * tile / tiles, kStepBytes / tiles}, [&](int r, int v, Vec sum) {
+                    const std::int64_t column = p * kColumns + v * kLanes;
+                    const RowScale row = scales[begin + r];
+                    // Rounded one by one: the compiler must not fuse them in some tiles and not in others.
+                    if constexpr (Format::kHasZero) sum -= rounded(row.zero * load(w.sum + column, Full{}));
+                    emit(begin + r, column, rounded(sum * (row.scale * load(w.scale + column, Full{}))));
+                });
+        }
+    }
+}
+
+}  // namespace albert_fast::ALBERT_FAST_ISA

@@ -1,0 +1,55 @@
+// The encoder on quantised weights: activations are rounded row by row to 8 bits (Int8) or up to 16 (Int16), everything
+// between the products is float32. encoder.h has the work, albert_fast/quantization.py makes and packs the weights.
+#include "encoder.h"
+#include "kernels.h"
+#include "quantized_layer.h"
+
+namespace albert_fast::ALBERT_FAST_ISA {
+namespace {
+
+// Full tiles on operands that stay in the first cache; returns the operations of one thread.
+template <class Format>
+std::int64_t repeat_tile(std::int64_t repeats, int num_threads) {
+    constexpr std::int64_t kSteps = 64, kOutputs = kIntegerRows * kColumns;
+    parallel_for(num_threads, num_threads, [&](std::int64_t) {
+        float* memory = scratch<Purpose::kTask>(kOutputs + kSteps * (kIntegerRows + kColumns + 1));
+        char* operands = reinterpret_cast<char*>(memory + kOutputs);
+        __builtin_memset(operands, 1, static_cast<std::size_t>(4 * kSteps * (kIntegerRows + kColumns)));
+        const char* panel = operands + 4 * kSteps * kIntegerRows;
+        for (std::int64_t i = 0; i < repeats; ++i) {
+            integer_tile<Format, kIntegerRows>(
+                operands, 4 * kSteps, panel, kSteps, Fetch{panel, 0},
+                [&](int r, int v, Vec sum) { store(memory + r * kColumns + v * kLanes, sum, Full{}); });
+        }
+    });
+    return 2 * repeats * kSteps * Format::kGroup * kOutputs;
+}
+
+}  // namespace
+
+std::int64_t quantized_encoder_limit_cpu(int bits, std::int64_t repeats, int num_threads) {
+    return bits == 8 ? repeat_tile<Int8>(repeats, num_threads) : repeat_tile<Int16>(repeats, num_threads);
+}
+
+void quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers,
+                               Address cu_seqlens, std::int64_t B, std::int64_t T, Address wanted_rows,
+                               Address cu_wanted, std::int64_t wanted_count, std::int64_t H, std::int64_t I,
+                               std::int64_t num_heads, double scale, double eps, int act, int bits, Address profile,
+                               int num_threads) {
+    const Wanted wanted{pointer<std::int64_t>(wanted_rows), pointer<std::int32_t>(cu_wanted), wanted_count};
+    const EncoderCall call{pointer<float>(x),
+                           pointer<float>(out),
+                           pointer<std::int64_t>(table),
+                           pointer<std::int64_t>(order),
+                           layers,
+                           {T, B, num_heads, pointer<std::int32_t>(cu_seqlens), static_cast<float>(scale),
+                            static_cast<float>(eps)},
+                           cu_wanted ? &wanted : nullptr,
+                           act,
+                           pointer<double>(profile),
+                           num_threads};
+    const Sizes sizes(H, I, kColumns);
+    bits == 8 ? run_encoder<Integers<Int8>>(call, sizes) : run_encoder<Integers<Int16>>(call, sizes);
+}
+
+}  // namespace albert_fast::ALBERT_FAST_ISA

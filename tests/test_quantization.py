@@ -1,0 +1,257 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import albert_fast
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, reference
+from albert_fast.dispatch import BackendUnavailableError
+from albert_fast.quantization import QuantizedLinear, fits_sums, gptq, int16_scale, rescaling
+from albert_fast.testing import require_data
+
+CONFIG = ALBERTConfig(
+    vocab_size=101, embedding_size=24, hidden_size=80, num_hidden_layers=4, num_hidden_groups=2, num_attention_heads=4,
+    intermediate_size=900, max_position_embeddings=64, initializer_range=0.08,
+)  # fmt: skip
+# Relative error of the hidden states of such a random model; the real encoder's bounds stand in test_real_error.
+ALLOWED = {"int8": 0.06, "int16": 4e-3}
+
+
+def batch(rows=5, columns=33):
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(CONFIG.vocab_size, (rows, columns), generator=generator)
+    lengths = torch.randint(1, columns + 1, (rows, 1), generator=generator)
+    return ids, (torch.arange(columns) < lengths).long()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(7)
+    model = reference.ALBERTModel(CONFIG)
+    with torch.no_grad():  # biases and norms as a trained model has them, and a channel far above the others
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+        layer = model.encoder.albert_layer_groups[0].albert_layers[0]
+        layer.full_layer_layer_norm.bias[3] = 20.0
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def hidden(model, **options):
+    with torch.no_grad():
+        return model(*batch(), **options).last_hidden_state
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int16"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_error_against_float32(folder, precision, calibrated):
+    expected = hidden(ALBERTModel.from_pretrained(folder))
+    calibration = [batch(8, 40), torch.randint(101, (3, 20))] if calibrated else None
+    model = ALBERTModel.from_pretrained(folder, precision=precision, calibration=calibration)
+    assert relative_error(hidden(model), expected) < ALLOWED[precision]
+    plain = hidden(
+        ALBERTModel.from_pretrained(folder, precision=precision, backend="reference", calibration=calibration)
+    )
+    assert relative_error(hidden(model), plain) < ALLOWED[precision] / 4
+
+
+def test_int16_is_nearer_to_float32_than_bfloat16(folder):
+    expected = hidden(ALBERTModel.from_pretrained(folder))
+    errors = {p: relative_error(hidden(ALBERTModel.from_pretrained(folder, precision=p)).float(), expected)
+              for p in ("int16", "bf16")}  # fmt: skip
+    assert errors["int16"] < errors["bf16"] / 3
+
+
+@pytest.mark.parametrize("precision", ["int8", "int16"])
+def test_saved_integers_load_again(folder, tmp_path, precision):
+    model = ALBERTModel.from_pretrained(folder, precision=precision)
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved)
+    again = ALBERTModel.from_pretrained(saved, precision=precision)
+    assert torch.equal(hidden(again), hidden(model))
+    state = load_file(saved / "model.safetensors")
+    key = "encoder.albert_layer_groups.0.albert_layers.0.attention.query.weight"
+    assert state[key].dtype == {"int8": torch.int8, "int16": torch.int16}[precision]
+    assert state[key].shape == (80, 80)
+    again.save_pretrained(tmp_path / "twice")
+    assert (tmp_path / "twice/model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
+    for other in {"fp32", "int8", "int16"} - {precision}:
+        with pytest.raises(ValueError, match=f"holds {precision} weights: load it with precision='{precision}'"):
+            ALBERTModel.from_pretrained(saved, precision=other)
+    with pytest.raises(ValueError, match="plain PyTorch"):
+        reference.ALBERTModel.from_pretrained(saved, precision=precision)
+
+
+def test_one_copy_of_the_weights(folder):
+    model = ALBERTModel.from_pretrained(folder, precision="int8")
+    floats = {p.shape for layer in model.encoder.distinct() for p in layer.parameters() if p.dim() > 1}
+    assert floats == set()
+    packed = sum(linear.integers.numel() for layer in model.encoder.distinct() for linear in layer.products())
+    assert packed == 2 * (4 * 96 * 80 + 928 * 80 + 96 * 900)
+
+
+def test_broken_integer_checkpoints_are_named(folder, tmp_path):
+    saved = tmp_path / "saved"
+    ALBERTModel.from_pretrained(folder, precision="int16").save_pretrained(saved)
+    state = load_file(saved / "model.safetensors")
+    key = "encoder.albert_layer_groups.1.albert_layers.0.ffn.weight"
+
+    def check(changed, message):
+        save_file({**state, **changed}, saved / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ALBERTModel.from_pretrained(saved, precision="int16")
+
+    check({key: state[key].float()}, rf"{key}.*is no dense tensor of torch.int16")
+    check({key: state[key][:-1].clone()}, rf"{key}.*has the shape")
+    check({key: torch.full_like(state[key], -32768)}, "do not fit the 32 bits")
+    scale = key.replace("weight", "weight_scale")
+    save_file({k: v for k, v in state.items() if k != scale}, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{scale}.*is missing"):
+        ALBERTModel.from_pretrained(saved, precision="int16")
+    config = json.loads((saved / "config.json").read_text())
+    for wrong in ({"quant_method": "gptq", "bits": 4}, {"quant_method": "albert_fast", "bits": 4}, 8):
+        (saved / "config.json").write_text(json.dumps({**config, "quantization_config": wrong}))
+        with pytest.raises(ValueError, match="is not one of this library's"):
+            ALBERTModel.from_pretrained(saved, precision="int16")
+
+
+@pytest.mark.parametrize("model_class", [ALBERTForSequenceClassification, ALBERTForMaskedLM])
+def test_heads_run_on_integer_layers(folder, model_class):
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="start at random"):
+        exact = model_class.from_pretrained(folder, allow_missing_head=True)
+    exact.save_pretrained(folder / "head")
+    fast = model_class.from_pretrained(folder / "head", precision="int16")
+    with torch.no_grad():
+        a, b = fast(*batch()).logits, exact(*batch()).logits
+    real = torch.isfinite(b)
+    assert relative_error(a[real], b[real]) < 0.02
+
+
+def test_what_integer_layers_can_and_cannot_give(folder):
+    model = ALBERTModel.from_pretrained(folder, precision="int8")
+    with torch.no_grad():
+        out = model(*batch(), output_hidden_states=True)
+        assert len(out.hidden_states) == 5
+        assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+        assert torch.equal(out.last_hidden_state, hidden(model))
+        ids, mask = batch()
+        wanted = torch.rand(ids.shape) < 0.3
+        asked = model(ids, mask, output_tokens=wanted).last_hidden_state
+        torch.testing.assert_close(asked, hidden(model)[wanted & mask.bool()], atol=2e-2, rtol=0)
+        first = model(ids, mask, output_tokens="first").pooler_output
+        torch.testing.assert_close(first, model(ids, mask).pooler_output, atol=2e-2, rtol=0)
+        with pytest.raises(ValueError, match="output_attentions: integer layers"):
+            model(*batch(), output_attentions=True)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        model.train()(*batch())
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*batch()).last_hidden_state, hidden(model))
+    text = str(albert_fast.explain(model, *batch()))
+    assert "quantized_encoder" in text
+    assert "int8" in text
+
+
+def test_outliers_that_hardly_vary_cost_nothing(folder):
+    # The channel at 20 would take nine tenths of every row's range if it were not shifted away.
+    inputs = torch.randn(300, 80, generator=torch.Generator().manual_seed(2))
+    inputs[:, 3] += 40
+    linear = torch.nn.Linear(80, 80)
+    exact = linear(inputs).detach()
+    errors = {}
+    for name, given in (("calibrated", inputs), ("not", None)):
+        q = QuantizedLinear.rounded("dense", linear, 8, given, True)
+        x = inputs * q.rescale + q.shift
+        step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
+        weight = q.state_dict()["weight"].float() * q.state_dict()["weight_scale"][:, None]
+        errors[name] = relative_error((x / step).round() * step @ weight.t() + q.bias, exact)
+    assert errors["calibrated"] < errors["not"] / 4
+
+
+def test_gptq_errs_less_than_nearest():
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(40, 64, generator=generator)
+    inputs = torch.randn(500, 16, generator=generator) @ torch.randn(16, 64, generator=generator)
+    scale = weight.abs().amax(1) / 7  # few levels, so that there is something to gain
+    exact = inputs @ weight.t()
+    fitted = gptq(weight, inputs.t() @ inputs, scale)
+    assert torch.equal(fitted, fitted.round())
+    nearest = torch.round(weight / scale[:, None])
+    fitted_error, nearest_error = (relative_error(inputs @ (q * scale[:, None]).t(), exact) for q in (fitted, nearest))
+    assert fitted_error < nearest_error / 1.5
+
+
+def test_rescaling_evens_out_uneven_channels():
+    generator = torch.Generator().manual_seed(3)
+    size = torch.logspace(-2, 1, 64)
+    weight, inputs = torch.randn(40, 64, generator=generator), torch.randn(500, 64, generator=generator) * size
+    r = rescaling(weight, inputs, [slice(0, 64)], torch.ones(64))
+    assert r.isfinite().all()
+    assert (r > 0).all()
+    spread = [t.std(0).max() / t.std(0).median() for t in (inputs, inputs * r)]
+    assert spread[1] < spread[0] / 3
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e20])
+def test_int16_sums_always_fit(size):
+    weight = torch.randn(9, 300) * size
+    weight[0], weight[1, 5], weight[2] = 0.0, 1e4 * size, 3.0 * size
+    scale = int16_scale(weight)
+    integers = torch.round(weight / torch.where(scale > 0, scale, 1.0)[:, None]).to(torch.int16)
+    assert fits_sums(integers)
+    assert integers.abs().max() > 1000
+
+
+def test_calibration_without_tokens_or_with_nan_is_survived(folder):
+    model = ALBERTModel.from_pretrained(
+        folder, precision="int8", calibration=[(torch.zeros(1, 4).long(), torch.zeros(1, 4))]
+    )
+    assert hidden(model).isfinite().all()
+    broken = ALBERTModel.from_pretrained(folder)
+    with torch.no_grad():
+        broken.encoder.albert_layer_groups[0].albert_layers[0].ffn.weight[0, 0] = float("nan")
+    broken.save_pretrained(folder / "nan")
+    out = hidden(ALBERTModel.from_pretrained(folder / "nan", precision="int8"))
+    assert out[batch()[1].bool()].isnan().all()
+
+
+def test_integers_are_for_cpus(folder):
+    with pytest.raises(BackendUnavailableError, match=r"precision='int8'.*run on CPUs, not on cuda"):
+        ALBERTModel.from_pretrained(folder)._use_integers("cuda", "int8", None)
+
+
+def test_without_vnni_the_user_is_told(folder, monkeypatch):
+    monkeypatch.setattr("albert_fast.dispatch.integer_kernels", lambda device: (False, "without AVX512-VNNI"))
+    with pytest.warns(UserWarning, match="precision='int8' runs without AVX512-VNNI"):
+        ALBERTModel.from_pretrained(folder, precision="int8")
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("int16", 5e-3), ("int8", 0.05)])
+def test_real_error(precision, allowed):
+    """The real encoder on its own sequences, calibrated on others; int16 must hold a third of bfloat16's error."""
+    data = require_data("plbert")
+    symbols = json.loads((data / "vocab.json").read_text())["vocab"]
+    lines = (data / "phonemes.txt").read_text().splitlines()
+    rows = [torch.tensor([[0, *(symbols[c] for c in line), 0]])[:, :200] for line in lines[:16] + lines[1000:1003]]
+    exact = ALBERTModel.from_pretrained(data)
+    model = ALBERTModel.from_pretrained(data, precision=precision, calibration=rows[:16])
+    with torch.no_grad():
+        a, b = (torch.cat([m(ids).last_hidden_state[0] for ids in rows[16:]]) for m in (model, exact))
+    assert relative_error(a, b) < allowed
+
+
+def test_config_says_nothing_of_integers_for_floats(folder):
+    model = ALBERTModel.from_pretrained(folder)
+    model.config = dataclasses.replace(model.config, extra={"quantization_config": {"quant_method": "other"}})
+    model.save_pretrained(folder / "again")
+    assert "quantization_config" not in json.loads((folder / "again/config.json").read_text())

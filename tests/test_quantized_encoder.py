@@ -1,0 +1,171 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from albert_fast import dispatch, ops
+from albert_fast.ops.quantized_encoder import pack, pack_channels, round_rows, unpack, unpack_channels
+from albert_fast.testing import ALL_CASES, poison_empty
+from albert_fast.testing.parity import check_forward, make_inputs, parity_tests
+
+FORWARD, _ = parity_tests("quantized_encoder")
+CASE = ALL_CASES["quantized_encoder"]
+
+
+def drawn(shape, **options):
+    return make_inputs(CASE, shape, options, torch.float32)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads; back to what they were afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@FORWARD
+def test_forward(case, shape, options, dtype, backend):
+    check_forward(case, shape, options, dtype, backend)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("shape", [((40, 23), 64, 2, 96, 1, 1), ((29, 1, 30), 78, 3, 900, 1, 1)])
+def test_most_rows_differ_from_the_simulation_by_float32_rounding_alone(bits, shape):
+    # An element between two integers may go either way and then changes its row: few do in one layer.
+    inputs = drawn(shape, bits=bits)
+    with poison_empty():
+        actual = CASE.run(inputs, "cpp")
+    exact = CASE.exact(inputs)
+    rows = ((actual - exact).abs().amax(1) / exact.abs().max()).sort().values
+    assert rows[int(0.6 * len(rows))] < 2e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=9),
+    st.sampled_from([(26, 1), (48, 3), (64, 2)]),
+    st.integers(1, 200),
+    st.booleans(),
+    st.sampled_from([8, 16]),
+)
+def test_any_lengths(lengths, size, middle, wanted, bits):
+    check_forward(CASE, (tuple(lengths), *size, middle, 1, 2), {"wanted": wanted, "bits": bits}, torch.float32, "cpp")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("lengths", [(3,), (40, 1, 7), (11,) * 30, (300,), (150, 0, 149, 2)])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_bitwise_the_same_on_any_number_of_threads_and_in_any_batch(lengths, wanted, bits, threads):
+    inputs = drawn((lengths, 64, 2, 1000, 2, 3), wanted=wanted, bits=bits)
+    threads(1)
+    expected = CASE.run(inputs, "cpp")
+    for count in (2, 3, 5):
+        threads(count)
+        assert torch.equal(CASE.run(inputs, "cpp"), expected)
+    if wanted:
+        return
+    for begin, end in itertools.pairwise(inputs["cu_seqlens"].tolist()):
+        alone = {**inputs, "hidden": inputs["hidden"][begin:end], "cu_seqlens": torch.tensor([0, end - begin]).int()}
+        assert torch.equal(CASE.run(alone, "cpp"), expected[begin:end])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_nan_and_infinity_stay_in_their_sequence(bits):
+    inputs = drawn(((6, 9, 3), 48, 2, 96, 1, 2), bits=bits)
+    clean = CASE.run(inputs, "cpp")
+    for value in (float("nan"), float("inf"), float("-inf")):
+        hidden = inputs["hidden"].clone()
+        hidden[8, 5] = value
+        for backend in ("cpp", "reference"):
+            out = CASE.run({**inputs, "hidden": hidden}, backend)
+            assert out[6:15].isnan().all()
+        out = CASE.run({**inputs, "hidden": hidden}, "cpp")
+        assert torch.equal(out[:6], clean[:6])
+        assert torch.equal(out[15:], clean[15:])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_largest_activations_and_weights_do_not_overflow(bits):
+    # Every activation at an end of its range and every weight as large as its scale admits: the sums at their largest.
+    inputs = drawn(((5,), 768, 12, 3072, 1, 1), bits=bits)
+    inputs["hidden"] = torch.where(torch.randn(5, 768) > 0, 3.0, -3.0)
+    inputs["shifts"] = [torch.zeros_like(shift) for shift in inputs["shifts"]]
+    inputs["rescales"] = [torch.ones_like(rescale) for rescale in inputs["rescales"]]
+    shapes = {"qkv": (2304, 768), "dense": (768, 768), "ffn": (3072, 768), "ffn_output": (768, 3072)}
+    largest = 127 if bits == 8 else (2**31 - 1) // (8191 * 128)
+    dtype = torch.int8 if bits == 8 else torch.int16
+    for i, (name, shape) in enumerate(shapes.items()):
+        signs = torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(i)) < 0.9, largest, -largest)
+        inputs["integers"][i] = pack(name, signs.to(dtype))
+        inputs["scales"][i] = pack_channels(name, torch.full((shape[0],), 1e-3 / largest))
+        inputs["sums"][i] = ops.quantized_encoder.__globals__["channel_sums"](name, signs.to(dtype))
+    actual, expected = CASE.run(inputs, "cpp"), CASE.run(inputs, "reference")
+    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+@pytest.mark.parametrize(
+    ("product", "shape"),
+    [("qkv", (51, 17)), ("qkv", (192, 64)), ("dense", (33, 33)), ("ffn", (129, 31)), ("ffn_output", (17, 1601)),
+     ("ffn_output", (64, 768))],
+)  # fmt: skip
+def test_packing_is_undone(product, shape, dtype):
+    generator = torch.Generator().manual_seed(5)
+    matrix = torch.randint(-127, 128, shape, generator=generator).to(dtype)
+    assert torch.equal(unpack(product, pack(product, matrix), shape), matrix)
+    scale = torch.rand(shape[0], generator=generator)
+    assert torch.equal(unpack_channels(product, pack_channels(product, scale), shape[0]), scale)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.floats(-30, 30), st.floats(1e-30, 1e30), st.booleans(), st.integers(0, 2**31))
+def test_rounded_rows_are_within_half_a_step(width, offset, size, signed, seed):
+    x = (torch.randn(3, width, generator=torch.Generator().manual_seed(seed)) + offset) * size
+    levels = 8191 if signed else 255
+    integers, step, zero = round_rows(x, levels, signed)
+    assert integers.abs().max() <= levels
+    assert signed or integers.min() >= 0
+    # half a step, and another half where the zero point was rounded the other way
+    assert ((step * (integers - zero) - x).abs() <= step * 1.01 + 1e-37).all()
+
+
+def test_rows_of_zeros_and_of_denormals_round_to_zero():
+    for value in (0.0, 1e-44):
+        integers, step, zero = round_rows(torch.full((1, 5), value), 255, signed=False)
+        assert (step * (integers - zero) == 0).all()
+        inputs = drawn(((2,), 48, 2, 96, 1, 1), bits=8)
+        inputs["hidden"] = torch.full_like(inputs["hidden"], value)
+        torch.testing.assert_close(CASE.run(inputs, "cpp"), CASE.run(inputs, "reference"), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (r"multiple of num_heads, got \(7, 48\) and 5 heads", {"num_heads": 5}),
+        ("unknown act 'swish'", {"act": "swish"}),
+        (r"do not make the layers \[1\]", {"order": [1]}),
+        (r"cu_seqlens must run from 0 to 7", {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}),
+        ("rows and cu_rows come together", {"rows": torch.tensor([0])}),
+        ("expected 8 or 16 bits", {"bits": 4}),
+        (r"7 vectors, 4 integers.* are not those of whole layers", {"vectors": [torch.zeros(48)] * 7}),
+        (r"expected integers of qkv of shape .* in torch.int16", {"bits": 16}),
+    ],
+)
+def test_bad_input_is_named(message, changes):
+    with pytest.raises(ValueError, match=message):
+        ops.quantized_encoder(**{**drawn(((7,), 48, 2, 96, 1, 1), bits=8), **changes})
+
+
+def test_misshapen_weights_are_named():
+    for name in ("integers", "scales", "sums", "rescales", "shifts"):
+        inputs = drawn(((7,), 48, 2, 96, 1, 1), bits=8)
+        inputs[name][2] = inputs[name][2][:-1].clone()
+        with pytest.raises(ValueError, match=f"expected {name} of ffn"):
+            ops.quantized_encoder(**inputs)
+
+
+def test_the_isa_is_the_widest_unless_named():
+    assert dispatch.extension().build_info()["isa"] in ("portable", "avx2", "avx512", "avx512_vnni")
