@@ -21,7 +21,7 @@ from .ops.quantized_encoder import FORMATS, SLICE, channel_sums, pack, pack_chan
 
 PRECISIONS = {"int16": 16, "int8": 8}
 # Elements of a row whose products int16 adds up in 32 bits: kRun steps of csrc/cpu/integer_gemm.h.
-RUN = 128
+RUN = 256
 
 
 class QuantizedLinear(nn.Module):

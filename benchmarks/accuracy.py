@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,7 +258,8 @@ def evaluate(models: Classifiers, texts: Texts, names: Sequence[str]) -> Iterato
             yield name, f"{' and '.join(missing)} not installed: pip install 'albert-fast[bench]'"
             continue
         try:
-            logits_of = models.load(name)
+            with redirect_stdout(sys.stderr):  # NNCF's progress bars
+                logits_of = models.load(name)
         except BackendUnavailableError as error:
             yield name, str(error)
             continue

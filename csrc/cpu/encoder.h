@@ -34,7 +34,6 @@ class Encoder {
     using Layer = typename Format::Layer;
     using Matrix = typename Format::Matrix;
     using Operand = typename Format::Operand;
-    static constexpr std::int64_t kRowBlock = kBlockTiles * Format::kRowsOfTile;
 
 public:
     // `wanted` may be null: all rows.
@@ -45,12 +44,13 @@ public:
           act_(act),
           threads_(threads),
           few_(0),
+          row_block_(tiles_of_block(sizes) * Format::kRowsOfTile),
           crossed_(few_rows(batch.rows, threads)) {
         const std::int64_t stride = sizes.stride, count = wanted == nullptr ? 0 : wanted->count;
         const std::int64_t rows = larger(batch.rows, count);
         const std::int64_t rounded = Format::operand_floats(rows, sizes.hidden);
         few_ = smaller(rows, kFewRows * threads);
-        const std::int64_t work = larger(threads * work_floats(kRowBlock, 1), work_floats(few_, sizes.slices()));
+        const std::int64_t work = larger(threads * work_floats(row_block_, 1), work_floats(few_, sizes.slices()));
         Arrays arrays(scratch<Purpose::kShared>(2 * Arrays::padded(rows * stride) + 2 * Arrays::padded(count * stride) +
                                                 Arrays::padded(batch.rows * 3 * stride) + Arrays::padded(rounded) +
                                                 work));
@@ -90,14 +90,22 @@ public:
             attend(team, rows, {qkv_, 3 * sizes_.stride}, batch_.cu_seqlens);
             clock.lap(kAttention);
             barrier(crossed_, clock);
-            const Layer* next = i + 1 < layers.size() ? &layers[i + 1] : nullptr;
-            finish(team, work_of(thread, by_columns), rows, layers[i], hidden_, hidden_, next, clock);
+            const bool more = i + 1 < layers.size();
+            const Matrix next = layers[more ? i + 1 : i].qkv(0);
+            finish(team, work_of(thread, by_columns), rows, layers[i], hidden_, hidden_, more ? &next : nullptr, clock);
         }
         copy_rows(hidden_, sizes_.stride, own, out, sizes_.hidden);
         clock.lap(kCopy);
     }
 
 private:
+    // Tiles of rows in a block: its floats take three quarters of the second cache, and 126 rows are always enough.
+    static std::int64_t tiles_of_block(const Sizes& sizes) {
+        const std::int64_t row = static_cast<std::int64_t>(sizeof(float)) * (2 * sizes.stride + middle_stride(1));
+        const std::int64_t tiles = second_cache_bytes() * 3 / 4 / (row * Format::kRowsOfTile);
+        return smaller(larger(tiles, 1), 126 / Format::kRowsOfTile);
+    }
+
     // What a team needs beside the rows: attended and product (block x hidden), middle (block x columns of the slices),
     // and the roundings of attended and of each slice of middle.
     struct Work {
@@ -109,7 +117,8 @@ private:
     const Sizes& sizes_;
     const Wanted* wanted_;
     int act_, threads_;
-    std::int64_t few_;  // rows at most, by columns
+    std::int64_t few_;        // rows at most, by columns
+    std::int64_t row_block_;  // by rows
     bool crossed_;      // whether a thread needs keys that another one makes
     std::vector<std::int64_t> borders_;
     float *hidden_, *qkv_, *context_, *residual_, *queries_, *rounded_, *work_;
@@ -123,7 +132,7 @@ private:
     }
 
     Work work_of(int thread, bool by_columns) const {
-        const std::int64_t block = by_columns ? few_ : kRowBlock, slices = by_columns ? sizes_.slices() : 1;
+        const std::int64_t block = by_columns ? few_ : row_block_, slices = by_columns ? sizes_.slices() : 1;
         Arrays arrays(work_ + (by_columns ? 0 : thread * work_floats(block, slices)));
         Work work{nullptr, nullptr, nullptr, nullptr, block, slices, middle_stride(slices)};
         work.attended = arrays.take(block * sizes_.stride);
@@ -150,7 +159,7 @@ private:
         return Format::operand(work.middle + slice * kSlice, work.middle_row, memory, work.block, kSlice);
     }
 
-    // Rounds rows of floats for their product with `matrix`.
+    // Rounds rows of floats, one stride apart, for their product with `matrix`.
     void round(Range rows, const float* from, const Matrix& matrix, const Operand& to, Clock& clock) const {
         if constexpr (Format::kRounds) {
             for (std::int64_t row = rows.begin; row < rows.end; ++row) {
@@ -191,7 +200,7 @@ private:
                  std::int64_t to_row) const {
         const std::int64_t hidden = sizes_.hidden, panels = sizes_.panels();
         const Range mine = team.share(parts.size() * panels);
-        in_blocks(rows, kRowBlock, [&](Range block) {
+        in_blocks(rows, row_block_, [&](Range block) {
             for (std::int64_t part = parts.begin; part < parts.end; ++part) {
                 const std::int64_t offset = (part - parts.begin) * panels;
                 const float* bias = layer.vectors.qkv_bias + part * hidden;
@@ -224,9 +233,9 @@ private:
         }
     }
 
-    // to = LayerNorm(product + bias + residual) for rows one stride apart.
+    // to = LayerNorm(product + bias + residual) for rows one stride apart, rounded for `matrix` while it is at hand.
     void add_norm(Range rows, const float* product, const float* bias, const float* residual, const float* weight,
-                  const float* norm_bias, float* to) const {
+                  const float* norm_bias, float* to, const Matrix* matrix, const Operand& rounded) const {
         const std::int64_t n = sizes_.hidden, stride = sizes_.stride;
         float* line = scratch<Purpose::kTask>(round_up(n, kLanes));
         for (std::int64_t row = rows.begin; row < rows.end; ++row) {
@@ -236,13 +245,14 @@ private:
             });
             scale_row(line, n, statistics, weight, norm_bias,
                       [&](std::int64_t i, Vec y, auto lanes) { store(to + row * stride + i, y, lanes); });
+            if (matrix != nullptr) Format::round(to + row * stride, *matrix, rounded, row);
         }
     }
 
     // What follows attention: to = LayerNorm(FFN(a) + a), a = LayerNorm(dense(context_) + residual), rounded for `next`
     // where there is one.
     void finish(Team team, const Work& work, Range rows, const Layer& layer, const float* residual, float* to,
-                const Layer* next, Clock& clock) const {
+                const Matrix* next, Clock& clock) const {
         const std::int64_t stride = sizes_.stride;
         const LayerVectors& vectors = layer.vectors;
         const Range panels = team.share(sizes_.panels());
@@ -263,10 +273,10 @@ private:
                             into_product);
             clock.lap(kDense);
             barrier(shared, clock);
+            const Matrix up = layer.ffn(0);
             add_norm(mine, work.product, vectors.dense_bias, residual + offset, vectors.norm_weight, vectors.norm_bias,
-                     work.attended);
+                     work.attended, &up, attended(work));
             clock.lap(kNorm);
-            round(mine, work.attended, layer.ffn(0), attended(work), clock);
             barrier(shared, clock);
             for (std::int64_t first = 0; first < sizes_.slices(); first += work.slices) {
                 const std::int64_t last = smaller(first + work.slices, sizes_.slices());
@@ -298,9 +308,8 @@ private:
             }
             barrier(shared, clock);
             add_norm(mine, work.product, vectors.ffn_output_bias, work.attended, vectors.full_norm_weight,
-                     vectors.full_norm_bias, to + offset);
+                     vectors.full_norm_bias, to + offset, next, operand(to).from(block.begin));
             clock.lap(kNorm);
-            if (next != nullptr) round(mine_of_all, to, next->qkv(0), operand(to), clock);
             barrier(shared, clock);
         });
     }

@@ -8,8 +8,6 @@
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
-// Tiles of rows in a block, 126 rows on AVX-512: rows x (2 H + kSlice) floats stay below 2 MiB for H = 768.
-constexpr std::int64_t kBlockTiles = 9;
 // Rows a thread at which reading all weights for them costs more than the barriers of going by columns.
 constexpr std::int64_t kFewRows = 48;
 

@@ -15,7 +15,7 @@ constexpr int kColumnVectors = static_cast<int>(kColumns / kLanes);
 // One step of a panel: kGroup elements of K for all of its columns.
 constexpr std::int64_t kStepBytes = 4 * kColumns;
 #if defined(__AVX512F__)
-constexpr int kIntegerRows = 14;  // 28 sums, 2 vectors of the panel, 1 group of a row: 31 of 32 registers
+constexpr int kIntegerRows = 10;  // 20 sums; 14 rows fit the registers too, but not 32 KiB of first cache with a panel
 #elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int kIntegerRows = 3;
 #else
@@ -65,7 +65,7 @@ private:
     static inline IntVec high_bytes(IntVec x) { return (IntVec)((ShortVec)x >> 8); }
 };
 
-// Both in 16 bits with a sign, activations of 14. Sums are moved to float32 after every run of kRun steps, 128 elements:
+// Both in 16 bits with a sign, activations of 14. Sums are moved to float32 after every run of kRun steps, 256 elements:
 // weights are rounded so that no run can leave 32 bits (`int16_scale` in albert_fast/quantization.py).
 struct Int16 {
     using Element = std::int16_t;
@@ -83,7 +83,7 @@ struct Int16 {
     }
 };
 
-constexpr std::int64_t kRun = 64;
+constexpr std::int64_t kRun = 128;
 
 // One weight matrix as the kernel reads it.
 struct IntegerMatrix {

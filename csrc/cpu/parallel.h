@@ -10,6 +10,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace albert_fast::ALBERT_FAST_ISA {
@@ -69,6 +70,15 @@ static inline void use_large_pages([[maybe_unused]] void* memory, [[maybe_unused
     const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kLarge * kLarge;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// A core's second cache, as the operating system says, or the usual 1 MiB.
+static inline std::int64_t second_cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) return bytes;
+#endif
+    return 1 << 20;
 }
 
 // Memory that grows and stays: an allocation of its size goes to the kernel and back, at a page fault per 4 KiB.

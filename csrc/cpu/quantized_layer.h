@@ -5,14 +5,9 @@
 
 #include "encoder_layer.h"
 #include "integer_gemm.h"
+#include "math.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
-
-static inline float largest_lane(Vec x) {
-    float most = x[0];
-    for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-    return most;
-}
 
 // `levels` / extent, or 0 where a row is too small to be told from zero.
 static inline float inverse_step(float extent, float levels) {
@@ -36,16 +31,16 @@ struct Extent {
     float low, high, damage;
 
     explicit Extent(const RescaledRow& row) {
-        Vec least{}, most{}, spoilt{};
-        for_vectors(row.n, [&](std::int64_t i, auto lanes) {
+        Vec least[2] = {}, most[2] = {};
+        damage = sum_row(row.n, [&](std::int64_t i, auto lanes) {
+            const int side = i / kLanes % 2;  // two chains of comparisons hide their latency
             const Vec x = row.at(i, lanes);
-            least = smaller(least, x);
-            most = larger(most, x);
-            spoilt += x * 0.0f;
+            least[side] = smaller(least[side], x);
+            most[side] = larger(most[side], x);
+            return x * 0.0f;
         });
-        low = -largest_lane(-least);
-        high = largest_lane(most);
-        damage = sum_lanes(spoilt);
+        low = -largest_lane(-smaller(least[0], least[1]));
+        high = largest_lane(larger(most[0], most[1]));
     }
 };
 

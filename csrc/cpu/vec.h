@@ -186,6 +186,24 @@ static inline float sum_lanes(Vec x) {
 #endif
 }
 
+// The largest of all lanes; any number where one is NaN.
+static inline float largest_lane(Vec x) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m256 eight = _mm256_max_ps(_mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 0),
+                                       _mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 1));
+#else
+    const __m256 eight = (__m256)x;
+#endif
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return two[0] > two[1] ? two[0] : two[1];
+#else
+    const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
+#endif
+}
+
 // Two vectors that are summed side by side.
 struct VecPair {
     Vec first, second;
