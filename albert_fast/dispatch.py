@@ -46,10 +46,18 @@ class BackendUnavailableError(RuntimeError):
     """A backend or precision was asked for by name that cannot run here; the message gives the reason and the alternative."""
 
 
+def _one_thread() -> None:
+    # OpenMP's threads do not exist in a forked child, and a parallel region there waits for them for ever.
+    torch.set_num_threads(1)
+
+
 @functools.cache
 def _load_extension() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("albert_fast._C"), None
+        module = importlib.import_module("albert_fast._C")
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_one_thread)
+        return module, None
     except ImportError as error:
         if importlib.util.find_spec("albert_fast._C") is None:
             return (

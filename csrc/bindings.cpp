@@ -79,7 +79,8 @@ Isa choose_isa() {
         throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced + ": " +
                                  (is_compiled(isa) ? "this CPU does not have it" : "not compiled into this build"));
     }
-    throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced + ": must be portable, avx2, avx512 or avx512_vnni");
+    throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced +
+                             ": must be portable, avx2, avx512 or avx512_vnni");
 }
 
 #if defined(ALBERT_FAST_HAS_AVX512_VNNI)
@@ -151,9 +152,8 @@ PYBIND11_MODULE(_C, module) {
         "What was compiled in, and the instruction set that was chosen when the module was imported.");
 
 // CHOICES: the instruction sets beside the portable one that a function is compiled for, the widest first.
-#define EXPORT_FOR(CHOICES, function)                                   \
-    module.def(#function, CHOICES albert_fast::portable::function, \
-               py::call_guard<py::gil_scoped_release>())
+#define EXPORT_FOR(CHOICES, function) \
+    module.def(#function, CHOICES albert_fast::portable::function, py::call_guard<py::gil_scoped_release>())
 #define EXPORT(function) EXPORT_FOR(IF_AVX512(function) IF_AVX2(function), function)
     EXPORT(embedding_layer_norm_fwd_cpu);
     EXPORT(embedding_layer_norm_bwd_cpu);
@@ -172,6 +172,7 @@ PYBIND11_MODULE(_C, module) {
 #define EXPORT(function) EXPORT_FOR(IF_VNNI(function) IF_AVX512(function) IF_AVX2(function), function)
     EXPORT(quantized_encoder_fwd_cpu);
     EXPORT(quantized_encoder_limit_cpu);
+    EXPORT(use_large_pages_cpu);
 #undef EXPORT
 #undef EXPORT_FOR
 #if defined(ALBERT_FAST_CUDA)

@@ -1,4 +1,7 @@
+import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -101,6 +104,33 @@ def test_two_threads_with_a_model_each():
     for i in range(2):
         for result in results[i]:
             torch.testing.assert_close(result, expected[i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_runs_on_one_thread(threads):
+    threads(2)
+    inputs = drawn(((130, 60), 64, 2, 200, 1, 2))
+    expected = CASE.run(inputs, "cpp")
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(CASE.run(inputs, "cpp"), expected) and torch.get_num_threads() == 1 else 1)
+    ended = time.monotonic() + 60
+    while not (done := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < ended:
+        time.sleep(0.02)
+    if not done[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert done == (child, 0), "the child waits for threads that it does not have, or computes something else"
+
+
+def test_threads_rest_after_a_call(threads):
+    threads(2)
+    inputs = drawn(((130, 60), 64, 2, 200, 1, 2))
+    CASE.run(inputs, "cpp")
+    time.sleep(0.3)  # OpenMP's threads look for more work for some milliseconds
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.1
 
 
 def test_nan_stays_in_its_sequence():

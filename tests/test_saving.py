@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from albert_fast import reference, weights
+from albert_fast import reference
 from albert_fast.config import ALBERTConfig
 from albert_fast.testing.twins import SMALL
 

@@ -1,4 +1,4 @@
-"""quantized_encoder: `encoder` on integer weights, activations rounded row by row; float32 between the products.
+"""quantized_encoder: `encoder` on integer weights and rounded activations; float32 between the products.
 
 Every product is sum_k a_k w_nk with a row of activations a = x * rescale + shift rounded to a step of its own: 8 bits without
 a sign beside a zero point, or 14 with one. Matrices lie in panels, the layout of csrc/cpu/integer_gemm.h: `pack` and `unpack`.
@@ -7,6 +7,7 @@ a sign beside a zero point, or 14 with one. Matrices lie in panels, the layout o
 from __future__ import annotations
 
 import array
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from .. import dispatch
 from ..registration import check_devices, needs_dispatcher, register
 from .add_layer_norm import add_layer_norm_ref
-from .attention import attention_ref
 from .bias_gelu import ACTS, bias_gelu_ref
 from .encoder import check_tokens, profile_address
 
@@ -68,7 +68,10 @@ def pack(product: str, matrix: Tensor) -> Tensor:
         part = matrix[rows, columns]
         part = F.pad(part, (0, -part.shape[1] % group, 0, -part.shape[0] % PANEL))
         parts.append(part.view(part.shape[0] // PANEL, PANEL, -1, group).transpose(1, 2).reshape(-1))
-    return torch.cat(parts)
+    packed = matrix.new_empty(sum(map(len, parts)))
+    if dispatch.why_not("quantized_encoder", packed.device.type, "cpp") is None:
+        dispatch.extension().use_large_pages_cpu(packed.data_ptr(), packed.nbytes)
+    return torch.cat(parts, out=packed)
 
 
 def unpack(product: str, packed: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -130,6 +133,37 @@ def _product_ref(x: Tensor, integers: Tensor, scale: Tensor, bits: int, blocks: 
     return total
 
 
+def integer_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, num_heads: int, softmax_scale: float
+) -> Tensor:
+    """Attention as the kernel has it: keys rounded row by row, queries too, values column by column, probabilities of the
+    largest, to as many bits as keep their sums of products within 32 (csrc/cpu/integer_attention.h); softmax between."""
+    out, d = torch.zeros_like(q), q.shape[1] // num_heads
+    levels = {"q": min(8191, (2**31 - 1) // (8191 * d)), "k": 8191, "v": 4095, "p": 8191}
+
+    def rounded(x: Tensor, name: str) -> tuple[Tensor, Tensor]:  # (heads, n, m) -> integers, and steps (heads, n, 1)
+        integers, step, _ = round_rows(x.flatten(0, 1), levels[name], signed=True)
+        return integers.nan_to_num().double().view(x.shape), step.view(*x.shape[:2], 1)
+
+    for (first_q, last_q), (first_k, last_k) in zip(
+        itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True
+    ):
+        if first_q == last_q or first_k == last_k:
+            continue
+        queries, keys, values = (
+            t[i:j].unflatten(1, (num_heads, d)).transpose(0, 1)
+            for t, i, j in ((q, first_q, last_q), (k, first_k, last_k), (v, first_k, last_k))
+        )
+        (q_int, q_step), (k_int, k_step) = rounded(queries, "q"), rounded(keys, "k")
+        v_int, v_step = rounded(values.transpose(1, 2), "v")
+        scores = (q_int @ k_int.mT).to(q.dtype) * (k_step.mT * (q_step * softmax_scale))
+        p = torch.exp(scores - scores.amax(2, keepdim=True))
+        p_int = torch.round(p * levels["p"]).nan_to_num().double()
+        context = (p_int @ v_int.mT).to(q.dtype) * (v_step.mT / (p.sum(2, keepdim=True) * levels["p"]))
+        out[first_q:last_q] = context.transpose(0, 1).flatten(1)
+    return out
+
+
 def quantized_encoder_ref(
     hidden: Tensor, vectors: Sequence[Tensor], integers: Sequence[Tensor], scales: Sequence[Tensor],
     sums: Sequence[Tensor], rescales: Sequence[Tensor], shifts: Sequence[Tensor], order: Sequence[int], cu_seqlens: Tensor,
@@ -154,7 +188,7 @@ def quantized_encoder_ref(
         if last:
             q, hidden = q[rows], hidden[rows]
         cu_queries = cu_rows if last and cu_rows is not None else cu_seqlens
-        context = attention_ref(q, k, v, cu_queries, cu_seqlens, num_heads, softmax_scale)
+        context = integer_attention_ref(q, k, v, cu_queries, cu_seqlens, num_heads, softmax_scale)
         attended = add_layer_norm_ref(product(context, "dense"), dense_bias, hidden, norm, norm_bias, eps)
         middle = bias_gelu_ref(product(attended, "ffn"), ffn_bias, act)
         hidden = add_layer_norm_ref(product(middle, "ffn_output"), output_bias, attended, full, full_bias, eps)

@@ -137,11 +137,29 @@ def _rounded(x: Tensor, bits: int) -> Tensor:
     """x (T, K), every row rounded to the nearest of 256 steps between its ends, or of 8191 on either side of zero."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
     if bits == 16:
-        step = torch.maximum(high, -low) / 8191
-        return torch.where(step > 0, (x / step).round() * step, 0.0)
+        return _symmetric(x, 8191)
     step = (high - low) / 255
     zero = (-low / step).round()
     return torch.where(step > 0, ((x / step + zero).round().clamp(0, 255) - zero) * step, 0.0)
+
+
+def _symmetric(x: Tensor, levels: int) -> Tensor:
+    """x, every row of the last dimension rounded to the nearest of `levels` steps on either side of zero."""
+    step = x.abs().amax(-1, keepdim=True) / levels
+    return torch.where(step > 0, (x / step).round() * step, 0.0)
+
+
+def _rounded_attention(q, k, v, cu_q, cu_k, num_heads, softmax_scale):
+    out, d = torch.zeros_like(q), q.shape[1] // num_heads
+    for (a, b), (s, t) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_k), strict=True):
+        for h in [slice(i, i + d) for i in range(0, num_heads * d, d)]:
+            if s == t:
+                continue
+            queries = _symmetric(q[a:b, h], min(8191, (2**31 - 1) // (8191 * d)))
+            scores = queries @ _symmetric(k[s:t, h], 8191).t() * softmax_scale
+            p = (scores - scores.amax(1, keepdim=True)).exp()
+            out[a:b, h] = (p * 8191).round() / 8191 @ _symmetric(v[s:t, h].t(), 4095).t() / p.sum(1, keepdim=True)
+    return out
 
 
 def quantized_encoder_eager(
@@ -167,7 +185,7 @@ def quantized_encoder_eager(
         cu_q = cu_seqlens
         if step + 1 == len(order) and rows is not None:
             q, hidden, cu_q = q[rows], hidden[rows], cu_rows
-        context = attention_eager(q, k, v, cu_q, cu_seqlens, 0, 0, num_heads, softmax_scale, 0.0, None)
+        context = _rounded_attention(q, k, v, cu_q.tolist(), cu_seqlens.tolist(), num_heads, softmax_scale)
         x = product(context, at + 1) + w["dense_bias"] + hidden
         x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
         y = product(act_ref(product(x, at + 2) + w["ffn_bias"], act), at + 3) + w["ffn_output_bias"] + x

@@ -3,12 +3,14 @@
 // Float32 (encoder_layer.h), or Integers, whose rows are rounded where they are made or just before they are multiplied
 // (quantized_layer.h).
 //
-// Weights are packed once and read by all layers. Two ways to share the work:
+// Weights are packed once and read by all layers. Three ways to share the work:
 //
-// By rows: a thread takes its rows of the batch through all layers. Only attention needs rows of others, and only where
-// a sequence goes across a border between threads; borders are laid between sequences where that costs little balance,
-// and then no thread ever waits. Rows go in blocks whose activations stay in a core's second cache, the feed-forward
-// block's middle among them, which is made and used up in slices of kSlice columns.
+// By sequences, where they can be dealt to the threads evenly: a thread takes a group of them through all layers, so
+// that the states of a group of short ones never leave its second cache, and no thread ever waits.
+//
+// By rows: a thread takes its rows of the batch through all layers. Attention needs rows of others where a sequence
+// goes across a border between threads. Rows go in blocks whose activations stay in a core's second cache, the
+// feed-forward block's middle among them, which is made and used up in slices of kSlice columns.
 //
 // By columns: few rows leave all time to the reading of weights, so every thread takes all rows and reads its share of
 // each matrix, with a barrier after each product.
@@ -16,9 +18,9 @@
 // Sums do not depend on the way, the threads or the rest of the batch: a sequence's result is bitwise the same.
 #pragma once
 
+#include <optional>
 #include <vector>
 
-#include "attention_forward.h"
 #include "encoder_layer.h"
 #include "encoder_schedule.h"
 #include "layer_norm.h"
@@ -44,7 +46,7 @@ public:
           act_(act),
           threads_(threads),
           few_(0),
-          row_block_(tiles_of_block(sizes) * Format::kRowsOfTile),
+          row_block_(rows_of_block(sizes)),
           crossed_(few_rows(batch.rows, threads)) {
         const std::int64_t stride = sizes.stride, count = wanted == nullptr ? 0 : wanted->count;
         const std::int64_t rows = larger(batch.rows, count);
@@ -98,14 +100,14 @@ public:
         clock.lap(kCopy);
     }
 
-private:
-    // Tiles of rows in a block: its floats take three quarters of the second cache, and 126 rows are always enough.
-    static std::int64_t tiles_of_block(const Sizes& sizes) {
+    // Rows of a block, whole tiles: its floats take three quarters of the second cache, and 126 rows are always enough.
+    static std::int64_t rows_of_block(const Sizes& sizes) {
         const std::int64_t row = static_cast<std::int64_t>(sizeof(float)) * (2 * sizes.stride + middle_stride(1));
         const std::int64_t tiles = second_cache_bytes() * 3 / 4 / (row * Format::kRowsOfTile);
-        return smaller(larger(tiles, 1), 126 / Format::kRowsOfTile);
+        return smaller(larger(tiles, 1), 126 / Format::kRowsOfTile) * Format::kRowsOfTile;
     }
 
+private:
     // What a team needs beside the rows: attended and product (block x hidden), middle (block x columns of the slices),
     // and the roundings of attended and of each slice of middle.
     struct Work {
@@ -119,7 +121,7 @@ private:
     int act_, threads_;
     std::int64_t few_;        // rows at most, by columns
     std::int64_t row_block_;  // by rows
-    bool crossed_;      // whether a thread needs keys that another one makes
+    bool crossed_;            // whether a thread needs keys that another one makes
     std::vector<std::int64_t> borders_;
     float *hidden_, *qkv_, *context_, *residual_, *queries_, *rounded_, *work_;
 
@@ -205,12 +207,11 @@ private:
                 const std::int64_t offset = (part - parts.begin) * panels;
                 const float* bias = layer.vectors.qkv_bias + part * hidden;
                 float* target = to + block.begin * to_row + part * sizes_.stride;
-                Format::product(from.from(block.begin), block.size(), layer.qkv(part), larger(mine.begin - offset, 0),
-                                smaller(mine.end - offset, panels),
-                                [&](std::int64_t row, std::int64_t column, Vec sum) {
-                                    store(target + row * to_row + column, sum + load_padded(bias, column, hidden),
-                                          Full{});
-                                });
+                Format::product(
+                    from.from(block.begin), block.size(), layer.qkv(part), larger(mine.begin - offset, 0),
+                    smaller(mine.end - offset, panels), [&](std::int64_t row, std::int64_t column, Vec sum) {
+                        store(target + row * to_row + column, sum + load_padded(bias, column, hidden), Full{});
+                    });
             }
         });
     }
@@ -228,7 +229,7 @@ private:
         for (; b < batch_.sequences && cu_queries[b] < rows.end; ++b) {
             for (std::int64_t number = heads.begin; number < heads.end; ++number) {
                 const Head head = Head(shape, b, number).within(rows.begin, rows.end);
-                if (head.queries > 0) forward_task<false>(in, head, 0, 1, Rows<float>{context_, stride}, nullptr);
+                if (head.queries > 0) Format::attention(in, head, Rows<float>{context_, stride});
             }
         }
     }
@@ -354,7 +355,6 @@ private:
     }
 };
 
-
 // What encoder_fwd_cpu and quantized_encoder_fwd_cpu are given: see kernels.h.
 struct EncoderCall {
     const float* x;
@@ -368,30 +368,67 @@ struct EncoderCall {
     int num_threads;
 };
 
+// All layers for one group of sequences, on one thread: their states stay in its second cache from layer to layer.
+template <class Format>
+static inline void run_group(const EncoderCall& call, const Sizes& sizes,
+                             const std::vector<typename Format::Layer>& layers, Group group, double* profile) {
+    const std::int32_t* cu = call.batch.cu_seqlens + group.first;
+    const std::int64_t sequences = group.last - group.first, first_row = cu[0];
+    std::vector<std::int32_t> borders, wanted_borders;
+    std::vector<std::int64_t> wanted_rows;
+    for (std::int64_t b = 0; b <= sequences; ++b) borders.push_back(cu[b] - cu[0]);
+    const Batch batch{borders.back(), sequences, call.batch.heads, borders.data(), call.batch.scale, call.batch.eps};
+    Wanted wanted{};
+    std::int64_t first_out = first_row;
+    if (call.wanted != nullptr) {
+        const std::int32_t* cu_wanted = call.wanted->cu_seqlens + group.first;
+        first_out = cu_wanted[0];
+        for (std::int64_t b = 0; b <= sequences; ++b) wanted_borders.push_back(cu_wanted[b] - cu_wanted[0]);
+        for (std::int64_t i = 0; i < wanted_borders.back(); ++i) {
+            wanted_rows.push_back(call.wanted->rows[first_out + i] - first_row);
+        }
+        wanted = {wanted_rows.data(), wanted_borders.data(), wanted_borders.back()};
+    }
+    const Encoder<Format> encoder(batch, sizes, call.wanted == nullptr ? nullptr : &wanted, call.act, 1);
+    encoder.run(0, call.x + first_row * sizes.hidden, layers, call.out + first_out * sizes.hidden, profile);
+}
+
 template <class Format>
 static inline void run_encoder(const EncoderCall& call, const Sizes& sizes) {
     std::vector<typename Format::Layer> layers;
     for (std::int64_t i = 0; i < call.layers; ++i) {
         layers.emplace_back(call.table + call.order[i] * Format::Layer::kSlots, sizes);
     }
+    // Attention's share of a row's operations, a key: 4 H of 2 (4 H^2 + 2 H I).
+    const double pair_cost = 1.0 / static_cast<double>(2 * sizes.hidden + sizes.middle);
+    const std::int64_t most = Encoder<Format>::rows_of_block(sizes);
     const int threads = static_cast<int>(larger(smaller(call.num_threads, call.batch.rows), 1));
+    const auto run_groups = [&](const Deal& deal, int thread, double* profile) {
+        for (const Group& group : deal.of(thread)) run_group<Format>(call, sizes, layers, group, profile);
+    };
 #if defined(_OPENMP)
     if (threads > 1) {
-        const Encoder<Format> encoder(call.batch, sizes, call.wanted, call.act, threads);
+        const Deal deal(call.batch, most, pair_cost, threads);
+        std::optional<const Encoder<Format>> together;
+        if (few_rows(call.batch.rows, threads) || !deal.even) {
+            together.emplace(call.batch, sizes, call.wanted, call.act, threads);
+        }
         bool done = true;
 #pragma omp parallel num_threads(threads)
         {
-            if (omp_get_num_threads() == threads) {
-                encoder.run(omp_get_thread_num(), call.x, layers, call.out, call.profile);
-            } else if (omp_get_thread_num() == 0) {
-                done = false;  // inside another parallel region, or at the limit of threads
+            const int thread = omp_get_thread_num();
+            if (omp_get_num_threads() != threads) {
+                if (thread == 0) done = false;  // inside another parallel region, or at the limit of threads
+            } else if (together) {
+                together->run(thread, call.x, layers, call.out, call.profile);
+            } else {
+                run_groups(deal, thread, call.profile == nullptr ? nullptr : call.profile + thread * kStages);
             }
         }
         if (done) return;
     }
 #endif
-    const Encoder<Format> alone(call.batch, sizes, call.wanted, call.act, 1);
-    alone.run(0, call.x, layers, call.out, call.profile);
+    run_groups(Deal(call.batch, most, pair_cost, 1), 0, call.profile);
 }
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

@@ -2,6 +2,7 @@
 // them. `Float32` is the arithmetic of encoder.cpp; quantized_layer.h has those of quantized_encoder.cpp.
 #pragma once
 
+#include "attention_forward.h"
 #include "packed_gemm.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
@@ -14,11 +15,7 @@ struct Sizes {
     std::int64_t hidden, middle, panel, width, stride;
 
     Sizes(std::int64_t hidden, std::int64_t middle, std::int64_t panel)
-        : hidden(hidden),
-          middle(middle),
-          panel(panel),
-          width(round_up(hidden, panel)),
-          stride(row_stride(width)) {}
+        : hidden(hidden), middle(middle), panel(panel), width(round_up(hidden, panel)), stride(row_stride(width)) {}
 
     std::int64_t panels() const { return width / panel; }
     std::int64_t slices() const { return divide_up(middle, kSlice); }
@@ -67,6 +64,10 @@ struct Float32 {
     }
     static void round(const float*, const Matrix&, const Operand&, std::int64_t) {}
 
+    static void attention(const Inputs<float>& in, const Head& head, Rows<float> out) {
+        forward_task<false>(in, head, 0, 1, out, nullptr);
+    }
+
     template <class Emit>
     static void product(const Operand& a, std::int64_t rows, const Matrix& w, std::int64_t first, std::int64_t last,
                         Emit emit) {
@@ -97,9 +98,8 @@ struct Float32 {
         LayerVectors vectors;
 
         Layer(const std::int64_t* row, const Sizes& sizes)
-            : vectors{at(row, kQkvBias),      at(row, kDenseBias),      at(row, kNormWeight),
-                      at(row, kNormBias),     at(row, kFfnBias),        at(row, kFfnOutputBias),
-                      at(row, kFullNormWeight), at(row, kFullNormBias)},
+            : vectors{at(row, kQkvBias), at(row, kDenseBias),     at(row, kNormWeight),     at(row, kNormBias),
+                      at(row, kFfnBias), at(row, kFfnOutputBias), at(row, kFullNormWeight), at(row, kFullNormBias)},
               packed_(at(row, kPacked)),
               sizes_(sizes) {}
 

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
+#include <vector>
 
 #include "parallel.h"
 
@@ -48,6 +50,48 @@ static inline std::int64_t border(const Batch& batch, std::int64_t t, std::int64
     const std::int64_t off = nearest > target ? nearest - target : target - nearest;
     return off * threads * 16 <= batch.rows ? nearest : target;
 }
+
+// Sequences that one thread takes through all layers by itself: [first, last) of the batch.
+struct Group {
+    std::int64_t first, last;
+};
+
+// Neighbouring sequences in groups of about `most` rows, dealt to the threads, the costliest group first, each to
+// whoever has least. `even` says whether the threads then have about the same to do.
+class Deal {
+public:
+    Deal(const Batch& batch, std::int64_t most, double pair_cost, int threads) : groups_(threads) {
+        const auto rows_to = [&](std::int64_t b) { return batch.cu_seqlens[b]; };
+        std::vector<std::pair<double, Group>> all;
+        double total = 0.0;
+        for (std::int64_t first = 0; first < batch.sequences;) {
+            double cost = 0.0;
+            std::int64_t last = first;
+            do {
+                const double length = rows_to(last + 1) - rows_to(last);
+                cost += length + pair_cost * length * length;
+            } while (++last < batch.sequences && rows_to(last + 1) - rows_to(first) <= most);
+            all.push_back({cost, {first, last}});
+            total += cost;
+            first = last;
+        }
+        std::stable_sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+        std::vector<double> load(threads, 0.0);
+        for (const auto& [cost, group] : all) {
+            const auto least = std::min_element(load.begin(), load.end());
+            *least += cost;
+            groups_[least - load.begin()].push_back(group);
+        }
+        even = *std::max_element(load.begin(), load.end()) * threads <= total * (1.0 + 1.0 / 16);
+    }
+
+    const std::vector<Group>& of(int thread) const { return groups_[thread]; }
+
+    bool even;
+
+private:
+    std::vector<std::vector<Group>> groups_;
+};
 
 // What a thread's time goes to; the names are `STAGES` in albert_fast/ops/encoder.py.
 enum Stage : int { kProject, kAttention, kDense, kNorm, kUp, kDown, kRounding, kCopy, kWait, kStages };

@@ -1,11 +1,13 @@
-// Products of integers with weights that are packed once: out (rows x N) = A (rows x K) W^T, where a row of A has a scale
-// (and in Int8 a zero point) of its own, and a row of W, an output channel, a scale.
+// Products of integers with weights that are packed once: out (rows x N) = A (rows x K) W^T, where a row of A has a
+// scale (and in Int8 a zero point) of its own, and a row of W, an output channel, a scale.
 //
 // W is packed in panels of kColumns channels, [N / kColumns][K / kGroup][kColumns][kGroup]: kGroup neighbours in K fill
 // the 32 bits whose products one instruction adds up in one lane (vpdpbusd: u8 x s8, four of them; vpdpwssd: s16 x s16,
-// two). The layout is the same on every instruction set. Integer sums are exact, so they are the same on all of them too.
+// two). The layout is the same on every instruction set. Integer sums are exact, so they are the same on all of them
+// too.
 #pragma once
 
+#include "math.h"
 #include "packed_gemm.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
@@ -21,6 +23,9 @@ constexpr int kIntegerRows = 3;
 #else
 constexpr int kIntegerRows = 1;
 #endif
+
+// The nearest integers of x, |x| < 2^22; ties go to even ones.
+static inline IntVec nearest(Vec x) { return (IntVec)bits_of(x + kRoundToInteger) - 0x4B400000; }
 
 static inline Vec to_float(IntVec x) { return __builtin_convertvector(x, Vec); }
 
@@ -65,13 +70,14 @@ private:
     static inline IntVec high_bytes(IntVec x) { return (IntVec)((ShortVec)x >> 8); }
 };
 
-// Both in 16 bits with a sign, activations of 14. Sums are moved to float32 after every run of kRun steps, 256 elements:
-// weights are rounded so that no run can leave 32 bits (`int16_scale` in albert_fast/quantization.py).
+// Both in 16 bits with a sign, activations of 14. Sums are moved to float32 after every run of kRun steps, 256
+// elements: weights are rounded so that no run can leave 32 bits (`int16_scale` in albert_fast/quantization.py).
 struct Int16 {
     using Element = std::int16_t;
     using Weight = std::int16_t;
     static constexpr int kGroup = 2;
     static constexpr float kLevels = 8191.0f;
+    static constexpr std::int64_t kRun = 128;
     static constexpr bool kHasZero = false, kInRuns = true;
 
     static inline IntVec dot(IntVec sum, IntVec a, IntVec w) {
@@ -83,24 +89,23 @@ struct Int16 {
     }
 };
 
-constexpr std::int64_t kRun = 128;
-
 // One weight matrix as the kernel reads it.
 struct IntegerMatrix {
-    const char* packed;    // panels, kStepBytes * steps each
-    const float* scale;    // (N rounded up to kColumns)
-    const float* sum;      // likewise: of each channel's integers, for the zero point
+    const char* packed;  // panels, kStepBytes * steps each
+    const float* scale;  // (N rounded up to kColumns)
+    const float* sum;    // likewise: of each channel's integers, for the zero point
     // (K): activations are multiplied with the one, then the other is added, before they are rounded.
     const float *rescale, *shift;
 };
 
 // emit(row, vector, sum) for the integer sums, as floats, of one tile: rows [0, kRows) of A and one panel.
 template <class Format, int kRows, class Emit>
-static inline void integer_tile(const char* a, std::int64_t a_row, const char* panel, std::int64_t steps,
-                                Fetch fetch, Emit emit) {
+static inline void integer_tile(const char* a, std::int64_t a_row, const char* panel, std::int64_t steps, Fetch fetch,
+                                Emit emit) {
     [[maybe_unused]] float totals[Format::kInRuns ? kRows : 1][kColumns] = {};
     for (std::int64_t begin = 0; begin < steps;) {
-        const std::int64_t end = Format::kInRuns ? smaller(begin + kRun, steps) : steps;
+        std::int64_t end = steps;
+        if constexpr (Format::kInRuns) end = smaller(begin + Format::kRun, steps);
         IntVec sums[kRows][kColumnVectors] = {};
         for (std::int64_t step = begin; step < end; ++step) {
             const char* at = panel + step * kStepBytes;

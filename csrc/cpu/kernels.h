@@ -1,5 +1,6 @@
 // Declarations of the CPU kernels, once per instruction set: bindings.cpp includes this file with ALBERT_FAST_ISA set
-// to portable, avx2, avx512 and avx512_vnni in turn, hence no include guard. Every csrc/cpu/<op>.cpp includes it for its own set.
+// to portable, avx2, avx512 and avx512_vnni in turn, hence no include guard. Every csrc/cpu/<op>.cpp includes it for
+// its own set.
 //
 // Common to all: tensors are contiguous unless a stride (in elements) is given; T = tokens, H = hidden, N = row length;
 // dtype is a DtypeCode and holds for every tensor not marked f32 or int; sums and statistics are float32; results do
@@ -89,15 +90,18 @@ void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::
                      Address profile, int num_threads);
 
 // Likewise with matrices of `bits` (8 or 16) bits and activations that are rounded row by row. A row of the table
-// (distinct layers, 28) int64: the addresses of qkv_bias, dense_bias, norm_weight, norm_bias, ffn_bias, ffn_output_bias,
-// full_norm_weight, full_norm_bias; then for qkv, dense, ffn and ffn_output each five: those of the packed integers
-// (csrc/cpu/integer_gemm.h), of each channel's scale and sum of integers, of each activation's factor and shift. It is
-// compiled for AVX512-VNNI too.
+// (distinct layers, 28) int64: the addresses of qkv_bias, dense_bias, norm_weight, norm_bias, ffn_bias,
+// ffn_output_bias, full_norm_weight, full_norm_bias; then for qkv, dense, ffn and ffn_output each five: those of the
+// packed integers (csrc/cpu/integer_gemm.h), of each channel's scale and sum of integers, of each activation's factor
+// and shift. It is compiled for AVX512-VNNI too.
 void quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers,
                                Address cu_seqlens, std::int64_t B, std::int64_t T, Address wanted_rows,
                                Address cu_wanted, std::int64_t wanted_count, std::int64_t H, std::int64_t I,
                                std::int64_t num_heads, double scale, double eps, int act, int bits, Address profile,
                                int num_threads);
+
+// Asks for large pages under memory that nothing has been written to yet.
+void use_large_pages_cpu(Address memory, std::int64_t bytes);
 
 // Multiplies integers that never leave the first cache, `repeats` tiles on every thread; returns the operations of one
 // thread. Timed, it gives the rate that products cannot exceed.

@@ -27,6 +27,10 @@ std::int64_t repeat_tile(std::int64_t repeats, int num_threads) {
 
 }  // namespace
 
+void use_large_pages_cpu(Address memory, std::int64_t bytes) {
+    use_large_pages(pointer<void>(memory), static_cast<std::size_t>(bytes));
+}
+
 std::int64_t quantized_encoder_limit_cpu(int bits, std::int64_t repeats, int num_threads) {
     return bits == 8 ? repeat_tile<Int8>(repeats, num_threads) : repeat_tile<Int16>(repeats, num_threads);
 }
@@ -37,17 +41,17 @@ void quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address or
                                std::int64_t num_heads, double scale, double eps, int act, int bits, Address profile,
                                int num_threads) {
     const Wanted wanted{pointer<std::int64_t>(wanted_rows), pointer<std::int32_t>(cu_wanted), wanted_count};
-    const EncoderCall call{pointer<float>(x),
-                           pointer<float>(out),
-                           pointer<std::int64_t>(table),
-                           pointer<std::int64_t>(order),
-                           layers,
-                           {T, B, num_heads, pointer<std::int32_t>(cu_seqlens), static_cast<float>(scale),
-                            static_cast<float>(eps)},
-                           cu_wanted ? &wanted : nullptr,
-                           act,
-                           pointer<double>(profile),
-                           num_threads};
+    const EncoderCall call{
+        pointer<float>(x),
+        pointer<float>(out),
+        pointer<std::int64_t>(table),
+        pointer<std::int64_t>(order),
+        layers,
+        {T, B, num_heads, pointer<std::int32_t>(cu_seqlens), static_cast<float>(scale), static_cast<float>(eps)},
+        cu_wanted ? &wanted : nullptr,
+        act,
+        pointer<double>(profile),
+        num_threads};
     const Sizes sizes(H, I, kColumns);
     bits == 8 ? run_encoder<Integers<Int8>>(call, sizes) : run_encoder<Integers<Int16>>(call, sizes);
 }

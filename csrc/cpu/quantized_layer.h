@@ -1,76 +1,11 @@
-// The integer arithmetics of quantized_encoder.cpp: how rows of activations are rounded, and a layer of integer matrices.
+// The integer arithmetics of quantized_encoder.cpp: how rows of activations are rounded, and a layer of integer
+// matrices.
 #pragma once
 
-#include <cfloat>
-
 #include "encoder_layer.h"
-#include "integer_gemm.h"
-#include "math.h"
+#include "integer_attention.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
-
-// `levels` / extent, or 0 where a row is too small to be told from zero.
-static inline float inverse_step(float extent, float levels) {
-    const float inverse = levels / extent;
-    return extent > 0.0f && inverse < FLT_MAX ? inverse : 0.0f;
-}
-
-// A row as it is rounded: x * rescale + shift, element by element.
-struct RescaledRow {
-    const float *row, *rescale, *shift;
-    std::int64_t n;
-
-    template <class Lanes>
-    Vec at(std::int64_t i, Lanes lanes) const {
-        return load(row + i, lanes) * load(rescale + i, lanes) + load(shift + i, lanes);
-    }
-};
-
-// The smallest and largest element of a row, zero among them; `damage` is NaN where it holds a NaN or an infinity.
-struct Extent {
-    float low, high, damage;
-
-    explicit Extent(const RescaledRow& row) {
-        Vec least[2] = {}, most[2] = {};
-        damage = sum_row(row.n, [&](std::int64_t i, auto lanes) {
-            const int side = i / kLanes % 2;  // two chains of comparisons hide their latency
-            const Vec x = row.at(i, lanes);
-            least[side] = smaller(least[side], x);
-            most[side] = larger(most[side], x);
-            return x * 0.0f;
-        });
-        low = -largest_lane(-smaller(least[0], least[1]));
-        high = largest_lane(larger(most[0], most[1]));
-    }
-};
-
-// to (n) = the nearest integers of x * inverse + zero, within [0, 255].
-static inline RowScale round_row(const RescaledRow& row, float levels, std::uint8_t* to) {
-    typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
-    const Extent extent(row);
-    const float range = extent.high - extent.low, inverse = inverse_step(range, levels);
-    const float zero = __builtin_rintf(-extent.low * inverse), shift = kRoundToInteger + zero;
-    for_vectors(row.n, [&](std::int64_t i, auto lanes) {
-        const Vec x = row.at(i, lanes) * inverse + shift;
-        const Vec within = smaller(splat(kRoundToInteger + levels), larger(splat(kRoundToInteger), x));
-        const Bytes bytes = __builtin_convertvector(bits_of(within) & 0xFFu, Bytes);
-        __builtin_memcpy(to + i, &bytes, sizeof bytes);
-    });
-    return {(inverse > 0.0f ? range / levels : 0.0f) + extent.damage, zero};
-}
-
-// Likewise for integers with a sign in [-levels, levels], without a zero point.
-static inline RowScale round_row(const RescaledRow& row, float levels, std::int16_t* to) {
-    typedef std::int16_t Shorts __attribute__((vector_size(2 * kLanes)));
-    const Extent extent(row);
-    const float most = extent.high > -extent.low ? extent.high : -extent.low, inverse = inverse_step(most, levels);
-    for_vectors(row.n, [&](std::int64_t i, auto lanes) {
-        const Vec x = row.at(i, lanes) * inverse + kRoundToInteger;
-        const Shorts shorts = __builtin_convertvector((IntVec)bits_of(x) - 0x4B400000, Shorts);
-        __builtin_memcpy(to + i, &shorts, sizeof shorts);
-    });
-    return {(inverse > 0.0f ? most / levels : 0.0f) + extent.damage, 0.0f};
-}
 
 // Products of Format's integers: rows are rounded to a step of their own, just before they are multiplied.
 template <class Format>
@@ -95,23 +30,22 @@ struct Integers {
     };
 
     static std::int64_t steps(std::int64_t k) { return divide_up(k, Format::kGroup); }
-    // Whole vectors, since rounding stores them, and no multiple of 1 KiB.
-    static std::int64_t operand_stride(std::int64_t k) {
-        const std::int64_t bytes = round_up(k * static_cast<std::int64_t>(sizeof(Element)), 64);
-        return bytes % 1024 == 0 ? bytes + 64 : bytes;
-    }
     static std::int64_t operand_floats(std::int64_t rows, std::int64_t k) {
-        return round_up(rows * operand_stride(k) / 4, 16) + round_up(2 * rows, 16);
+        return round_up(rows * rounded_row_bytes<Element>(k) / 4, 16) + round_up(2 * rows, 16);
     }
     static Operand operand(const float*, std::int64_t, float* memory, std::int64_t rows, std::int64_t k) {
-        float* scales = memory + round_up(rows * operand_stride(k) / 4, 16);
-        return {reinterpret_cast<char*>(memory), operand_stride(k), reinterpret_cast<RowScale*>(scales)};
+        float* scales = memory + round_up(rows * rounded_row_bytes<Element>(k) / 4, 16);
+        return {reinterpret_cast<char*>(memory), rounded_row_bytes<Element>(k), reinterpret_cast<RowScale*>(scales)};
     }
 
     // Row `row` of `to`, rounded for a product with `w`. Columns beyond k meet zeros in the packed weights.
     static void round(const float* from, const Matrix& w, const Operand& to, std::int64_t row) {
-        to.scales[row] = round_row({from, w.integers.rescale, w.integers.shift, w.k}, Format::kLevels,
+        to.scales[row] = round_row(RescaledRow{from, w.integers.rescale, w.integers.shift, w.k}, Format::kLevels,
                                    reinterpret_cast<Element*>(to.rows + row * to.stride));
+    }
+
+    static void attention(const Inputs<float>& in, const Head& head, Rows<float> out) {
+        integer_attention(in, head, out);
     }
 
     template <class Emit>
@@ -134,17 +68,12 @@ struct Integers {
               sizes_(sizes) {
             for (int product = 0; product < 4; ++product) {
                 const std::int64_t* slots = row + 8 + product * kProductSlots;
-                all_[product] = {reinterpret_cast<const char*>(slots[kWeights]),
-                                 at(slots, kScale),
-                                 at(slots, kSum),
-                                 at(slots, kRescale),
-                                 at(slots, kShift)};
+                all_[product] = {reinterpret_cast<const char*>(slots[kWeights]), at(slots, kScale), at(slots, kSum),
+                                 at(slots, kRescale), at(slots, kShift)};
             }
         }
 
-        Matrix qkv(std::int64_t part) const {
-            return columns(kQkv, part * sizes_.width, sizes_.hidden);
-        }
+        Matrix qkv(std::int64_t part) const { return columns(kQkv, part * sizes_.width, sizes_.hidden); }
         Matrix dense() const { return columns(kDense, 0, sizes_.hidden); }
         Matrix ffn(std::int64_t slice) const { return columns(kFfn, slice * kSlice, sizes_.hidden); }
         // A slice of its rows: all channels of each slice are packed together, and have sums of their own.
