@@ -195,7 +195,7 @@ def export_logits(model: nn.Module, path: Path) -> Path:
             opset_version=_OPSET,
             dynamo=False,
         )
-    artifacts._share_initializers(path)
+    artifacts.share_initializers(path)
     return path
 
 

@@ -73,12 +73,12 @@ def export(folder: Path) -> Path:
                 opset_version=_OPSET,
                 dynamo=False,
             )
-        _share_initializers(path)
+        share_initializers(path)
 
     return _made_once(_name(folder, "onnx", "torch", "transformers", "onnx"), write) / "model.onnx"
 
 
-def _share_initializers(path: Path) -> None:
+def share_initializers(path: Path) -> None:
     """Let every layer read the shared weights themselves.
 
     The exporter gives all layers but the first an Identity of them, which quantisation does not take for a weight: only
