@@ -201,7 +201,7 @@ class Layer(nn.Module):
         out = _add_norm(middle, self.ffn_output, attended, norm, self, 0.0, "auto")
         return [hidden, context, attended, middle], out
 
-    def quantize(self, bits: int, inputs: list[Tensor] | list[None], representative: bool) -> None:
+    def quantize(self, bits: int, inputs: list[Tensor | None], representative: bool) -> None:
         """Put integers in the place of the four Linears; `inputs` are what each was given: see `QuantizedLinear.rounded`."""
         linears = zip(ops.PRODUCTS, self.products(), inputs, strict=True)
         self.place([QuantizedLinear.rounded(name, old, bits, x, representative) for name, old, x in linears])

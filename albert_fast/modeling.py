@@ -27,7 +27,7 @@ from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, first_tokens, pack, packed_already, select, take
 from .pretrained import PRECISIONS, Calibration, PretrainedMixin
 from .quantization import PRECISIONS as INTEGERS
-from .quantization import QuantizedLinear, random_batches, sample
+from .quantization import QuantizedLinear, Rows, random_batches
 
 
 class FastModel(PretrainedMixin):
@@ -84,7 +84,7 @@ def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = No
     """Round the weights of all layers in place, calibrated on batches, for int8 by default on random ids."""
     encoder = model.encoder
     distinct = encoder.distinct()
-    seen: list[list[list[Tensor]]] = [[] for _ in distinct]
+    seen = [[Rows() for _ in ops.PRODUCTS] for _ in distinct]
     representative = calibration is not None
     if calibration is None:
         calibration = random_batches(model.config) if bits == 8 else ()
@@ -96,9 +96,10 @@ def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = No
             hidden = model.embed(packing, ids, None, positions, None)
             for number in encoder.order():
                 inputs, hidden = distinct[number].inputs(hidden, packing)
-                seen[number].append(inputs)
-        for layer, batches in zip(distinct, seen, strict=True):
-            layer.quantize(bits, [sample(parts) for parts in zip(*batches, strict=True)] or [None] * 4, representative)
+                for rows, given in zip(seen[number], inputs, strict=True):
+                    rows.add(given)
+        for layer, products in zip(distinct, seen, strict=True):
+            layer.quantize(bits, [rows.gathered() for rows in products], representative)
 
 
 @dataclass(frozen=True)

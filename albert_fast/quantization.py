@@ -64,17 +64,20 @@ class QuantizedLinear(nn.Module):
         weight, bias = linear.weight.detach().float(), linear.bias.detach().float()
         module = cls(product, (weight.shape[0], weight.shape[1]), bits)
         shift, rescale = torch.zeros(weight.shape[1]), torch.ones(weight.shape[1])
-        if inputs is not None and len(inputs):
+        if inputs is not None:
             shift = inputs.mean(0)
             inputs = inputs - shift
             rescale = balanced(weight, inputs)
             if bits == 8:
-                rescale = rescaling(weight, inputs, _slices(product, weight.shape[1]), rescale)
+                with torch.inference_mode(False):  # the caller's mode has no gradients, not even for copies made in it
+                    rescale = rescaling(
+                        weight.clone(), inputs.clone(), _slices(product, weight.shape[1]), rescale.clone()
+                    )
             inputs = inputs * rescale
         rescaled = weight / rescale
         scale = rescaled.abs().amax(1) / FORMATS[8].weight_levels if bits == 8 else int16_scale(rescaled)
         scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
-        if inputs is not None and len(inputs) and representative and bits == 8:
+        if inputs is not None and representative and bits == 8:
             integers = gptq(rescaled, inputs.t() @ inputs, scale)
         else:
             integers = torch.round(rescaled / scale[:, None])
@@ -95,7 +98,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:  # fmt: skip
         own = {prefix + name for name in ("weight", "weight_scale")}
         rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[arg-type]
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
         missing += [key for key in sorted(own) if key not in state_dict]
         if own <= state_dict.keys():
             weight, scale = state_dict[prefix + "weight"], state_dict[prefix + "weight_scale"]
@@ -215,7 +218,19 @@ def random_batches(config: ALBERTConfig) -> list[tuple[Tensor, Tensor | None]]:
             for n in sorted({max(1, longest // 8), max(1, longest // 2)})]  # fmt: skip
 
 
-def sample(parts: tuple[Tensor, ...], most: int = 4096) -> Tensor:
-    """Rows (T, K) of all parts, at most about `most` of them, evenly chosen."""
-    step = max(1, sum(map(len, parts)) // most)
-    return torch.cat([part[::step] for part in parts])
+class Rows:
+    """About `most` rows (T, K), evenly chosen from all that are added."""
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most, self._step, self._seen = most, 1, 0
+        self._parts: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        self._parts.append(rows[-self._seen % self._step :: self._step].clone())
+        self._seen += len(rows)
+        while sum(map(len, self._parts)) > 2 * self._most:
+            self._parts, self._step = [torch.cat(self._parts)[::2]], 2 * self._step
+
+    def gathered(self) -> Tensor | None:
+        """None where nothing was added."""
+        return torch.cat(self._parts) if self._seen else None

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, reference
 from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.quantization import QuantizedLinear, fits_sums, gptq, int16_scale, rescaling
+from albert_fast.quantization import QuantizedLinear, Rows, fits_sums, gptq, int16_scale, rescaling
 from albert_fast.testing import require_data
 
 CONFIG = ALBERTConfig(
@@ -60,6 +60,15 @@ def test_error_against_float32(folder, precision, calibrated):
         ALBERTModel.from_pretrained(folder, precision=precision, backend="reference", calibration=calibration)
     )
     assert relative_error(hidden(model), plain) < ALLOWED[precision] / 4
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_changes_nothing(folder, mode):
+    calibration = [batch(4, 20)]
+    expected = hidden(ALBERTModel.from_pretrained(folder, precision="int8", calibration=calibration))
+    with mode():
+        model = ALBERTModel.from_pretrained(folder, precision="int8", calibration=calibration)
+        assert torch.equal(model(*batch()).last_hidden_state, expected)
 
 
 def test_int16_is_nearer_to_float32_than_bfloat16(folder):
@@ -200,6 +209,16 @@ def test_rescaling_evens_out_uneven_channels():
     assert (r > 0).all()
     spread = [t.std(0).max() / t.std(0).median() for t in (inputs, inputs * r)]
     assert spread[1] < spread[0] / 3
+
+
+def test_rows_are_chosen_evenly_from_all():
+    rows, numbers = Rows(most=50), torch.arange(1000.0)[:, None]
+    assert rows.gathered() is None
+    for part in numbers.split([1, 0, 333, 66, 600]):
+        rows.add(part)
+    gathered = rows.gathered()[:, 0]
+    assert 50 <= len(gathered) <= 100
+    assert len(set(gathered.diff().tolist())) == 1
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e20])

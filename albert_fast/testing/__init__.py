@@ -11,7 +11,8 @@ from unittest import mock
 
 import torch
 
-from .cases import ALL_CASES, OpCase
+from .case import OpCase
+from .cases import ALL_CASES
 from .tolerances import assert_close_calibrated
 
 __all__ = ["ALL_CASES", "OpCase", "assert_close_calibrated", "data_dir", "poison_empty", "require_data"]

@@ -40,7 +40,6 @@ static inline Vec load_padded(const float* vector, std::int64_t begin, std::int6
 
 // Products of float32: they read activations where they stand.
 struct Float32 {
-    static constexpr std::int64_t kColumnsOfPanel = kPanel;
     static constexpr std::int64_t kRowsOfTile = kPackedRows;
     static constexpr bool kRounds = false;
 

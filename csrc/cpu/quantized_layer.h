@@ -11,7 +11,6 @@ namespace albert_fast::ALBERT_FAST_ISA {
 template <class Format>
 struct Integers {
     using Element = typename Format::Element;
-    static constexpr std::int64_t kColumnsOfPanel = kColumns;
     static constexpr std::int64_t kRowsOfTile = kIntegerRows;
     static constexpr bool kRounds = true;
 
