@@ -15,3 +15,11 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed_torch():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads; back to what they were afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -20,14 +20,6 @@ def drawn(shape, **options):
     return make_inputs(CASE, shape, options, torch.float32)
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's threads; back to what they were afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @FORWARD
 def test_forward(case, shape, options, dtype, backend):
     check_forward(case, shape, options, dtype, backend)

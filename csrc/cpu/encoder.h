@@ -362,10 +362,12 @@ struct EncoderCall {
     const std::int64_t *table, *order;
     std::int64_t layers;
     Batch batch;
-    const Wanted* wanted;
+    Wanted wanted;  // without a cu_seqlens where all rows are
     int act;
     double* profile;
     int num_threads;
+
+    const Wanted* asked() const { return wanted.cu_seqlens == nullptr ? nullptr : &wanted; }
 };
 
 // All layers for one group of sequences, on one thread: their states stay in its second cache from layer to layer.
@@ -380,16 +382,16 @@ static inline void run_group(const EncoderCall& call, const Sizes& sizes,
     const Batch batch{borders.back(), sequences, call.batch.heads, borders.data(), call.batch.scale, call.batch.eps};
     Wanted wanted{};
     std::int64_t first_out = first_row;
-    if (call.wanted != nullptr) {
-        const std::int32_t* cu_wanted = call.wanted->cu_seqlens + group.first;
+    if (call.asked() != nullptr) {
+        const std::int32_t* cu_wanted = call.wanted.cu_seqlens + group.first;
         first_out = cu_wanted[0];
         for (std::int64_t b = 0; b <= sequences; ++b) wanted_borders.push_back(cu_wanted[b] - cu_wanted[0]);
         for (std::int64_t i = 0; i < wanted_borders.back(); ++i) {
-            wanted_rows.push_back(call.wanted->rows[first_out + i] - first_row);
+            wanted_rows.push_back(call.wanted.rows[first_out + i] - first_row);
         }
         wanted = {wanted_rows.data(), wanted_borders.data(), wanted_borders.back()};
     }
-    const Encoder<Format> encoder(batch, sizes, call.wanted == nullptr ? nullptr : &wanted, call.act, 1);
+    const Encoder<Format> encoder(batch, sizes, call.asked() == nullptr ? nullptr : &wanted, call.act, 1);
     encoder.run(0, call.x + first_row * sizes.hidden, layers, call.out + first_out * sizes.hidden, profile);
 }
 
@@ -411,7 +413,7 @@ static inline void run_encoder(const EncoderCall& call, const Sizes& sizes) {
         const Deal deal(call.batch, most, pair_cost, threads);
         std::optional<const Encoder<Format>> together;
         if (few_rows(call.batch.rows, threads) || !deal.even) {
-            together.emplace(call.batch, sizes, call.wanted, call.act, threads);
+            together.emplace(call.batch, sizes, call.asked(), call.act, threads);
         }
         bool done = true;
 #pragma omp parallel num_threads(threads)
