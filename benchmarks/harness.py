@@ -76,6 +76,9 @@ class CallGroup(Group, Protocol):
     def ours(self, side: str) -> str:
         """The side of ours that `side` is compared with."""
 
+    def allowed(self, side: str) -> float:
+        """The largest relative error with which `side` still counts as having computed the same thing."""
+
     def build(self, side: str) -> Side:
         """What to time; `call` returns what `expected` is compared with."""
 
@@ -150,7 +153,7 @@ def _measure_calls(group: CallGroup, names: Sequence[str], options: Options) -> 
     expected = group.expected() if samples else ()
     for name, seconds in samples.items():
         try:
-            errors = checked_errors(group.comparable(outputs.pop(name)), expected, name, group.dtype)
+            errors = checked_errors(group.comparable(outputs.pop(name)), expected, name, group.allowed(name))
         except (AssertionError, ValueError) as error:
             results[name] = error
         else:
@@ -161,19 +164,20 @@ def _measure_calls(group: CallGroup, names: Sequence[str], options: Options) -> 
     return results
 
 
-def checked_errors(
-    actual: Sequence[Tensor], expected: Sequence[Tensor], side: str, dtype: torch.dtype
-) -> dict[str, float]:
-    """`compare`, for a side whose floats are `dtype`.
+def allowed_error(side: str, dtype: torch.dtype) -> float:
+    """The largest relative error of a side whose floats are `dtype`."""
+    return MAX_RELATIVE_ERROR_OF_INTEGERS.get(sides.precision(side), MAX_RELATIVE_ERROR[dtype])
+
+
+def checked_errors(actual: Sequence[Tensor], expected: Sequence[Tensor], side: str, allowed: float) -> dict[str, float]:
+    """`compare`, for a side that may err by `allowed`.
 
     Raises:
         AssertionError: an error that shows that something else was computed.
         ValueError: another number of outputs, or other shapes.
     """
     errors = compare(actual, expected)
-    if not errors["relative_error"] <= MAX_RELATIVE_ERROR_OF_INTEGERS.get(
-        sides.precision(side), MAX_RELATIVE_ERROR[dtype]
-    ):
+    if not errors["relative_error"] <= allowed:
         raise AssertionError(f"{side} computes something else: {errors}")
     return errors
 

@@ -16,7 +16,7 @@ import numpy as np
 import peers
 import sides
 import torch
-from harness import CallGroup, Group, Options, Result, checked_errors, comparison
+from harness import CallGroup, Group, Options, Result, allowed_error, checked_errors, comparison
 from shapes import LOAD_BATCH, Batch, Shape, model_operations
 from torch import Tensor
 
@@ -62,6 +62,9 @@ class ModelGroup(CallGroup):
 
     def ours(self, side: str) -> str:
         return sides.ours(side)
+
+    def allowed(self, side: str) -> float:
+        return allowed_error(side, self.dtype)
 
     def build(self, side: str) -> Side:
         return Side(self.model.bind(side, self.batch))
@@ -115,7 +118,9 @@ class LoadGroup(Group):
         results: dict[str, Result | Exception] = dict(failures)
         for name, seconds in samples.items():
             try:
-                errors = checked_errors((self.batch.real(outputs[name]),), expected, name, self.model.dtype)
+                errors = checked_errors(
+                    (self.batch.real(outputs[name]),), expected, name, allowed_error(name, self.model.dtype)
+                )
             except (AssertionError, ValueError) as error:
                 results[name] = error
                 continue
