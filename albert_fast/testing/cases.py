@@ -14,6 +14,7 @@ from .encoder_cases import (
     attention_eager,
     attention_inputs,
     attention_operations,
+    attention_slack,
     encoder_eager,
     encoder_inputs,
     encoder_operations,
@@ -157,6 +158,7 @@ ALL_CASES: dict[str, OpCase] = {
             options=(*_DROPOUT, {"sharpness": 40.0}),  # softmax saturated, where gradients are what cancellation leaves
             gradients=("q", "k", "v"),
             operations=attention_operations,
+            slack=attention_slack,
         ),
         OpCase(
             name="bias_gelu",

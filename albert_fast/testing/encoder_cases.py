@@ -37,6 +37,13 @@ def attention_inputs(shape, dtype, device="cpu", generator=None, dropout_p=0.0, 
     }  # fmt: skip
 
 
+def attention_slack(inputs: Inputs) -> float:
+    """A score of size s is rounded by up to s * 2^-24, and its probability by as much of itself, however torch fared."""
+    q, k = (inputs[name].float().unflatten(1, (inputs["num_heads"], -1)).transpose(0, 1) for name in ("q", "k"))
+    scores = q @ k.mT * inputs["softmax_scale"]
+    return float(scores.abs().max()) * 2**-24 if scores.numel() else 0.0
+
+
 def attention_eager(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed
 ):
