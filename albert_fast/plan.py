@@ -121,7 +121,7 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     gflop = sum(s.gflop for s in by_layer)
     if bits:
         chosen, _ = _chosen("quantized_encoder", device, dtype, backend)
-        why = f"int{bits} weights, {dispatch.integer_kernels(device)[1]}; attention and norms in float32"
+        why = f"int{bits} weights, {dispatch.integer_kernels(device)[1]}; softmax and norms in float32"
         steps.append(Step("quantized_encoder", 1, tokens, chosen, gflop, why))
     elif apart_because is None:
         steps.append(Step("encoder", 1, tokens, "cpp", gflop, "all layers in one call"))
