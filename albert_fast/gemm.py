@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .registration import needs_dispatcher, register, register_autograd
 
-# Multiplications below which oneDNN's 20 microseconds a call cost more than its kernels gain.
-_SMALL = 2**20
+# Multiplications below which what oneDNN spends a call, more when its code is out of the caches, exceeds what its kernels gain.
+_SMALL = 2**22
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -32,6 +32,11 @@ class Packing:
     def num_sequences(self) -> int:
         return self.cu_seqlens.shape[0] - 1
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether each of the B sequences has all of its S tokens."""
+        return self.indices is None and self.shape is not None
+
     def gather(self, padded: Tensor) -> Tensor:
         """(B, S, ...) -> (T, ...); packed input passes through."""
         if self.shape is None:
@@ -106,10 +111,19 @@ def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.de
     """The packing of a (B, S) batch; `attention_mask` (B, S), 0 where padded, in any pattern; None: all tokens are real.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: a mask of another shape, or one with negative elements.
     """
     if attention_mask is not None and attention_mask.shape != shape:
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit the batch of {tuple(shape)}")
+    if (
+        attention_mask is not None
+        and attention_mask.is_floating_point()
+        and not torch.compiler.is_compiling()
+        and bool((attention_mask < 0).any())
+    ):
+        raise ValueError(
+            "attention_mask has negative elements: it is 0 at padding and 1 elsewhere, not added to scores"
+        )
     batch, columns = shape
     if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
         # No step of 0 columns: arange needs the count, not the step.

@@ -26,11 +26,14 @@ def register_autograd(name: str, backward: Callable[..., Any], setup_context: Ca
 
 def forbid_second_derivative(name: str) -> None:
     """Make a gradient through the gradient operator an error: its formula is not written, and silence would be wrong."""
+    forbid_derivative(name, "for second derivatives use the models of albert_fast.reference")
+
+
+def forbid_derivative(name: str, advice: str) -> None:
+    """Make a gradient through the operator an error that gives `advice`."""
 
     def backward(ctx: Any, *_grads: Any) -> Any:
-        raise NotImplementedError(
-            f"albert_fast::{name} has no derivative of its own: for second derivatives use the models of albert_fast.reference"
-        )
+        raise NotImplementedError(f"albert_fast::{name} has no derivative of its own: {advice}")
 
     register_autograd(name, backward, lambda ctx, inputs, output: None)
 

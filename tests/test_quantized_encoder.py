@@ -1,12 +1,25 @@
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albert_fast import dispatch, ops
-from albert_fast.ops.quantized_encoder import pack, pack_channels, round_rows, unpack, unpack_channels
+from albert_fast import ops
+from albert_fast.ops import attention_ref
+from albert_fast.ops.quantized_encoder import (
+    channel_sums,
+    integer_attention_ref,
+    pack,
+    pack_channels,
+    round_rows,
+    unpack,
+    unpack_channels,
+)
+from albert_fast.quantization import fits_sums
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import check_forward, make_inputs, parity_tests
 
@@ -85,23 +98,33 @@ def test_nan_and_infinity_stay_in_their_sequence(bits):
         assert torch.equal(out[15:], clean[15:])
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_the_largest_activations_and_weights_do_not_overflow(bits):
-    # Every activation at an end of its range and every weight as large as its scale admits: the sums at their largest.
-    inputs = drawn(((5,), 768, 12, 3072, 1, 1), bits=bits)
-    inputs["hidden"] = torch.where(torch.randn(5, 768) > 0, 3.0, -3.0)
+@pytest.mark.parametrize(("bits", "width", "largest"), [(8, 1536, 127), (16, 768, (2**31 - 1) // (8191 * 256))])
+def test_the_largest_activations_and_weights_do_not_overflow(bits, width, largest):
+    # Activations at the ends of their range, weights of the same signs: no term of a sum takes from another.
+    inputs = drawn(((5,), width, 12, 96, 1, 1), bits=bits)
+    signs = torch.where(torch.randn(width, generator=torch.Generator().manual_seed(1)) > 0, 1, -1)
+    inputs["hidden"] = 3.0 * signs.expand(5, width).float()
     inputs["shifts"] = [torch.zeros_like(shift) for shift in inputs["shifts"]]
     inputs["rescales"] = [torch.ones_like(rescale) for rescale in inputs["rescales"]]
-    shapes = {"qkv": (2304, 768), "dense": (768, 768), "ffn": (3072, 768), "ffn_output": (768, 3072)}
-    largest = 127 if bits == 8 else (2**31 - 1) // (8191 * 128)
-    dtype = torch.int8 if bits == 8 else torch.int16
-    for i, (name, shape) in enumerate(shapes.items()):
-        signs = torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(i)) < 0.9, largest, -largest)
-        inputs["integers"][i] = pack(name, signs.to(dtype))
-        inputs["scales"][i] = pack_channels(name, torch.full((shape[0],), 1e-3 / largest))
-        inputs["sums"][i] = ops.quantized_encoder.__globals__["channel_sums"](name, signs.to(dtype))
+    integers = (largest * signs).expand(3 * width, width).to(torch.int8 if bits == 8 else torch.int16).contiguous()
+    if bits == 16:
+        assert fits_sums(integers)
+        assert not fits_sums(integers + integers.sign())
+    inputs["integers"][0] = pack("qkv", integers)
+    inputs["scales"][0] = pack_channels("qkv", torch.full((3 * width,), 1e-3 / largest))
+    inputs["sums"][0] = channel_sums("qkv", integers)
     actual, expected = CASE.run(inputs, "cpp"), CASE.run(inputs, "reference")
     torch.testing.assert_close(actual, expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("head_dim", [64, 65, 128, 400])
+def test_wide_heads_keep_the_bits_of_their_scores(head_dim):
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(37, head_dim, generator=generator) for _ in range(3))
+    cu = torch.tensor([0, 20, 37], dtype=torch.int32)
+    exact = attention_ref(q, k, v, cu, cu, 1, 0.3)
+    error = (integer_attention_ref(q, k, v, cu, cu, 1, 0.3) - exact).norm() / exact.norm()
+    assert error < 4e-3 * (head_dim / 64) ** 0.5  # scores grow with the head, and so does what a rounding of them does
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
@@ -165,5 +188,21 @@ def test_misshapen_weights_are_named():
             ops.quantized_encoder(**inputs)
 
 
-def test_the_isa_is_the_widest_unless_named():
-    assert dispatch.extension().build_info()["isa"] in ("portable", "avx2", "avx512", "avx512_vnni")
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
+def test_the_environment_names_the_instruction_set(isa):
+    code = "from albert_fast import dispatch; print(dispatch.extension().build_info()['isa'])"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ALBERT_FAST_ISA": isa}, capture_output=True,
+                         text=True)  # fmt: skip
+    if run.returncode:
+        assert f"ALBERT_FAST_ISA={isa}" in run.stderr, "this CPU or this build lacks it, and says so"
+    else:
+        assert run.stdout.split() == [isa]
+
+
+@pytest.mark.parametrize("op", ["encoder", "quantized_encoder"])
+def test_a_gradient_is_refused(op):
+    case = ALL_CASES[op]
+    inputs = make_inputs(case, case.shapes[1], {}, torch.float32)
+    inputs["hidden"].requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"{op}_fwd has no derivative"):
+        case.run(inputs).sum().backward()

@@ -8,7 +8,7 @@ from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref
-from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, stage_seconds
+from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, forget_packed, stage_seconds
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
 
@@ -28,6 +28,7 @@ __all__ = [
     "embedding_projection_ref",
     "encoder",
     "encoder_ref",
+    "forget_packed",
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
     "quantized_encoder",

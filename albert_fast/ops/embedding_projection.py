@@ -7,6 +7,7 @@ a GPU all of it is one CUDA kernel.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -294,8 +295,10 @@ def embedding_projection(
         (inputs_embeds,) = as_dtype(word, inputs_embeds)
     tensors = (inputs_embeds, word, *as_dtype(word, *parameters))
     call: Any = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
+    device = word.device.type
     # Under autocast the product inside would change the dtype that the schema promises.
-    with torch.autocast(word.device.type, enabled=False):
+    autocast = torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         return call(
             input_ids,
             inputs_embeds,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import dispatch
-from ..registration import check_devices, needs_dispatcher, register
+from ..registration import check_devices, forbid_derivative, needs_dispatcher, register
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref, check_ranges
 from .bias_gelu import ACTS, bias_gelu_ref
@@ -110,6 +110,11 @@ def packed(weights: Sequence[Tensor]) -> Tensor:
     return found.memory
 
 
+def forget_packed(weights: Sequence[Tensor]) -> None:
+    """Let go of one layer's packed matrices: the next call makes them anew."""
+    _PACKED.pop(weights[_MATRICES[0]], None)
+
+
 def profile_address() -> int:
     """Where kernels add their seconds by stage; 0 where nobody asks."""
     return 0 if _profile is None else _profile.data_ptr()
@@ -161,6 +166,8 @@ register(
         hidden.new_empty((hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]))
     ),
 )
+
+forbid_derivative("encoder_fwd", "for a gradient run the layers' operators one by one, as the models do")
 
 
 def check_tokens(

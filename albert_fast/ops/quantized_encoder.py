@@ -7,6 +7,7 @@ a sign beside a zero point, or 14 with one. Matrices lie in panels, the layout o
 from __future__ import annotations
 
 import array
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import check_devices, needs_dispatcher, register
+from ..registration import check_devices, forbid_derivative, needs_dispatcher, register
 from .add_layer_norm import add_layer_norm_ref
 from .bias_gelu import ACTS, bias_gelu_ref
 from .encoder import check_tokens, profile_address
@@ -137,9 +138,9 @@ def integer_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, num_heads: int, softmax_scale: float
 ) -> Tensor:
     """Attention as the kernel has it: keys rounded row by row, queries too, values column by column, probabilities of the
-    largest, to as many bits as keep their sums of products within 32 (csrc/cpu/integer_attention.h); softmax between."""
+    largest, to as many bits as keep sums of 64 products within 32 (csrc/cpu/integer_attention.h); softmax between."""
     out, d = torch.zeros_like(q), q.shape[1] // num_heads
-    levels = {"q": min(8191, (2**31 - 1) // (8191 * d)), "k": 8191, "v": 4095, "p": 8191}
+    levels = {"q": min(8191, (2**31 - 1) // (8191 * min(d, 64))), "k": 8191, "v": 4095, "p": 8191}
 
     def rounded(x: Tensor, name: str) -> tuple[Tensor, Tensor]:  # (heads, n, m) -> integers, and steps (heads, n, 1)
         integers, step, _ = round_rows(x.flatten(0, 1), levels[name], signed=True)
@@ -233,6 +234,8 @@ register(
     ),
 )
 
+forbid_derivative("quantized_encoder_fwd", "integers have no gradient; take the weights in float32")
+
 
 def quantized_encoder(
     hidden: Tensor, vectors: Sequence[Tensor], integers: Sequence[Tensor], scales: Sequence[Tensor],
@@ -248,8 +251,8 @@ def quantized_encoder(
         hidden: (T, H) float32, packed tokens.
         vectors: of each distinct layer, one after another, the eight that `VECTORS` names, float32.
         integers, scales, sums, rescales, shifts: of each distinct layer the four of `PRODUCTS`: what `pack`, `pack_channels`
-            and `channel_sums` give, and the factor and the shift (K,) of each activation. The sums of a run of 128 products
-            of 16 bits must fit 32 bits, as those of `quantization.int16_scale` do.
+            and `channel_sums` give, and the factor and the shift (K,) of each activation. The sums of a run of 256
+            products of 16 bits must fit 32 bits, as those of `quantization.int16_scale` do.
         order: which distinct layer runs at each step.
         cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act, backend: as of `encoder`.
         bits: 8 or 16, of every matrix.
@@ -293,30 +296,39 @@ def _check_layers(
     rescales: Sequence[Tensor], shifts: Sequence[Tensor], bits: int,
 ) -> None:  # fmt: skip
     """ValueError for a tensor whose elements are not as many, or not of the dtype, that the kernel reads."""
+    # The compiler looks through the cache, and warns of it.
+    expectation = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
+    for layer in range(len(integers) // 4):
+        own = slice(4 * layer, 4 * layer + 4)
+        layer_vectors = vectors[8 * layer : 8 * layer + 8]
+        expected = expectation(width, len(layer_vectors[VECTORS.index("ffn_bias")]), bits)
+        found = (*layer_vectors, *integers[own], *scales[own], *sums[own], *rescales[own], *shifts[own])
+        for (name, shape, dtype), tensor in zip(expected, found, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(
+                    f"quantized_encoder: expected {name} of shape {shape} in {dtype}, "
+                    f"got {tuple(tensor.shape)} in {tensor.dtype}"
+                )
 
-    def expect(name: str, tensor: Tensor, dtype: torch.dtype, n: int) -> None:
-        if tensor.shape != (n,) or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"quantized_encoder: expected {name} of shape ({n},) in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}"
-            )
+
+@functools.lru_cache(maxsize=64)
+def _expected(width: int, middle: int, bits: int) -> tuple[tuple[str, tuple[int], torch.dtype], ...]:
+    """Name, shape and dtype of a layer's tensors: vectors, then by list those of each product."""
 
     def padded(n: int, multiple: int) -> int:
         return -(-n // multiple) * multiple
 
-    group = FORMATS[bits].group
-    for layer in range(len(integers) // 4):
-        middle = len(vectors[8 * layer + VECTORS.index("ffn_bias")])
-        sizes = {"qkv_bias": 3 * width, "ffn_bias": middle}
-        for name, vector in zip(VECTORS, vectors[8 * layer : 8 * layer + 8], strict=True):
-            expect(name, vector, torch.float32, sizes.get(name, width))
-        depths = [min(SLICE, middle - i) for i in range(0, middle, SLICE)]
-        columns = {"qkv": 3 * padded(width, PANEL), "dense": padded(width, PANEL), "ffn": padded(middle, PANEL),
-                   "ffn_output": padded(width, PANEL)}  # fmt: skip
-        for i, name in enumerate(PRODUCTS, start=4 * layer):
-            parts = depths if name == "ffn_output" else [width]
-            n = columns[name]
-            expect(f"integers of {name}", integers[i], FORMATS[bits].dtype, n * sum(padded(k, group) for k in parts))
-            expect(f"scales of {name}", scales[i], torch.float32, n)
-            expect(f"sums of {name}", sums[i], torch.float32, n * len(parts))
-            expect(f"rescales of {name}", rescales[i], torch.float32, sum(parts))
-            expect(f"shifts of {name}", shifts[i], torch.float32, sum(parts))
+    form, f32 = FORMATS[bits], torch.float32
+    sizes = {"qkv_bias": 3 * width, "ffn_bias": middle}
+    depths = [min(SLICE, middle - i) for i in range(0, middle, SLICE)]
+    parts = {name: depths if name == "ffn_output" else [width] for name in PRODUCTS}
+    columns = {"qkv": 3 * padded(width, PANEL), "dense": padded(width, PANEL), "ffn": padded(middle, PANEL),
+               "ffn_output": padded(width, PANEL)}  # fmt: skip
+    packed = {name: columns[name] * sum(padded(k, form.group) for k in parts[name]) for name in PRODUCTS}
+    return (
+        *((name, (sizes.get(name, width),), f32) for name in VECTORS),
+        *((f"integers of {name}", (packed[name],), form.dtype) for name in PRODUCTS),
+        *((f"scales of {name}", (columns[name],), f32) for name in PRODUCTS),
+        *((f"sums of {name}", (columns[name] * len(parts[name]),), f32) for name in PRODUCTS),
+        *((f"{kind} of {name}", (sum(parts[name]),), f32) for kind in ("rescales", "shifts") for name in PRODUCTS),
+    )

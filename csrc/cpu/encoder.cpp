@@ -1,5 +1,5 @@
-// The encoder in float32: packing of its matrices, and the call from Python. encoder.h has the work.
-#include "encoder.h"
+// The encoder in float32: packing of its matrices, and the call from Python. encoder_call.h has the work.
+#include "encoder_call.h"
 #include "kernels.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {

@@ -18,16 +18,11 @@
 // Sums do not depend on the way, the threads or the rest of the batch: a sequence's result is bitwise the same.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "encoder_layer.h"
 #include "encoder_schedule.h"
 #include "layer_norm.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
@@ -79,6 +74,9 @@ public:
         const Team team = by_columns ? Team{thread, threads_} : Team{0, 1};
         const Range rows = by_columns ? Range{0, batch_.rows} : Range{borders_[thread], borders_[thread + 1]};
         const Range own = by_columns ? team.share(batch_.rows) : rows;
+        // A head that two threads share is prepared twice: keys and values are rounded, or brought into order.
+        const bool by_heads = by_columns || (crossed_ && batch_.heads % threads_ == 0);
+        const Team heads = by_heads ? Team{thread, threads_} : team;
         copy_rows(x, sizes_.hidden, own, hidden_, sizes_.stride);
         clock.lap(kCopy);
         round(own, hidden_, layers[0].qkv(0), operand(hidden_), clock);
@@ -89,7 +87,7 @@ public:
             clock.lap(kProject);
             if (!whole) return last(thread, layers[i], out, clock);
             barrier(crossed_, clock);
-            attend(team, rows, {qkv_, 3 * sizes_.stride}, batch_.cu_seqlens);
+            attend(heads, by_heads ? Range{0, batch_.rows} : rows, {qkv_, 3 * sizes_.stride}, batch_.cu_seqlens);
             clock.lap(kAttention);
             barrier(crossed_, clock);
             const bool more = i + 1 < layers.size();
@@ -354,83 +352,5 @@ private:
         clock.lap(kCopy);
     }
 };
-
-// What encoder_fwd_cpu and quantized_encoder_fwd_cpu are given: see kernels.h.
-struct EncoderCall {
-    const float* x;
-    float* out;
-    const std::int64_t *table, *order;
-    std::int64_t layers;
-    Batch batch;
-    Wanted wanted;  // without a cu_seqlens where all rows are
-    int act;
-    double* profile;
-    int num_threads;
-
-    const Wanted* asked() const { return wanted.cu_seqlens == nullptr ? nullptr : &wanted; }
-};
-
-// All layers for one group of sequences, on one thread: their states stay in its second cache from layer to layer.
-template <class Format>
-static inline void run_group(const EncoderCall& call, const Sizes& sizes,
-                             const std::vector<typename Format::Layer>& layers, Group group, double* profile) {
-    const std::int32_t* cu = call.batch.cu_seqlens + group.first;
-    const std::int64_t sequences = group.last - group.first, first_row = cu[0];
-    std::vector<std::int32_t> borders, wanted_borders;
-    std::vector<std::int64_t> wanted_rows;
-    for (std::int64_t b = 0; b <= sequences; ++b) borders.push_back(cu[b] - cu[0]);
-    const Batch batch{borders.back(), sequences, call.batch.heads, borders.data(), call.batch.scale, call.batch.eps};
-    Wanted wanted{};
-    std::int64_t first_out = first_row;
-    if (call.asked() != nullptr) {
-        const std::int32_t* cu_wanted = call.wanted.cu_seqlens + group.first;
-        first_out = cu_wanted[0];
-        for (std::int64_t b = 0; b <= sequences; ++b) wanted_borders.push_back(cu_wanted[b] - cu_wanted[0]);
-        for (std::int64_t i = 0; i < wanted_borders.back(); ++i) {
-            wanted_rows.push_back(call.wanted.rows[first_out + i] - first_row);
-        }
-        wanted = {wanted_rows.data(), wanted_borders.data(), wanted_borders.back()};
-    }
-    const Encoder<Format> encoder(batch, sizes, call.asked() == nullptr ? nullptr : &wanted, call.act, 1);
-    encoder.run(0, call.x + first_row * sizes.hidden, layers, call.out + first_out * sizes.hidden, profile);
-}
-
-template <class Format>
-static inline void run_encoder(const EncoderCall& call, const Sizes& sizes) {
-    std::vector<typename Format::Layer> layers;
-    for (std::int64_t i = 0; i < call.layers; ++i) {
-        layers.emplace_back(call.table + call.order[i] * Format::Layer::kSlots, sizes);
-    }
-    // Attention's share of a row's operations, a key: 4 H of 2 (4 H^2 + 2 H I).
-    const double pair_cost = 1.0 / static_cast<double>(2 * sizes.hidden + sizes.middle);
-    const std::int64_t most = Encoder<Format>::rows_of_block(sizes);
-    const int threads = static_cast<int>(larger(smaller(call.num_threads, call.batch.rows), 1));
-    const auto run_groups = [&](const Deal& deal, int thread, double* profile) {
-        for (const Group& group : deal.of(thread)) run_group<Format>(call, sizes, layers, group, profile);
-    };
-#if defined(_OPENMP)
-    if (threads > 1) {
-        const Deal deal(call.batch, most, pair_cost, threads);
-        std::optional<const Encoder<Format>> together;
-        if (few_rows(call.batch.rows, threads) || !deal.even) {
-            together.emplace(call.batch, sizes, call.asked(), call.act, threads);
-        }
-        bool done = true;
-#pragma omp parallel num_threads(threads)
-        {
-            const int thread = omp_get_thread_num();
-            if (omp_get_num_threads() != threads) {
-                if (thread == 0) done = false;  // inside another parallel region, or at the limit of threads
-            } else if (together) {
-                together->run(thread, call.x, layers, call.out, call.profile);
-            } else {
-                run_groups(deal, thread, call.profile == nullptr ? nullptr : call.profile + thread * kStages);
-            }
-        }
-        if (done) return;
-    }
-#endif
-    run_groups(Deal(call.batch, most, pair_cost, 1), 0, call.profile);
-}
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

@@ -1,9 +1,9 @@
 // Attention of one head of one sequence in integers, for encoders whose products are integers: Q K^T and V^T P^T
 // through the tiles of integer_gemm.h, softmax in float32 between them.
 //
-// Keys are rounded to 14 bits key by key, queries to as many as keep a sum of d products within 32 bits (13 for d =
-// 64), values to 13 bits column by column, probabilities to 13 bits of the largest. That errs by about 1e-4 of an
-// output, little beside the rounding of the products around it, at twice the rate of float32.
+// Keys are rounded to 14 bits key by key, queries to as many as keep sums of up to 64 products within 32 bits (13, and
+// more for narrower heads), values to 13 bits column by column, probabilities to 13 bits of the largest. That errs by
+// about 1e-4 of an output, little beside the rounding of the products around it, at twice the rate of float32.
 //
 // Queries go in blocks of one panel. Scores stand one row for each key and one column for each query, so softmax runs
 // over vectors of queries, and pairs of rows of probabilities are the panel that the second product reads.
@@ -17,12 +17,13 @@ namespace albert_fast::ALBERT_FAST_ISA {
 // The largest integers of probabilities and of values; sums of 64 of their products fit 32 bits.
 constexpr float kProbabilityLevels = 8191.0f, kValueLevels = 4095.0f;
 
-// Sums over d fit 32 bits without being moved: the queries' levels see to that.
+// Sums of up to kShortRun elements are moved to float32; those of narrow heads need not be.
+constexpr std::int64_t kShortRun = 64;
 struct Int16OneRun : Int16 {
     static constexpr bool kInRuns = false;
 };
 struct Int16ShortRuns : Int16 {
-    static constexpr std::int64_t kRun = 32;
+    static constexpr std::int64_t kRun = kShortRun / kGroup;
 };
 
 // A row as it stands.
@@ -97,7 +98,7 @@ static inline void integer_attention(const Inputs<float>& in, const Head& head, 
     const std::int64_t row = rounded_row_bytes<std::int16_t>(d), pair_rows = divide_up(keys, 2);
     const std::int64_t value_row = rounded_row_bytes<std::int16_t>(round_up(keys, 8)), width = round_up(d, kLanes);
     if (keys == 0) return zero_rows(out, head.first_query, head.column, head.queries, d);
-    const float query_levels = smaller(8191, ((std::int64_t{1} << 31) - 1) / (8191 * d));
+    const float query_levels = smaller(8191, ((std::int64_t{1} << 31) - 1) / (8191 * smaller(d, kShortRun)));
     Arrays arrays(scratch<Purpose::kTask>(
         Arrays::padded(keys * row / 4) + Arrays::padded(2 * keys) + Arrays::padded(round_up(d, 4) * value_row / 4) +
         Arrays::padded(2 * width) + Arrays::padded(larger(value_row / 4, pair_rows) * width) +
@@ -135,11 +136,15 @@ static inline void integer_attention(const Inputs<float>& in, const Head& head, 
             }
         }
         transpose_pairs(query_rows, row, count, reinterpret_cast<char*>(queries), steps, kColumns);
-        integer_product<Int16OneRun>(rounded_keys, row, key_scales, keys,
-                                     {reinterpret_cast<const char*>(queries), query_scales, nullptr, nullptr, nullptr},
-                                     steps, 0, 1, [&](std::int64_t key, std::int64_t column, Vec score) {
-                                         store(scores + key * kColumns + column, score, Full{});
-                                     });
+        const IntegerMatrix as_matrix{reinterpret_cast<const char*>(queries), query_scales, nullptr, nullptr, nullptr};
+        const auto to_scores = [&](std::int64_t key, std::int64_t column, Vec score) {
+            store(scores + key * kColumns + column, score, Full{});
+        };
+        if (d <= kShortRun) {
+            integer_product<Int16OneRun>(rounded_keys, row, key_scales, keys, as_matrix, steps, 0, 1, to_scores);
+        } else {
+            integer_product<Int16ShortRuns>(rounded_keys, row, key_scales, keys, as_matrix, steps, 0, 1, to_scores);
+        }
         for (std::int64_t j = 0; j < kColumns; j += kLanes) {
             const Vec sum = softmax_pairs(scores + j, keys, probabilities + j);
             store(normalisers + j, 1.0f / (sum * kProbabilityLevels), Full{});

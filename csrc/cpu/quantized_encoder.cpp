@@ -1,6 +1,7 @@
 // The encoder on quantised weights: activations are rounded row by row to 8 bits (Int8) or up to 16 (Int16), everything
-// between the products is float32. encoder.h has the work, albert_fast/quantization.py makes and packs the weights.
-#include "encoder.h"
+// between the products is float32. encoder_call.h has the work,
+// albert_fast/quantization.py makes and packs the weights.
+#include "encoder_call.h"
 #include "kernels.h"
 #include "quantized_layer.h"
 
