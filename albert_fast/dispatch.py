@@ -171,7 +171,7 @@ def integer_kernels(device_type: str) -> tuple[bool, str]:
     isa = module.build_info()["isa"]
     if isa == "avx512_vnni":
         return True, "AVX512-VNNI"
-    return False, f"without AVX512-VNNI ({isa}): the same numbers, not faster than float32"
+    return False, f"without AVX512-VNNI ({isa}): the kernels are written for it, and gain little or nothing without"
 
 
 def check_device(device: str | torch.device | None) -> None:

@@ -128,12 +128,22 @@ class Encoder(nn.Module):
             raise ValueError("output_attentions: integer layers run as a whole; load the model in fp32 for these")
         if self.training:
             raise RuntimeError("integer weights cannot be trained: load the model in fp32, or call eval()")
+        if hidden.dtype != torch.float32:
+            raise TypeError(f"integer layers run in float32, the model was converted to {hidden.dtype}: load it again")
         distinct, order = self.distinct(), self.order()
+        if not all(layer.is_plain() for layer in distinct):
+            raise RuntimeError(
+                "integer layers run as a whole: hooks on their parts and replaced parts would not be seen"
+            )
         first = distinct[0]
         linears = [linear for layer in distinct for linear in layer.products()]
         vectors = [vector for layer in distinct for vector in layer.vectors()]
-        integers, scales, sums, rescales, shifts = (
-            [getattr(linear, name) for linear in linears] for name in ("integers", "scales", "sums", "rescale", "shift")
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *vectors)):
+            raise RuntimeError(
+                "integer layers have no gradient: load the model in fp32, or run it under torch.no_grad()"
+            )
+        integers, scales, sums, rescales, shifts = map(
+            list, zip(*(linear.tensors() for linear in linears), strict=True)
         )
 
         def run(hidden: Tensor, order: list[int], rows: Tensor | None, cu_rows: Tensor | None) -> Tensor:
@@ -210,9 +220,9 @@ class Layer(nn.Module):
         self.attention.qkv, self.attention.dense, self.ffn, self.ffn_output = linears
 
     def is_plain(self) -> bool:
-        """Whether the layer computes just what `ops.encoder` does: no hook, no part replaced or parametrised."""
+        """Whether the layer computes just what the encoder operators do: no hook, no part replaced or parametrised."""
         return all(
-            type(module) in (Layer, Attention, nn.Linear, nn.LayerNorm)
+            type(module) in (Layer, Attention, nn.Linear, QuantizedLinear, nn.LayerNorm)
             and not (module._forward_hooks or module._forward_pre_hooks)
             for module in self.modules()
         )

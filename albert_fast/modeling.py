@@ -27,7 +27,7 @@ from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, first_tokens, pack, packed_already, select, take
 from .pretrained import PRECISIONS, Calibration, PretrainedMixin
 from .quantization import PRECISIONS as INTEGERS
-from .quantization import QuantizedLinear, Rows, random_batches
+from .quantization import QuantizedLinear, Rows, calibration_batches, random_batches
 
 
 class FastModel(PretrainedMixin):
@@ -44,25 +44,37 @@ class FastModel(PretrainedMixin):
 
     def use_backend(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Run on `backend` in `precision`; BackendUnavailableError, with the reason, where this device cannot."""
-        device = next(self.parameters()).device.type
+        device, bits = next(self.parameters()).device.type, self.integer_bits
+        if bits is not None and precision != f"int{bits}":
+            raise ValueError(
+                f"the layers hold int{bits} weights: load the checkpoint again for precision={precision!r}"
+            )
+        if precision in INTEGERS and (device != "cpu" or backend in ("cuda", "triton")):
+            other = device if device != "cpu" else backend
+            raise dispatch.BackendUnavailableError(
+                f"precision={precision!r} cannot run here: integer kernels run on CPUs, not on {other}; take 'bf16' or 'fp32'"
+            )
         dispatch.check_backend(backend, device, PRECISIONS.get(precision, torch.float32))
         if precision in INTEGERS:
-            self._use_integers(device, precision, calibration)
+            self._use_integers(precision, calibration)
         else:
             self.to(PRECISIONS[precision])
         self.backend = backend
 
-    def _use_integers(self, device: str, precision: str, calibration: Calibration | None) -> None:
-        if device != "cpu":
-            raise dispatch.BackendUnavailableError(
-                f"precision={precision!r} cannot run here: integer kernels run on CPUs, not on {device}; take 'bf16' or 'fp32'"
-            )
-        fast, reason = dispatch.integer_kernels(device)
+    def _use_integers(self, precision: str, calibration: Calibration | None) -> None:
+        fast, reason = dispatch.integer_kernels("cpu")
         if not fast:
             warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
         if self.integer_bits is None:
             quantize(self.base, INTEGERS[precision], calibration)
         self.requires_grad_(False)
+
+    def repack(self) -> None:
+        """Read the layers' weights anew, after writes that torch does not count: through `.data` or numpy into a part of a
+        weight, or under inference_mode. All other changes are noticed."""
+        if self.integer_bits is None:
+            for layer in self.base.encoder.distinct():
+                ops.forget_packed(layer.weights())
 
     @property
     def base(self) -> ALBERTModel:
@@ -83,14 +95,16 @@ class FastModel(PretrainedMixin):
 def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = None) -> None:
     """Round the weights of all layers in place, calibrated on batches, for int8 by default on random ids."""
     encoder = model.encoder
+    if encoder.bits is not None:
+        raise ValueError(f"the layers hold int{encoder.bits} weights already")
     distinct = encoder.distinct()
     seen = [[Rows() for _ in ops.PRODUCTS] for _ in distinct]
     representative = calibration is not None
     if calibration is None:
-        calibration = random_batches(model.config) if bits == 8 else ()
+        calibration = random_batches(model.config) if bits == 8 else []
     with torch.no_grad():
-        for batch in calibration:
-            ids, mask = (batch, None) if isinstance(batch, Tensor) else batch
+        for ids, mask in calibration_batches(calibration):
+            model._check_length(ids.shape[1])
             packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
             positions = torch.arange(ids.shape[1])[None].expand(ids.shape)
             hidden = model.embed(packing, ids, None, positions, None)
@@ -98,6 +112,8 @@ def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = No
                 inputs, hidden = distinct[number].inputs(hidden, packing)
                 for rows, given in zip(seen[number], inputs, strict=True):
                     rows.add(given)
+        if representative and seen[0][0].gathered() is None:
+            raise ValueError("calibration: there is no token in it; leave it out to have none")
         for layer, products in zip(distinct, seen, strict=True):
             layer.quantize(bits, [rows.gathered() for rows in products], representative)
 
@@ -258,8 +274,8 @@ class ALBERTModel(FastModel):
         inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool, output_tokens: Tensor | str,
     ) -> Encoded:  # fmt: skip
         hidden = self.embed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
-        # Without a token in the whole batch there is nothing to ask for.
-        empty = not torch.compiler.is_compiling() and hidden.shape[0] == 0
+        # Without a token in the whole batch there is nothing to ask for. A compiled graph can ask only if no mask was given.
+        empty = (packing.is_dense or not torch.compiler.is_compiling()) and hidden.shape[0] == 0
         queries = None
         if isinstance(output_tokens, Tensor):
             queries = select(packing, output_tokens, hidden.shape[0])
@@ -274,6 +290,8 @@ class ALBERTModel(FastModel):
         if self.pooler is not None and not isinstance(output_tokens, Tensor):
             if empty:
                 first = hidden.new_zeros(packing.num_sequences, hidden.shape[1])
+            elif packing.is_dense:
+                first = packing.scatter(hidden)[:, 0].contiguous() if queries is None else hidden
             elif queries is None:
                 first = blank_empty(take(hidden, first_tokens(packing, hidden.shape[0]).rows), packing)
             else:
@@ -340,4 +358,5 @@ def _packed_ids(name: str, ids: Tensor, packing: Packing, shape: tuple[int, ...]
         raise TypeError(f"{name} must be integers, got {ids.dtype}")
     if ids.shape != shape:
         raise ValueError(f"{name} {tuple(ids.shape)} does not fit the batch of {tuple(shape)}")
-    return packing.gather(ids).long()
+    packed = packing.gather(ids)
+    return packed if packed.dtype == torch.int64 else packed.long()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import dispatch
 from .config import ALBERTConfig
@@ -41,8 +43,17 @@ def _integer_bits(config: ALBERTConfig, path: Path) -> int | None:
 
 
 Model = TypeVar("Model", bound="PretrainedMixin")
-# Batches as a model takes them: (input_ids, attention_mask), (B, S) each, or input_ids alone.
-Calibration = Iterable[tuple[Tensor, Tensor | None] | Tensor]
+# Batches as a model takes them: (input_ids, attention_mask), (B, S) each, a tokenizer's mapping of both, or input_ids alone.
+Calibration = Iterable[tuple[Tensor, Tensor | None] | Mapping[str, Tensor] | Tensor]
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, modules draw no random weights: those that a checkpoint is about to fill stay as memory comes, untouched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class PretrainedMixin(nn.Module):
@@ -112,26 +123,35 @@ class PretrainedMixin(nn.Module):
         are fields of ALBERTConfig.
 
         "int8" and "int16" round the layers' weights on the way in. `calibration`, a list of (input_ids, attention_mask)
-        (B, S) as the model will see them, decides how; without it int8 is calibrated on random ids. What `save_pretrained`
-        makes of such a model loads again in the same precision, as it is.
+        (B, S) or of what a tokenizer returns, as the model will see them, decides how; without it int8 is calibrated on
+        random ids, int16 not at all. What `save_pretrained` makes of such a model loads again in the same precision, as it
+        is.
 
         Raises:
             FileNotFoundError: no such checkpoint.
-            ValueError: a checkpoint that does not fit.
+            ValueError: a checkpoint that does not fit, a calibration where nothing is rounded.
             BackendUnavailableError: a device, backend or precision that cannot run here; says why, and what can.
             TypeError: an override that is no field of the configuration.
         """
         cls.check_backend(backend, precision)
         dispatch.check_device(device)
+        if calibration is not None and not precision.startswith("int"):
+            raise ValueError(f"calibration is for precision='int8' and 'int16', not for {precision!r}")
         path = resolve(path_or_hub_id)
         config_file = config_path(path if path.is_dir() else path.parent)
         config = ALBERTConfig.from_json_file(config_file).replace(**config_overrides)
         bits = _integer_bits(config, config_file)
         if bits is not None and precision != f"int{bits}":
             raise ValueError(f"{path}: holds int{bits} weights: load it with precision='int{bits}', not {precision!r}")
+        if bits is not None and calibration is not None:
+            raise ValueError(
+                f"{path}: holds int{bits} weights, which were rounded already: there is nothing to calibrate"
+            )
         state = rename_old_names(load_checkpoint(path), cls.prefix)
         arguments = () if cls.prefix else ("pooler.weight" in state,)
-        model = cls(config, *arguments)
+        # A head that the checkpoint may lack starts from random weights, and so does all of such a model at first.
+        with contextlib.nullcontext() if allow_missing_head else _Undrawn():
+            model = cls(config, *arguments)
         if bits is not None:
             model.expect_integers(bits)
         load_into(model, state, allow_missing_head=allow_missing_head)

@@ -9,7 +9,8 @@ arXiv 2210.17323). The layer is shared, so all of its applications calibrate one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class QuantizedLinear(nn.Module):
     """Stands where a Linear (K -> N) of a layer stood: integers in the kernel's layout, one copy, and float32 around them.
 
     state_dict has `weight` (N, K) in int8 or int16, `weight_scale` (N,), `rescale` and `shift` (K,), and `bias` (N,):
-    W x + b = weight_scale * (weight (x * rescale + shift)) + bias.
+    W x + b = weight_scale * (weight (x * rescale + shift)) + bias. Conversions to another float type leave it as it is.
     """
 
     integers: Tensor
@@ -44,9 +45,8 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n), requires_grad=False)
         self.register_buffer("rescale", torch.ones(k))
         self.register_buffer("shift", torch.zeros(k))
-        for name in ("integers", "scales", "sums"):
-            self.register_buffer(name, None, persistent=False)
-        self._set(torch.zeros(shape, dtype=FORMATS[bits].dtype), torch.ones(n))
+        for name in ("integers", "scales", "sums"):  # until `_set` has what they are made of
+            self.register_buffer(name, torch.empty(0), persistent=False)
 
     def _set(self, integers: Tensor, scale: Tensor) -> None:
         self.integers = pack(self.product, integers)
@@ -87,25 +87,56 @@ class QuantizedLinear(nn.Module):
         module.bias.data.copy_(bias + weight @ shift)
         return module
 
+    def tensors(self) -> list[Tensor]:
+        """integers, scales, sums, rescale and shift, as `ops.quantized_encoder` reads them."""
+        buffers: Any = self._buffers  # straight from here: attributes of a module are looked up last
+        return [buffers[name] for name in ("integers", "scales", "sums", "rescale", "shift")]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, bits={self.bits}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = unpack(self.product, self.integers, self.shape)
-        destination[prefix + "weight_scale"] = unpack_channels(self.product, self.scales, self.shape[0])
+        n, k = self.shape
+        if len(self.integers):
+            weight, scale = unpack(self.product, self.integers, (n, k)), unpack_channels(self.product, self.scales, n)
+        else:  # a checkpoint is being loaded, and asks what it must hold
+            weight = torch.empty((n, k), dtype=FORMATS[self.bits].dtype, device="meta")
+            scale = torch.empty(n, device="meta")
+        destination[prefix + "weight"], destination[prefix + "weight_scale"] = weight, scale
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
         unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        own = {prefix + name for name in ("weight", "weight_scale")}
-        rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
-        missing += [key for key in sorted(own) if key not in state_dict]
-        if own <= state_dict.keys():
-            weight, scale = state_dict[prefix + "weight"], state_dict[prefix + "weight_scale"]
-            if self.bits == 16 and not fits_sums(weight):
-                errors.append(f"{prefix}weight: its sums do not fit the 32 bits in which they are added up")
+        own = {"weight": self.shape, "weight_scale": self.shape[:1]}
+        weight, scale = (state_dict.get(prefix + name) for name in own)
+        missing += [prefix + name for name in own if prefix + name not in state_dict]
+        if weight is not None and scale is not None and not (weight.is_meta or scale.is_meta):
+            shaped = zip(own.items(), (weight, scale), strict=True)
+            problems = [
+                f"size mismatch for {prefix}{name}: {tuple(found.shape)}, expected {shape}"
+                for (name, shape), found in shaped
+                if found.shape != shape
+            ]
+            if weight.dtype != FORMATS[self.bits].dtype or not scale.is_floating_point():
+                dtypes = f"{weight.dtype} with scales in {scale.dtype}"
+                problems.append(f"{prefix}weight: {dtypes}, expected {FORMATS[self.bits].dtype} with scales in floats")
+            if not problems and self.bits == 16 and not fits_sums(weight):
+                problems.append(f"{prefix}weight: its sums do not fit the 32 bits in which they are added up")
+            if problems:  # nor the rest, which belongs to other integers
+                errors += problems
                 return
             self._set(weight, scale)
+        rest = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in own}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
 
     def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("a quantised layer runs as a whole: see ops.quantized_encoder")
@@ -152,27 +183,31 @@ def rescaling(
     inputs = inputs[:: max(1, len(inputs) // 512)]
     energy, magnitude = inputs.square().mean(0), weight.abs()
     column_energy = magnitude.square().sum(0)
+    weight_levels, activation_levels = FORMATS[8].weight_levels, FORMATS[8].activation_levels
     log_r = start.log().requires_grad_()
-    optimizer = torch.optim.Adam([log_r], lr=rate)
+    mean, square = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         # Where the extremes stand is found without a gradient; only the extremes themselves are differentiated.
         r = log_r.detach().exp()
         largest = (magnitude / r).argmax(1)
         ends = [(part, y.argmax(1), y.argmin(1)) for part in slices for y in [inputs[:, part] * r[part]]]
         with torch.enable_grad():
             r = log_r.exp()
-            weight_steps = magnitude.gather(1, largest[:, None])[:, 0] / r[largest] / 127
+            weight_steps = magnitude.gather(1, largest[:, None])[:, 0] / r[largest] / weight_levels
             noise = weight_steps.square().sum() * (energy * r.square()).sum()
             for part, high, low in ends:
                 y, factor = inputs[:, part], r[part]
                 span = (y.gather(1, high[:, None])[:, 0] * factor[high]).clamp(min=0) - (
                     y.gather(1, low[:, None])[:, 0] * factor[low]
                 ).clamp(max=0)
-                noise = noise + (span / 255).square().mean() * (column_energy[part] / factor.square()).sum()
-            optimizer.zero_grad()
-            noise.log().backward()
-        optimizer.step()
+                error = (span / activation_levels).square().mean()
+                noise = noise + error * (column_energy[part] / factor.square()).sum()
+            (gradient,) = torch.autograd.grad(noise.log(), log_r)
+        # Adam (Kingma & Ba 2015) on one vector: the first of torch.optim's in a process imports the compiler, seconds.
+        mean.lerp_(gradient, 0.1)
+        square.lerp_(gradient.square(), 0.001)
+        update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        log_r.data.sub_(update, alpha=rate * (1 - step / steps))
     r = log_r.detach().exp()
     return r if bool(r.isfinite().all()) else start
 
@@ -216,6 +251,35 @@ def random_batches(config: ALBERTConfig) -> list[tuple[Tensor, Tensor | None]]:
     longest = min(128, config.max_position_embeddings)
     return [(torch.randint(config.vocab_size, (8 * longest // n, n), generator=generator), None)
             for n in sorted({max(1, longest // 8), max(1, longest // 2)})]  # fmt: skip
+
+
+def calibration_batches(calibration: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(input_ids, attention_mask) of each batch of `calibration`, in whichever of its forms.
+
+    Raises:
+        TypeError: what is no list of batches. ValueError: ids that are not (B, S), a mask of another shape.
+    """
+    expected = (
+        "calibration: expected a list of (input_ids, attention_mask), of what a tokenizer returns, or of input_ids"
+    )
+    pair = isinstance(calibration, tuple) and len(calibration) == 2 and all(isinstance(t, Tensor) for t in calibration)
+    if pair or isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable):
+        raise TypeError(f"{expected}; got {'a bare pair of tensors' if pair else type(calibration).__name__}")
+    for number, batch in enumerate(calibration):
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            ids, mask = batch
+        else:
+            ids, mask = batch, None
+        if not isinstance(ids, Tensor) or not isinstance(mask, (Tensor, NoneType)):
+            raise TypeError(f"{expected}; batch {number} is {type(batch).__name__}")
+        if ids.dim() != 2 or ids.is_floating_point() or (mask is not None and mask.shape != ids.shape):
+            shapes = f"{tuple(ids.shape)} in {ids.dtype}" + ("" if mask is None else f" and {tuple(mask.shape)}")
+            raise ValueError(
+                f"calibration: batch {number}: expected integers (B, S) and a mask of that shape, got {shapes}"
+            )
+        yield ids, mask
 
 
 class Rows:

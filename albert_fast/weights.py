@@ -279,6 +279,8 @@ def _tied(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """(alias, first name) for every tensor of a state_dict that is the same memory as an earlier one."""
     first: dict[tuple[Any, ...], str] = {}
     for key, tensor in state.items():
+        if tensor.is_meta:  # no memory to share
+            continue
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape))
         if first.setdefault(place, key) != key:
             yield key, first[place]

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, reference
 from albert_fast.dispatch import BackendUnavailableError
+from albert_fast.modeling import quantize
 from albert_fast.quantization import QuantizedLinear, Rows, fits_sums, gptq, int16_scale, rescaling
 from albert_fast.testing import require_data
 
@@ -154,9 +155,9 @@ def test_what_integer_layers_can_and_cannot_give(folder):
         ids, mask = batch()
         wanted = torch.rand(ids.shape) < 0.3
         asked = model(ids, mask, output_tokens=wanted).last_hidden_state
-        torch.testing.assert_close(asked, hidden(model)[wanted & mask.bool()], atol=2e-2, rtol=0)
+        assert torch.equal(asked, hidden(model)[wanted & mask.bool()])
         first = model(ids, mask, output_tokens="first").pooler_output
-        torch.testing.assert_close(first, model(ids, mask).pooler_output, atol=2e-2, rtol=0)
+        assert torch.equal(first, model(ids, mask).pooler_output)
         with pytest.raises(ValueError, match="output_attentions: integer layers"):
             model(*batch(), output_attentions=True)
     assert not any(p.requires_grad for p in model.parameters())
@@ -231,11 +232,44 @@ def test_int16_sums_always_fit(size):
     assert integers.abs().max() > 1000
 
 
-def test_calibration_without_tokens_or_with_nan_is_survived(folder):
-    model = ALBERTModel.from_pretrained(
-        folder, precision="int8", calibration=[(torch.zeros(1, 4).long(), torch.zeros(1, 4))]
-    )
-    assert hidden(model).isfinite().all()
+@pytest.mark.parametrize(
+    ("error", "message", "calibration"),
+    [
+        (TypeError, "got a bare pair of tensors", batch()),
+        (TypeError, "got Tensor", batch()[0]),
+        (TypeError, "got str", "abc"),
+        (TypeError, "got int", 5),
+        (TypeError, "batch 1 is list", [batch(), [1, 2, 3]]),
+        (TypeError, "batch 0 is tuple", [([1, 2], [1, 1])]),
+        (ValueError, r"batch 0: expected integers \(B, S\).*got \(5,\)", [torch.zeros(5).long()]),
+        (ValueError, r"batch 0: expected integers.*float32", [torch.zeros(5, 3)]),
+        (ValueError, r"got \(5, 3\) in torch.int64 and \(5, 2\)", [(torch.zeros(5, 3).long(), torch.ones(5, 2))]),
+        (ValueError, "a sequence of 65 tokens is longer", [torch.zeros(1, 65).long()]),
+        (ValueError, "there is no token in it", []),
+        (ValueError, "there is no token in it", [(torch.zeros(1, 4).long(), torch.zeros(1, 4))]),
+    ],
+)
+def test_calibration_that_is_no_list_of_batches_is_named(folder, error, message, calibration):
+    with pytest.raises(error, match=message):
+        ALBERTModel.from_pretrained(folder, precision="int8", calibration=calibration)
+
+
+def test_calibration_where_nothing_is_rounded_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="calibration is for precision='int8' and 'int16', not for 'fp32'"):
+        ALBERTModel.from_pretrained(folder, calibration=[batch()])
+    ALBERTModel.from_pretrained(folder, precision="int16").save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="there is nothing to calibrate"):
+        ALBERTModel.from_pretrained(tmp_path / "saved", precision="int16", calibration=[batch()])
+
+
+def test_calibration_takes_what_a_tokenizer_returns(folder):
+    ids, mask = batch()
+    states = [hidden(ALBERTModel.from_pretrained(folder, precision="int8", calibration=calibration))
+              for calibration in ([(ids, mask)], iter([{"input_ids": ids, "attention_mask": mask}]))]  # fmt: skip
+    assert torch.equal(*states)
+
+
+def test_weights_that_are_nan_give_nan(folder):
     broken = ALBERTModel.from_pretrained(folder)
     with torch.no_grad():
         broken.encoder.albert_layer_groups[0].albert_layers[0].ffn.weight[0, 0] = float("nan")
@@ -246,7 +280,82 @@ def test_calibration_without_tokens_or_with_nan_is_survived(folder):
 
 def test_integers_are_for_cpus(folder):
     with pytest.raises(BackendUnavailableError, match=r"precision='int8'.*run on CPUs, not on cuda"):
-        ALBERTModel.from_pretrained(folder)._use_integers("cuda", "int8", None)
+        ALBERTModel.from_pretrained(folder, precision="int8", backend="cuda")
+    with pytest.raises(BackendUnavailableError, match=r"precision='int8'.*run on CPUs, not on meta"):
+        ALBERTModel.from_pretrained(folder).to("meta").use_backend("auto", "int8")
+
+
+def test_integers_stay_what_they_are(folder):
+    model = ALBERTModel.from_pretrained(folder, precision="int8")
+    for precision in ("fp32", "bf16", "int16"):
+        with pytest.raises(ValueError, match="the layers hold int8 weights"):
+            model.use_backend("auto", precision)
+    model.use_backend("auto", "int8")
+    with pytest.raises(ValueError, match="hold int8 weights already"):
+        quantize(model, 8)
+
+
+def test_conversions_do_not_touch_integers(folder):
+    model, expected = ALBERTModel.from_pretrained(folder, precision="int8"), None
+    expected = {key: value for key, value in model.state_dict().items() if "albert_layer_groups" in key}
+    model.bfloat16()
+    with pytest.raises(TypeError, match=r"converted to torch\.bfloat16: load it again"):
+        hidden(model)
+    model.float()
+    assert hidden(model).isfinite().all()
+    actual = model.state_dict()
+    kept = [key for key in expected if torch.equal(actual[key], expected[key])]
+    assert {key for key in expected if "norm" not in key.lower()} <= set(kept)
+
+
+def test_hooks_and_replaced_parts_are_refused(folder):
+    model = ALBERTModel.from_pretrained(folder, precision="int8")
+    layer = model.encoder.distinct()[1]
+    for part in (layer, layer.ffn, layer.attention.LayerNorm):
+        hook = part.register_forward_hook(lambda *_: None)
+        with pytest.raises(RuntimeError, match="hooks on their parts and replaced parts would not be seen"):
+            hidden(model)
+        hook.remove()
+    layer.attention.LayerNorm = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match="replaced parts"):
+        hidden(model)
+
+
+def test_a_gradient_through_integers_is_refused(folder):
+    model = ALBERTModel.from_pretrained(folder, precision="int8")
+    embeds = torch.randn(2, 3, 24, requires_grad=True)
+    with pytest.raises(RuntimeError, match="integer layers have no gradient"):
+        model(inputs_embeds=embeds)
+    model(inputs_embeds=embeds.detach())
+    model.pooler.requires_grad_(True)  # what follows them may learn
+    model(*batch()).pooler_output.sum().backward()
+    assert model.pooler.weight.grad.abs().sum() > 0
+    model.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="integer layers have no gradient"):
+        model(*batch())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int16"])
+def test_a_state_dict_that_does_not_fit_is_named(folder, precision):
+    model = ALBERTModel.from_pretrained(folder, precision=precision)
+    other = ALBERTModel.from_pretrained(folder, precision={"int8": "int16", "int16": "int8"}[precision])
+    expected, state = hidden(model), model.state_dict()
+    key = "encoder.albert_layer_groups.0.albert_layers.0.ffn.weight"
+    scale = f"{key}_scale"
+    for changed, message in [
+        ({key: state[key][:-1]}, rf"size mismatch for {key}: \(899, 80\)"),
+        ({key: state[key][:, :-1]}, rf"size mismatch for {key}: \(900, 79\)"),
+        ({scale: state[scale][:-1]}, f"size mismatch for {scale}"),
+        ({scale: state[scale].int()}, f"{key}: .* with scales in torch.int32"),
+        ({key: state[key].float()}, f"{key}: torch.float32"),
+        (other.state_dict(), f"{key}: torch.int"),
+        (ALBERTModel.from_pretrained(folder).state_dict(), f"{key}: torch.float32|{scale}"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict({**state, **changed}, strict=False)
+        model.load_state_dict({key: value for key, value in state.items() if "albert_layers" not in key or "Norm" in key
+                               or "norm" in key}, strict=False)  # fmt: skip
+        assert torch.equal(hidden(model), expected), "the integers and what belongs to them are as they were"
 
 
 def test_without_vnni_the_user_is_told(folder, monkeypatch):
