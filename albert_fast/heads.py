@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import ALBERTConfig
+from .fast_model import FastModel
 from .gemm import linear
 from .losses import cross_entropy, position_loss, row_loss
-from .modeling import ALBERTModel, Encoded, FastModel, exactly_one
+from .modeling import ALBERTModel, Encoded, exactly_one
 from .outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 
 

@@ -12,110 +12,20 @@ and value are one product.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import ops
 from .config import ALBERTConfig
 from .encoder import Embeddings, Encoder
+from .fast_model import FastModel
 from .gemm import linear
+from .graphs import GraphCache
 from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, first_tokens, pack, packed_already, select, take
-from .pretrained import PRECISIONS, Calibration, PretrainedMixin
-from .quantization import PRECISIONS as INTEGERS
-from .quantization import QuantizedLinear, Rows, calibration_batches, random_batches
-
-
-class FastModel(PretrainedMixin):
-    """What ALBERTModel and the heads share: the choice of backend and precision."""
-
-    backend: str
-
-    @classmethod
-    def check_backend(cls, backend: str, precision: str) -> None:
-        if backend not in ("auto", *dispatch.BACKENDS):
-            raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
-        if precision not in (*PRECISIONS, *INTEGERS):
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*PRECISIONS, *INTEGERS))}")
-
-    def use_backend(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
-        """Run on `backend` in `precision`; BackendUnavailableError, with the reason, where this device cannot."""
-        device, bits = next(self.parameters()).device.type, self.integer_bits
-        if bits is not None and precision != f"int{bits}":
-            raise ValueError(
-                f"the layers hold int{bits} weights: load the checkpoint again for precision={precision!r}"
-            )
-        if precision in INTEGERS and (device != "cpu" or backend in ("cuda", "triton")):
-            other = device if device != "cpu" else backend
-            raise dispatch.BackendUnavailableError(
-                f"precision={precision!r} cannot run here: integer kernels run on CPUs, not on {other}; take 'bf16' or 'fp32'"
-            )
-        dispatch.check_backend(backend, device, PRECISIONS.get(precision, torch.float32))
-        if precision in INTEGERS:
-            self._use_integers(precision, calibration)
-        else:
-            self.to(PRECISIONS[precision])
-        self.backend = backend
-
-    def _use_integers(self, precision: str, calibration: Calibration | None) -> None:
-        fast, reason = dispatch.integer_kernels("cpu")
-        if not fast:
-            warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
-        if self.integer_bits is None:
-            quantize(self.base, INTEGERS[precision], calibration)
-        self.requires_grad_(False)
-
-    def repack(self) -> None:
-        """Read the layers' weights anew, after writes that torch does not count: through `.data` or numpy into a part of a
-        weight, or under inference_mode. All other changes are noticed."""
-        if self.integer_bits is None:
-            for layer in self.base.encoder.distinct():
-                ops.forget_packed(layer.weights())
-
-    @property
-    def base(self) -> ALBERTModel:
-        """The encoder of a model with a head, or the model itself."""
-        return self.albert  # type: ignore[return-value]
-
-    @property
-    def integer_bits(self) -> int | None:
-        return self.base.encoder.bits
-
-    def expect_integers(self, bits: int) -> None:
-        config = self.config
-        sizes = {"H": config.hidden_size, "3H": 3 * config.hidden_size, "I": config.intermediate_size}
-        for layer in self.base.encoder.distinct():
-            layer.place([QuantizedLinear(name, (sizes[n], sizes[k]), bits) for name, (n, k) in ops.PRODUCTS.items()])
-
-
-def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = None) -> None:
-    """Round the weights of all layers in place, calibrated on batches, for int8 by default on random ids."""
-    encoder = model.encoder
-    if encoder.bits is not None:
-        raise ValueError(f"the layers hold int{encoder.bits} weights already")
-    distinct = encoder.distinct()
-    seen = [[Rows() for _ in ops.PRODUCTS] for _ in distinct]
-    representative = calibration is not None
-    if calibration is None:
-        calibration = random_batches(model.config) if bits == 8 else []
-    with torch.no_grad():
-        for ids, mask in calibration_batches(calibration):
-            model._check_length(ids.shape[1])
-            packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
-            positions = torch.arange(ids.shape[1])[None].expand(ids.shape)
-            hidden = model.embed(packing, ids, None, positions, None)
-            for number in encoder.order():
-                inputs, hidden = distinct[number].inputs(hidden, packing)
-                for rows, given in zip(seen[number], inputs, strict=True):
-                    rows.add(given)
-        if representative and seen[0][0].gathered() is None:
-            raise ValueError("calibration: there is no token in it; leave it out to have none")
-        for layer, products in zip(distinct, seen, strict=True):
-            layer.quantize(bits, [rows.gathered() for rows in products], representative)
 
 
 @dataclass(frozen=True)
@@ -164,6 +74,7 @@ class ALBERTModel(FastModel):
         self.encoder = Encoder(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.backend = backend
+        self._graphs: GraphCache | None = None  # see `warmup`
         self.init_weights()
 
     def forward(
@@ -273,6 +184,21 @@ class ALBERTModel(FastModel):
         self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,
         inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool, output_tokens: Tensor | str,
     ) -> Encoded:  # fmt: skip
+        if self._graphs is not None and not (inputs_embeds is not None or output_hidden_states or output_attentions):
+            tokens = position_ids.numel() if packing.indices is None else len(packing.indices)
+            if self._graphs.why_not(self, tokens, output_tokens) is None:
+                ids, types, positions, _ = self._packed(packing, input_ids, token_type_ids, position_ids, None)
+                return self._graphs.run(self, packing, ids, types, positions, output_tokens)
+        return self.compute(
+            packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, output_attentions,
+            output_tokens,
+        )  # fmt: skip
+
+    def compute(
+        self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,
+        inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool, output_tokens: Tensor | str,
+    ) -> Encoded:  # fmt: skip
+        """The forward itself, operator by operator; without a mask it never waits for a GPU."""
         hidden = self.embed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
         # Without a token in the whole batch there is nothing to ask for. A compiled graph can ask only if no mask was given.
         empty = (packing.is_dense or not torch.compiler.is_compiling()) and hidden.shape[0] == 0
@@ -318,26 +244,32 @@ class ALBERTModel(FastModel):
         inputs_embeds: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """The real tokens' embeddings, projected to (T, H)."""
-        given = exactly_one(input_ids, inputs_embeds)
-        shape = given.shape[: 1 if packing.shape is None else 2]
-        ids = None if input_ids is None else _packed_ids("input_ids", input_ids, packing, shape)
-        positions = _packed_ids("position_ids", position_ids, packing, shape)
-        if token_type_ids is None:
+        ids, types, positions, embeds = self._packed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
+        if types is None:
             types = torch.zeros_like(positions)
-        else:
-            types = _packed_ids("token_type_ids", token_type_ids, packing, shape)
-        if inputs_embeds is not None and not inputs_embeds.is_floating_point():
-            raise TypeError(f"inputs_embeds must be floats, got {inputs_embeds.dtype}")
-        if inputs_embeds is not None and inputs_embeds.shape[-1] != self.config.embedding_size:
-            width = self.config.embedding_size
-            raise ValueError(f"inputs_embeds {tuple(inputs_embeds.shape)} do not have embedding_size = {width} columns")
-        embeds = None if inputs_embeds is None else packing.gather(inputs_embeds)
         try:
             return self.embeddings(
                 ids, types, positions, embeds, self.encoder.embedding_hidden_mapping_in, self.backend
             )
         except ops.TokenIndexError as error:
             raise error.at(*packing.place(error.token)) from None
+
+    def _packed(
+        self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """Ids, types (None: all 0), positions and embeddings of the real tokens, (T,) and (T, E); checked."""
+        given = exactly_one(input_ids, inputs_embeds)
+        shape = given.shape[: 1 if packing.shape is None else 2]
+        ids = None if input_ids is None else _packed_ids("input_ids", input_ids, packing, shape)
+        positions = _packed_ids("position_ids", position_ids, packing, shape)
+        types = None if token_type_ids is None else _packed_ids("token_type_ids", token_type_ids, packing, shape)
+        if inputs_embeds is not None and not inputs_embeds.is_floating_point():
+            raise TypeError(f"inputs_embeds must be floats, got {inputs_embeds.dtype}")
+        if inputs_embeds is not None and inputs_embeds.shape[-1] != self.config.embedding_size:
+            width = self.config.embedding_size
+            raise ValueError(f"inputs_embeds {tuple(inputs_embeds.shape)} do not have embedding_size = {width} columns")
+        return ids, types, positions, None if inputs_embeds is None else packing.gather(inputs_embeds)
 
     def _check_length(self, columns: int) -> None:
         limit = self.config.max_position_embeddings

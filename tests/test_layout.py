@@ -116,7 +116,7 @@ def test_kernels_import_torch_and_triton_alone():
 ABOVE = {"training", "commands", "cli", "testing"}
 BELOW = {"kernels", "_C"}  # reached through ops alone
 # layer -> the parts of albert_fast that it may not import
-TOP = {"modeling", "encoder", "heads", "reference", "pretrained", "weights", "tokenization", "plan",
+TOP = {"modeling", "fast_model", "graphs", "encoder", "heads", "reference", "pretrained", "weights", "tokenization", "plan",
        "info"}  # fmt: skip
 APART = {
     "dispatch.py": ABOVE | TOP | {"ops", "kernels", "registration", "packing", "gemm"},
@@ -135,7 +135,9 @@ APART = {
     "plan.py": ABOVE | BELOW | {"reference", "tokenization", "weights"},
     "info.py": ABOVE | BELOW | {"ops", "modeling", "encoder", "heads", "reference", "tokenization", "weights"},
     "ops": ABOVE | TOP,
-    "modeling.py": ABOVE | BELOW | {"reference", "tokenization"},
+    "graphs.py": ABOVE | BELOW | {"fast_model", "heads", "reference", "tokenization"},
+    "fast_model.py": ABOVE | BELOW | {"heads", "reference", "tokenization"},
+    "modeling.py": ABOVE | BELOW | {"heads", "reference", "tokenization"},
     "encoder.py": ABOVE | BELOW | {"reference", "tokenization"},
     "heads.py": ABOVE | BELOW | {"reference", "tokenization"},
     "reference.py": ABOVE | BELOW | {"ops", "modeling", "encoder", "heads"},

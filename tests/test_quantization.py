@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, reference
 from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.modeling import quantize
+from albert_fast.fast_model import quantize
 from albert_fast.quantization import QuantizedLinear, Rows, fits_sums, gptq, int16_scale, rescaling
 from albert_fast.testing import require_data
 

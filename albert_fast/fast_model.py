@@ -1,0 +1,128 @@
+"""What ALBERTModel and the heads share: backend and precision, and what is made ahead of a call: packed weights, graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import dispatch, ops
+from .graphs import GraphCache
+from .packing import pack
+from .pretrained import PRECISIONS, Calibration, PretrainedMixin
+from .quantization import PRECISIONS as INTEGERS
+from .quantization import QuantizedLinear, Rows, calibration_batches, random_batches
+
+if TYPE_CHECKING:
+    from .modeling import ALBERTModel
+
+
+class FastModel(PretrainedMixin):
+    """What ALBERTModel and the heads share: the choice of backend and precision."""
+
+    backend: str
+
+    @classmethod
+    def check_backend(cls, backend: str, precision: str) -> None:
+        if backend not in ("auto", *dispatch.BACKENDS):
+            raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
+        if precision not in (*PRECISIONS, *INTEGERS):
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*PRECISIONS, *INTEGERS))}")
+
+    def use_backend(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
+        """Run on `backend` in `precision`; BackendUnavailableError, with the reason, where this device cannot."""
+        device, bits = next(self.parameters()).device.type, self.integer_bits
+        if bits is not None and precision != f"int{bits}":
+            raise ValueError(
+                f"the layers hold int{bits} weights: load the checkpoint again for precision={precision!r}"
+            )
+        if precision in INTEGERS and (device != "cpu" or backend in ("cuda", "triton")):
+            other = device if device != "cpu" else backend
+            raise dispatch.BackendUnavailableError(
+                f"precision={precision!r} cannot run here: integer kernels run on CPUs, not on {other}; take 'bf16' or 'fp32'"
+            )
+        dispatch.check_backend(backend, device, PRECISIONS.get(precision, torch.float32))
+        if precision in INTEGERS:
+            self._use_integers(precision, calibration)
+        else:
+            self.to(PRECISIONS[precision])
+        self.backend = backend
+
+    def _use_integers(self, precision: str, calibration: Calibration | None) -> None:
+        fast, reason = dispatch.integer_kernels("cpu")
+        if not fast:
+            warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
+        if self.integer_bits is None:
+            quantize(self.base, INTEGERS[precision], calibration)
+        self.requires_grad_(False)
+
+    def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
+        """Do ahead what first calls do: pack weights, compile kernels and, on a GPU, capture CUDA graphs.
+
+        From then on calls on a GPU without a gradient are replays of a graph for about their number of tokens
+        (`graphs.Bucket`), captured now for `shapes`, and for other sizes when they are first met. Results are as before.
+
+        Args:
+            shapes: (B, S) of batches to come; of real lengths, what they hold without padding serves as well.
+        """
+        base = self.base
+        if base._graphs is None:
+            base._graphs = GraphCache()
+        device, training = base.embeddings.word_embeddings.weight.device, self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                for batch, columns in shapes:
+                    self(torch.zeros((batch, columns), dtype=torch.int64, device=device))
+        finally:
+            self.train(training)
+
+    def repack(self) -> None:
+        """Read the layers' weights anew, after writes that torch does not count: through `.data` or numpy into a part of a
+        weight, or under inference_mode. All other changes are noticed."""
+        if self.integer_bits is None:
+            for layer in self.base.encoder.distinct():
+                ops.forget_packed(layer.weights())
+
+    @property
+    def base(self) -> ALBERTModel:
+        """The encoder of a model with a head, or the model itself."""
+        return self.albert  # type: ignore[return-value]
+
+    @property
+    def integer_bits(self) -> int | None:
+        return self.base.encoder.bits
+
+    def expect_integers(self, bits: int) -> None:
+        config = self.config
+        sizes = {"H": config.hidden_size, "3H": 3 * config.hidden_size, "I": config.intermediate_size}
+        for layer in self.base.encoder.distinct():
+            layer.place([QuantizedLinear(name, (sizes[n], sizes[k]), bits) for name, (n, k) in ops.PRODUCTS.items()])
+
+
+def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = None) -> None:
+    """Round the weights of all layers in place, calibrated on batches, for int8 by default on random ids."""
+    encoder = model.encoder
+    if encoder.bits is not None:
+        raise ValueError(f"the layers hold int{encoder.bits} weights already")
+    distinct = encoder.distinct()
+    seen = [[Rows() for _ in ops.PRODUCTS] for _ in distinct]
+    representative = calibration is not None
+    if calibration is None:
+        calibration = random_batches(model.config) if bits == 8 else []
+    with torch.no_grad():
+        for ids, mask in calibration_batches(calibration):
+            model._check_length(ids.shape[1])
+            packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
+            positions = torch.arange(ids.shape[1])[None].expand(ids.shape)
+            hidden = model.embed(packing, ids, None, positions, None)
+            for number in encoder.order():
+                inputs, hidden = distinct[number].inputs(hidden, packing)
+                for rows, given in zip(seen[number], inputs, strict=True):
+                    rows.add(given)
+        if representative and seen[0][0].gathered() is None:
+            raise ValueError("calibration: there is no token in it; leave it out to have none")
+        for layer, products in zip(distinct, seen, strict=True):
+            layer.quantize(bits, [rows.gathered() for rows in products], representative)

@@ -1,0 +1,222 @@
+"""A model's forward as CUDA graphs: one launch instead of about a hundred, for small batches on a GPU.
+
+A graph is bound to sizes, so it is captured for a bucket: so many tokens, so many sequences, none longer than so much, each
+a size or more. What a call leaves over is empty: tokens behind the last sequence, sequences without a token. Such rows are
+computed and never read, and no operator lets one row see another but attention, which stays within a sequence.
+
+Graphs are captured when a bucket is first met, or ahead by `model.warmup`, share one pool of memory, and are replayed one
+after another, whichever streams and threads the calls come from. Weights may change in place; a model that was moved or
+converted captures anew.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .packing import Packing
+
+if TYPE_CHECKING:
+    from .modeling import ALBERTModel, Encoded
+
+# Graphs that a model keeps; the one that was not used for longest goes first.
+MAX_GRAPHS = 64
+# Above, a forward's arithmetic takes longer than its launches, and buckets would waste it.
+MAX_TOKENS = 16384
+
+
+def _size_class(n: int, least: int) -> int:
+    """The smallest of least, 1.5 least, 2 least, 3 least, 4 least, 6 least ... that is at least n: at most a third is left."""
+    size = least
+    while size < n:
+        size *= 2
+    return size * 3 // 4 if size > least and n <= size * 3 // 4 else size
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What a graph is captured for: at most so many tokens in so many sequences of at most so much, and what is asked of it."""
+
+    tokens: int
+    sequences: int
+    max_seqlen: int
+    output_tokens: str
+
+    @classmethod
+    def of(cls, tokens: int, sequences: int, max_seqlen: int, output_tokens: str) -> Bucket:
+        # Attention's tiles change with powers of two alone; a bound that is too high costs it programs without work.
+        longest = 1 << (max(max_seqlen, 16) - 1).bit_length()
+        return cls(_size_class(tokens, 16), _size_class(sequences, 1), longest, output_tokens)
+
+
+class Replay(Protocol):
+    """A captured forward: `result` is rewritten by `replay`, from what then stands in the tensors it was captured with."""
+
+    result: Encoded
+
+    def replay(self) -> None: ...
+
+
+class CUDACapture:
+    """Captures on a GPU, into one pool of memory."""
+
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._last = None  # behind the last replay and what was copied out of it
+
+    def begin(self, device: torch.device) -> None:
+        """Order this call behind the one before it, which may have been on another stream."""
+        if self._last is not None:
+            torch.cuda.current_stream(device).wait_event(self._last)
+
+    def end(self, device: torch.device) -> None:
+        self._last = torch.cuda.Event()
+        self._last.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """For the last replay: graphs are let go of when nothing runs them."""
+        if self._last is not None:
+            self._last.synchronize()
+
+    def __call__(self, run: Callable[[], Encoded], device: torch.device) -> Replay:
+        with torch.cuda.device(device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            # Kernels are compiled, and libraries make their handles and workspaces, before anything is recorded.
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            return _CUDAReplay(run, self._pool, stream)
+
+
+class _CUDAReplay:
+    def __init__(self, run: Callable[[], Encoded], pool: Any, stream: torch.cuda.Stream) -> None:
+        from .ops import CapturedReports
+
+        self._graph, self._reports = torch.cuda.CUDAGraph(), CapturedReports()
+        # Other threads go on allocating meanwhile.
+        mode = {"capture_error_mode": "thread_local"}
+        with self._reports, torch.cuda.graph(self._graph, pool=pool, stream=stream, **mode):
+            self.result = run()
+
+    def replay(self) -> None:
+        self._graph.replay()
+        self._reports.replayed()
+
+
+@dataclass
+class _Captured:
+    ids: Tensor  # (tokens,) int64 of the bucket, like types and positions
+    types: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor  # (sequences + 1,) int32
+    graph: Replay | None = None
+
+
+class GraphCache:
+    """The graphs of one model. A copy of it, made with a copy of the model, has none."""
+
+    def __init__(self, capture: Any = None, limit: int = MAX_GRAPHS) -> None:
+        self._capture, self._limit = CUDACapture() if capture is None else capture, limit
+        self._lock = threading.RLock()
+        self._graphs: OrderedDict[Bucket, _Captured] = OrderedDict()
+        self._weights: tuple[int, ...] = ()
+
+    def __deepcopy__(self, _memo: Any) -> GraphCache:
+        return GraphCache()
+
+    def __reduce__(self) -> Any:
+        return GraphCache, ()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def why_not(self, model: ALBERTModel, tokens: int, output_tokens: Tensor | str) -> str | None:
+        """Why a call cannot be a graph; None where it can."""
+        device = model.embeddings.word_embeddings.weight.device
+        if device.type != self._capture.device_type:
+            return f"graphs are captured on {self._capture.device_type}, not on {device.type}"
+        if torch.compiler.is_compiling():
+            return "a compiler traces the operators"
+        if model.training or torch.is_grad_enabled():
+            return "a gradient may be asked for: torch.no_grad() and eval() say that it is not"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on"
+        if not isinstance(output_tokens, str):
+            return "the tokens asked for are not the same from call to call"
+        if not 0 < tokens <= MAX_TOKENS:
+            return f"{tokens} tokens: graphs are for 1 to {MAX_TOKENS}"
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "the caller captures a graph"
+        if not all(layer.is_plain() for layer in model.encoder.distinct()):
+            return "a layer has hooks or replaced parts"
+        return None
+
+    def run(self, model: ALBERTModel, packing: Packing, ids: Tensor, types: Tensor | None, positions: Tensor,
+            output_tokens: str) -> Encoded:  # fmt: skip
+        """The forward of packed ids, types and positions (T,), by replay of its bucket's graph."""
+        device = ids.device
+        bucket = Bucket.of(len(ids), packing.num_sequences, packing.max_seqlen, output_tokens)
+        with self._lock:
+            self._forget_other_weights(model)
+            self._capture.begin(device)
+            captured = self._graphs.get(bucket) or self._allocate(bucket, device)
+            # Behind the last sequence: tokens of the first id, which belong to none.
+            for static, given in ((captured.ids, ids), (captured.types, types), (captured.positions, positions)):
+                given = None if given is None else given.to(torch.int64)
+                static[: len(ids)] = 0 if given is None else given
+                static[len(ids) :] = 0
+            captured.cu_seqlens[: packing.num_sequences + 1] = packing.cu_seqlens
+            captured.cu_seqlens[packing.num_sequences + 1 :] = len(ids)
+            if captured.graph is None:
+                captured.graph = self._record(model, bucket, captured, device)
+                self._graphs[bucket] = captured
+                if len(self._graphs) > self._limit:
+                    self._capture.wait()
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(bucket)
+            captured.graph.replay()
+            static_result = captured.graph.result
+            rows = len(ids) if output_tokens == "all" else packing.num_sequences
+            pooled = static_result.pooled
+            # Copies: the next replay writes there again.
+            result = replace(
+                static_result,
+                packing=packing,
+                hidden=static_result.hidden[:rows].clone(),
+                pooled=None if pooled is None else pooled[: packing.num_sequences].clone(),
+            )
+            self._capture.end(device)
+        return result
+
+    def _forget_other_weights(self, model: ALBERTModel) -> None:
+        weights = tuple(tensor.data_ptr() for tensor in model.parameters())
+        if weights != self._weights:
+            if self._graphs:
+                self._capture.wait()
+            self._graphs.clear()
+            self._weights = weights
+
+    def _allocate(self, bucket: Bucket, device: torch.device) -> _Captured:
+        ids, types, positions = (torch.zeros(bucket.tokens, dtype=torch.int64, device=device) for _ in range(3))
+        return _Captured(ids, types, positions, torch.zeros(bucket.sequences + 1, dtype=torch.int32, device=device))
+
+    def _record(self, model: ALBERTModel, bucket: Bucket, given: _Captured, device: torch.device) -> Replay:
+        packing = Packing(None, given.cu_seqlens, bucket.max_seqlen, None)
+        graph: Replay = self._capture(
+            lambda: model.compute(
+                packing, given.ids, given.types, given.positions, None, False, False, bucket.output_tokens
+            ),
+            device,
+        )
+        return graph

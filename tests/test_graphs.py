@@ -1,0 +1,226 @@
+"""The buckets, the static tensors and the order of replays, with a stand-in for the GPU: it captures by remembering what to run."""
+
+import copy
+import io
+import sys
+import threading
+
+import pytest
+import torch
+
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
+from albert_fast.graphs import Bucket, GraphCache
+
+CONFIG = ALBERTConfig(
+    vocab_size=61, embedding_size=12, hidden_size=40, num_attention_heads=4, intermediate_size=56, num_hidden_layers=3,
+    max_position_embeddings=64,
+)  # fmt: skip
+
+
+class Remembered:
+    """A "graph" on the CPU: every replay runs the captured function again and writes where the capture's results stand."""
+
+    def __init__(self, run):
+        self._run, self.result = run, run()
+
+    def replay(self):
+        new = self._run()
+        self.result.hidden.copy_(new.hidden)
+        if new.pooled is not None:
+            self.result.pooled.copy_(new.pooled)
+
+
+class Capture:
+    device_type = "cpu"
+
+    def __init__(self):
+        self.captured, self.inside, self.waits = 0, 0, 0
+
+    def begin(self, device):
+        self.inside += 1
+        assert self.inside == 1, "replays of one model never overlap"
+
+    def end(self, device):
+        self.inside -= 1
+
+    def wait(self):
+        self.waits += 1
+
+    def __call__(self, run, device):
+        self.captured += 1
+        return Remembered(run)
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    # On a CPU operators insist that sequences hold all tokens, which on a GPU they cannot see without waiting for it.
+    monkeypatch.setattr(sys.modules["albert_fast.ops.attention"], "check_ranges", lambda *_: None)
+    return Capture()
+
+
+@pytest.fixture
+def model(capture):
+    made = ALBERTModel(CONFIG, backend="reference").eval()  # which, like the GPU's, takes rows that are in no sequence
+    made._graphs = GraphCache(capture)
+    return made
+
+
+def plain(model):
+    other = copy.deepcopy(model)
+    other._graphs = None
+    return other
+
+
+def batch(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(61, (rows, columns), generator=generator)
+    return ids, (torch.rand(rows, columns, generator=generator) < 0.7).long()
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 24, 25, 32, 33, 48, 49, 1000, 16384])
+def test_a_bucket_holds_its_call_and_little_more(n):
+    bucket = Bucket.of(n, n, n, "all")
+    assert n <= bucket.tokens <= max(16, 1.5 * n)
+    assert n <= bucket.sequences <= max(2, 1.5 * n)
+    assert n <= bucket.max_seqlen <= max(16, 2 * n)
+    assert Bucket.of(bucket.tokens, bucket.sequences, bucket.max_seqlen, "all") == bucket
+
+
+@pytest.mark.parametrize("output_tokens", ["all", "first"])
+def test_the_same_numbers_as_without_graphs(model, capture, output_tokens):
+    exact = plain(model)
+    with torch.no_grad():
+        for seed, (rows, columns) in enumerate([(1, 5), (3, 17), (1, 6), (7, 9), (2, 64), (1, 1), (3, 16)]):
+            ids, mask = batch(rows, columns, seed)
+            for given in (None, mask):
+                types = ids % 2 if seed % 2 else None
+                actual = model(ids, given, types, output_tokens=output_tokens)
+                expected = exact(ids, given, types, output_tokens=output_tokens)
+                torch.testing.assert_close(actual.pooler_output, expected.pooler_output)
+                if output_tokens == "all":
+                    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state)
+    assert 1 < capture.captured < 14, "some calls met a bucket that was there"
+
+
+def test_sizes_within_a_bucket_are_captured_once(model, capture):
+    with torch.no_grad():
+        for tokens in (17, 18, 20, 24, 19):
+            model(*batch(1, tokens)[:1])
+    assert capture.captured == 1
+
+
+def test_an_answer_is_not_overwritten_by_the_next(model):
+    with torch.no_grad():
+        first = model(batch(2, 8, 1)[0])
+        kept = first.last_hidden_state.clone(), first.pooler_output.clone()
+        model(batch(2, 8, 2)[0])
+    assert torch.equal(first.last_hidden_state, kept[0])
+    assert torch.equal(first.pooler_output, kept[1])
+
+
+def test_packed_calls_are_replayed_too(model, capture):
+    ids, cu_seqlens = batch(1, 11)[0][0], torch.tensor([0, 4, 4, 11], dtype=torch.int32)
+    with torch.no_grad():
+        actual = model.forward_packed(ids, cu_seqlens, 7)
+        expected = plain(model).forward_packed(ids, cu_seqlens, 7)
+    torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(actual.pooler_output, expected.pooler_output)
+    assert capture.captured == 1
+
+
+def test_what_cannot_be_a_graph_runs_as_ever(model, capture):
+    ids, mask = batch(2, 9)
+    exact = plain(model)
+    hook = None
+    with torch.no_grad():
+        for options in ({"output_hidden_states": True}, {"output_attentions": True}, {"output_tokens": mask.bool()}):
+            assert torch.equal(model(ids, **options)[0], exact(ids, **options)[0])
+        embeds = model.embeddings.word_embeddings(ids)
+        torch.testing.assert_close(model(inputs_embeds=embeds)[0], exact(ids)[0])
+        assert model(ids[:0]).pooler_output.shape == (0, 40)
+        assert not model(ids, mask * 0).pooler_output.isnan().any()
+        hook = model.encoder.distinct()[0].register_forward_hook(lambda *_: None)
+        model(ids)
+        hook.remove()
+    model(ids)
+    model.train()(ids)
+    assert capture.captured == 0
+
+
+def test_weights_may_change_in_place_and_elsewhere(model, capture):
+    ids, _ = batch(2, 9)
+    with torch.no_grad():
+        model(ids)
+        model.pooler.weight.mul_(2)
+        torch.testing.assert_close(model(ids).pooler_output, plain(model)(ids).pooler_output)
+        assert capture.captured == 1
+        model.pooler.weight = torch.nn.Parameter(torch.randn(40, 40))
+        torch.testing.assert_close(model(ids).pooler_output, plain(model)(ids).pooler_output)
+    assert capture.captured == 2
+    assert capture.waits == 1, "graphs are let go of when nothing runs them any more"
+
+
+def test_the_least_used_graphs_go_first(capture):
+    model = ALBERTModel(CONFIG, backend="reference").eval()
+    model._graphs = GraphCache(capture, limit=2)
+    with torch.no_grad():
+        for columns in (4, 20, 4, 40, 4):
+            model(batch(1, columns)[0])
+        assert capture.captured == 3
+        assert len(model._graphs) == 2
+        model(batch(1, 20)[0])
+    assert capture.captured == 4
+
+
+def test_calls_of_several_threads_take_turns(model):
+    exact, failures = plain(model), []
+
+    def work(seed):
+        try:
+            for i in range(10):
+                ids, mask = batch(1 + i % 3, 5 + seed, 100 * seed + i)
+                with torch.no_grad():
+                    torch.testing.assert_close(model(ids, mask)[0], exact(ids, mask)[0])
+        except AssertionError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_a_head_runs_on_graphs_and_copies_have_none(capture):
+    model = ALBERTForSequenceClassification(CONFIG, backend="reference").eval()
+    ids, mask = batch(3, 7)
+    with torch.no_grad():
+        expected = model(ids, mask).logits
+        model.albert._graphs = GraphCache(capture)
+        torch.testing.assert_close(model(ids, mask).logits, expected)
+    assert capture.captured == 1
+    assert len(copy.deepcopy(model).albert._graphs) == 0
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert len(torch.load(buffer, weights_only=False).albert._graphs) == 0
+
+
+def test_warmup_on_a_cpu_changes_nothing():
+    model = ALBERTModel(CONFIG)
+    ids, mask = batch(2, 9)
+    with torch.no_grad():
+        expected = model.eval()(ids, mask).last_hidden_state
+        model.train()
+        model.warmup([(1, 8), (2, 9)])
+        assert model.training
+        assert torch.equal(model.eval()(ids, mask).last_hidden_state, expected)
+    assert "captured on cuda" in model._graphs.why_not(model, 8, "all")
+
+
+def test_a_bad_id_is_named_at_its_place(model):
+    ids, _ = batch(2, 9)
+    ids[1, 3] = 61
+    with torch.no_grad(), pytest.raises(IndexError, match=r"input_ids\[1, 3\] is 61"):
+        model(ids)
