@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import dispatch, ops
 from .config import ALBERTConfig
 from .gemm import linear
 from .packing import Packing, Queries, take
 from .quantization import QuantizedLinear
+
+# What a backward computes again instead of finding it kept: nothing; the FFN's activations, one of a layer's two largest
+# arrays (T, I) at the price of a pass over memory; or layers as a whole, of which the input (T, H) alone is kept.
+RECOMPUTE = ("nothing", "activations", "layers")
 
 
 class Embeddings(nn.Module):
@@ -53,6 +58,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = "nothing"  # of RECOMPUTE
         self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
         self.albert_layer_groups = nn.ModuleList(LayerGroup(config) for _ in range(config.num_hidden_groups))
 
@@ -109,16 +115,27 @@ class Encoder(nn.Module):
         if states is not None:
             states.append(hidden)
         for number in order[:-1]:
-            hidden = distinct[number](hidden, packing, None, backend, attentions)
+            hidden = self._layer(distinct[number], hidden, packing, None, backend, attentions)
             if states is not None:
                 states.append(hidden)
         last = distinct[order[-1]]
         if states is None and attentions is None:
-            return last(hidden, packing, queries, backend)
-        hidden = last(hidden, packing, None, backend, attentions)
+            return self._layer(last, hidden, packing, queries, backend, None)
+        hidden = self._layer(last, hidden, packing, None, backend, attentions)
         if states is not None:
             states.append(hidden)
         return hidden if queries is None else take(hidden, queries.rows)
+
+    def _layer(
+        self, layer: Layer, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
+        attentions: list[Tensor] | None,
+    ) -> Tensor:  # fmt: skip
+        arguments = (hidden, packing, queries, backend, attentions, self.recompute == "activations")
+        # Run twice, a layer would append its probabilities twice.
+        if self.recompute == "layers" and torch.is_grad_enabled() and attentions is None:
+            out: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
+            return out
+        return layer(*arguments)  # type: ignore[no-any-return]
 
     def _quantized(
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, states: list[Tensor] | None,
@@ -206,9 +223,10 @@ class Layer(nn.Module):
         q, k, v = linear(hidden, a.qkv.weight, a.qkv.bias).split(hidden.shape[1], dim=1)
         cu, longest = packing.cu_seqlens, packing.max_seqlen
         context = ops.attention(q, k, v, cu, cu, longest, longest, a.num_heads, a.scale)
-        attended = _add_norm(context, a.dense, hidden, a.LayerNorm, self, 0.0, "auto")
+        attended = _add_norm(linear(context, a.dense.weight), a.dense.bias, hidden, a.LayerNorm, self, 0.0, "auto")
         middle = ops.bias_gelu(linear(attended, self.ffn.weight), self.ffn.bias, self.act)
-        out = _add_norm(middle, self.ffn_output, attended, norm, self, 0.0, "auto")
+        down = linear(middle, self.ffn_output.weight)
+        out = _add_norm(down, self.ffn_output.bias, attended, norm, self, 0.0, "auto")
         return [hidden, context, attended, middle], out
 
     def quantize(self, bits: int, inputs: list[Tensor | None], representative: bool) -> None:
@@ -234,10 +252,20 @@ class Layer(nn.Module):
         queries: Queries | None,
         backend: str,
         attentions: list[Tensor] | None = None,
+        recompute_activations: bool = False,
     ) -> Tensor:
         attended = self.attention(hidden, packing, queries, backend, attentions)
-        ffn = ops.bias_gelu(linear(attended, self.ffn.weight), self.ffn.bias, self.act, backend=backend)
-        return _add_norm(ffn, self.ffn_output, attended, self.full_layer_layer_norm, self, self.dropout_p, backend)
+        up = linear(attended, self.ffn.weight)
+        if recompute_activations and torch.is_grad_enabled():
+            down = checkpoint(self._down, up, backend, use_reentrant=False, preserve_rng_state=False)
+        else:
+            down = self._down(up, backend)
+        norm = self.full_layer_layer_norm
+        return _add_norm(down, self.ffn_output.bias, attended, norm, self, self.dropout_p, backend)
+
+    def _down(self, up: Tensor, backend: str) -> Tensor:
+        """The FFN behind its first product, without the last bias."""
+        return linear(ops.bias_gelu(up, self.ffn.bias, self.act, backend=backend), self.ffn_output.weight)
 
 
 class Attention(nn.Module):
@@ -280,15 +308,15 @@ class Attention(nn.Module):
             q, k, v, cu_seqlens_q, packing.cu_seqlens, max_seqlen_q, packing.max_seqlen, self.num_heads, self.scale, p, seed,
             backend=backend,
         )  # fmt: skip
-        return _add_norm(context, self.dense, residual, self.LayerNorm, self, self.dropout_p, backend)
+        product = linear(context, self.dense.weight)
+        return _add_norm(product, self.dense.bias, residual, self.LayerNorm, self, self.dropout_p, backend)
 
 
 def _add_norm(
-    x: Tensor, dense: nn.Linear, residual: Tensor, norm: nn.LayerNorm, module: nn.Module, dropout_p: float, backend: str
-) -> Tensor:
+    product: Tensor, bias: Tensor, residual: Tensor, norm: nn.LayerNorm, module: nn.Module, dropout_p: float, backend: str
+) -> Tensor:  # fmt: skip
     p, seed = _dropout(module, dropout_p)
-    product = linear(x, dense.weight)
-    return ops.add_layer_norm(product, dense.bias, residual, norm.weight, norm.bias, norm.eps, p, seed, backend=backend)
+    return ops.add_layer_norm(product, bias, residual, norm.weight, norm.bias, norm.eps, p, seed, backend=backend)
 
 
 def _dropout(module: nn.Module, p: float) -> tuple[float, Tensor | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import dispatch, ops
+from .encoder import RECOMPUTE
 from .graphs import GraphCache
 from .packing import pack
 from .pretrained import PRECISIONS, Calibration, PretrainedMixin
@@ -85,6 +86,23 @@ class FastModel(PretrainedMixin):
         if self.integer_bits is None:
             for layer in self.base.encoder.distinct():
                 ops.forget_packed(layer.weights())
+
+    @property
+    def recompute(self) -> str:
+        """What a backward computes again instead of keeping it: "nothing", "activations" of the FFN, or whole "layers".
+
+        Less memory for more time, with the same gradients; may be set at any time.
+
+        Raises:
+            ValueError: set to anything else.
+        """
+        return self.base.encoder.recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {what!r}")
+        self.base.encoder.recompute = what
 
     @property
     def base(self) -> ALBERTModel:

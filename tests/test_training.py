@@ -242,3 +242,47 @@ def test_weight_average_and_optimizer_groups() -> None:
         torch.testing.assert_close(p.detach(), old + 1)
     groups = make_optimizer(model, 1e-3, 0.1).param_groups
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (3, 0.0)]
+
+
+def kept_and_gradients(model, batch, what: str) -> tuple[int, list[Tensor]]:
+    """Bytes that a training step keeps for its backward, parameters apart, and the gradients."""
+    model.recompute = what
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss
+    total = sum(kept.values())
+    return total, list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_saves_memory_and_changes_no_gradient(compiled):
+    torch.manual_seed(1)
+    model = albert_fast.ALBERTForMaskedLM(CONFIG).train()  # with dropout, which is replayed
+    batch = batch_of("ALBERTForMaskedLM", torch.Generator().manual_seed(2))
+    kept, gradients = {}, {}
+    for what in ("nothing", "activations", "layers"):
+        kept[what], gradients[what] = kept_and_gradients(model, batch, what)
+    for what in ("activations", "layers"):
+        for expected, actual in zip(gradients["nothing"], gradients[what], strict=True):
+            assert torch.equal(expected, actual)
+    tokens, layers = int(batch["attention_mask"].sum()), CONFIG.num_hidden_layers
+    assert kept["nothing"] - kept["activations"] == 4 * tokens * CONFIG.intermediate_size * layers
+    assert kept["layers"] < kept["activations"] / 2
+    with pytest.raises(ValueError, match="recompute must be one of nothing, activations, layers"):
+        model.recompute = "everything"
+    if compiled:
+        model.recompute = "layers"
+        model.eval()
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+        loss = forward(**batch).loss
+        torch.testing.assert_close(loss, model(**batch).loss)
+        loss.backward()
