@@ -13,6 +13,7 @@ and value are one product.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -314,12 +315,11 @@ class ALBERTModel(FastModel):
             width = self.config.embedding_size
             raise ValueError(f"inputs_embeds {tuple(inputs_embeds.shape)} do not have embedding_size = {width} columns")
         embeds = None if inputs_embeds is None else packing.gather(inputs_embeds)
-        try:
+        # A traced call meets its errors later, outside of this.
+        with nullcontext() if torch.compiler.is_compiling() else ops.placing(packing.place):
             return self.embeddings(
                 ids, types, positions, embeds, self.encoder.embedding_hidden_mapping_in, self.backend
             )
-        except ops.TokenIndexError as error:
-            raise error.at(*packing.place(error.token)) from None
 
     def _check_length(self, columns: int) -> None:
         limit = self.config.max_position_embeddings

@@ -4,6 +4,7 @@ All work on packed tokens: T rows without padding, sequences delimited by `cu_se
 """
 
 from ._dropout import draw_seed
+from ._reports import CapturedReports, placing, synchronize
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
@@ -16,6 +17,7 @@ __all__ = [
     "PRODUCTS",
     "STAGES",
     "WEIGHTS",
+    "CapturedReports",
     "TokenIndexError",
     "add_layer_norm",
     "add_layer_norm_ref",
@@ -30,7 +32,9 @@ __all__ = [
     "encoder_ref",
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
+    "placing",
     "quantized_encoder",
     "quantized_encoder_ref",
     "stage_seconds",
+    "synchronize",
 ]
