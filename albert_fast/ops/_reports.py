@@ -141,7 +141,7 @@ def raise_pending(device: torch.device, wait: bool = False) -> None:
         _QUEUE.raise_arrived(device, wait)
 
 
-def synchronize(device: torch.device | str | int | None = None) -> None:
+def synchronize(device: torch.device | str | None = None) -> None:
     """Wait for a GPU, and raise what calls on it found wrong that nobody was told of yet.
 
     A model on a GPU does not wait for its kernels, so an id outside its table is found after the call has returned. It is

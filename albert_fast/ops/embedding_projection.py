@@ -39,7 +39,10 @@ class TokenIndexError(IndexError):
 
     def __init__(self, table: str, token: int, value: int, size: int, where: str):
         self.table, self.token, self.value, self.size = table, token, value, size
-        super().__init__(f"{table}[{where}] is {value}, outside its table of {size} rows (0 to {size - 1})")
+        found = f"is {value}, outside its table of {size} rows (0 to {size - 1})"
+        if 0 <= value < size:  # told late, from a GPU
+            found = f"was outside its table of {size} rows (0 to {size - 1}), and has been written again since"
+        super().__init__(f"{table}[{where}] {found}")
 
 
 def check_ids(ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
