@@ -227,16 +227,6 @@ def test_an_unknown_dtype_is_an_error(library):
     assert library.embedding_projection_fwd_cuda(*arguments, 3, None) == 1
 
 
-@pytest.mark.parametrize("flag", ["-DEMULATE_WITHOUT_BARRIERS", "-DEMULATE_WITHOUT_WAITING"])
-def test_this_test_notices_a_missing_barrier(tmp_path, flag):
-    broken = build(tmp_path, flag)
-    x = make_inputs(torch.bfloat16, 40, 456, 136)
-    exact = expected(x)
-    for shared_bytes in (H100, 100_000):
-        out, _, _ = run(broken, x, order=BACKWARDS, shared_bytes=shared_bytes)
-        assert not ((out - exact).abs() < 0.1).all()
-
-
 C_TYPES = {"std::int64_t": ctypes.c_int64, "double": ctypes.c_double, "int": ctypes.c_int}
 
 
@@ -263,9 +253,8 @@ class Arrived:
         pass
 
 
-@pytest.fixture
-def on_cuda(library, monkeypatch):
-    """Has the operator's backend "cuda" run the library on CPU tensors; the value sets the order of threads."""
+def run_operator_on(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the operator take the CUDA way with the library's functions, on CPU tensors."""
     monkeypatch.setattr(dispatch, "resolve", lambda *arguments: "cuda")
     functions = typed(library)
     monkeypatch.setattr(dispatch, "extension", lambda: functions)
@@ -276,6 +265,12 @@ def on_cuda(library, monkeypatch):
     monkeypatch.setattr(
         _reports, "_on_its_way", lambda flag, describe: _reports.Pending(Arrived(), flag.clone(), describe)
     )
+
+
+@pytest.fixture
+def on_cuda(library, monkeypatch):
+    """The operator on the library; the value sets the order of threads."""
+    run_operator_on(library, monkeypatch)
     library.emulate_device(2, H100, FORWARDS)
     return lambda order: library.emulate_device(2, H100, order)
 
@@ -376,6 +371,25 @@ def test_tokens_with_a_bad_id_add_to_no_gradient(on_cuda, dtype, table, value):
         torch.testing.assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+@DTYPES
+def test_a_run_of_more_chunks_than_a_block_has_warps(on_cuda, dtype):
+    check_backward(OPERATOR, (1100, 8, 8, 2, 1, 1), {}, dtype, "auto")
+
+
+def test_nan_reaches_the_gradients_that_it_reaches_in_torch(on_cuda):
+    inputs, grad = operator_inputs((70, 24, 8, 20, 70, 3))
+    inputs["position_ids"] = torch.arange(70)
+    inputs["token_type_ids"][:] = torch.arange(70) % 2
+    inputs["word"][3, 5], grad[9, 2] = float("nan"), float("inf")
+    actual = backward(inputs, grad)
+    names = [name for name in OPERATOR.gradients if name != "inputs_embeds"]
+    leaves = {**inputs, **{name: inputs[name].clone().requires_grad_() for name in names}}
+    expected = torch.autograd.grad(OPERATOR.eager(**leaves), [leaves[name] for name in names], grad)
+    for name, value in zip(GRADIENTS[1:], expected, strict=True):
+        assert torch.equal(actual[name].isfinite(), value.isfinite()), name
+        assert not value.isfinite().all(), name
+
+
 def test_no_tokens_give_zeros(on_cuda):
     for from_embeds in (False, True):
         inputs, grad = operator_inputs((0, 24, 16, 7, 5, 2), from_embeds=from_embeds)
@@ -393,3 +407,19 @@ def test_a_bad_id_is_raised_by_the_next_call(on_cuda):
     inputs["position_ids"][3] = 4
     ops.embedding_projection(**inputs)
     ops.embedding_projection(**inputs)
+
+
+@pytest.mark.parametrize("flag", ["-DEMULATE_WITHOUT_BARRIERS", "-DEMULATE_WITHOUT_WAITING"])
+def test_this_test_notices_a_missing_barrier(tmp_path, flag, monkeypatch):
+    broken = build(tmp_path, flag)
+    x = make_inputs(torch.bfloat16, 40, 456, 136)
+    exact = expected(x)
+    for shared_bytes in (H100, 100_000):
+        out, _, _ = run(broken, x, order=BACKWARDS, shared_bytes=shared_bytes)
+        assert not ((out - exact).abs() < 0.1).all()
+    if flag == "-DEMULATE_WITHOUT_BARRIERS":
+        run_operator_on(broken, monkeypatch)
+        broken.emulate_device(2, H100, FORWARDS)
+        gradients = backward(*operator_inputs((70, 136, 8, 1, 1, 1)))
+        assert gradients["dword"].isnan().any(), "a run over several chunks"
+        assert gradients["dln_weight"].isnan().any(), "a sum of several warps"

@@ -207,9 +207,11 @@ def _bwd(
     tables: Any = tuple(map(rows, (word, token_type, position, ln_weight, ln_bias)))
     if backend == "cuda":
         dnormed = rows(linear(grad, proj_weight.t()))
-        normed, dembeds, *table_grads = _bwd_cuda(dnormed, *ids, *tables, eps, padding_idx, dropout_p, seed_number)
+        arguments = (*ids, *tables, eps, padding_idx, dropout_p, seed_number)
+        normed, dembeds, *table_grads = _bwd_cuda(dnormed, *arguments)  # type: ignore[call-arg]
         dinputs = word.new_empty(0, word.shape[1]) if dembeds is None else dembeds
-        return dinputs, *table_grads, linear(grad.t(), normed.t()), grad.sum(0, dtype=f32).to(word.dtype)
+        dproj_bias = grad.sum(0, dtype=f32).to(word.dtype)
+        return dinputs, *table_grads, linear(grad.t(), normed.t()), dproj_bias  # type: ignore[return-value]
     if backend == "cpp":
         normed, mean, rstd = _normed_cpu(*ids, *tables, eps, dropout_p, seed_number)  # type: ignore[call-arg]
         dnormed = linear(grad, proj_weight.t()).contiguous()

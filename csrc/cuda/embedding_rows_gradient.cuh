@@ -196,8 +196,8 @@ __device__ __forceinline__ void store_sums(float (&dweight)[kLaneColumns], float
 }
 
 template <class Scalar>
-__device__ __forceinline__ void store_keys(const RowsGradient<Scalar>& a, const TokenRows& rows, bool good,
-                                           std::int64_t token) {
+__device__ __forceinline__ void store_keys(const RowsGradient<Scalar>& a, const TokenRows& rows, std::int64_t token) {
+    const bool good = rows.word >= 0;
     const std::int64_t words = a.ids == nullptr ? 0 : a.V;
     const std::int64_t none = words + a.Y + a.P;
     if (a.ids != nullptr) a.keys.set(token, good ? rows.word : none);
@@ -219,19 +219,19 @@ __global__ void __launch_bounds__(kThreads, kOneTile ? 2 : 1)
         return first_token + row < a.T ? token_rows(a, first_token + row, bad) : TokenRows{-1, 0, 0};
     };
     float z[kLaneColumns], dy[kLaneColumns];
-    for (int row = group; row < kGradientRows; row += kGroups) {
-        const TokenRows rows = look_up(row);
-        if (lane == 0 && first_token + row < a.T) store_keys(a, rows, rows.word >= 0, first_token + row);
-        if constexpr (kOneTile) continue;
-        const RowGradient gradient = row_gradient(z, dy, a, rows, first_token + row, lane);
-        if (lane == 0) shared.rows[row] = gradient;
+    if constexpr (!kOneTile) {
+        for (int row = group; row < kGradientRows; row += kGroups) {
+            const RowGradient gradient = row_gradient(z, dy, a, look_up(row), first_token + row, lane);
+            if (lane == 0) shared.rows[row] = gradient;
+        }
+        __syncthreads();
     }
-    __syncthreads();
     for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
         float dweight[kLaneColumns] = {}, dbias[kLaneColumns] = {};
         for (int row = group; row < kGradientRows; row += kGroups) {
             const std::int64_t token = first_token + row;
             const TokenRows rows = look_up(row);
+            if (first == 0 && lane == 0 && token < a.T) store_keys(a, rows, token);
             RowGradient gradient;
             if constexpr (kOneTile) {
                 gradient = row_gradient(z, dy, a, rows, token, lane);
