@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .heads import ALBERTForSequenceClassification as ALBERTForSequenceClassification
     from .heads import ALBERTForTokenClassification as ALBERTForTokenClassification
     from .modeling import ALBERTModel as ALBERTModel
+    from .ops import synchronize as synchronize
     from .packing import aligned_representation as aligned_representation
     from .plan import explain as explain
 
@@ -37,6 +38,7 @@ _HOME = {
     "ALBERTForMultipleChoice": "heads",
     "aligned_representation": "packing",
     "explain": "plan",
+    "synchronize": "ops",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from . import ops
 from .packing import Packing
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Replay(Protocol):
 
     result: Encoded
 
-    def replay(self) -> None: ...
+    def replay(self, describe: ops.Describe) -> None:
+        """`describe` makes the error for a bad id among those that the tensors hold now."""
 
 
 class CUDACapture:
@@ -73,7 +75,8 @@ class CUDACapture:
         self._last = None  # behind the last replay and what was copied out of it
 
     def begin(self, device: torch.device) -> None:
-        """Order this call behind the one before it, which may have been on another stream."""
+        """Order this call behind the one before it, which may have been on another stream; raise what that found wrong."""
+        ops.raise_pending(device)
         if self._last is not None:
             torch.cuda.current_stream(device).wait_event(self._last)
 
@@ -101,17 +104,15 @@ class CUDACapture:
 
 class _CUDAReplay:
     def __init__(self, run: Callable[[], Encoded], pool: Any, stream: torch.cuda.Stream) -> None:
-        from .ops import CapturedReports
-
-        self._graph, self._reports = torch.cuda.CUDAGraph(), CapturedReports()
+        self._graph, self._reports = torch.cuda.CUDAGraph(), ops.CapturedReports()
         # Other threads go on allocating meanwhile.
         mode = {"capture_error_mode": "thread_local"}
         with self._reports, torch.cuda.graph(self._graph, pool=pool, stream=stream, **mode):
             self.result = run()
 
-    def replay(self) -> None:
+    def replay(self, describe: ops.Describe) -> None:
         self._graph.replay()
-        self._reports.replayed()
+        self._reports.replayed(describe)
 
 
 @dataclass
@@ -185,7 +186,11 @@ class GraphCache:
                     self._capture.wait()
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(bucket)
-            captured.graph.replay()
+            embeddings = model.embeddings
+            tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
+            with ops.placing(packing.place):
+                describe = ops.index_error((ids, types, positions), tuple(table.num_embeddings for table in tables))
+            captured.graph.replay(describe)
             static_result = captured.graph.result
             rows = len(ids) if output_tokens == "all" else packing.num_sequences
             pooled = static_result.pooled

@@ -12,6 +12,7 @@ and value are one product.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,12 +248,11 @@ class ALBERTModel(FastModel):
         ids, types, positions, embeds = self._packed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
         if types is None:
             types = torch.zeros_like(positions)
-        try:
+        # A traced call meets its errors later, outside of this.
+        with nullcontext() if torch.compiler.is_compiling() else ops.placing(packing.place):
             return self.embeddings(
                 ids, types, positions, embeds, self.encoder.embedding_hidden_mapping_in, self.backend
             )
-        except ops.TokenIndexError as error:
-            raise error.at(*packing.place(error.token)) from None
 
     def _packed(
         self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,

@@ -176,7 +176,10 @@ PYBIND11_MODULE(_C, module) {
 #undef EXPORT
 #undef EXPORT_FOR
 #if defined(ALBERT_FAST_CUDA)
-    module.def("embedding_projection_fwd_cuda", by_address(embedding_projection_fwd_cuda),
-               py::call_guard<py::gil_scoped_release>());
+#define EXPORT(function) module.def(#function, by_address(function), py::call_guard<py::gil_scoped_release>())
+    EXPORT(embedding_projection_fwd_cuda);
+    EXPORT(embedding_projection_bwd_rows_cuda);
+    EXPORT(embedding_projection_bwd_tables_cuda);
+#undef EXPORT
 #endif
 }

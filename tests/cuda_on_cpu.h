@@ -96,7 +96,7 @@ inline std::uint64_t warp_slots[1024][8];  // what each thread offers its warp
 struct Device {
     int multiprocessors = 2, shared_bytes = 232448, order = 0;
     unsigned grid_x = 0, grid_y = 0;
-    int launched_bytes = 0, allowed_bytes = 0;
+    int launched_bytes = 0, allowed_bytes = 48 * 1024;  // more must be asked for
 };
 inline Device device;
 
@@ -186,6 +186,16 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
     std::memcpy(emulation::slot(emulation::lane()), &value, sizeof value);
     __syncwarp();
     std::memcpy(&value, emulation::slot(emulation::lane() ^ distance), sizeof value);
+    __syncwarp();
+    return value;
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+    if (mask != 0xFFFFFFFFu) emulation::fail("a shuffle of part of a warp");
+    std::memcpy(emulation::slot(emulation::lane()), &value, sizeof value);
+    __syncwarp();
+    std::memcpy(&value, emulation::slot(source % emulation::kWarp), sizeof value);
     __syncwarp();
     return value;
 }

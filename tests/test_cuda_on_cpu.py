@@ -1,23 +1,31 @@
 """The CUDA source of embedding_projection, compiled as C++ and run thread by thread on the CPU (see cuda_on_cpu.h).
 
 Checks what compiling for a GPU does not: every index, tail and barrier, the fragments of the tensor cores, and that an
-id outside its table is never looked up.
+id outside its table is never looked up. The gradient runs through the operator itself, with the compiled functions in the
+extension's place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from albert_fast import dispatch, ops
+from albert_fast.ops import _reports
 from albert_fast.ops._dropout import keep_scale_2d
+from albert_fast.testing import ALL_CASES, poison_empty
+from albert_fast.testing.parity import check_backward, check_forward
 from albert_fast.testing.tolerances import assert_close_calibrated
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,11 +227,199 @@ def test_an_unknown_dtype_is_an_error(library):
     assert library.embedding_projection_fwd_cuda(*arguments, 3, None) == 1
 
 
+C_TYPES = {"std::int64_t": ctypes.c_int64, "double": ctypes.c_double, "int": ctypes.c_int}
+
+
+def typed(library: ctypes.CDLL) -> SimpleNamespace:
+    """The library's functions as the extension has them: addresses are numbers."""
+    header = re.sub(r"//.*", "", (ROOT / "csrc/cuda/embedding_projection.h").read_text())
+    functions = {}
+    for name, parameters in re.findall(r'extern "C" int (\w+)\(([^)]*)\)', header):
+        kinds = [parameter.rpartition(" ")[0] for parameter in parameters.split(",")]
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p if "*" in kind else C_TYPES[kind.strip()] for kind in kinds]
+        functions[name] = function
+    assert len(functions) == 3, sorted(functions)
+    return SimpleNamespace(**functions)
+
+
+class Arrived:
+    """An event that has happened."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+def run_operator_on(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the operator take the CUDA way with the library's functions, on CPU tensors."""
+    monkeypatch.setattr(dispatch, "resolve", lambda *arguments: "cuda")
+    functions = typed(library)
+    monkeypatch.setattr(dispatch, "extension", lambda: functions)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(_reports, "_QUEUE", _reports.Queue())
+    monkeypatch.setattr(
+        _reports, "_on_its_way", lambda flag, describe: _reports.Pending(Arrived(), flag.clone(), describe)
+    )
+
+
+@pytest.fixture
+def on_cuda(library, monkeypatch):
+    """The operator on the library; the value sets the order of threads."""
+    run_operator_on(library, monkeypatch)
+    library.emulate_device(2, H100, FORWARDS)
+    return lambda order: library.emulate_device(2, H100, order)
+
+
+# Tokens, E, H, vocabulary, positions, types: runs over many chunks, whole chunks of one row, rows without tokens, widths
+# off 8 and 16 bytes, more columns than registers or a warp hold.
+OPERATOR_SHAPES = (
+    (1, 1, 1, 1, 1, 1), (7, 13, 29, 11, 17, 3), (131, 24, 16, 3, 1, 2), (67, 128, 8, 60, 70, 2), (66, 136, 8, 5, 9, 1),
+    (5, 301, 9, 40, 7, 2), (65, 328, 8, 1, 65, 4),
+)  # fmt: skip
+OPERATOR = ALL_CASES["embedding_projection"]
+
+
+@DTYPES
+@pytest.mark.parametrize("options", OPERATOR.options, ids=str)
+@pytest.mark.parametrize("shape", OPERATOR_SHAPES, ids=str)
+def test_the_operator_and_its_gradients(on_cuda, shape, options, dtype):
+    check_forward(OPERATOR, shape, options, dtype, "auto")
+    check_backward(OPERATOR, shape, options, dtype, "auto")
+
+
+GRADIENTS = ("dinputs", "dword", "dtype_table", "dposition", "dln_weight", "dln_bias", "dproj_weight", "dproj_bias")
+
+
+def backward(inputs: dict, grad: Tensor) -> dict[str, Tensor]:
+    """Every gradient of the operator, with memory outside of each tensor watched."""
+    names = (
+        "input_ids", "inputs_embeds", "token_type_ids", "position_ids", "word", "token_type", "position", "ln_weight",
+        "ln_bias", "proj_weight", "eps", "padding_idx", "dropout_p", "seed",
+    )  # fmt: skip
+    given = [inputs.get(name) for name in names]
+    given = [guarded(x) if isinstance(x, Tensor) and x.dim() else x for x in given]
+    buffers: list[tuple[Tensor, int]] = []
+
+    def watched(fill: float, shape, dtype=None, device=None) -> Tensor:
+        # Margins of a value that no kernel writes.
+        margin, size = 64, torch.Size([shape] if isinstance(shape, int) else shape)
+        buffer = torch.ones(size.numel() + 2 * margin, dtype=dtype)
+        inside = buffer[margin : margin + size.numel()]
+        inside.fill_(fill if dtype.is_floating_point else torch.iinfo(dtype).min)
+        buffers.append((buffer, margin))
+        return inside.view(size)
+
+    nan = float("nan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda shape, **like: watched(nan, shape, **like))
+        patch.setattr(torch, "empty_like", lambda x: watched(nan, x.shape, dtype=x.dtype))
+        patch.setattr(torch, "zeros_like", lambda x: watched(0.0, x.shape, dtype=x.dtype))
+        patch.setattr(_reports, "report", lambda flag, describe: None)
+        result = torch.ops.albert_fast.embedding_projection_bwd(grad, *given, "auto")
+    for buffer, margin in buffers:
+        assert (torch.cat([buffer[:margin], buffer[-margin:]]) == 1).all(), "wrote outside of a tensor"
+    assert len(buffers) >= 9
+    return dict(zip(GRADIENTS, result, strict=True))
+
+
+def operator_inputs(shape, dtype=torch.float32, seed=3, **options) -> tuple[dict, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = OPERATOR.make_inputs(shape, dtype, generator=generator, **options)
+    return inputs, torch.randn((shape[0], shape[2]), generator=generator).to(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("options", OPERATOR.options, ids=str)
+@pytest.mark.parametrize("shape", [(131, 24, 16, 3, 1, 2), (66, 136, 8, 5, 9, 1), (67, 50, 8, 70, 9, 3)], ids=str)
+def test_gradients_are_the_same_in_every_order_of_threads(on_cuda, shape, options, dtype):
+    inputs, grad = operator_inputs(shape, dtype, **options)
+    expected = backward(inputs, grad)
+    for order in (BACKWARDS, SHUFFLED):
+        on_cuda(order)
+        for name, value in backward(inputs, grad).items():
+            assert torch.equal(value, expected[name]), name
+    assert all(value.isfinite().all() for value in expected.values()), "some element was never written"
+
+
+def test_keys_of_four_bytes_give_the_same_gradients(on_cuda):
+    inputs, grad = operator_inputs((70, 24, 8, 32767 - 10, 9, 1))
+    short = backward(inputs, grad)
+    inputs["position"] = torch.cat([inputs["position"], torch.zeros(1, 24)])  # one row more than 16 bits count
+    long = backward(inputs, grad)
+    for name in GRADIENTS:
+        value = long[name][:-1] if name == "dposition" else long[name]
+        assert torch.equal(value, short[name]), name
+
+
+@DTYPES
+@pytest.mark.parametrize("table", ["input_ids", "token_type_ids", "position_ids"])
+@pytest.mark.parametrize("value", [-1, "size", 2**62, -(2**63)])
+def test_tokens_with_a_bad_id_add_to_no_gradient(on_cuda, dtype, table, value):
+    inputs, grad = operator_inputs((131, 24, 16, 7, 5, 2), dtype, dropout_p=0.2, padding_idx=4)
+    bad = torch.tensor([0, 64, 97, 130])
+    size = {"input_ids": 7, "token_type_ids": 2, "position_ids": 5}[table]
+    # The same tokens with good ids and no gradient of their own.
+    expected = backward(inputs, grad.index_fill(0, bad, 0.0))
+    inputs[table][bad] = size if value == "size" else value
+    actual = backward(inputs, grad)
+    for name in ("dword", "dtype_table", "dposition", "dln_weight", "dln_bias", "dproj_weight"):
+        torch.testing.assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@DTYPES
+def test_a_run_of_more_chunks_than_a_block_has_warps(on_cuda, dtype):
+    check_backward(OPERATOR, (1100, 8, 8, 2, 1, 1), {}, dtype, "auto")
+
+
+def test_nan_reaches_the_gradients_that_it_reaches_in_torch(on_cuda):
+    inputs, grad = operator_inputs((70, 24, 8, 20, 70, 3))
+    inputs["position_ids"] = torch.arange(70)
+    inputs["token_type_ids"][:] = torch.arange(70) % 2
+    inputs["word"][3, 5], grad[9, 2] = float("nan"), float("inf")
+    actual = backward(inputs, grad)
+    names = [name for name in OPERATOR.gradients if name != "inputs_embeds"]
+    leaves = {**inputs, **{name: inputs[name].clone().requires_grad_() for name in names}}
+    expected = torch.autograd.grad(OPERATOR.eager(**leaves), [leaves[name] for name in names], grad)
+    for name, value in zip(GRADIENTS[1:], expected, strict=True):
+        assert torch.equal(actual[name].isfinite(), value.isfinite()), name
+        assert not value.isfinite().all(), name
+
+
+def test_no_tokens_give_zeros(on_cuda):
+    for from_embeds in (False, True):
+        inputs, grad = operator_inputs((0, 24, 16, 7, 5, 2), from_embeds=from_embeds)
+        for name, value in backward(inputs, grad).items():
+            assert not value.any(), name
+
+
+def test_a_bad_id_is_raised_by_the_next_call(on_cuda):
+    inputs, _ = operator_inputs((9, 16, 8, 7, 5, 2))
+    inputs["position_ids"][3] = 5
+    with poison_empty():
+        ops.embedding_projection(**inputs)
+    with pytest.raises(ops.TokenIndexError, match=r"position_ids\[3\] is 5, outside its table of 5 rows"):
+        ops.embedding_projection(**inputs)
+    inputs["position_ids"][3] = 4
+    ops.embedding_projection(**inputs)
+    ops.embedding_projection(**inputs)
+
+
 @pytest.mark.parametrize("flag", ["-DEMULATE_WITHOUT_BARRIERS", "-DEMULATE_WITHOUT_WAITING"])
-def test_this_test_notices_a_missing_barrier(tmp_path, flag):
+def test_this_test_notices_a_missing_barrier(tmp_path, flag, monkeypatch):
     broken = build(tmp_path, flag)
     x = make_inputs(torch.bfloat16, 40, 456, 136)
     exact = expected(x)
     for shared_bytes in (H100, 100_000):
         out, _, _ = run(broken, x, order=BACKWARDS, shared_bytes=shared_bytes)
         assert not ((out - exact).abs() < 0.1).all()
+    if flag == "-DEMULATE_WITHOUT_BARRIERS":
+        run_operator_on(broken, monkeypatch)
+        broken.emulate_device(2, H100, FORWARDS)
+        gradients = backward(*operator_inputs((70, 136, 8, 1, 1, 1)))
+        assert gradients["dword"].isnan().any(), "a run over several chunks"
+        assert gradients["dln_weight"].isnan().any(), "a sum of several warps"

@@ -23,7 +23,8 @@ class Remembered:
     def __init__(self, run):
         self._run, self.result = run, run()
 
-    def replay(self):
+    def replay(self, describe):
+        assert callable(describe)
         new = self._run()
         self.result.hidden.copy_(new.hidden)
         if new.pooled is not None:

@@ -4,10 +4,11 @@ All work on packed tokens: T rows without padding, sequences delimited by `cu_se
 """
 
 from ._dropout import draw_seed
+from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
-from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref
+from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref, index_error
 from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, forget_packed, stage_seconds
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
@@ -16,6 +17,8 @@ __all__ = [
     "PRODUCTS",
     "STAGES",
     "WEIGHTS",
+    "CapturedReports",
+    "Describe",
     "TokenIndexError",
     "add_layer_norm",
     "add_layer_norm_ref",
@@ -31,7 +34,11 @@ __all__ = [
     "forget_packed",
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
+    "index_error",
+    "placing",
     "quantized_encoder",
     "quantized_encoder_ref",
+    "raise_pending",
     "stage_seconds",
+    "synchronize",
 ]

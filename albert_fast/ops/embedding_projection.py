@@ -2,12 +2,13 @@
 
 The factorised embedding of Lan et al. 2019, section 3.1; in Hugging Face `AlbertEmbeddings` followed by
 `embedding_hidden_mapping_in`. On a CPU the look-ups, the sum and LayerNorm are one C++ pass and the product is torch's; on
-a GPU all of it is one CUDA kernel.
+a GPU all of it is one CUDA kernel. Backward, the products are torch's on both.
 """
 
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,31 +25,45 @@ from ..registration import (
     register_autograd,
     rows,
 )
+from . import _reports
 from ._dropout import keep_scale_2d, seed_value
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 
 TABLES = ("input_ids", "token_type_ids", "position_ids")
+# What the CUDA functions count on (csrc/cuda/embedding_projection.h): columns are padded to so many, and partial sums are
+# those of so many tokens, and of so many pairs of a token and a table.
+PAD_COLUMNS, SUM_TOKENS, SUM_PAIRS = 8, 64, 32
 
 
 class TokenIndexError(IndexError):
-    """An id outside its table: which (`table`), of which packed token, its `value` and the table's `size`."""
+    """An id outside its table: which (`table`), of which packed token, its `value` and the table's `size`; `where` it is."""
 
-    def __init__(self, table: str, token: int, value: int, size: int, where: str | None = None):
+    def __init__(self, table: str, token: int, value: int, size: int, where: str):
         self.table, self.token, self.value, self.size = table, token, value, size
-        super().__init__(f"{table}[{where or token}] is {value}, outside its table of {size} rows (0 to {size - 1})")
-
-    def at(self, row: int, column: int) -> TokenIndexError:
-        """The same error, telling the place in a padded batch."""
-        return TokenIndexError(self.table, self.token, self.value, self.size, f"{row}, {column}")
+        found = f"is {value}, outside its table of {size} rows (0 to {size - 1})"
+        if 0 <= value < size:  # told late, from a GPU
+            found = f"was outside its table of {size} rows (0 to {size - 1}), and has been written again since"
+        super().__init__(f"{table}[{where}] {found}")
 
 
 def check_ids(ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
     """Raise TokenIndexError for the first id that lies outside its table (ids may be None: inputs_embeds)."""
-    for name, values, size in zip(TABLES, ids, sizes, strict=True):
+    for table, (values, size) in enumerate(zip(ids, sizes, strict=True)):
         bad = None if values is None else ((values < 0) | (values >= size)).nonzero()
         if bad is not None and len(bad):
-            token = int(bad[0])
-            raise TokenIndexError(name, token, int(values[token]), size)  # type: ignore[index]
+            raise index_error(ids, sizes)(int(bad[0]) * len(TABLES) + table)
+
+
+def index_error(ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> _reports.Describe:
+    """What makes the error of this call from a kernel's code, token * 3 + table."""
+    where = _reports.current_place()
+
+    def describe(code: int) -> TokenIndexError:
+        token, table = divmod(code, len(TABLES))
+        value = int(ids[table][token])  # type: ignore[index]
+        return TokenIndexError(TABLES[table], token, value, sizes[table], where(token))
+
+    return describe
 
 
 def _sum_ref(embeds: Tensor, token_type: Tensor, position: Tensor, type_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -87,8 +102,17 @@ def _normed_cpu(
         torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
-        _raise_bad(bad, (input_ids, token_type_ids, position_ids), (len(word), len(token_type), len(position)))
+        sizes = len(word), len(token_type), len(position)
+        raise index_error((input_ids, token_type_ids, position_ids), sizes)(bad)
     return out, mean, rstd
+
+
+def _launch(function: str, *arguments: Tensor | int | float | None) -> None:
+    """Call one of the extension's CUDA functions, with tensors as addresses, on the current stream."""
+    values = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    status = getattr(dispatch.extension(), function)(*values, torch.cuda.current_stream().cuda_stream)
+    if status:
+        raise RuntimeError(f"{function}: the CUDA kernel was not launched, cudaError {status}")
 
 
 def _fwd_cuda(
@@ -96,34 +120,57 @@ def _fwd_cuda(
     token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
     eps: float, dropout_p: float, seed: int,
 ) -> Tensor:  # fmt: skip
-    """The whole operator in one CUDA kernel, on the current stream of the tensors' device."""
+    """The whole operator in one CUDA kernel, on the current stream of the tensors' device; a bad id is told later."""
     sizes = len(word), len(token_type), len(position)
-    nothing_bad = torch.iinfo(torch.int64).max
     with torch.cuda.device(word.device):
+        _reports.raise_pending(word.device)
         out = word.new_empty((len(token_type_ids), len(proj_weight)))
-        first_bad = token_type_ids.new_full((), nothing_bad)
-        pointers = [
-            t.data_ptr()
-            for t in (
-                token_type_ids, position_ids, word if inputs_embeds is None else inputs_embeds, token_type, position, ln_weight,
-                ln_bias, proj_weight, proj_bias, out, first_bad,
-            )
-        ]  # fmt: skip
-        status = dispatch.extension().embedding_projection_fwd_cuda(
-            0 if input_ids is None else input_ids.data_ptr(), *pointers, len(out), word.shape[1], out.shape[1], *sizes, eps,
-            dropout_p, seed, dispatch.DTYPE_CODES[word.dtype], torch.cuda.current_stream().cuda_stream,
+        first_bad = token_type_ids.new_full((), _reports.NOTHING)
+        _launch(
+            "embedding_projection_fwd_cuda", input_ids, token_type_ids, position_ids,
+            word if inputs_embeds is None else inputs_embeds, token_type, position, ln_weight, ln_bias, proj_weight,
+            proj_bias, out, first_bad, len(out), word.shape[1], out.shape[1], *sizes, eps, dropout_p, seed,
+            dispatch.DTYPE_CODES[word.dtype],
         )  # fmt: skip
-        if status:
-            raise RuntimeError(f"embedding_projection: the CUDA kernel was not launched, cudaError {status}")
-        bad = int(first_bad)  # waits for the kernel: what it answers for a bad id is no embedding
-    if bad != nothing_bad:
-        _raise_bad(bad, (input_ids, token_type_ids, position_ids), sizes)
+        _reports.report(first_bad, index_error((input_ids, token_type_ids, position_ids), sizes))
     return out
 
 
-def _raise_bad(code: int, ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
-    token, table = divmod(code, len(TABLES))
-    raise TokenIndexError(TABLES[table], token, int(ids[table][token]), sizes[table])  # type: ignore[index]
+def _bwd_cuda(
+    dnormed: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor,
+    word: Tensor, token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, padding_idx: int,
+    dropout_p: float, seed: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """normed (T, E), and the gradients of inputs_embeds (None where ids were given), word, token_type, position, ln_weight
+    and ln_bias from that of normed. The forward has reported bad ids; their tokens add to no gradient."""
+    tokens, width = dnormed.shape
+    padded = -(-width // PAD_COLUMNS) * PAD_COLUMNS
+    sizes = len(word), len(token_type), len(position)
+    pairs = (3 if inputs_embeds is None else 2) * tokens
+    # Keys count up to the sum of the sizes; the sort passes over every byte of them.
+    key_dtype = torch.int16 if sum(sizes) <= torch.iinfo(torch.int16).max else torch.int32
+    code = dispatch.DTYPE_CODES[word.dtype]
+    scratch = partial(torch.empty, dtype=torch.float32, device=word.device)
+    with torch.cuda.device(word.device):
+        normed = torch.empty_like(dnormed)
+        dembeds = None if inputs_embeds is None else torch.empty_like(inputs_embeds)
+        dln_weight, dln_bias = torch.empty_like(ln_weight), torch.empty_like(ln_bias)
+        dz = scratch((tokens, padded))
+        keys = torch.empty(pairs, dtype=key_dtype, device=word.device)
+        _launch(
+            "embedding_projection_bwd_rows_cuda", dnormed, input_ids, token_type_ids, position_ids,
+            word if inputs_embeds is None else inputs_embeds, token_type, position, ln_weight, ln_bias, normed, dembeds, dz,
+            scratch((-(-tokens // SUM_TOKENS), 2, padded)), keys, dln_weight, dln_bias, tokens, width, *sizes, eps,
+            dropout_p, seed, key_dtype.itemsize, code,
+        )  # fmt: skip
+        dword, dtype_table, dposition = (torch.zeros_like(t) for t in (word, token_type, position))
+        keys, order = torch.sort(keys, stable=True)
+        _launch(
+            "embedding_projection_bwd_tables_cuda", keys, order, dz, scratch((-(-pairs // SUM_PAIRS), 2, padded)),
+            dword if inputs_embeds is None else None, dtype_table, dposition, tokens, width, *sizes, padding_idx,
+            key_dtype.itemsize, code,
+        )  # fmt: skip
+    return normed, dembeds, dword, dtype_table, dposition, dln_weight, dln_bias  # type: ignore[return-value]
 
 
 def _fwd(
@@ -154,12 +201,20 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of inputs_embeds (empty where ids were given), word, token_type, position, ln_weight, ln_bias,
     proj_weight and proj_bias. The embeddings are computed again: T x E is little beside keeping it."""
+    backend = dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend)
     seed_number = seed_value(seed, dropout_p)
     f32 = torch.float32
-    if dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend) == "cpp":
-        ids: Any = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
-        tables: Any = tuple(map(rows, (word, token_type, position, ln_weight)))
-        normed, mean, rstd = _normed_cpu(*ids, *tables, rows(ln_bias), eps, dropout_p, seed_number)  # type: ignore[call-arg]
+    ids: Any = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
+    tables: Any = tuple(map(rows, (word, token_type, position, ln_weight, ln_bias)))
+    if backend == "cuda":
+        dnormed = rows(linear(grad, proj_weight.t()))
+        arguments = (*ids, *tables, eps, padding_idx, dropout_p, seed_number)
+        normed, dembeds, *table_grads = _bwd_cuda(dnormed, *arguments)  # type: ignore[call-arg]
+        dinputs = word.new_empty(0, word.shape[1]) if dembeds is None else dembeds
+        dproj_bias = grad.sum(0, dtype=f32).to(word.dtype)
+        return dinputs, *table_grads, linear(grad.t(), normed.t()), dproj_bias  # type: ignore[return-value]
+    if backend == "cpp":
+        normed, mean, rstd = _normed_cpu(*ids, *tables, eps, dropout_p, seed_number)  # type: ignore[call-arg]
         dnormed = linear(grad, proj_weight.t()).contiguous()
         ids_ptr = 0 if input_ids is None else ids[0].data_ptr()
         dembeds = torch.zeros(word.shape if inputs_embeds is None else inputs_embeds.shape, dtype=f32)

@@ -156,20 +156,20 @@ def compile_cuda(source: Path, chip: Chip) -> list[Row]:
         found = _read_cubin(path)
     rows = []
     for name, numbers in sorted(found.items()):
-        label = _template_arguments(name)
+        label = _cuda_label(name, source.stem)
         row = Row(source.stem, label, "dynamic memory apart", chip.name, **numbers)
-        rows.append(_judged(row, chip, not label.startswith("<float")))
+        rows.append(_judged(row, chip, bool(re.match(r"fwd<(?!float)", label))))
     return rows
 
 
-def _template_arguments(mangled: str) -> str:
-    """`<float, 64, true>` of the kernel `name<float, 64, true>`, or the name as it is where nothing can tell."""
+def _cuda_label(mangled: str, op: str) -> str:
+    """`fwd<float, 64>` of the kernel `<op>_fwd_kernel<float, 64>`, or the name as it is where nothing can tell."""
     demangler = shutil.which("c++filt")
     if demangler is None:
         return mangled
     readable = subprocess.run([demangler, mangled], capture_output=True, text=True, check=True).stdout.strip()
-    found = re.search(r"_kernel(<[^()]*>)\(", readable)
-    return found.group(1) if found else readable
+    found = re.search(rf"\b{op}_(\w+)_kernel(<[^()]*>)\(", readable)
+    return "".join(found.groups()) if found else readable
 
 
 def check(triton: Iterable[Launch] = (), cuda: Iterable[Path] = (), processes: int | None = None) -> list[Row]:

@@ -7,194 +7,28 @@
 //
 // Where the rows of a tile do not fit shared memory (E of a thousand and more) they are normalised again, 128 columns
 // at a time, whenever the product needs them.
+//
+// Backward: cuBLAS multiplies, dnormed = grad proj_weight before and dproj_weight = grad^T normed after; both read grad
+// (T,H), and the sums of one pass over it, H E floats, do not fit a block's shared memory. What is left is bound by
+// memory. For every token, with s bytes an element and E' = E rounded up to eight: the rows kernel reads the three rows
+// and dnormed, 4 E s, and writes normed and dz, E s + 4 E' (with inputs_embeds also their gradient, E s); keys of two
+// or four bytes are sorted, three a token; the runs kernel reads dz three times, 12 E', and chunks' sums are 3 E' / 4
+// at most, written and read. About 50 operations an element, 3 more for the tables. At E = 128 in bfloat16, 3.6 KB in
+// all, beside the 4.6 KB of reading grad three times at H = 768, for the products and the gradient of proj_bias.
 #include "embedding_projection.h"
 
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
+#include "embedding_product.cuh"
+#include "embedding_rows_gradient.cuh"
+#include "embedding_tables_gradient.cuh"
 #include "embedding_tile.cuh"
-#include "hardware.cuh"
 
 namespace albert_fast::cuda {
 
 constexpr int kMultiprocessorBlocks = 2;  // blocks that share a multiprocessor and hide each other's latency
-
-// Starts to bring rows first_row to first_row + kTileColumns, columns first_column on, of proj_weight; zeros outside
-// it.
-template <class Scalar>
-__device__ __forceinline__ void load_weight(unsigned char* target, const Arguments<Scalar>& a, std::int64_t first_row,
-                                            std::int64_t first_column) {
-    constexpr int kItems = kVector<Scalar>, kVectors = kChunkBytes / 16;
-    for (int i = threadIdx.x; i < kTileColumns * kVectors; i += kThreads) {
-        const std::int64_t row = first_row + i / kVectors, column = first_column + i % kVectors * kItems;
-        unsigned char* place = target + i / kVectors * kWeightStride + i % kVectors * 16;
-        if (a.wide_rows) {
-            const bool inside = row < a.H && column < a.E;
-            copy_async_16(place, inside ? a.proj_weight + row * a.E + column : a.proj_weight, inside ? 16 : 0);
-        } else {
-#pragma unroll
-            for (int j = 0; j < kItems; ++j) {
-                const bool inside = row < a.H && column + j < a.E;
-                reinterpret_cast<Scalar*>(place)[j] =
-                    inside ? a.proj_weight[row * a.E + column + j] : from_float<Scalar>(0.0f);
-            }
-        }
-    }
-}
-
-// The block's product on tensor cores: a warp multiplies 32 tokens by kTileColumns / kWarpsAcross columns.
-template <class Scalar, int kTokens>
-struct Product {
-    static constexpr int kWarpsDown = kTokens / 32, kWarpsAcross = kThreads / 32 / kWarpsDown;
-    static constexpr int kWarpColumns = kTileColumns / kWarpsAcross;
-    static constexpr int kEights = kWarpColumns / 8;
-    float sums[2][kEights][4] = {};  // [upper or lower 16 tokens][8 columns][as the accumulators of mma]
-
-    const int lane = threadIdx.x % 32;
-    const int warp_token = static_cast<int>(threadIdx.x) / 32 / kWarpsAcross * 32;
-    const int warp_column = static_cast<int>(threadIdx.x) / 32 % kWarpsAcross * kWarpColumns;
-
-    // `rows` points at the first token's first column of the chunk, `weight` at the chunk.
-    __device__ __forceinline__ void add_chunk(const unsigned char* rows, std::int64_t stride,
-                                              const unsigned char* weight) {
-        const unsigned char* row = rows + (warp_token + lane % 16) * stride + lane / 16 * 16;
-        const unsigned char* column =
-            weight + (warp_column + lane % 8 + lane / 16 * 8) * kWeightStride + lane / 8 % 2 * 16;
-#pragma unroll
-        for (int k = 0; k < kChunkBytes; k += 32) {
-            std::uint32_t a[2][4], b[4];
-            load_matrices(a[0], row + k);
-            load_matrices(a[1], row + 16 * stride + k);
-#pragma unroll
-            for (int n = 0; n < kEights; n += 2) {
-                load_matrices(b, column + n * 8 * kWeightStride + k);
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    multiply_add(sums[half][n], a[half], b, Scalar());
-                    multiply_add(sums[half][n + 1], a[half], b + 2, Scalar());
-                }
-            }
-        }
-    }
-
-    // Adds proj_bias and stores the tile; the sums start again from zero.
-    __device__ __forceinline__ void store(const Arguments<Scalar>& a, std::int64_t first_token,
-                                          std::int64_t first_column) {
-        const int quad_lane = lane % 4;
-#pragma unroll
-        for (int n = 0; n < kEights; n += 4) {
-            const std::int64_t column = first_column + warp_column + n * 8;
-            float bias[4][2];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const std::int64_t own = column + i * 8 + quad_lane * 2 + j;
-                    bias[i][j] = own < a.H ? to_float(a.proj_bias[own]) : 0.0f;
-                }
-            }
-#pragma unroll
-            for (int eight_rows = 0; eight_rows < 4; ++eight_rows) {
-                std::uint32_t words[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float* pair = sums[eight_rows / 2][n + i] + eight_rows % 2 * 2;
-                    const Scalar items[2] = {from_float<Scalar>(pair[0] + bias[i][0]),
-                                             from_float<Scalar>(pair[1] + bias[i][1])};
-                    memcpy(&words[i], items, sizeof items);
-                    pair[0] = pair[1] = 0.0f;
-                }
-                transpose_in_quad(words);
-                const std::int64_t token = first_token + warp_token + eight_rows * 8 + lane / 4;
-                if (token < a.T) store_eight(a, words, token, column + quad_lane * 8);
-            }
-        }
-    }
-
-private:
-    // Lane t of four holds word t of four rows of words; afterwards it holds all four words of row t, 16 bytes to
-    // store.
-    __device__ __forceinline__ void transpose_in_quad(std::uint32_t (&words)[4]) const {
-        const bool odd = lane % 2 == 1, upper = lane / 2 % 2 == 1;
-#pragma unroll
-        for (int pair = 0; pair < 4; pair += 2) {
-            const std::uint32_t sent = odd ? words[pair] : words[pair + 1];
-            const std::uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, sent, 1);
-            words[pair] = odd ? received : words[pair];
-            words[pair + 1] = odd ? words[pair + 1] : received;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const std::uint32_t sent = upper ? words[i] : words[i + 2];
-            const std::uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, sent, 2);
-            words[i] = upper ? received : words[i];
-            words[i + 2] = upper ? words[i + 2] : received;
-        }
-    }
-
-    __device__ __forceinline__ void store_eight(const Arguments<Scalar>& a, const std::uint32_t (&words)[4],
-                                                std::int64_t token, std::int64_t column) const {
-        Scalar* target = a.out + token * a.H + column;
-        if (a.wide_output && column < a.H) {
-            *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
-            return;
-        }
-        Scalar items[8];
-        memcpy(items, words, sizeof items);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if (column + i < a.H) target[i] = items[i];
-        }
-    }
-};
-
-// The same in float32: a warp has kTokens / 8 tokens, a lane four columns, 32 apart so that lanes store neighbours.
-template <int kTokens>
-struct Product<float, kTokens> {
-    static constexpr int kWarpTokens = kTokens / (kThreads / 32), kLaneTileColumns = kTileColumns / 32;
-    float sums[kWarpTokens][kLaneTileColumns] = {};
-
-    const int lane = threadIdx.x % 32;
-    const int warp_token = static_cast<int>(threadIdx.x) / 32 * kWarpTokens;
-
-    __device__ __forceinline__ void add_chunk(const unsigned char* rows, std::int64_t stride,
-                                              const unsigned char* weight) {
-        for (int k = 0; k < kChunkBytes; k += 16) {
-            float4 w[kLaneTileColumns];
-#pragma unroll
-            for (int j = 0; j < kLaneTileColumns; ++j) {
-                w[j] = *reinterpret_cast<const float4*>(weight + (lane + 32 * j) * kWeightStride + k);
-            }
-#pragma unroll
-            for (int i = 0; i < kWarpTokens; ++i) {
-                const float4 x = *reinterpret_cast<const float4*>(rows + (warp_token + i) * stride + k);
-#pragma unroll
-                for (int j = 0; j < kLaneTileColumns; ++j) {
-                    sums[i][j] = fmaf(x.x, w[j].x, sums[i][j]);
-                    sums[i][j] = fmaf(x.y, w[j].y, sums[i][j]);
-                    sums[i][j] = fmaf(x.z, w[j].z, sums[i][j]);
-                    sums[i][j] = fmaf(x.w, w[j].w, sums[i][j]);
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void store(const Arguments<float>& a, std::int64_t first_token,
-                                          std::int64_t first_column) {
-#pragma unroll
-        for (int j = 0; j < kLaneTileColumns; ++j) {
-            const std::int64_t column = first_column + lane + 32 * j;
-            const float bias = column < a.H ? a.proj_bias[column] : 0.0f;
-#pragma unroll
-            for (int i = 0; i < kWarpTokens; ++i) {
-                const std::int64_t token = first_token + warp_token + i;
-                if (token < a.T && column < a.H) a.out[token * a.H + column] = sums[i][j] + bias;
-                sums[i][j] = 0.0f;
-            }
-        }
-    }
-};
 
 // Block (x, y): tokens x * kTokens on, tiles of columns y * column_tiles on.
 template <class Scalar, int kTokens, bool kResident>
@@ -294,6 +128,41 @@ inline bool on_16_bytes(std::initializer_list<const void*> addresses) {
                        [](const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; });
 }
 
+template <class Scalar>
+bool fills_16(std::int64_t n) {
+    return n * static_cast<std::int64_t>(sizeof(Scalar)) % 16 == 0;
+}
+
+// Calls run with a value of the element type, for its sake.
+template <class Run>
+int with_dtype(int dtype, Run run) {
+    if (dtype == 0) return run(float());
+    if (dtype == 1) return run(__nv_bfloat16());
+    if (dtype == 2) return run(__half());
+    return cudaErrorInvalidValue;
+}
+
+// One of the backward kernels, whose shared memory every device has without being asked.
+template <class... Parameters, class... Values>
+cudaError_t launch_blocks(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, void* stream,
+                          Values... values) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return cudaLaunchKernelEx(&config, kernel, values...);
+}
+
+inline unsigned block_count(std::int64_t items, std::int64_t in_a_block) {
+    return static_cast<unsigned>((items + in_a_block - 1) / in_a_block);
+}
+
+constexpr int kJoinBytes = kJoinThreads * sizeof(Four);
+constexpr int kPadColumns = 8;  // 16 bytes of the smallest dtype
+
+inline std::int64_t padded_width(std::int64_t E) { return (E + kPadColumns - 1) / kPadColumns * kPadColumns; }
+
 }  // namespace albert_fast::cuda
 
 extern "C" int embedding_projection_fwd_cuda(const std::int64_t* ids, const std::int64_t* types,
@@ -307,38 +176,119 @@ extern "C" int embedding_projection_fwd_cuda(const std::int64_t* ids, const std:
     if (T == 0 || H == 0) return cudaSuccess;
     Device device;
     if (const cudaError_t error = ask_device(device)) return error;
-    const auto run = [&](auto zero) -> int {
+    return with_dtype(dtype, [&](auto zero) -> int {
         using Scalar = decltype(zero);
         const auto typed = [](const void* address) { return static_cast<const Scalar*>(address); };
-        const auto fills_16 = [](std::int64_t n) { return n * static_cast<std::int64_t>(sizeof(Scalar)) % 16 == 0; };
-        const Arguments<Scalar> arguments{
-            ids,
-            types,
-            positions,
-            typed(word),
-            typed(token_type),
-            typed(position),
-            typed(ln_weight),
-            typed(ln_bias),
-            typed(proj_weight),
-            typed(proj_bias),
-            static_cast<Scalar*>(out),
-            reinterpret_cast<long long*>(first_bad),
-            T,
-            E,
-            H,
-            V,
-            Y,
-            P,
-            static_cast<float>(eps),
-            make_dropout(dropout_p, seed),
-            dropout_p > 0.0,
-            fills_16(E) && on_16_bytes({word, token_type, position, ln_weight, ln_bias, proj_weight}),
-            fills_16(H) && on_16_bytes({out})};
+        const bool wide =
+            fills_16<Scalar>(E) && on_16_bytes({word, token_type, position, ln_weight, ln_bias, proj_weight});
+        const Embeddings<Scalar> embeddings{ids,
+                                            types,
+                                            positions,
+                                            typed(word),
+                                            typed(token_type),
+                                            typed(position),
+                                            typed(ln_weight),
+                                            typed(ln_bias),
+                                            T,
+                                            E,
+                                            V,
+                                            Y,
+                                            P,
+                                            static_cast<float>(eps),
+                                            make_dropout(dropout_p, seed),
+                                            dropout_p > 0.0,
+                                            wide};
+        const Arguments<Scalar> arguments{embeddings,
+                                          typed(proj_weight),
+                                          typed(proj_bias),
+                                          static_cast<Scalar*>(out),
+                                          reinterpret_cast<long long*>(first_bad),
+                                          H,
+                                          fills_16<Scalar>(H) && on_16_bytes({out})};
         return choose_and_launch(arguments, device, static_cast<cudaStream_t>(stream));
-    };
-    if (dtype == 0) return run(float());
-    if (dtype == 1) return run(__nv_bfloat16());
-    if (dtype == 2) return run(__half());
-    return cudaErrorInvalidValue;
+    });
+}
+
+extern "C" int embedding_projection_bwd_rows_cuda(
+    const void* dnormed, const std::int64_t* ids, const std::int64_t* types, const std::int64_t* positions,
+    const void* word, const void* token_type, const void* position, const void* ln_weight, const void* ln_bias,
+    void* normed, void* dembeds, float* dz, float* partial, void* keys, void* dln_weight, void* dln_bias,
+    std::int64_t T, std::int64_t E, std::int64_t V, std::int64_t Y, std::int64_t P, double eps, double dropout_p,
+    std::int64_t seed, int key_bytes, int dtype, void* stream) {
+    using namespace albert_fast::cuda;
+    return with_dtype(dtype, [&](auto zero) -> int {
+        using Scalar = decltype(zero);
+        const auto typed = [](const void* address) { return static_cast<const Scalar*>(address); };
+        const bool wide = fills_16<Scalar>(E) && on_16_bytes({dnormed, word, token_type, position, ln_weight, ln_bias,
+                                                              normed, dembeds, dln_weight, dln_bias});
+        const Embeddings<Scalar> embeddings{ids,
+                                            types,
+                                            positions,
+                                            typed(word),
+                                            typed(token_type),
+                                            typed(position),
+                                            typed(ln_weight),
+                                            typed(ln_bias),
+                                            T,
+                                            E,
+                                            V,
+                                            Y,
+                                            P,
+                                            static_cast<float>(eps),
+                                            make_dropout(dropout_p, seed),
+                                            dropout_p > 0.0,
+                                            wide};
+        const RowsGradient<Scalar> arguments{
+            embeddings, typed(dnormed), static_cast<Scalar*>(normed), static_cast<Scalar*>(dembeds),
+            dz,         partial,        Keys{keys, key_bytes == 2},   padded_width(E)};
+        const std::int64_t blocks = block_count(T, kGradientRows);
+        if (blocks > 0) {
+            const auto kernel = E <= kGatherColumns ? embedding_projection_bwd_rows_kernel<Scalar, true>
+                                                    : embedding_projection_bwd_rows_kernel<Scalar, false>;
+            const cudaError_t error = launch_blocks(kernel, dim3(static_cast<unsigned>(blocks)), kThreads,
+                                                    RowsGradientShared::kBytes, stream, arguments);
+            if (error) return error;
+        }
+        return launch_blocks(embedding_projection_bwd_weights_kernel<Scalar>, dim3(2, block_count(E, kJoinColumns)),
+                             kJoinThreads, kJoinBytes, stream, static_cast<const float*>(partial), blocks,
+                             static_cast<Scalar*>(dln_weight), static_cast<Scalar*>(dln_bias), E, padded_width(E),
+                             wide);
+    });
+}
+
+extern "C" int embedding_projection_bwd_tables_cuda(const void* keys, const std::int64_t* order, const float* dz,
+                                                    float* partial, void* dword, void* dtype_table, void* dposition,
+                                                    std::int64_t T, std::int64_t E, std::int64_t V, std::int64_t Y,
+                                                    std::int64_t P, std::int64_t padding_idx, int key_bytes, int dtype,
+                                                    void* stream) {
+    using namespace albert_fast::cuda;
+    if (T == 0) return cudaSuccess;
+    return with_dtype(dtype, [&](auto zero) -> int {
+        using Scalar = decltype(zero);
+        const auto typed = [](void* address) { return static_cast<Scalar*>(address); };
+        const std::int64_t pairs = (dword == nullptr ? 2 : 3) * T;
+        const TablesGradient<Scalar> arguments{Keys{const_cast<void*>(keys), key_bytes == 2},
+                                               order,
+                                               dz,
+                                               partial,
+                                               typed(dword),
+                                               typed(dtype_table),
+                                               typed(dposition),
+                                               pairs,
+                                               T,
+                                               E,
+                                               padded_width(E),
+                                               dword == nullptr ? 0 : V,
+                                               Y,
+                                               P,
+                                               padding_idx,
+                                               fills_16<Scalar>(E) && on_16_bytes({dword, dtype_table, dposition})};
+        if (const cudaError_t error =
+                launch_blocks(embedding_projection_bwd_runs_kernel<Scalar>, dim3(block_count(pairs, kThreads)),
+                              kThreads, 0, stream, arguments)) {
+            return error;
+        }
+        return launch_blocks(embedding_projection_bwd_join_kernel<Scalar>, dim3(block_count(pairs, kWarp)),
+                             kJoinThreads, kJoinBytes, stream, arguments);
+    });
 }

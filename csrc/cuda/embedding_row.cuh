@@ -74,8 +74,21 @@ ALBERT_FAST_HOST_DEVICE float reciprocal_deviation(float squares, std::int64_t E
     return 1.0f / sqrtf(squares / static_cast<float>(E) + eps);
 }
 
+ALBERT_FAST_HOST_DEVICE float normalised(float z, const RowStatistics& row) { return (z - row.mean) * row.rstd; }
+
 ALBERT_FAST_HOST_DEVICE float layer_norm(float z, const RowStatistics& row, float weight, float bias) {
-    return (z - row.mean) * row.rstd * weight + bias;
+    return normalised(z, row) * weight + bias;
+}
+
+// What the gradient of a row's LayerNorm needs of all its columns: with g the gradient of the output times ln_weight,
+// the means of g and of g z_hat.
+struct RowGradient {
+    RowStatistics statistics;
+    float mean_g, mean_g_z_hat;
+};
+
+ALBERT_FAST_HOST_DEVICE float layer_norm_gradient(float g, float z_hat, const RowGradient& row) {
+    return (g - row.mean_g - z_hat * row.mean_g_z_hat) * row.statistics.rstd;
 }
 
 }  // namespace albert_fast::cuda

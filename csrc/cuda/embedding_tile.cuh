@@ -14,7 +14,7 @@
 
 namespace albert_fast::cuda {
 
-constexpr int kThreads = 256, kRowLanes = 8;
+constexpr int kThreads = 256, kWarp = 32, kRowLanes = 8;
 constexpr int kTileColumns = 128;    // columns of the output at a time
 constexpr int kChunkBytes = 128;     // of a row of proj_weight at a time
 constexpr int kPadBytes = 16;        // after each row in shared memory, so that eight rows fall on different banks
@@ -24,18 +24,25 @@ constexpr int kLaneColumns = kGatherColumns / kRowLanes;
 constexpr int kWeightStride = kChunkBytes + kPadBytes;
 constexpr int kWeightBytes = kTileColumns * kWeightStride;
 
+// What makes the normalised rows (T,E).
 template <class Scalar>
-struct Arguments {
-    const std::int64_t *ids, *types, *positions;
-    const Scalar *word, *token_type, *position, *ln_weight, *ln_bias, *proj_weight, *proj_bias;
-    Scalar* out;
-    long long* first_bad;
-    std::int64_t T, E, H, V, Y, P;
+struct Embeddings {
+    const std::int64_t *ids, *types, *positions;                       // (T); ids null: word is (T,E)
+    const Scalar *word, *token_type, *position, *ln_weight, *ln_bias;  // (V,E), (Y,E), (P,E), (E), (E)
+    std::int64_t T, E, V, Y, P;
     float eps;
     Dropout dropout;
-    bool drops;        // dropout_p > 0
-    bool wide_rows;    // rows of width E start on 16 bytes
-    bool wide_output;  // rows of out do
+    bool drops;      // dropout_p > 0
+    bool wide_rows;  // rows of width E start on 16 bytes
+};
+
+template <class Scalar>
+struct Arguments : Embeddings<Scalar> {
+    const Scalar *proj_weight, *proj_bias;  // (H,E), (H)
+    Scalar* out;                            // (T,H)
+    long long* first_bad;                   // ()
+    std::int64_t H;
+    bool wide_output;  // rows of out start on 16 bytes
 };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -106,7 +113,7 @@ __device__ __forceinline__ int lane_column(int v, int lane) {
 
 // This lane's share of kGatherColumns columns of a token's summed embeddings; zeros for a token without rows.
 template <class Scalar>
-__device__ __forceinline__ void gather(float (&z)[kLaneColumns], const Arguments<Scalar>& a, const TokenRows& rows,
+__device__ __forceinline__ void gather(float (&z)[kLaneColumns], const Embeddings<Scalar>& a, const TokenRows& rows,
                                        std::int64_t first_column, int lane) {
     constexpr int kItems = kVector<Scalar>;
 #pragma unroll
@@ -126,7 +133,7 @@ __device__ __forceinline__ void gather(float (&z)[kLaneColumns], const Arguments
 // Normalises what `gather` brought and writes it to shared memory, `row` pointing at first_column there.
 template <class Scalar>
 __device__ __forceinline__ void store_normalised(Scalar* row, const float (&z)[kLaneColumns],
-                                                 const Arguments<Scalar>& a, std::int64_t token, bool good,
+                                                 const Embeddings<Scalar>& a, std::int64_t token, bool good,
                                                  const RowStatistics& statistics, std::int64_t first_column,
                                                  std::int64_t end_column, int lane) {
     constexpr int kItems = kVector<Scalar>;
@@ -157,6 +164,40 @@ __device__ __forceinline__ float sum_over_row_lanes(float x) {
     return x;
 }
 
+// Mean and deviation of a token's summed embeddings. `z` holds this lane's share of the last columns afterwards, so of
+// all where a row fits the registers; wider rows are gathered again, from the L1 cache.
+template <class Scalar>
+__device__ __forceinline__ RowStatistics row_statistics(float (&z)[kLaneColumns], const Embeddings<Scalar>& a,
+                                                        const TokenRows& rows, int lane) {
+    float sum = 0.0f, squares = 0.0f;
+    for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
+        gather(z, a, rows, first, lane);
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) sum += z[i];
+    }
+    const float mean = sum_over_row_lanes(sum) / static_cast<float>(a.E);
+    for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
+        if (a.E > kGatherColumns) gather(z, a, rows, first, lane);
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) {
+            constexpr int kItems = kVector<Scalar>;
+            const std::int64_t column = first + lane_column<Scalar>(i / kItems, lane) + i % kItems;
+            const float centred = column < a.E ? z[i] - mean : 0.0f;
+            squares += centred * centred;
+        }
+    }
+    return {mean, reciprocal_deviation(sum_over_row_lanes(squares), a.E, a.eps)};
+}
+
+// The rows that a token adds up, and the first table that does not have its row, or -1.
+template <class Scalar>
+__device__ __forceinline__ TokenRows token_rows(const Embeddings<Scalar>& a, std::int64_t token, int& bad) {
+    TokenRows rows{a.ids == nullptr ? token : a.ids[token], a.types[token], a.positions[token]};
+    bad = first_bad_table(rows, a.ids == nullptr ? a.T : a.V, a.Y, a.P);
+    if (bad >= 0) rows.word = -1;
+    return rows;
+}
+
 // Looks at the ids of the block's tokens; one thread a token.
 template <class Scalar, int kTokens>
 __device__ __forceinline__ void find_rows(const Arguments<Scalar>& a, const Shared<Scalar, kTokens>& shared,
@@ -165,12 +206,9 @@ __device__ __forceinline__ void find_rows(const Arguments<Scalar>& a, const Shar
     const std::int64_t token = first_token + threadIdx.x;
     TokenRows rows{-1, 0, 0};
     if (token < a.T) {
-        rows = {a.ids == nullptr ? token : a.ids[token], a.types[token], a.positions[token]};
-        const int bad = first_bad_table(rows, a.ids == nullptr ? a.T : a.V, a.Y, a.P);
-        if (bad >= 0) {
-            atomicMin(a.first_bad, static_cast<long long>(token * 3 + bad));
-            rows.word = -1;
-        }
+        int bad;
+        rows = token_rows(a, token, bad);
+        if (bad >= 0) atomicMin(a.first_bad, static_cast<long long>(token * 3 + bad));
     }
     shared.tokens[threadIdx.x] = rows;
 }
@@ -180,34 +218,16 @@ template <class Scalar, int kTokens, bool kResident>
 __device__ __forceinline__ void normalise_rows(const Arguments<Scalar>& a, const Shared<Scalar, kTokens>& shared,
                                                std::int64_t first_token) {
     const int lane = threadIdx.x % kRowLanes;
-    const bool fits_registers = a.E <= kGatherColumns;  // else a row is gathered again, from the L1 cache
     const std::int64_t stride = row_stride<Scalar>(a.E, kResident);
     const std::int64_t end_column = (stride - kPadBytes) / static_cast<std::int64_t>(sizeof(Scalar));
     for (int row = threadIdx.x / kRowLanes; row < kTokens; row += kThreads / kRowLanes) {
         const TokenRows rows = shared.tokens[row];
         float z[kLaneColumns];
-        float sum = 0.0f, squares = 0.0f;
-        for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
-            gather(z, a, rows, first, lane);
-#pragma unroll
-            for (int i = 0; i < kLaneColumns; ++i) sum += z[i];
-        }
-        const float mean = sum_over_row_lanes(sum) / static_cast<float>(a.E);
-        for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
-            if (!fits_registers) gather(z, a, rows, first, lane);
-#pragma unroll
-            for (int i = 0; i < kLaneColumns; ++i) {
-                constexpr int kItems = kVector<Scalar>;
-                const std::int64_t column = first + lane_column<Scalar>(i / kItems, lane) + i % kItems;
-                const float centred = column < a.E ? z[i] - mean : 0.0f;
-                squares += centred * centred;
-            }
-        }
-        const RowStatistics statistics{mean, reciprocal_deviation(sum_over_row_lanes(squares), a.E, a.eps)};
+        const RowStatistics statistics = row_statistics(z, a, rows, lane);
         if constexpr (kResident) {
             Scalar* target = reinterpret_cast<Scalar*>(shared.rows + row * stride);
             for (std::int64_t first = 0; first < end_column; first += kGatherColumns) {
-                if (!fits_registers) gather(z, a, rows, first, lane);
+                if (a.E > kGatherColumns) gather(z, a, rows, first, lane);
                 store_normalised(target + first, z, a, first_token + row, rows.word >= 0, statistics, first, end_column,
                                  lane);
             }
