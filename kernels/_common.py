@@ -14,15 +14,16 @@ import triton.language as tl
 # Numbers of the activations, the same in C++.
 ACT_CODES = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2}
 MAX_ROW = 16384
-# A backward keeps up to three float32 sums beside every element of a row: wider rows would spill and are split.
+# A backward keeps three float32 sums beside every element of a row: wider rows would spill and are split into blocks.
 MAX_WHOLE_ROW_BWD = 4096
 SPLIT_BLOCK_N = 1024
-# Of all programs of a backward together: 15 to 19 on each of 108 to 132 multiprocessors, all resident at once with up to
-# 107 registers a thread, and with their loads in flight enough to keep the memory busy. A constant, so that sums are the
-# same on every chip. At 32,768 x 768 these are 512 programs, whose rows of sums are 2 % of the bytes moved.
-BWD_WARPS = 2048
+# Of a backward at most, four on each of 132 multiprocessors, all resident at once. A constant, so that sums are the same on
+# every chip. At 32,768 x 768 their rows of sums are 2 % of the bytes moved.
+BWD_PROGRAMS = 512
 # Products and sums become one FMA; said aloud because the default differs between versions of Triton.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
+# 16 warps of 128 registers fill a multiprocessor: told no limit, ptxas spills a few to fit in more than the grid has.
+BWD_OPTIONS = {**COMPILER_OPTIONS, "maxnreg": 128}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -45,16 +46,24 @@ def row_tiles(n_cols: int) -> tuple[int, int, int]:
 def bwd_row_tiles(n_cols: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps) for backward kernels: whole rows where BLOCK_N >= n_cols, blocks of columns elsewhere.
 
-    16 elements a thread: with three sums beside each of them, 32 would spill.
+    8 elements a thread: with 16, and three sums beside each of them, too few programs share a multiprocessor.
     """
     block_n = max(128, triton.next_power_of_2(n_cols)) if n_cols <= MAX_WHOLE_ROW_BWD else SPLIT_BLOCK_N
-    block_m = max(1, 2048 // block_n)
-    return block_m, block_n, block_m * block_n // 512
+    block_m = max(1, 1024 // block_n)
+    return block_m, block_n, block_m * block_n // 256
 
 
-def row_groups(n_rows: int, block_m: int, col_blocks: int, num_warps: int) -> int:
+def row_groups(n_rows: int, block_m: int, col_blocks: int) -> int:
     """P, how many programs share the rows of each block of columns: fixed by the shape, not by the chip."""
-    return min(triton.cdiv(n_rows, block_m), max(1, BWD_WARPS // (col_blocks * num_warps)))
+    return min(triton.cdiv(n_rows, block_m), max(1, BWD_PROGRAMS // col_blocks))
+
+
+def bwd_stages(x: torch.Tensor) -> int:
+    """Tiles of a walk over rows at a time: those behind the first are on their way past the registers, into shared memory.
+
+    As many bytes in every dtype: 12 KiB of a program with three operands.
+    """
+    return 3 if x.itemsize == 2 else 2
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:

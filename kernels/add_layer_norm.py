@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from ._common import (
+    BWD_OPTIONS,
     COMPILER_OPTIONS,
     bwd_row_tiles,
+    bwd_stages,
     column_sums,
     dropout_arguments,
     dropout_keep,
@@ -203,13 +205,15 @@ def _add_layer_norm_bwd_kernel(
     WHOLE_ROWS: tl.constexpr,  # BLOCK_N >= H
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles in flight
 ):
     # One block of columns of every P-th tile of rows.
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     dweight = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     dln_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for tile in range(tl.program_id(1), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(1)):
+    n_tiles = tl.cdiv(n_rows, BLOCK_M)
+    for tile in tl.range(tl.program_id(1), n_tiles, tl.num_programs(1), num_stages=STAGES):
         rows, mask, grad, g, z_hat, factor, rstd = _load_gradient(
             grad_ptr, x_ptr, bias_ptr, residual_ptr, weight_ptr, mean_ptr, rstd_ptr, n_rows, n_cols, stride_grad_row,
             stride_x_row, stride_residual_row, seed_lo, seed_hi, dropout_threshold, dropout_scale, tile, cols,
@@ -264,17 +268,25 @@ def add_layer_norm_bwd(
         return dx, dresidual, *(torch.zeros_like(bias) for _ in range(3))
     block_m, block_n, num_warps = bwd_row_tiles(n_cols)
     col_blocks = triton.cdiv(n_cols, block_n)
-    groups = row_groups(n_rows, block_m, col_blocks, num_warps)
+    groups = row_groups(n_rows, block_m, col_blocks)
     partials = torch.empty((groups, 3, n_cols), dtype=torch.float32, device=x.device)
     operands = (grad, x, bias.contiguous(), residual, weight.contiguous(), mean, rstd)
     numbers = (n_rows, n_cols, grad.stride(0), x.stride(0), residual.stride(0), *dropout, dropout_p > 0.0)
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **COMPILER_OPTIONS}
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **BWD_OPTIONS}
     means = mean
     with torch.cuda.device_of(x):
         if col_blocks > 1:
             means = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
             _add_layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, block_m),)](*operands, means, *numbers, **tiles)
         _add_layer_norm_bwd_kernel[(col_blocks, groups)](
-            *operands, means, dx, dresidual, partials, *numbers, WHOLE_ROWS=col_blocks == 1, **tiles
+            *operands,
+            means,
+            dx,
+            dresidual,
+            partials,
+            *numbers,
+            WHOLE_ROWS=col_blocks == 1,
+            STAGES=bwd_stages(x),
+            **tiles,
         )
     return dx, dresidual, *column_sums(partials, x.dtype)

@@ -15,9 +15,11 @@ import triton.language as tl
 
 from ._common import (
     ACT_CODES,
+    BWD_OPTIONS,
     COMPILER_OPTIONS,
     activate,
     activation_grad,
+    bwd_stages,
     column_sums,
     group_rows,
     load_row_vector,
@@ -95,12 +97,14 @@ def _bias_gelu_bwd_kernel(
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles in flight
 ):
     # One block of columns of every P-th tile of rows.
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = load_row_vector(bias_ptr, cols, n_cols)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for tile in range(tl.program_id(1), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(1)):
+    n_tiles = tl.cdiv(n_rows, BLOCK_M)
+    for tile in tl.range(tl.program_id(1), n_tiles, tl.num_programs(1), num_stages=STAGES):
         rows, row_mask = group_rows(tile, n_rows, BLOCK_M)
         mask = row_mask[:, None] & (cols < n_cols)[None, :]
         grad = tl.load(grad_ptr + rows[:, None] * stride_grad_row + cols[None, :], mask=mask, other=0.0)
@@ -131,14 +135,14 @@ def bias_gelu_bwd(
     dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
         return dx, torch.zeros_like(bias)
-    block_m = 16 // x.itemsize
+    block_m = 4  # 16 elements a thread
     col_blocks = triton.cdiv(n_cols, BLOCK_N)
-    groups = row_groups(n_rows, block_m, col_blocks, NUM_WARPS)
+    groups = row_groups(n_rows, block_m, col_blocks)
     partials = torch.empty((groups, 1, n_cols), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(col_blocks, groups)](
             grad, x, bias.contiguous(), dx, partials, n_rows, n_cols, grad.stride(0), x.stride(0),
-            ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **COMPILER_OPTIONS,
+            ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=BLOCK_N, STAGES=bwd_stages(x), num_warps=NUM_WARPS, **BWD_OPTIONS,
         )  # fmt: skip
     (dbias,) = column_sums(partials, x.dtype)
     return dx, dbias

@@ -105,7 +105,7 @@ def _embedding_projection_eager(
 
 
 _ROWS = ((1, 1), (1, 128), (3, 7), (2, 31), (13, 768), (5, 1023), (67, 312), (512, 64), (2, 4096))
-_SMALL_ROWS = ((1, 1), (3, 7), (5, 312), (2, 1023))
+_SMALL_ROWS = ((1, 1), (3, 7), (37, 31), (5, 312), (2, 1023))
 _ACTS = ({"act": "gelu_tanh"}, {"act": "gelu_erf"}, {"act": "relu"})
 _DROPOUT: tuple[dict[str, Any], ...] = ({}, {"dropout_p": 0.2})
 
