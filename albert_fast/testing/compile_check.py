@@ -32,6 +32,8 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # Tensor-core products in SASS: of Ampere, of Hopper's warpgroups, of Blackwell's tcgen05.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 _LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
+# Loads, stores and asynchronous copies of global memory; the bits of one are its last part, 32 where it has none.
+_GLOBAL_MEMORY = re.compile(r"\b(LDG|STG|LDGSTS)(\.[\w.]+)?")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Row:
     shared_bytes: int
     tensor_cores: str  # "HGMMA 16", or empty
     problem: str = ""
+    accesses: str = ""  # of global memory, by their bits: "LDG.128 4 LDG.32 2 STG.128 1"
 
 
 class MissingToolError(RuntimeError):
@@ -96,10 +99,23 @@ def _read_cubin(path: Path) -> dict[str, dict[str, Any]]:
         found[name] = sizes
     for part in re.split(r"\bFunction : ", dump("-sass"))[1:]:
         name, _, code = part.partition("\n")
-        kinds = _TENSOR_CORE.findall(code)
-        counted = " ".join(f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds)))
-        found[name.strip()] |= {"spills": len(_LOCAL_MEMORY.findall(code)), "tensor_cores": counted}
+        accesses = [f"{kind}.{_bits(suffix)}" for kind, suffix in _GLOBAL_MEMORY.findall(code)]
+        found[name.strip()] |= {
+            "spills": len(_LOCAL_MEMORY.findall(code)),
+            "tensor_cores": _counted(_TENSOR_CORE.findall(code)),
+            "accesses": _counted(accesses),
+        }
     return found
+
+
+def _counted(kinds: list[str]) -> str:
+    return " ".join(f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds)))
+
+
+def _bits(suffix: str) -> str:
+    """ "128" of ".E.128.CONSTANT", "16" of ".E.U16", "32" of ".E"."""
+    found = re.findall(r"\.[US]?(8|16|64|128|256)\b", suffix)
+    return found[-1] if found else "32"
 
 
 def _judged(row: Row, chip: Chip, wants_tensor_cores: bool) -> Row:
