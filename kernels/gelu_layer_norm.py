@@ -99,7 +99,8 @@ def gelu_layer_norm_fwd(
 
 @triton.jit
 def _load_gradient(
-    grad_ptr, x_ptr, bias_ptr, weight_ptr, mean_ptr, rstd_ptr,  # as in the kernels below
+    grad_ptr, x_ptr, mean_ptr, rstd_ptr,  # as in the kernels below
+    bias, weight,  # (1, BLOCK_N) float32
     n_rows, n_cols, stride_grad_row, stride_x_row, tile, cols, ACT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of rows: rows, mask, and in float32 grad, g = grad * weight, u = x + bias, z_hat, rstd."""
@@ -110,10 +111,10 @@ def _load_gradient(
     mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
     rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
 
-    u = x + load_row_vector(bias_ptr, cols, n_cols)
+    u = x + bias
     # Zeros outside the mask, whatever stands in the vectors, so that nothing of it reaches a sum.
     z_hat = tl.where(mask, (activate(u, ACT) - mean[:, None]) * rstd[:, None], 0.0)
-    g = tl.where(mask, grad * load_row_vector(weight_ptr, cols, n_cols), 0.0)
+    g = tl.where(mask, grad * weight, 0.0)
     return rows, mask, grad, g, u, z_hat, rstd
 
 
@@ -138,8 +139,10 @@ def _gelu_layer_norm_bwd_means_kernel(
     gz_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for first_col in range(0, n_cols, BLOCK_N):
         cols = first_col + tl.arange(0, BLOCK_N)
+        bias = load_row_vector(bias_ptr, cols, n_cols)
+        weight = load_row_vector(weight_ptr, cols, n_cols)
         _, _, _, g, _, z_hat, _ = _load_gradient(
-            grad_ptr, x_ptr, bias_ptr, weight_ptr, mean_ptr, rstd_ptr, n_rows, n_cols, stride_grad_row, stride_x_row,
+            grad_ptr, x_ptr, mean_ptr, rstd_ptr, bias, weight, n_rows, n_cols, stride_grad_row, stride_x_row,
             tl.program_id(0), cols, ACT, BLOCK_M,
         )  # fmt: skip
         g_sum += g
@@ -172,13 +175,15 @@ def _gelu_layer_norm_bwd_kernel(
 ):
     # One block of columns of every P-th tile of rows.
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias = load_row_vector(bias_ptr, cols, n_cols)
+    weight = load_row_vector(weight_ptr, cols, n_cols)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     dweight = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     dln_bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     n_tiles = tl.cdiv(n_rows, BLOCK_M)
     for tile in tl.range(tl.program_id(1), n_tiles, tl.num_programs(1), num_stages=STAGES):
         rows, mask, grad, g, u, z_hat, rstd = _load_gradient(
-            grad_ptr, x_ptr, bias_ptr, weight_ptr, mean_ptr, rstd_ptr, n_rows, n_cols, stride_grad_row, stride_x_row,
+            grad_ptr, x_ptr, mean_ptr, rstd_ptr, bias, weight, n_rows, n_cols, stride_grad_row, stride_x_row,
             tile, cols, ACT, BLOCK_M,
         )  # fmt: skip
         if WHOLE_ROWS:

@@ -33,7 +33,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 _LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 # Loads, stores and asynchronous copies of global memory; the bits of one are its last part, 32 where it has none.
-_GLOBAL_MEMORY = re.compile(r"\b(LDG|STG|LDGSTS)(\.[\w.]+)?")
+_GLOBAL_MEMORY = re.compile(r"\b(LDG|STG|LDGSTS)\b([\w.]*)")
 
 
 @dataclass(frozen=True)
