@@ -3,8 +3,9 @@
     python -m albert_fast.testing.compile_check [--json FILE] [--kernel NAME ...]
 
 Triton kernels are compiled in every way in which their own launchers start them (launches.py), CUDA sources with nvcc. Of
-every result the table tells registers, spills, shared memory and tensor-core instructions. The exit code is 1 where a
-kernel spills, wants more shared memory than the chip has, or should use tensor cores and does not.
+every result the table tells registers, spills, shared memory and tensor-core instructions; before it stand the floors in
+time that follow from counts of bytes and operations (floors.py). The exit code is 1 where a kernel spills, wants more shared
+memory than the chip has, or should use tensor cores and does not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from . import floors
 from .launches import CASES, Launch, recorded_launches
 
 KERNELS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embedding_projection")
@@ -265,7 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _leave_interpreter()
     try:
-        return report(check_kernels(options.kernel, options.processes), options.json)
+        rows = check_kernels(options.kernel, options.processes)
+        print(floors.table(options.kernel), end="\n\n")
+        return report(rows, options.json)
     except MissingToolError as error:
         print(f"cannot check: {error}", file=sys.stderr)
         return 2
