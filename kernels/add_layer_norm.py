@@ -278,20 +278,13 @@ def add_layer_norm_bwd(
     operands = (grad, x, bias.contiguous(), residual, weight.contiguous(), mean, rstd)
     numbers = (n_rows, n_cols, grad.stride(0), x.stride(0), residual.stride(0), *dropout, dropout_p > 0.0)
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **BWD_OPTIONS}
-    means = mean
+    means = mean  # in the place of what is not read where rows are whole
     with torch.cuda.device_of(x):
         if col_blocks > 1:
             means = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
             _add_layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, block_m),)](*operands, means, *numbers, **tiles)
         _add_layer_norm_bwd_kernel[(col_blocks, groups)](
-            *operands,
-            means,
-            dx,
-            dresidual,
-            partials,
-            *numbers,
-            WHOLE_ROWS=col_blocks == 1,
-            STAGES=bwd_stages(x),
-            **tiles,
-        )
+            *operands, means, dx, dresidual, partials, *numbers,
+            WHOLE_ROWS=col_blocks == 1, STAGES=bwd_stages(x), **tiles,
+        )  # fmt: skip
     return dx, dresidual, *column_sums(partials, x.dtype)

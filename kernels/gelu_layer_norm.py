@@ -232,7 +232,7 @@ def gelu_layer_norm_bwd(
     operands = (grad, x, bias.contiguous(), weight.contiguous(), mean, rstd)
     numbers = (n_rows, n_cols, grad.stride(0), x.stride(0), ACT_CODES[act])
     tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **BWD_OPTIONS}
-    means = mean
+    means = mean  # in the place of what is not read where rows are whole
     with torch.cuda.device_of(x):
         if col_blocks > 1:
             means = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
