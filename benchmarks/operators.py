@@ -57,16 +57,15 @@ class OperatorGroup(CallGroup):
 
     @property
     def operations(self) -> float:
-        """The backward of a product is two products; what a kernel recomputes is its own affair."""
-        forward: float = self.case.operations(self.inputs)
-        return forward * (2 if self.backward else 1)
+        """What the direction needs; what a kernel recomputes beyond that is its own affair."""
+        count = self.case.backward_operations if self.backward else self.case.operations
+        return float(count(self.inputs))
 
     @property
     def bytes_moved(self) -> float:
-        """Backward: inputs and the output's gradient read once, every gradient written once."""
-        written = self._differentiated().values() if self.backward else ()
-        forward: float = self.case.bytes_moved(self.inputs)
-        return forward + sum(t.numel() * t.element_size() for t in written)
+        """Backward: inputs, the output's gradient and what was saved read once, every gradient written once."""
+        count = self.case.backward_bytes if self.backward else self.case.bytes_moved
+        return float(count(self.inputs))
 
     def sides(self) -> tuple[str, ...]:
         return self.backend, "eager", "compile"

@@ -1,4 +1,9 @@
-"""What several kernels share: activations, replayable dropout, the rows of a program, LayerNorm of rows."""
+"""What several kernels share: activations, replayable dropout, the rows of a program, LayerNorm of rows, sums of columns.
+
+A gradient's sums over rows are taken without atomics, in an order that follows from the shape alone: a backward starts a
+fixed number of programs (`row_groups`), each of which walks over its rows, keeps the sums of its columns in registers and
+writes them once; `column_sums` then adds the programs' rows of sums.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,16 @@ import triton.language as tl
 # Numbers of the activations, the same in C++.
 ACT_CODES = {"gelu_tanh": 0, "gelu_erf": 1, "relu": 2}
 MAX_ROW = 16384
+# A backward keeps three float32 sums beside every element of a row: wider rows would spill and are split into blocks.
+MAX_WHOLE_ROW_BWD = 4096
+SPLIT_BLOCK_N = 1024
+# Of a backward at most: four on each of 132 multiprocessors, all resident at once. A constant, so that sums are the same on
+# every chip. At 32,768 x 768 their rows of sums add 2 % to the bytes moved, and as much again is read from the L2 cache.
+BWD_PROGRAMS = 512
 # Products and sums become one FMA; said aloud because the default differs between versions of Triton.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
+# 16 warps of 128 registers fill a multiprocessor: told no limit, ptxas spills a few to fit in more than the grid has.
+BWD_OPTIONS = {**COMPILER_OPTIONS, "maxnreg": 128}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -28,6 +41,29 @@ def row_tiles(n_cols: int) -> tuple[int, int, int]:
     block_n = max(128, triton.next_power_of_2(n_cols))
     block_m = max(1, 2048 // block_n)
     return block_m, block_n, min(16, max(4, block_m * block_n // 1024))
+
+
+def bwd_row_tiles(n_cols: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, num_warps) for backward kernels: whole rows where BLOCK_N >= n_cols, blocks of columns elsewhere.
+
+    8 elements a thread: with 16, and three sums beside each of them, too few programs share a multiprocessor.
+    """
+    block_n = max(128, triton.next_power_of_2(n_cols)) if n_cols <= MAX_WHOLE_ROW_BWD else SPLIT_BLOCK_N
+    block_m = max(1, 1024 // block_n)
+    return block_m, block_n, block_m * block_n // 256
+
+
+def row_groups(n_rows: int, block_m: int, col_blocks: int) -> int:
+    """P, how many programs share the rows of each block of columns: fixed by the shape, not by the chip."""
+    return min(triton.cdiv(n_rows, block_m), max(1, BWD_PROGRAMS // col_blocks))
+
+
+def bwd_stages(x: torch.Tensor) -> int:
+    """Tiles of a walk over rows at a time: those behind the first are on their way past the registers, into shared memory.
+
+    As many bytes in every dtype: 12 KiB of a program with three operands.
+    """
+    return 3 if x.itemsize == 2 else 2
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -70,6 +106,27 @@ def activate(x, ACT: tl.constexpr):
         result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
         result = tl.where(x < 0.0, 0.0, x)
+    return result
+
+
+@triton.jit
+def activation_grad(grad, x, ACT: tl.constexpr):
+    """float32 grad * act'(x), act being the activation numbered ACT."""
+    tl.static_assert(ACT == 0 or ACT == 1 or ACT == 2)
+    if ACT == 0:
+        # s = sigmoid(w) and s (1 - s) from exp(-|w|), which neither cancels nor overflows; constants as in `activate`.
+        w = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        e = tl.exp(-tl.abs(w))
+        t = 1.0 / (1.0 + e)
+        slope = 1.5957691216057308 + 0.21406444881780074 * x * x
+        result = grad * (tl.where(w < 0.0, e * t, t) + x * (e * t * t) * slope)
+    elif ACT == 1:
+        # Phi(x) + x phi(x), the standard normal distribution and its density.
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        result = grad * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density)
+    else:
+        # A choice, not a product, as in torch: an infinite gradient behind a closed gate is 0.
+        result = tl.where(x <= 0.0, 0.0, grad)
     return result
 
 
@@ -118,3 +175,76 @@ def layer_norm_rows(z, mask, n_cols, eps):
     centred = tl.where(mask, z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
     return centred * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def group_rows(tile, n_rows, BLOCK_M: tl.constexpr):
+    """Of tile number `tile` in a walk over rows: rows (BLOCK_M,) int64, row_mask (BLOCK_M,)."""
+    # 64 bits: as in `program_rows`.
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    return rows, rows < n_rows
+
+
+@triton.jit
+def row_means(g, z_hat, n_cols):
+    """The means (BLOCK_M,) of g and of g z_hat over whole rows, which LayerNorm's gradient takes off; 0 beyond n_cols."""
+    return tl.sum(g, axis=1) / n_cols, tl.sum(g * z_hat, axis=1) / n_cols
+
+
+@triton.jit
+def store_column_sums(
+    partials_ptr,  # (P, N_SUMS, N) float32
+    sums,  # (BLOCK_M, BLOCK_N) float32, of one program
+    number: tl.constexpr,  # which of its N_SUMS
+    cols,
+    n_cols,  # N
+    N_SUMS: tl.constexpr,
+):
+    """Add the rows of `sums` and write them where program_id(1), the group of rows, has its place."""
+    at = partials_ptr + (tl.program_id(1) * N_SUMS + number) * n_cols
+    tl.store(at + cols, tl.sum(sums, axis=0), mask=cols < n_cols)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def _column_sums_kernel(
+    partials_ptr,  # (P, N_SUMS, N) float32
+    first_ptr,  # (N,), and so are the next two; the last is repeated where there are fewer than three
+    second_ptr,
+    third_ptr,
+    n_partials,  # P
+    n_cols,  # N
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    number = tl.program_id(1)
+    stride = tl.num_programs(1) * n_cols
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for first in range(0, n_partials, BLOCK_M):
+        partials = first + tl.arange(0, BLOCK_M)
+        mask = (partials < n_partials)[:, None] & (cols < n_cols)[None, :]
+        at = partials_ptr + number * n_cols + partials[:, None] * stride + cols[None, :]
+        sums += tl.load(at, mask=mask, other=0.0)
+    total = round_to(tl.sum(sums, axis=0), first_ptr.dtype.element_ty)
+    out_ptr = first_ptr
+    if number == 1:
+        out_ptr = second_ptr
+    elif number == 2:
+        out_ptr = third_ptr
+    tl.store(out_ptr + cols, total, mask=cols < n_cols)
+
+
+def column_sums(partials: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The sums over P of `partials` (P, K, N) float32, K <= 3, each (N,) in `dtype`, added in one order everywhere.
+
+    Reads 4 P K N bytes, which are still in the L2 cache.
+    """
+    n_partials, n_sums, n_cols = partials.shape
+    sums = [torch.empty(n_cols, dtype=dtype, device=partials.device) for _ in range(n_sums)]
+    block_m, block_n = 256, 32  # lines of 128 bytes, and two steps for 512 programs: time here is latency
+    with torch.cuda.device_of(partials):
+        _column_sums_kernel[(triton.cdiv(n_cols, block_n), n_sums)](
+            partials, sums[0], sums[min(1, n_sums - 1)], sums[-1], n_partials, n_cols,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, **COMPILER_OPTIONS,
+        )  # fmt: skip
+    return sums

@@ -104,11 +104,32 @@ def test_every_tile_of_attention_is_checked(rows):
 @needs_triton
 @pytest.mark.parametrize("kernel", ["add_layer_norm", "gelu_layer_norm"])
 def test_every_tile_of_the_row_kernels_is_checked(rows, kernel):
-    from albert_fast.kernels._common import MAX_ROW, row_tiles
+    from albert_fast.kernels._common import MAX_ROW, bwd_row_tiles, row_tiles
 
-    wanted = {"M{} N{} warps{}".format(*row_tiles(n)) for n in range(1, MAX_ROW + 1)}
-    for name in ("f32", "bf16"):
-        assert {row["tiles"] for row in rows(kernel) if row["label"].startswith(name)} == wanted
+    for direction, tiles_of in (("fwd", row_tiles), ("bwd", bwd_row_tiles)):
+        wanted = {"M{} N{} warps{}".format(*tiles_of(n)) for n in range(1, MAX_ROW + 1)}
+        for name in ("f32", "bf16"):
+            found = [row for row in rows(kernel) if row["label"].startswith(name)]
+            assert {row["tiles"] for row in found if row["label"].endswith(direction)} == wanted
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("kernel", "case"),
+    [("add_layer_norm", "bf16 N768"), ("add_layer_norm", "bf16 N1024 dropout"), ("bias_gelu", "bf16 N3072 gelu_tanh")],
+)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_rows_move_in_words_of_16_bytes(rows, kernel, case, direction):
+    """All but single numbers: a row's statistics, and the bias of few columns that stays for all rows of a program."""
+    found = [row for row in rows(kernel) if row["label"] == f"{case} {direction}"]
+    assert len(found) == len(compile_check.CHIPS)
+    for row in found:
+        words = row["accesses"].split()
+        counts = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+        wide = {"LDG.128", "STG.128"} if direction == "fwd" else {"LDGSTS.128", "STG.128"}
+        single = {"LDG.64"} if kernel == "bias_gelu" else {"STG.32" if direction == "fwd" else "LDGSTS.32"}
+        assert wide <= counts.keys() <= wide | single | {"LDG.128"}, row
+        assert all(counts.get(name, 0) <= 6 for name in single), row
 
 
 def test_dtypes_of_the_check_are_those_of_the_kernels():

@@ -31,6 +31,19 @@ def assert_same(op, *arguments, **options):
     torch.testing.assert_close(op(*arguments, **options, backend="triton").float(), exact, rtol=2**-7, atol=2**-7)
 
 
+def assert_same_gradients(op, far, *arguments):
+    """Of the Triton kernels and the reference, with the operand of index `far` and the cotangent far apart, too."""
+    cotangent, found = far_rows(), {}
+    for backend in ("triton", "reference"):
+        leaves = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+        differentiated = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        out = op(*leaves, backend=backend)
+        found[backend] = torch.autograd.grad(out, differentiated, cotangent)
+    assert arguments[far].stride(0) == STRIDE
+    for actual, expected in zip(found["triton"], found["reference"], strict=True):
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=2**-7, atol=2**-6)
+
+
 def test_bias_gelu():
     assert_same(ops.bias_gelu, far_rows(), vector())
 
@@ -43,6 +56,20 @@ def test_gelu_layer_norm():
 def test_add_layer_norm(far):
     x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16), far_rows()]
     assert_same(ops.add_layer_norm, x[1 - far], vector(), x[far], vector(), vector(), 1e-12)
+
+
+def test_bias_gelu_gradient():
+    assert_same_gradients(ops.bias_gelu, 0, far_rows(), vector())
+
+
+def test_gelu_layer_norm_gradient():
+    assert_same_gradients(ops.gelu_layer_norm, 0, far_rows(), vector(), vector(), vector(), 1e-12, "gelu_tanh")
+
+
+@pytest.mark.parametrize("far", [0, 2], ids=["x", "residual"])
+def test_add_layer_norm_gradient(far):
+    x = {2 - far: torch.randn(ROWS, WIDTH, dtype=torch.bfloat16), far: far_rows()}
+    assert_same_gradients(ops.add_layer_norm, far, x[0], vector(), x[2], vector(), vector(), 1e-12)
 
 
 @pytest.mark.parametrize("far", range(3), ids=["q", "k", "v"])

@@ -81,7 +81,11 @@ def _bwd(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dx, dresidual (empty without dropout: then it equals dx), dbias, dweight, dln_bias."""
     backend = dispatch.resolve("add_layer_norm", x.device.type, x.dtype, backend)
-    if backend != "cpp":
+    if backend == "triton":
+        from ..kernels.add_layer_norm import add_layer_norm_bwd
+
+        return add_layer_norm_bwd(grad, x, bias, residual, weight, mean, rstd, dropout_p, seed_value(seed, dropout_p))
+    if backend == "reference":
         z, keep = _sum_ref(x, bias, residual, dropout_p, seed_value(seed, dropout_p))
         dz, dweight, dln_bias = layer_norm_bwd_ref(grad.float(), z, weight.float(), mean, rstd)
         dx = dz if keep is None else dz * keep
@@ -129,6 +133,7 @@ register(
 def _setup(ctx, inputs, output):
     x, bias, residual, weight, _, _, ctx.dropout_p, seed, ctx.backend = inputs
     _, mean, rstd = output
+    # Not `out` in the place of x: dividing by weights near 0 would bring back noise. z instead would cost as much as x.
     ctx.save_for_backward(x, bias, residual, weight, mean, rstd, seed)
     ctx.mark_non_differentiable(mean, rstd)
 

@@ -69,7 +69,12 @@ def _fwd(x: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
 
 
 def _bwd(grad: Tensor, x: Tensor, bias: Tensor, act: str, backend: str) -> tuple[Tensor, Tensor]:
-    if dispatch.resolve("bias_gelu", x.device.type, x.dtype, backend) != "cpp":
+    backend = dispatch.resolve("bias_gelu", x.device.type, x.dtype, backend)
+    if backend == "triton":
+        from ..kernels.bias_gelu import bias_gelu_bwd
+
+        return bias_gelu_bwd(grad, x, bias, act)
+    if backend == "reference":
         return bias_gelu_bwd_ref(grad, x, bias, act)
     grad, x, bias = rows(grad), rows(x), rows(bias)
     dx = torch.empty_like(x)

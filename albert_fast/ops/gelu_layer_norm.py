@@ -54,7 +54,11 @@ def _bwd(
 ) -> tuple[Tensor, ...]:
     """dx, dbias, dweight, dln_bias."""
     backend = dispatch.resolve("gelu_layer_norm", x.device.type, x.dtype, backend)
-    if backend != "cpp":
+    if backend == "triton":
+        from ..kernels.gelu_layer_norm import gelu_layer_norm_bwd
+
+        return gelu_layer_norm_bwd(grad, x, bias, weight, mean, rstd, act)
+    if backend == "reference":
         u = x.float() + bias.float()
         dz, dweight, dln_bias = layer_norm_bwd_ref(grad.float(), act_ref(u, act), weight.float(), mean, rstd)
         dx = dz * act_grad_ref(u, act)

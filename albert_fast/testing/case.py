@@ -27,6 +27,10 @@ class OpCase:
     gradients: names of the inputs that are differentiated.
     slack(inputs): what the largest error may be beyond the calibrated tolerance, relative to the largest value.
     bytes_moved(inputs): each input read once and each output written once. operations(inputs): floating-point operations.
+    backward_bytes(inputs), backward_operations(inputs): the same of the gradients, 0 where there are none.
+    backward_ratio: operations of the backward over those of the forward; 2 where a product becomes two.
+    backward_extra(inputs): bytes of the backward beside inputs and cotangent read once and every gradient written once:
+    what the forward saved for it; negative where a gradient is another's memory.
     """
 
     name: str
@@ -40,6 +44,8 @@ class OpCase:
     gradients: tuple[str, ...]
     operations: Callable[[Inputs], float]
     slack: Callable[[Inputs], float] = lambda inputs: 0.0
+    backward_ratio: float = 2.0
+    backward_extra: Callable[[Inputs], float] = lambda inputs: 0.0
 
     def run(self, inputs: Inputs, backend: str = "auto") -> Tensor:
         """The operator on `backend`."""
@@ -58,6 +64,16 @@ class OpCase:
             tables = [inputs[name] for name in ("word", "token_type", "position")]
             read += sum((len(gathered) - len(t)) * t.shape[1] * t.element_size() for t in tables)
         return read + self.output_like(inputs).numel() * self.output_like(inputs).element_size()
+
+    def backward_bytes(self, inputs: Inputs) -> float:
+        if not self.gradients:
+            return 0.0
+        differentiated = [inputs[name] for name in self.gradients if isinstance(inputs.get(name), Tensor)]
+        written = sum(t.numel() * t.element_size() for t in differentiated)
+        return self.bytes_moved(inputs) + written + self.backward_extra(inputs)
+
+    def backward_operations(self, inputs: Inputs) -> float:
+        return self.backward_ratio * self.operations(inputs) if self.gradients else 0.0
 
     def output_like(self, inputs: Inputs) -> Tensor:
         """An empty tensor of the output's shape and dtype, on the meta device."""

@@ -14,6 +14,7 @@ from .encoder_cases import (
     attention_eager,
     attention_inputs,
     attention_operations,
+    attention_saved_bytes,
     attention_slack,
     encoder_eager,
     encoder_inputs,
@@ -104,8 +105,19 @@ def _embedding_projection_eager(
     )
 
 
+def _statistics(inputs: Inputs) -> int:
+    """Bytes of the float32 mean and rstd of every row."""
+    return 8 * len(inputs["x"])
+
+
+def _add_layer_norm_extra(inputs: Inputs) -> int:
+    """Without dropout the gradients of x and residual are one tensor."""
+    x = inputs["x"]
+    return _statistics(inputs) - (0 if inputs["dropout_p"] else x.numel() * x.element_size())
+
+
 _ROWS = ((1, 1), (1, 128), (3, 7), (2, 31), (13, 768), (5, 1023), (67, 312), (512, 64), (2, 4096))
-_SMALL_ROWS = ((1, 1), (3, 7), (5, 312), (2, 1023))
+_SMALL_ROWS = ((1, 1), (3, 7), (37, 31), (5, 312), (2, 1023))
 _ACTS = ({"act": "gelu_tanh"}, {"act": "gelu_erf"}, {"act": "relu"})
 _DROPOUT: tuple[dict[str, Any], ...] = ({}, {"dropout_p": 0.2})
 
@@ -159,6 +171,8 @@ ALL_CASES: dict[str, OpCase] = {
             gradients=("q", "k", "v"),
             operations=attention_operations,
             slack=attention_slack,
+            backward_ratio=2.5,  # five products of scores' size, of which one is the forward's again; the forward has two
+            backward_extra=attention_saved_bytes,
         ),
         OpCase(
             name="bias_gelu",
@@ -183,6 +197,7 @@ ALL_CASES: dict[str, OpCase] = {
             options=_DROPOUT,
             gradients=("x", "bias", "residual", "weight", "ln_bias"),
             operations=lambda i: 10.0 * i["x"].numel(),
+            backward_extra=_add_layer_norm_extra,
         ),
         OpCase(
             name="gelu_layer_norm",
@@ -195,6 +210,7 @@ ALL_CASES: dict[str, OpCase] = {
             options=_ACTS,
             gradients=("x", "bias", "weight", "ln_bias"),
             operations=lambda i: 18.0 * i["x"].numel(),
+            backward_extra=_statistics,
         ),
         OpCase(
             name="encoder",

@@ -3,8 +3,9 @@
     python -m albert_fast.testing.compile_check [--json FILE] [--kernel NAME ...]
 
 Triton kernels are compiled in every way in which their own launchers start them (launches.py), CUDA sources with nvcc. Of
-every result the table tells registers, spills, shared memory and tensor-core instructions. The exit code is 1 where a
-kernel spills, wants more shared memory than the chip has, or should use tensor cores and does not.
+every result the table tells registers, spills, shared memory and tensor-core instructions; before it stand the floors in
+time that follow from counts of bytes and operations (floors.py). The exit code is 1 where a kernel spills, wants more shared
+memory than the chip has, or should use tensor cores and does not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from . import floors
 from .launches import CASES, Launch, recorded_launches
 
 KERNELS = ("attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "embedding_projection")
@@ -32,6 +34,8 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # Tensor-core products in SASS: of Ampere, of Hopper's warpgroups, of Blackwell's tcgen05.
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 _LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
+# Loads, stores and asynchronous copies of global memory; the bits of one are its last part, 32 where it has none.
+_GLOBAL_MEMORY = re.compile(r"\b(LDG|STG|LDGSTS)\b([\w.]*)")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Row:
     shared_bytes: int
     tensor_cores: str  # "HGMMA 16", or empty
     problem: str = ""
+    accesses: str = ""  # of global memory, by their bits: "LDG.128 4 LDG.32 2 STG.128 1"
 
 
 class MissingToolError(RuntimeError):
@@ -96,10 +101,23 @@ def _read_cubin(path: Path) -> dict[str, dict[str, Any]]:
         found[name] = sizes
     for part in re.split(r"\bFunction : ", dump("-sass"))[1:]:
         name, _, code = part.partition("\n")
-        kinds = _TENSOR_CORE.findall(code)
-        counted = " ".join(f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds)))
-        found[name.strip()] |= {"spills": len(_LOCAL_MEMORY.findall(code)), "tensor_cores": counted}
+        accesses = [f"{kind}.{_bits(suffix)}" for kind, suffix in _GLOBAL_MEMORY.findall(code)]
+        found[name.strip()] |= {
+            "spills": len(_LOCAL_MEMORY.findall(code)),
+            "tensor_cores": _counted(_TENSOR_CORE.findall(code)),
+            "accesses": _counted(accesses),
+        }
     return found
+
+
+def _counted(kinds: list[str]) -> str:
+    return " ".join(f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds)))
+
+
+def _bits(suffix: str) -> str:
+    """ "128" of ".E.128.CONSTANT", "16" of ".E.U16", "32" of ".E"."""
+    found = re.findall(r"\.[US]?(8|16|64|128|256)\b", suffix)
+    return found[-1] if found else "32"
 
 
 def _judged(row: Row, chip: Chip, wants_tensor_cores: bool) -> Row:
@@ -249,7 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _leave_interpreter()
     try:
-        return report(check_kernels(options.kernel, options.processes), options.json)
+        rows = check_kernels(options.kernel, options.processes)
+        print(floors.table(options.kernel), end="\n\n")
+        return report(rows, options.json)
     except MissingToolError as error:
         print(f"cannot check: {error}", file=sys.stderr)
         return 2

@@ -68,6 +68,12 @@ def attention_operations(inputs: Inputs) -> float:
     return 4.0 * inputs["q"].shape[1] * sum(a * b for a, b in lengths)
 
 
+def attention_saved_bytes(inputs: Inputs) -> float:
+    """The output and its rows' logarithms of sums, float32 for every head, which the backward reads."""
+    q = inputs["q"]
+    return float(q.numel() * q.element_size() + 4 * inputs["num_heads"] * len(q))
+
+
 # encoder: shapes are (lengths, hidden size, heads, intermediate size, distinct layers, steps) -------------------------------
 
 

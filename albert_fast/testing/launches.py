@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -51,16 +53,57 @@ class _Recorder:
 
 
 def record(kernel: str, label: str, module: str, function: str, run: Callable[[], Any], tensor_cores: bool) -> Launch:
-    """The launch that `run()` makes of `module.function`, specialised as Triton would for these arguments."""
-    owner = importlib.import_module(module)
-    original = getattr(owner, function)
-    recorder = _Recorder()
-    setattr(owner, function, recorder)
-    try:
+    """The one launch that `run()` makes of `module.function`, specialised as Triton would for these arguments."""
+    (launch,) = _record(kernel, lambda _: label, [(module, function)], run, tensor_cores)
+    return launch
+
+
+def record_all(kernel: str, label: str, run: Callable[[], Any], tensor_cores: bool) -> list[Launch]:
+    """Every launch that `run()` makes of the kernels of operator `kernel` and of those that all share.
+
+    What a kernel does stands behind the label: "fwd", "bwd", "column_sums".
+    """
+    modules = [f"albert_fast.kernels.{name}" for name in (kernel, "_common")]
+    kernels = [
+        (module, name)
+        for module in modules
+        for name in vars(importlib.import_module(module))
+        if name.startswith("_") and name.endswith("_kernel")
+    ]
+    return _record(kernel, lambda name: f"{label} {name[1:-7].removeprefix(kernel + '_')}", kernels, run, tensor_cores)
+
+
+def _record(
+    kernel: str,
+    label_of: Callable[[str], str],
+    kernels: list[tuple[str, str]],
+    run: Callable[[], Any],
+    tensor_cores: bool,
+) -> list[Launch]:
+    """The launches of `kernels`, each (module, function), that `run()` makes, in the order of `kernels`."""
+    recorders = {place: _Recorder() for place in kernels}
+    with ExitStack() as stack:
+        originals = {place: getattr(importlib.import_module(place[0]), place[1]) for place in kernels}
+        for place, recorder in recorders.items():
+            stack.enter_context(mock.patch.object(importlib.import_module(place[0]), place[1], recorder))
         run()
-    finally:
-        setattr(owner, function, original)
-    ((args, kwargs),) = recorder.calls
+    return [
+        _launch(kernel, label_of(place[1]), place, originals[place], args, kwargs, tensor_cores)
+        for place, recorder in recorders.items()
+        for args, kwargs in recorder.calls
+    ]
+
+
+def _launch(
+    kernel: str,
+    label: str,
+    place: tuple[str, str],
+    original: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensor_cores: bool,
+) -> Launch:
+    """One call of the Triton kernel `original`, which is `place`, (module, function)."""
     parameters = {p.name: p for p in original.params}
     options = {name: kwargs.pop(name) for name in list(kwargs) if name not in parameters}
     values = inspect.Signature(
@@ -84,7 +127,7 @@ def record(kernel: str, label: str, module: str, function: str, run: Callable[[]
     sizes = [f"{name[-1]}{value}" for name, value in constants if name.startswith(("BLOCK_", "CHUNK_"))]
     tiles = " ".join([*sizes, f"warps{options['num_warps']}"])
     return Launch(
-        kernel, label, tiles, module, function, tuple(signature), tuple(constants), tuple(divisible),
+        kernel, label, tiles, *place, tuple(signature), tuple(constants), tuple(divisible),
         tuple(options.items()), tensor_cores,
     )  # fmt: skip
 
@@ -111,35 +154,36 @@ def _attention_launches() -> Iterator[Case]:
 
 
 def _add_layer_norm_launches() -> Iterator[Case]:
-    from ..kernels.add_layer_norm import add_layer_norm_fwd
+    from ..kernels.add_layer_norm import add_layer_norm_bwd, add_layer_norm_fwd
 
     cases = [(n, 0.1) for n in _ROW_WIDTHS] + [(n, 0.0) for n in (312, 768, 4096, 16384)]
     for name, dtype in DTYPES.items():
         for n, p in cases if name != "f16" else [(768, 0.0)]:
-            x, vector = torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype)
-            arguments = (x, vector, x, vector, vector, 1e-12, p, 1)
+            x, vector, stats = torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty(2)
             label = f"{name} N{n}" + (" dropout" if p else "")
-            yield label, partial(add_layer_norm_fwd, *arguments), False
+            yield label, partial(add_layer_norm_fwd, x, vector, x, vector, vector, 1e-12, p, 1), False
+            yield label, partial(add_layer_norm_bwd, x, x, vector, x, vector, stats, stats, p, 1), False
 
 
 def _gelu_layer_norm_launches() -> Iterator[Case]:
-    from ..kernels.gelu_layer_norm import gelu_layer_norm_fwd
+    from ..kernels.gelu_layer_norm import gelu_layer_norm_bwd, gelu_layer_norm_fwd
 
     cases = [(n, "gelu_erf") for n in _ROW_WIDTHS] + [(128, "gelu_tanh"), (128, "relu")]
     for name, dtype in DTYPES.items():
         for n, act in cases if name != "f16" else [(128, "gelu_tanh")]:
-            x, vector = torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype)
-            arguments = (x, vector, vector, vector, 1e-12, act)
-            yield f"{name} N{n} {act}", partial(gelu_layer_norm_fwd, *arguments), False
+            x, vector, stats = torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty(2)
+            yield f"{name} N{n} {act}", partial(gelu_layer_norm_fwd, x, vector, vector, vector, 1e-12, act), False
+            yield f"{name} N{n} {act}", partial(gelu_layer_norm_bwd, x, x, vector, vector, stats, stats, act), False
 
 
 def _bias_gelu_launches() -> Iterator[Case]:
-    from ..kernels.bias_gelu import bias_gelu_fwd
+    from ..kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 
     for name, dtype in DTYPES.items():
         for n, act in [(3072, "gelu_tanh"), (3072, "gelu_erf"), (3072, "relu"), (1250, "gelu_erf")]:
-            arguments = (torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype), act)
-            yield f"{name} N{n} {act}", partial(bias_gelu_fwd, *arguments), False
+            x, bias = torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype)
+            yield f"{name} N{n} {act}", partial(bias_gelu_fwd, x, bias, act), False
+            yield f"{name} N{n} {act}", partial(bias_gelu_bwd, x, x, bias, act), False
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
@@ -151,7 +195,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def recorded_launches(kernel: str) -> list[Launch]:
-    """Every different launch of an operator's Triton kernel: all tile sizes, dtypes and flags of its launcher.
+    """Every different launch of an operator's Triton kernels: all tile sizes, dtypes and flags of its launchers.
 
     Raises:
         RuntimeError: Triton runs as an interpreter in this process and compiles nothing.
@@ -162,6 +206,7 @@ def recorded_launches(kernel: str) -> list[Launch]:
         raise RuntimeError("TRITON_INTERPRET is set: Triton interprets kernels in this process and compiles none")
     different: dict[tuple[Any, ...], Launch] = {}
     for label, run, tensor_cores in CASES[kernel]():
-        launch = record(kernel, label, f"albert_fast.kernels.{kernel}", f"_{kernel}_fwd_kernel", run, tensor_cores)
-        different.setdefault((launch.signature, launch.constants, launch.divisible, launch.options), launch)
+        for launch in record_all(kernel, label, run, tensor_cores):
+            same = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
+            different.setdefault(same, launch)
     return list(different.values())
