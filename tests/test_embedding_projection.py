@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 
@@ -71,12 +73,14 @@ WHY_NO_GPU = dispatch.why_not("embedding_projection", "cuda", "cuda") or (
 needs_gpu = pytest.mark.skipif(WHY_NO_GPU is not None, reason=str(WHY_NO_GPU))
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_waiting():
     """An error where the host waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def gpu_inputs(**options):
@@ -85,22 +89,22 @@ def gpu_inputs(**options):
 
 
 @needs_gpu
-def test_gradients_on_a_gpu_repeat_to_the_bit_without_waiting(no_waiting):
+def test_gradients_on_a_gpu_repeat_to_the_bit_without_waiting():
     inputs = gpu_inputs(dropout_p=0.1, padding_idx=0)
     leaves = [x.requires_grad_() for x in inputs.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
     grad = torch.randn(3000, 768, device="cuda", dtype=torch.bfloat16)
-    first, second = (torch.autograd.grad(ops.embedding_projection(**inputs), leaves, grad) for _ in range(2))
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        first, second = (torch.autograd.grad(ops.embedding_projection(**inputs), leaves, grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @needs_gpu
-def test_a_gpu_tells_a_bad_id_when_it_is_waited_for(no_waiting):
+def test_a_gpu_tells_a_bad_id_when_it_is_waited_for():
     inputs = gpu_inputs()
     good = inputs["input_ids"].clone()
     inputs["input_ids"][2000:].fill_(30000)
-    ops.embedding_projection(**inputs)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        ops.embedding_projection(**inputs)
     with pytest.raises(ops.TokenIndexError, match=r"input_ids\[2000\] is 30000, outside its table of 30000 rows"):
         albert_fast.synchronize()
     ops.embedding_projection(**{**inputs, "input_ids": good})
