@@ -38,7 +38,6 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct __nv_bfloat16 {
     std::uint16_t bits;
@@ -212,6 +211,10 @@ inline void copy_async_16(void* shared, const void* global, int valid) {
     const auto misaligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 != 0; };
     if (misaligned(shared) || misaligned(global)) emulation::fail("a background copy between misaligned addresses");
     emulation::current->copies.back().push_back({shared, global, valid});
+}
+inline void store_16(void* global, const void* items) {
+    if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0) emulation::fail("a misaligned store");
+    std::memcpy(global, items, 16);
 }
 inline void commit_copies() { emulation::current->copies.emplace_back(); }
 template <int kPending>

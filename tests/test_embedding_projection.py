@@ -1,7 +1,11 @@
+import contextlib
+
 import pytest
 import torch
 
-from albert_fast import ops
+import albert_fast
+from albert_fast import dispatch, ops
+from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import check_backward, check_forward, parity_tests
 
 FORWARD, BACKWARD = parity_tests("embedding_projection")
@@ -61,3 +65,65 @@ def test_other_bad_input_is_named():
         ops.embedding_projection(None, *ids[1:], *tables, *rest, inputs_embeds=torch.zeros(5, 9))
     nothing = [t[:0] for t in ids]
     assert ops.embedding_projection(*nothing, *tables, *rest).shape == (0, 12)
+
+
+WHY_NO_GPU = dispatch.why_not("embedding_projection", "cuda", "cuda") or (
+    None if torch.cuda.is_available() else "no CUDA device"
+)
+needs_gpu = pytest.mark.skipif(WHY_NO_GPU is not None, reason=str(WHY_NO_GPU))
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """An error where the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def gpu_inputs(**options):
+    case = ALL_CASES["embedding_projection"]
+    return case.make_inputs((3000, 128, 768, 30000, 512, 2), torch.bfloat16, "cuda", torch.Generator(), **options)
+
+
+@needs_gpu
+def test_gradients_on_a_gpu_repeat_to_the_bit_without_waiting():
+    inputs = gpu_inputs(dropout_p=0.1, padding_idx=0)
+    leaves = [x.requires_grad_() for x in inputs.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    grad = torch.randn(3000, 768, device="cuda", dtype=torch.bfloat16)
+    with no_waiting():
+        first, second = (torch.autograd.grad(ops.embedding_projection(**inputs), leaves, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_gpu
+def test_a_gpu_tells_a_bad_id_when_it_is_waited_for():
+    inputs = gpu_inputs()
+    good = inputs["input_ids"].clone()
+    inputs["input_ids"][2000:].fill_(30000)
+    with no_waiting():
+        ops.embedding_projection(**inputs)
+    with pytest.raises(ops.TokenIndexError, match=r"input_ids\[2000\] is 30000, outside its table of 30000 rows"):
+        albert_fast.synchronize()
+    ops.embedding_projection(**{**inputs, "input_ids": good})
+    albert_fast.synchronize()
+
+
+@needs_gpu
+def test_a_replayed_graph_tells_a_bad_id():
+    inputs = gpu_inputs()
+    ops.embedding_projection(**inputs)
+    graph, reports = torch.cuda.CUDAGraph(), ops.CapturedReports()
+    with reports, torch.cuda.graph(graph):
+        captured = ops.embedding_projection(**inputs)
+    graph.replay()
+    reports.replayed()
+    albert_fast.synchronize()
+    assert torch.equal(captured, ops.embedding_projection(**inputs))
+    inputs["position_ids"][7].fill_(-3)
+    graph.replay()
+    reports.replayed()
+    with pytest.raises(ops.TokenIndexError, match=r"position_ids\[7\] is -3"):
+        albert_fast.synchronize()

@@ -209,7 +209,7 @@ def _bwd(
     if backend == "cuda":
         dnormed = rows(linear(grad, proj_weight.t()))
         arguments = (*ids, *tables, eps, padding_idx, dropout_p, seed_number)
-        normed, dembeds, *table_grads = _bwd_cuda(dnormed, *arguments)  # type: ignore[call-arg]
+        normed, dembeds, *table_grads = _bwd_cuda(dnormed, *arguments)
         dinputs = word.new_empty(0, word.shape[1]) if dembeds is None else dembeds
         dproj_bias = grad.sum(0, dtype=f32).to(word.dtype)
         return dinputs, *table_grads, linear(grad.t(), normed.t()), dproj_bias  # type: ignore[return-value]

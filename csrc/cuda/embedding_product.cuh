@@ -123,7 +123,7 @@ private:
                                                 std::int64_t token, std::int64_t column) const {
         Scalar* target = a.out + token * a.H + column;
         if (a.wide_output && column < a.H) {
-            *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+            store_16(target, words);
             return;
         }
         Scalar items[8];

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "embedding_tile.cuh"
+#include "hardware.cuh"
 
 namespace albert_fast::cuda {
 
@@ -62,9 +63,7 @@ __device__ __forceinline__ void store_vector(Scalar* row, std::int64_t column, s
 #pragma unroll
     for (int i = 0; i < kVector<Scalar>; ++i) items[i] = from_float<Scalar>(values[i]);
     if (wide && column < width) {
-        uint4 raw;
-        memcpy(&raw, items, sizeof raw);
-        *reinterpret_cast<uint4*>(row + column) = raw;
+        store_16(row + column, items);
     } else {
 #pragma unroll
         for (int i = 0; i < kVector<Scalar>; ++i) {
@@ -79,11 +78,7 @@ __device__ __forceinline__ void store_floats(float* row, std::int64_t column, st
                                              const float (&values)[kItems]) {
     if (column >= padded) return;
 #pragma unroll
-    for (int i = 0; i < kItems; i += 4) {
-        uint4 raw;
-        memcpy(&raw, values + i, sizeof raw);
-        *reinterpret_cast<uint4*>(row + column + i) = raw;
-    }
+    for (int i = 0; i < kItems; i += 4) store_16(row + column + i, values + i);
 }
 
 // This lane's share of kGatherColumns columns of the gradient of a token's LayerNorm; zeros for a token without rows.
@@ -104,16 +99,17 @@ __device__ __forceinline__ void load_gradient(float (&dy)[kLaneColumns], const R
     }
 }
 
-// What all columns of a token's row say together; `z` and `dy` hold the last of them afterwards, as in row_statistics.
-template <class Scalar>
-__device__ __forceinline__ RowGradient row_gradient(float (&z)[kLaneColumns], float (&dy)[kLaneColumns],
+// What all columns of a token's row say together; `z_hat` (the normalised sum) and `dy` hold the last of them
+// afterwards, as in row_statistics.
+template <bool kOneTile, class Scalar>
+__device__ __forceinline__ RowGradient row_gradient(float (&z_hat)[kLaneColumns], float (&dy)[kLaneColumns],
                                                     const RowsGradient<Scalar>& a, const TokenRows& rows,
                                                     std::int64_t token, int lane) {
     constexpr int kItems = kVector<Scalar>;
-    const RowStatistics statistics = row_statistics(z, a, rows, lane);
+    const RowStatistics statistics = row_statistics<kOneTile>(z_hat, a, rows, lane);
     float sum = 0.0f, sum_z_hat = 0.0f;
-    for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
-        if (a.E > kGatherColumns) gather(z, a, rows, first, lane);
+    for (std::int64_t first = 0; first < (kOneTile ? 1 : a.E); first += kGatherColumns) {
+        if constexpr (!kOneTile) gather(z_hat, a, rows, first, lane);
         load_gradient(dy, a, token, rows.word >= 0, first, lane);
 #pragma unroll
         for (int v = 0; v < kLaneColumns / kItems; ++v) {
@@ -121,9 +117,11 @@ __device__ __forceinline__ RowGradient row_gradient(float (&z)[kLaneColumns], fl
             load_vector(weight, a.ln_weight, first + lane_column<Scalar>(v, lane), a.E, a.wide_rows);
 #pragma unroll
             for (int i = 0; i < kItems; ++i) {
-                const float g = dy[v * kItems + i] * weight[i];
+                const int at = v * kItems + i;
+                const float g = dy[at] * weight[i];
                 sum += g;
-                sum_z_hat += g * normalised(z[v * kItems + i], statistics);
+                z_hat[at] = normalised(z_hat[at], statistics);
+                sum_z_hat += g * z_hat[at];
             }
         }
     }
@@ -134,7 +132,7 @@ __device__ __forceinline__ RowGradient row_gradient(float (&z)[kLaneColumns], fl
 // Stores a tile of a token's results and adds its part of dln_weight and dln_bias; all zeros for a token without rows.
 template <class Scalar>
 __device__ __forceinline__ void finish_tile(float (&dweight)[kLaneColumns], float (&dbias)[kLaneColumns],
-                                            const float (&z)[kLaneColumns], const float (&dy)[kLaneColumns],
+                                            const float (&z_hat)[kLaneColumns], const float (&dy)[kLaneColumns],
                                             const RowsGradient<Scalar>& a, const RowGradient& row, std::int64_t token,
                                             bool good, std::int64_t first_column, int lane) {
     constexpr int kItems = kVector<Scalar>;
@@ -142,18 +140,19 @@ __device__ __forceinline__ void finish_tile(float (&dweight)[kLaneColumns], floa
 #pragma unroll
     for (int v = 0; v < kLaneColumns / kItems; ++v) {
         const std::int64_t column = first_column + lane_column<Scalar>(v, lane);
-        float weight[kItems], bias[kItems], normed[kItems] = {}, dz[kItems] = {};
+        float weight[kItems], bias[kItems], normed[kItems], dz[kItems];
         load_vector(weight, a.ln_weight, column, a.E, a.wide_rows);
         load_vector(bias, a.ln_bias, column, a.E, a.wide_rows);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
             const int at = v * kItems + i;
-            if (!good || column + i >= a.E) continue;
-            const float z_hat = normalised(z[at], row.statistics);
-            normed[i] = layer_norm(z[at], row.statistics, weight[i], bias[i]);
-            if (a.drops) normed[i] = apply_dropout(a.dropout, state, column + i, normed[i]);
-            dz[i] = layer_norm_gradient(dy[at] * weight[i], z_hat, row);
-            dweight[at] += dy[at] * z_hat;
+            const bool used = good && column + i < a.E;
+            const float x = used ? z_hat[at] : 0.0f;
+            const float y = x * weight[i] + bias[i];
+            const float dropped = a.drops ? apply_dropout(a.dropout, state, column + i, y) : y;
+            normed[i] = used ? dropped : 0.0f;
+            dz[i] = used ? layer_norm_gradient(dy[at] * weight[i], x, row) : 0.0f;
+            dweight[at] += dy[at] * x;
             dbias[at] += dy[at];
         }
         if (token >= a.T) continue;
@@ -176,10 +175,14 @@ __device__ __forceinline__ void store_sums(float (&dweight)[kLaneColumns], float
             dweight[i] += __shfl_xor_sync(0xFFFFFFFFu, dweight[i], distance);
             dbias[i] += __shfl_xor_sync(0xFFFFFFFFu, dbias[i], distance);
         }
-        if (threadIdx.x % kWarp < kRowLanes) {
-            float* own = shared + warp * 2 * kGatherColumns + lane_column<Scalar>(i / kItems, lane) + i % kItems;
-            own[0] = dweight[i];
-            own[kGatherColumns] = dbias[i];
+    }
+    if (threadIdx.x % kWarp < kRowLanes) {
+        float* own = shared + warp * 2 * kGatherColumns;
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) {
+            const int column = lane_column<Scalar>(i / kItems, lane) + i % kItems;
+            own[column] = dweight[i];
+            own[kGatherColumns + column] = dbias[i];
         }
     }
     __syncthreads();
@@ -206,9 +209,13 @@ __device__ __forceinline__ void store_keys(const RowsGradient<Scalar>& a, const 
     a.keys.set(types + a.T + token, good ? words + a.Y + rows.position : none);
 }
 
+// Blocks that share a multiprocessor: two where what is kept of a row fits 128 registers.
+template <class Scalar, bool kOneTile>
+constexpr int kGradientBlocks = kOneTile && sizeof(Scalar) < sizeof(float) ? 2 : 1;
+
 // Block x: tokens x * kGradientRows on. kOneTile: E is kGatherColumns at most.
 template <class Scalar, bool kOneTile>
-__global__ void __launch_bounds__(kThreads, kOneTile ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, (kGradientBlocks<Scalar, kOneTile>))
     embedding_projection_bwd_rows_kernel(const RowsGradient<Scalar> a) {
     extern __shared__ uint4 shared_memory[];
     const RowsGradientShared shared(reinterpret_cast<unsigned char*>(shared_memory));
@@ -218,15 +225,15 @@ __global__ void __launch_bounds__(kThreads, kOneTile ? 2 : 1)
         int bad = -1;
         return first_token + row < a.T ? token_rows(a, first_token + row, bad) : TokenRows{-1, 0, 0};
     };
-    float z[kLaneColumns], dy[kLaneColumns];
+    float z_hat[kLaneColumns], dy[kLaneColumns];
     if constexpr (!kOneTile) {
         for (int row = group; row < kGradientRows; row += kGroups) {
-            const RowGradient gradient = row_gradient(z, dy, a, look_up(row), first_token + row, lane);
+            const RowGradient gradient = row_gradient<kOneTile>(z_hat, dy, a, look_up(row), first_token + row, lane);
             if (lane == 0) shared.rows[row] = gradient;
         }
         __syncthreads();
     }
-    for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
+    for (std::int64_t first = 0; first < (kOneTile ? 1 : a.E); first += kGatherColumns) {
         float dweight[kLaneColumns] = {}, dbias[kLaneColumns] = {};
         for (int row = group; row < kGradientRows; row += kGroups) {
             const std::int64_t token = first_token + row;
@@ -234,13 +241,15 @@ __global__ void __launch_bounds__(kThreads, kOneTile ? 2 : 1)
             if (first == 0 && lane == 0 && token < a.T) store_keys(a, rows, token);
             RowGradient gradient;
             if constexpr (kOneTile) {
-                gradient = row_gradient(z, dy, a, rows, token, lane);
+                gradient = row_gradient<kOneTile>(z_hat, dy, a, rows, token, lane);
             } else {
                 gradient = shared.rows[row];
-                gather(z, a, rows, first, lane);
+                gather(z_hat, a, rows, first, lane);
+#pragma unroll
+                for (int i = 0; i < kLaneColumns; ++i) z_hat[i] = normalised(z_hat[i], gradient.statistics);
                 load_gradient(dy, a, token, rows.word >= 0, first, lane);
             }
-            finish_tile(dweight, dbias, z, dy, a, gradient, token, rows.word >= 0, first, lane);
+            finish_tile(dweight, dbias, z_hat, dy, a, gradient, token, rows.word >= 0, first, lane);
         }
         store_sums(dweight, dbias, a, shared.sums, first);
     }

@@ -164,20 +164,21 @@ __device__ __forceinline__ float sum_over_row_lanes(float x) {
     return x;
 }
 
-// Mean and deviation of a token's summed embeddings. `z` holds this lane's share of the last columns afterwards, so of
-// all where a row fits the registers; wider rows are gathered again, from the L1 cache.
-template <class Scalar>
+// Mean and deviation of a token's summed embeddings. `z` holds this lane's share of the last columns afterwards: of
+// all, if there is one tile of kGatherColumns. Wider rows are gathered again, from the L1 cache.
+template <bool kOneTile, class Scalar>
 __device__ __forceinline__ RowStatistics row_statistics(float (&z)[kLaneColumns], const Embeddings<Scalar>& a,
                                                         const TokenRows& rows, int lane) {
+    const std::int64_t end = kOneTile ? 1 : a.E;
     float sum = 0.0f, squares = 0.0f;
-    for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
+    for (std::int64_t first = 0; first < end; first += kGatherColumns) {
         gather(z, a, rows, first, lane);
 #pragma unroll
         for (int i = 0; i < kLaneColumns; ++i) sum += z[i];
     }
     const float mean = sum_over_row_lanes(sum) / static_cast<float>(a.E);
-    for (std::int64_t first = 0; first < a.E; first += kGatherColumns) {
-        if (a.E > kGatherColumns) gather(z, a, rows, first, lane);
+    for (std::int64_t first = 0; first < end; first += kGatherColumns) {
+        if (!kOneTile && a.E > kGatherColumns) gather(z, a, rows, first, lane);
 #pragma unroll
         for (int i = 0; i < kLaneColumns; ++i) {
             constexpr int kItems = kVector<Scalar>;
@@ -223,7 +224,7 @@ __device__ __forceinline__ void normalise_rows(const Arguments<Scalar>& a, const
     for (int row = threadIdx.x / kRowLanes; row < kTokens; row += kThreads / kRowLanes) {
         const TokenRows rows = shared.tokens[row];
         float z[kLaneColumns];
-        const RowStatistics statistics = row_statistics(z, a, rows, lane);
+        const RowStatistics statistics = row_statistics<false>(z, a, rows, lane);
         if constexpr (kResident) {
             Scalar* target = reinterpret_cast<Scalar*>(shared.rows + row * stride);
             for (std::int64_t first = 0; first < end_column; first += kGatherColumns) {

@@ -10,11 +10,21 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace albert_fast::cuda {
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Stores 16 bytes at once: an assigned uint4 may be split into words, as the compiler's vectoriser pleases. Nothing
+// that is stored so is read again by the same kernel.
+__device__ __forceinline__ void store_16(void* global, const void* items) {
+    std::uint32_t words[4];
+    memcpy(words, items, sizeof words);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3]));
 }
 
 // Copies 16 bytes from global to shared memory in the background; `valid` of them (0 or 16) are read, the rest are
