@@ -33,11 +33,12 @@ def parity_grid(op: str, *backends: str) -> list[tuple[str, OpCase, Any, dict[st
 def parity_tests(op: str) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
     """pytest parametrisations of `check_forward` and `check_backward` over the grid of every backend that has CPU tensors.
 
-    The gradient of a Triton forward runs through the reference, which is tested under its own name.
+    Where the gradient of a Triton forward runs through the reference, that is tested under its own name.
     """
     names = ("case", "shape", "options", "dtype", "backend")
     forward = parity_grid(op, *dispatch.runnable_on(op, "cpu"))
-    backward = [row for row in forward if row[-1] != "triton" and row[1].gradients]
+    with_gradients = {"reference", "cpp", "cuda"} | ({"triton"} if op == "attention" else set())
+    backward = [row for row in forward if row[-1] in with_gradients and row[1].gradients]
     marks = (pytest.mark.parametrize(names, [r[1:] for r in g], ids=[r[0] for r in g]) for g in (forward, backward))
     return next(marks), next(marks)
 
