@@ -268,7 +268,7 @@ class Attention(nn.Module):
         p, seed = _dropout(self, self.probs_dropout_p)
         context = ops.attention(
             q, k, v, cu_seqlens_q, packing.cu_seqlens, max_seqlen_q, packing.max_seqlen, self.num_heads, self.scale, p, seed,
-            backend=backend,
+            order=packing.order, backend=backend,
         )  # fmt: skip
         return _add_norm(context, self.dense, residual, self.LayerNorm, self, self.dropout_p, backend)
 

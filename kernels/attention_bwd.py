@@ -17,6 +17,7 @@ that may hold nearly all of a row is kept out of it (`_DOMINANT`).
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -28,6 +29,7 @@ from ._tuning import Tiles
 from .attention import (
     FEW_QUERIES,
     LOG2_E,
+    TileRow,
     all_products,
     choice_key,
     finite_or_zero,
@@ -39,28 +41,30 @@ from .attention import (
 )
 
 # (bytes an element, padded head size) -> candidates (BLOCK_M, BLOCK_N, CHUNK_D, num_warps, num_stages), default first.
-_DQ_TILES = {
+# Bounded as those of the forward; the default has the most rows that a program owns, as what it walks over is read again
+# by each.
+_DQ_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
     (2, 16): ((64, 64, 16, 4, 2),),
     (2, 32): ((64, 64, 32, 4, 2),),
-    (2, 64): ((64, 64, 64, 4, 2),),
+    (2, 64): ((128, 64, 64, 8, 2), (64, 32, 64, 4, 2), (64, 64, 64, 8, 2)),
     (2, 128): ((64, 64, 128, 8, 2),),
     (2, 256): ((64, 16, 64, 8, 1),),
     (4, 16): ((32, 16, 16, 4, 1),),
-    (4, 32): ((32, 16, 16, 4, 1),),
-    (4, 64): ((32, 16, 16, 4, 1),),
+    (4, 32): ((32, 16, 32, 4, 1),),
+    (4, 64): ((64, 16, 16, 8, 1), (32, 16, 16, 4, 1)),
     (4, 128): ((16, 16, 16, 4, 1),),
     (4, 256): ((16, 16, 16, 8, 1),),
 }
-_DKDV_TILES = {
+_DKDV_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
     (2, 16): ((64, 64, 16, 4, 2),),
     (2, 32): ((64, 64, 32, 4, 2),),
-    (2, 64): ((64, 64, 64, 4, 2),),
-    (2, 128): ((32, 64, 128, 8, 2),),
-    (2, 256): ((16, 64, 64, 8, 1),),
+    (2, 64): ((32, 128, 64, 8, 2), (32, 64, 64, 4, 2)),
+    (2, 128): ((32, 64, 64, 8, 2),),
+    (2, 256): ((16, 64, 128, 8, 1),),
     (4, 16): ((16, 32, 16, 4, 1),),
-    (4, 32): ((16, 32, 16, 4, 1),),
-    (4, 64): ((16, 32, 16, 4, 1),),
-    (4, 128): ((16, 16, 16, 4, 1),),
+    (4, 32): ((16, 32, 32, 4, 1),),
+    (4, 64): ((16, 64, 16, 8, 1), (16, 32, 16, 4, 1)),
+    (4, 128): ((16, 32, 16, 8, 1),),
     (4, 256): ((16, 16, 16, 8, 1),),
 }
 # Where one key holds more of a row than this, its dP - mean is a sum over the other keys, not a difference of two numbers
@@ -75,10 +79,8 @@ def _weights(scores, row_lse, scale_log2):
     row_shift = finite_or_zero(row_lse * 1.4426950408889634)
     if INTERPRETED:
         # The interpreter would round the product, which is large where softmax is sharp; a GPU has FMA.
-        exponent = (scores.to(tl.float64) * scale_log2 - row_shift).to(tl.float32)
-    else:
-        exponent = scores * scale_log2 - row_shift
-    return tl.exp2(exponent)
+        scores = scores.to(tl.float64)
+    return tl.exp2((scores * scale_log2 - row_shift).to(tl.float32))
 
 
 @triton.jit
@@ -364,16 +366,21 @@ def _attention_bwd_dkdv_kernel(
     tl.store(dv_ptr + offsets, round_to(dv, dv_ptr.dtype.element_ty), mask=mask)
 
 
-def attention_bwd_tiles(head_dim: int, dtype: torch.dtype, max_seqlen_q: int) -> tuple[list[Tiles], list[Tiles]]:
-    """Candidates for the kernels of dQ and of dK and dV, for at most `max_seqlen_q` queries a sequence, the default first.
+def attention_bwd_tiles(
+    head_dim: int, dtype: torch.dtype, max_seqlen_q: int, max_seqlen_k: int
+) -> tuple[list[Tiles], list[Tiles]]:
+    """Candidates for the kernels of dQ and of dK and dV, for sequences of at most so many tokens, the default first.
 
     Raises:
         ValueError: a head size above 256.
     """
-    candidates = [tile_candidates(table, head_dim, dtype) for table in (_DQ_TILES, _DKDV_TILES)]
+    dq, dkdv = (tile_candidates(table, head_dim, dtype) for table in (_DQ_TILES, _DKDV_TILES))
     if max_seqlen_q <= FEW_QUERIES:
-        candidates = [[tiles[0] | {"BLOCK_M": 16, "num_warps": 4}] for tiles in candidates]
-    return candidates[0], candidates[1]
+        num_warps = 4 if head_dim <= 128 else 8  # wider heads would spill
+        dq, dkdv = [dq[0] | {"BLOCK_M": 16, "num_warps": num_warps}], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
+    # Of short sequences, no more rows than the smallest tile has.
+    dq = [tiles for tiles in dq if max_seqlen_q > 64 or tiles["BLOCK_M"] <= 64]
+    return dq, [tiles for tiles in dkdv if max_seqlen_k > 64 or tiles["BLOCK_N"] <= 64]
 
 
 def attention_bwd(
@@ -398,7 +405,7 @@ def attention_bwd(
     grad = rows_contiguous(grad)
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     sums = torch.empty((3, num_heads, len(q)), dtype=torch.float32, device=q.device)
-    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q)
+    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k)
     sizes = (*(t.stride(0) for t in (grad, q, k, v)), num_heads)
     numbers = (len(q), softmax_scale, softmax_scale * LOG2_E, *dropout_arguments(dropout_p, seed))
     options = {"HAS_DROPOUT": dropout_p > 0.0, "HEAD_DIM": head_dim, **COMPILER_OPTIONS}
