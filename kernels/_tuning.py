@@ -46,6 +46,11 @@ def asked_for() -> bool:
     return os.environ.get("ALBERT_FAST_TUNE", "0") == "1" and not triton.knobs.runtime.interpret
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _tuner(chip: str) -> Tuner:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -75,7 +80,7 @@ class Tuner:
         winner = self._winners.get(key)
         if winner in candidates:
             return winner
-        if torch.cuda.is_current_stream_capturing():  # timing waits for the GPU, which a capture forbids
+        if capturing():  # timing waits for the GPU, which a capture forbids
             return candidates[0]
         times = [self._time(launch, tiles) for tiles in candidates]
         self._winners[key] = winner = candidates[times.index(min(times))]
