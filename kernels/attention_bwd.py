@@ -11,7 +11,9 @@ again from the saved log-sum-exp.
 FlashAttention-2 takes `mean` as rowsum(G * O). That equals rowsum(P * dP) but for the rounding of O and of either sum,
 and where softmax is saturated the difference is all that dP - mean leaves: one key alone in its sequence would get a
 gradient where there is none. So the sum is taken over the keys, in a walk of its own before that of dQ, and the one key
-that may hold nearly all of a row is kept out of it (`_DOMINANT`).
+that may hold nearly all of a row is kept out of it (`_DOMINANT`). With n blocks of keys a block of queries costs dQ
+5 n - 2 products of tiles, and dK and dV 4 n: where a sequence fits one block no more than FlashAttention-2's 7 n in two
+kernels, at most 9 n.
 """
 
 from __future__ import annotations
