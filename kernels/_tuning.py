@@ -78,7 +78,7 @@ class Tuner:
     def choose(self, key: str, candidates: Sequence[Tiles], launch: Launch) -> Tiles:
         """The known winner of `key` if it still is a candidate, else the fastest, timed now and remembered."""
         winner = self._winners.get(key)
-        if winner in candidates:
+        if winner is not None and winner in candidates:
             return winner
         if capturing():  # timing waits for the GPU, which a capture forbids
             return candidates[0]
