@@ -306,7 +306,7 @@ class Attention(nn.Module):
         p, seed = _dropout(self, self.probs_dropout_p)
         context = ops.attention(
             q, k, v, cu_seqlens_q, packing.cu_seqlens, max_seqlen_q, packing.max_seqlen, self.num_heads, self.scale, p, seed,
-            backend=backend,
+            order=packing.order, backend=backend,
         )  # fmt: skip
         product = linear(context, self.dense.weight)
         return _add_norm(product, self.dense.bias, residual, self.LayerNorm, self, self.dropout_p, backend)

@@ -21,12 +21,14 @@ class Packing:
     cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end.
     max_seqlen: a bound on the longest sequence.
     shape: (B, S); None for input that came packed.
+    order: on a GPU, of lengths that may differ, `longest_first`: found once, for all layers.
     """
 
     indices: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
     shape: tuple[int, int] | None
+    order: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -130,7 +132,7 @@ def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.de
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * columns
         return Packing(None, cu_seqlens, columns, shape)
     indices, cu_seqlens = torch.ops.albert_fast.pack_indices(attention_mask)
-    return Packing(indices, cu_seqlens, columns, shape)
+    return Packing(indices, cu_seqlens, columns, shape, _order(cu_seqlens))
 
 
 def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
@@ -150,7 +152,17 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
             raise ValueError(f"cu_seqlens must run from 0 to T = {tokens} and never fall, got {cu_seqlens.tolist()}")
         if bool((lengths > max_seqlen).any()):
             raise ValueError(f"max_seqlen is {max_seqlen}, the longest sequence has {int(lengths.max())} tokens")
-    return Packing(None, cu_seqlens.contiguous(), max_seqlen, None)  # kernels read it without strides
+    cu_seqlens = cu_seqlens.contiguous()  # kernels read it without strides
+    return Packing(None, cu_seqlens, max_seqlen, None, _order(cu_seqlens))
+
+
+def longest_first(cu_seqlens: Tensor) -> Tensor:
+    """(B,) int32, the sequences by falling length, computed where `cu_seqlens` (B + 1,) is, without waiting for it."""
+    return cu_seqlens.diff().argsort(descending=True, stable=True).to(torch.int32)
+
+
+def _order(cu_seqlens: Tensor) -> Tensor | None:
+    return longest_first(cu_seqlens) if cu_seqlens.is_cuda else None  # the C++ kernels sort for themselves
 
 
 def first_tokens(packing: Packing, tokens: int) -> Queries:

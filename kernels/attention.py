@@ -6,35 +6,45 @@ maximum and sum of each row in float32 (Milakov & Gimelshein 2018). Scores never
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from . import _tuning
 from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, round_to
+from ._tuning import Tiles
 
+TileRow = tuple[int, int, int, int, int]
 MAX_HEAD_DIM = 256
+LOG2_E = 1.4426950408889634
 
 # Longest query range -> BLOCK_M: the last layer often asks for one token a sequence only.
-_FEW_QUERIES, _SOME_QUERIES = 16, 64
-# (bytes an element, padded head size) -> (BLOCK_M, BLOCK_N, CHUNK_D, num_warps, num_stages) for long query ranges.
+FEW_QUERIES, _SOME_QUERIES = 16, 64
+# (bytes an element, padded head size) -> candidates (BLOCK_M, BLOCK_N, CHUNK_D, num_warps, num_stages) for long query
+# ranges, the default first: the largest tile of queries, since keys and values are read once for each.
 # Bounded by registers (no spill on any of sm_80, sm_90, sm_100, dropout included) and by the 163 KiB of shared memory
 # of sm_80. A float32 product runs on plain FMA, with all its operands in registers: hence small tiles and chunks.
 _TILES = {
-    (2, 16): (128, 32, 16, 8, 3),
-    (2, 32): (64, 64, 32, 4, 3),
-    (2, 64): (128, 64, 64, 8, 3),
-    (2, 128): (128, 64, 64, 8, 3),
-    (2, 256): (64, 16, 64, 8, 2),
-    (4, 16): (64, 32, 16, 4, 1),
-    (4, 32): (64, 16, 16, 8, 1),
-    (4, 64): (64, 16, 16, 8, 1),
-    (4, 128): (32, 32, 16, 4, 1),
-    (4, 256): (16, 32, 16, 4, 1),
+    (2, 16): ((128, 32, 16, 8, 3),),
+    (2, 32): ((64, 64, 32, 4, 3),),
+    (2, 64): ((128, 64, 64, 8, 3), (128, 128, 64, 8, 2), (64, 64, 64, 4, 3)),
+    (2, 128): ((128, 64, 64, 8, 3), (64, 64, 64, 4, 2)),
+    (2, 256): ((64, 16, 64, 8, 2),),
+    (4, 16): ((64, 32, 16, 4, 1),),
+    (4, 32): ((64, 16, 16, 8, 1),),
+    (4, 64): ((64, 16, 16, 8, 1), (64, 32, 16, 8, 1)),
+    (4, 128): ((32, 32, 16, 4, 1),),
+    (4, 256): ((16, 32, 16, 4, 1),),
 }
 
 
-def attention_tiles(head_dim: int, dtype: torch.dtype, max_seqlen: int) -> dict[str, int]:
-    """Tile sizes and launch options for queries of at most `max_seqlen` tokens a sequence, as keywords of the kernel.
+def tile_candidates(
+    table: Mapping[tuple[int, int], Sequence[TileRow]], head_dim: int, dtype: torch.dtype
+) -> list[Tiles]:
+    """The rows of a table for heads of `head_dim`, as keywords of a kernel.
 
     Raises:
         ValueError: a head size above 256.
@@ -42,19 +52,58 @@ def attention_tiles(head_dim: int, dtype: torch.dtype, max_seqlen: int) -> dict[
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"attention: head size {head_dim}; the Triton kernel takes up to {MAX_HEAD_DIM}")
     block_d = max(16, triton.next_power_of_2(head_dim))
-    block_m, block_n, chunk_d, num_warps, num_stages = _TILES[dtype.itemsize, block_d]
-    if max_seqlen <= _FEW_QUERIES:
+    names = ("BLOCK_M", "BLOCK_N", "CHUNK_D", "num_warps", "num_stages")
+    return [{"BLOCK_D": block_d, **dict(zip(names, row, strict=True))} for row in table[dtype.itemsize, block_d]]
+
+
+def attention_tiles(head_dim: int, dtype: torch.dtype, max_seqlen_q: int) -> list[Tiles]:
+    """Candidates for queries of at most `max_seqlen_q` tokens a sequence, the default first.
+
+    Raises:
+        ValueError: a head size above 256.
+    """
+    candidates = tile_candidates(_TILES, head_dim, dtype)
+    default = candidates[0]
+    if max_seqlen_q <= FEW_QUERIES:
         # Larger key tiles hide the loads of few queries; float32 heads of 128 would spill.
-        block_n = 16 if (dtype.itemsize, block_d) == (4, 128) else max(block_n, 32)
-        block_m, num_warps = 16, 4
-    elif max_seqlen <= _SOME_QUERIES and block_m > 64:
-        block_m, num_warps = 64, 4
-    tiles = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "CHUNK_D": chunk_d}
-    return tiles | {"num_warps": num_warps, "num_stages": num_stages}
+        block_n = 16 if (dtype.itemsize, default["BLOCK_D"]) == (4, 128) else max(default["BLOCK_N"], 32)
+        return [default | {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4}]
+    if max_seqlen_q <= _SOME_QUERIES and default["BLOCK_M"] > 64:
+        return [default | {"BLOCK_M": 64, "num_warps": 4}]
+    return candidates
+
+
+def choice_key(head_dim: int, dtype: torch.dtype, dropout_p: float, max_seqlen_q: int, max_seqlen_k: int) -> str:
+    """What the fastest tiles depend on, beside the chip; lengths by their powers of two."""
+    lengths = f"Q{triton.next_power_of_2(max_seqlen_q)} K{triton.next_power_of_2(max_seqlen_k)}"
+    return f"{dtype} D{head_dim} {lengths}" + (" dropout" if dropout_p else "")
 
 
 @triton.jit
-def _load_rows(ptrs, rows, n_rows, dims, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def program_work(order_ptr, n_blocks, num_heads):
+    """(block, head, sequence) of this program: of `n_blocks` blocks of a head of the sequence whose turn it is.
+
+    Programs of one head of one sequence are neighbours, so that what all of them read stays in the L2 cache. Sequences
+    take turns in the order of `order_ptr`, longest first: a long one that started last would keep one multiprocessor
+    busy while the others wait.
+    """
+    block = tl.program_id(0) % n_blocks
+    head = (tl.program_id(0) // n_blocks) % num_heads
+    sequence = tl.program_id(0) // (n_blocks * num_heads)
+    if order_ptr is not None:
+        sequence = tl.load(order_ptr + sequence)
+    return block, head, sequence
+
+
+@triton.jit
+def sequence_range(cu_seqlens_ptr, sequence):
+    """(first token, number of tokens) of a sequence."""
+    first = tl.load(cu_seqlens_ptr + sequence)
+    return first, tl.load(cu_seqlens_ptr + sequence + 1) - first
+
+
+@triton.jit
+def load_rows(ptrs, rows, n_rows, dims, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a head, zeros beyond the sequence and beyond HEAD_DIM; no mask where none is needed."""
     if MASK_ROWS and HEAD_DIM != BLOCK_D:
         tile = tl.load(ptrs, mask=(rows < n_rows)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
@@ -68,7 +117,7 @@ def _load_rows(ptrs, rows, n_rows, dims, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
-def _product(a, b, acc):
+def product(a, b, acc):
     """a @ b + acc with float32 sums."""
     if INTERPRETED:
         # The interpreter keeps bfloat16 as bare bits and would multiply those.
@@ -77,9 +126,31 @@ def _product(a, b, acc):
 
 
 @triton.jit
-def _shift_of(row_max):
+def all_products(
+    a, a_rows, a_index, n_a, b, b_rows, b_index, n_b, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_A, BLOCK_B) float32: every row of one tile times every row of another, as scores are.
+
+    The tiles `a` and `b` are whole rows if CHUNK_D is BLOCK_D. Else they are not looked at, and CHUNK_D columns at a time
+    are read through the rows' addresses `a_rows` and `b_rows`: float32 operands of a product stand in registers.
+    """
+    total = tl.zeros([BLOCK_A, BLOCK_B], dtype=tl.float32)
+    if CHUNK_D == BLOCK_D:
+        total = product(a, tl.trans(b), total)
+    else:
+        for first_dim in range(0, BLOCK_D, CHUNK_D):
+            chunk = first_dim + tl.arange(0, CHUNK_D)
+            a_chunk = load_rows(a_rows[:, None] + chunk[None, :], a_index, n_a, chunk, MASK_A, HEAD_DIM, BLOCK_D)
+            b_chunk = load_rows(b_rows[:, None] + chunk[None, :], b_index, n_b, chunk, MASK_B, HEAD_DIM, BLOCK_D)
+            total = product(a_chunk, tl.trans(b_chunk), total)
+    return total
+
+
+@triton.jit
+def finite_or_zero(x):
     # An infinite maximum is not subtracted: inf - inf would make a NaN of rows that torch can still compute.
-    return tl.where(tl.abs(row_max) == float("inf"), 0.0, row_max)
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
 
 
 @triton.jit
@@ -95,22 +166,19 @@ def _attend(
     # 64 bits: key times row stride passes 2^31 elements in very long sequences.
     k_rows = k_base + keys.to(tl.int64) * stride_k_row
     v_rows = v_base + keys.to(tl.int64) * stride_v_row
-    scores = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    k = q
     if CHUNK_D == BLOCK_D:
-        k = _load_rows(k_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
-        scores = _product(q, tl.trans(k), scores)
-    else:
-        for first_dim in range(0, BLOCK_D, CHUNK_D):
-            chunk = first_dim + tl.arange(0, CHUNK_D)
-            q_chunk = _load_rows(q_rows[:, None] + chunk[None, :], queries, n_queries, chunk, True, HEAD_DIM, BLOCK_D)
-            k_chunk = _load_rows(k_rows[:, None] + chunk[None, :], keys, n_keys, chunk, MASK_KEYS, HEAD_DIM, BLOCK_D)
-            scores = _product(q_chunk, tl.trans(k_chunk), scores)
+        k = load_rows(k_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
+    scores = all_products(
+        q, q_rows, queries, n_queries, k, k_rows, keys, n_keys, True, MASK_KEYS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        CHUNK_D,
+    )  # fmt: skip
     scores *= scale_log2
     if MASK_KEYS:
         scores = tl.where((keys < n_keys)[None, :], scores, float("-inf"))
 
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    shift = _shift_of(new_max)
+    shift = finite_or_zero(new_max)
     rescale = tl.exp2(row_max - shift)
     p = tl.exp2(scores - shift[:, None])
     row_sum = row_sum * rescale + tl.sum(p, axis=1)
@@ -118,8 +186,8 @@ def _attend(
         keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, dropout_rows[:, None], keys[None, :])
         # A product, not a choice: a dropped NaN or infinity stays NaN, as in torch.
         p *= tl.where(keep, dropout_scale, 0.0)
-    v = _load_rows(v_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
-    acc = _product(round_to(p, v.dtype), v, acc * rescale[:, None])
+    v = load_rows(v_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
+    acc = product(round_to(p, v.dtype), v, acc * rescale[:, None])
     return acc, new_max, row_sum
 
 
@@ -132,6 +200,7 @@ def _attention_fwd_kernel(
     lse_ptr,  # (num_heads, Tq) float32
     cu_seqlens_q_ptr,  # (B + 1,) int32
     cu_seqlens_k_ptr,  # (B + 1,) int32
+    order_ptr,  # (B,) int32, or None for 0 to B - 1
     stride_q_row,
     stride_k_row,
     stride_v_row,
@@ -150,16 +219,11 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,  # columns of a head multiplied at a time; BLOCK_D, or a divisor of it
 ):
-    # Programs of one head of one sequence are neighbours, so that its keys and values stay in the L2 cache.
-    query_block = tl.program_id(0) % n_query_blocks
-    head = (tl.program_id(0) // n_query_blocks) % num_heads
-    sequence = tl.program_id(0) // (n_query_blocks * num_heads)
-    first_query = tl.load(cu_seqlens_q_ptr + sequence)
-    n_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - first_query
+    query_block, head, sequence = program_work(order_ptr, n_query_blocks, num_heads)
+    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence)
     if query_block * BLOCK_M >= n_queries:
         return
-    first_token = tl.load(cu_seqlens_k_ptr + sequence)
-    n_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - first_token
+    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence)
 
     dims = tl.arange(0, BLOCK_D)
     queries = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -170,7 +234,7 @@ def _attention_fwd_kernel(
     # Queries stay in registers for the whole walk, unless they are read again in chunks.
     q = q_ptr
     if CHUNK_D == BLOCK_D:
-        q = _load_rows(q_rows[:, None] + dims[None, :], queries, n_queries, dims, True, HEAD_DIM, BLOCK_D)
+        q = load_rows(q_rows[:, None] + dims[None, :], queries, n_queries, dims, True, HEAD_DIM, BLOCK_D)
     k_base = k_ptr + first_token.to(tl.int64) * stride_k_row + column
     v_base = v_ptr + first_token.to(tl.int64) * stride_v_row + column
 
@@ -195,7 +259,7 @@ def _attention_fwd_kernel(
 
     # Without keys the sum over none is zero; with keys a zero sum is 0 / 0, NaN as in torch.
     out = acc / tl.where(n_keys == 0, 1.0, row_sum)[:, None]
-    lse = (_shift_of(row_max) + tl.log2(row_sum)) * 0.6931471805599453
+    lse = (finite_or_zero(row_max) + tl.log2(row_sum)) * 0.6931471805599453
     out_ptrs = out_ptr + packed_queries[:, None] * (num_heads * HEAD_DIM) + (column + dims)[None, :]
     out_mask = (queries < n_queries)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(out_ptrs, round_to(out, out_ptr.dtype.element_ty), mask=out_mask)
@@ -205,7 +269,8 @@ def _attention_fwd_kernel(
 
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float = 0.0, seed: int = 0,
+    order: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float,
+    dropout_p: float = 0.0, seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention of packed sequences, each query over all keys of its own sequence.
 
@@ -213,8 +278,9 @@ def attention_fwd(
         q: (Tq, H); k, v: (T, H), of one dtype. Rows may be strided, as in views into a fused projection; columns are
             adjacent.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where the sequences of queries and of keys begin and end.
+        order: (B,) int32, every sequence once, those with most keys first, or None; only the time depends on it.
         max_seqlen_q: at least the longest range of queries.
-        max_seqlen_k: the same of keys; not needed here, since a program walks over the keys that there are.
+        max_seqlen_k: the same of keys.
         num_heads: H / num_heads is the head size, 1 to 256.
         softmax_scale: factor on the scores.
         dropout_p, seed: the probability of query row r of head h and key c survives where
@@ -228,19 +294,23 @@ def attention_fwd(
         ValueError: a head size above 256, dropout_p outside [0, 1).
     """
     n_queries_total, width = q.shape
-    head_dim = width // num_heads
+    head_dim, sequences = width // num_heads, len(cu_seqlens_q) - 1
     out = torch.empty((n_queries_total, width), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, n_queries_total), dtype=torch.float32, device=q.device)
-    tiles = attention_tiles(head_dim, q.dtype, max_seqlen_q)
+    candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q)
     dropout = dropout_arguments(dropout_p, seed)
-    n_query_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
-    n_programs = n_query_blocks * num_heads * (len(cu_seqlens_q) - 1)
-    if n_queries_total == 0 or n_programs == 0:
+    if n_queries_total == 0:
         return out, lse
-    with torch.cuda.device_of(q):
-        _attention_fwd_kernel[(n_programs,)](
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, q.stride(0), k.stride(0), v.stride(0), num_heads, n_query_blocks,
-            n_queries_total, softmax_scale * 1.4426950408889634, *dropout,
+
+    def launch(tiles: Tiles) -> None:
+        n_query_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
+        _attention_fwd_kernel[(n_query_blocks * num_heads * sequences,)](
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, order, q.stride(0), k.stride(0), v.stride(0), num_heads,
+            n_query_blocks, n_queries_total, softmax_scale * LOG2_E, *dropout,
             HAS_DROPOUT=dropout_p > 0.0, HEAD_DIM=head_dim, **tiles, **COMPILER_OPTIONS,
         )  # fmt: skip
+
+    key = functools.partial(choice_key, head_dim, q.dtype, dropout_p, max_seqlen_q, max_seqlen_k)
+    with torch.cuda.device_of(q):
+        launch(_tuning.choose("attention_fwd", key, candidates, launch))
     return out, lse

@@ -1,11 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albert_fast import ops
-from albert_fast.testing import ALL_CASES
-from albert_fast.testing.parity import check_backward, check_forward, parity_tests
+from albert_fast.packing import longest_first
+from albert_fast.testing import ALL_CASES, poison_empty
+from albert_fast.testing.parity import DTYPES, check_backward, check_forward, parity_tests
 
 FORWARD, BACKWARD = parity_tests("attention")
 
@@ -83,6 +86,103 @@ def test_dropout_is_replayed_alike_everywhere(backend):
     assert not torch.allclose(expected, run(qkv, cu_seqlens, "reference"))
 
 
+def gradients(qkv, cu_seqlens, backend, **options):
+    """(T, 3H), the gradient of q, k and v side by side for a fixed gradient of the output."""
+    leaf = qkv.detach().requires_grad_()
+    out = run(leaf, cu_seqlens, backend, **options)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
+    return torch.autograd.grad(out, leaf, grad)[0]
+
+
+# More than one block of queries and of keys in every dtype; heads that are padded, multiplied in chunks, or as they are.
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (((150, 0, 20), None, 1, 16), {"dropout_p": 0.2}),
+        (((131,), None, 1, 64), {"sharpness": 40.0}),
+        (((1, 2), (70, 140), 2, 64), {"dropout_p": 0.2}),
+        (((66,), (3,), 1, 128), {}),
+        (((9,), (70,), 1, 200), {"dropout_p": 0.2}),
+        (((5, 3), (0, 2), 2, 1), {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_triton_gradients_over_several_blocks(shape, options, dtype):
+    check_backward(ALL_CASES["attention"], shape, options, dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_every_candidate_of_the_tuner_computes_the_same(dtype, number, monkeypatch):
+    _tuning = pytest.importorskip("albert_fast.kernels._tuning")
+    taken = set()
+
+    def choose(kernel, key, candidates, launch):
+        if number < len(candidates):
+            taken.add(kernel)
+        return candidates[min(number, len(candidates) - 1)]
+
+    monkeypatch.setattr(_tuning, "choose", choose)
+    check_forward(ALL_CASES["attention"], ((70,), (67,), 1, 64), {}, dtype, "triton")
+    check_backward(ALL_CASES["attention"], ((70,), (67,), 1, 64), {"dropout_p": 0.2}, dtype, "triton")
+    assert taken or number > 1
+
+
+@BACKENDS
+def test_gradients_are_the_same_bits_again_and_for_any_order(backend):
+    qkv, cu_seqlens = packed([18, 0, 3, 7])
+    options = {"dropout_p": 0.3, "seed": torch.tensor(77)}
+    first = gradients(qkv, cu_seqlens, backend, **options)
+    assert torch.equal(gradients(qkv, cu_seqlens, backend, **options), first)
+    order = longest_first(cu_seqlens)
+    assert order.tolist() == [0, 3, 2, 1]
+    out = run(qkv, cu_seqlens, backend, **options)
+    for turns in (order, order.flip(0)):
+        assert torch.equal(gradients(qkv, cu_seqlens, backend, order=turns, **options), first)
+        assert torch.equal(run(qkv, cu_seqlens, backend, order=turns, **options), out)
+
+
+@BACKENDS
+def test_the_gradient_of_nan_stays_in_its_sequence(backend):
+    qkv, cu_seqlens = packed([4, 20, 6])
+    expected = gradients(qkv, cu_seqlens, backend)
+    qkv[5, 40] = float("nan")  # a key of the second sequence's first head
+    actual = gradients(qkv, cu_seqlens, backend)
+    for rows in (slice(0, 4), slice(24, 30)):
+        assert torch.equal(actual[rows], expected[rows])
+    assert actual[4:24, :16].isnan().all()
+    assert torch.equal(actual[4:24, 16:32], expected[4:24, 16:32]), "the other head's"
+
+
+@BACKENDS
+def test_one_key_alone_takes_no_gradient_through_its_score(backend):
+    qkv, cu_seqlens = packed([1, 1, 1])
+    for options in ({}, {"dropout_p": 0.4, "seed": torch.tensor(3)}):
+        assert not gradients(qkv, cu_seqlens, backend, **options)[:, :64].any()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])  # torch sums differently over other strides
+def test_nothing_beside_the_rows_is_read(backend):
+    qkv, cu_seqlens = packed([5, 0, 21])
+    around = torch.full((26 + 70, 96 + 33), float("nan"))
+    around[:26, :96] = qkv
+    with poison_empty():
+        actual = gradients(around[:26, :96], cu_seqlens, backend)
+    assert torch.equal(actual, gradients(qkv, cu_seqlens, backend))
+
+
+def test_a_gradient_compiles_with_its_forward():
+    qkv, cu_seqlens = packed([3, 6])
+    compiled = torch.compile(partial(run, backend="triton", heads=2), fullgraph=True, backend="aot_eager")
+
+    def gradient(function):
+        leaf = qkv.clone().requires_grad_()
+        return torch.autograd.grad(function(leaf, cu_seqlens).square().sum(), leaf)[0]
+
+    torch.testing.assert_close(gradient(compiled), gradient(partial(run, backend="reference")), atol=1e-5, rtol=1e-4)
+
+
 def test_cu_seqlens_may_be_strided():
     qkv, cu_seqlens = packed([4, 5])
     strided = torch.tensor([0, 77, 4, 77, 9, 77], dtype=torch.int32)[::2]
@@ -106,6 +206,10 @@ def test_bad_input_is_named():
         run(qkv, cu_seqlens.long(), "auto")
     with pytest.raises(ValueError, match=r"cu_seqlens.*0 to 3"):
         run(qkv, torch.tensor([0, 4], dtype=torch.int32), "auto")
+    with pytest.raises(ValueError, match=r"order must be \(B,\) int32"):
+        run(qkv, cu_seqlens, "auto", order=cu_seqlens)
+    with pytest.raises(ValueError, match=r"order must name every sequence once, got \[1\]"):
+        run(qkv, cu_seqlens, "auto", order=torch.tensor([1], dtype=torch.int32))
     with pytest.raises(ValueError, match="dtype"):
         ops.attention(qkv, qkv.double(), qkv.double(), cu_seqlens, cu_seqlens, 3, 3, 2)
     assert run(qkv[:0], torch.zeros(1, dtype=torch.int32), "auto").shape == (0, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -68,7 +69,7 @@ def test_attention_multiplies_on_each_chips_own_tensor_cores(rows):
     for row in rows("attention"):
         if row["label"].startswith("f32"):
             assert row["tensor_cores"] == "", "float32 must not be rounded to TF32"
-        elif " S16" in row["label"]:
+        elif " Q16 " in row["label"] and not row["label"].endswith("dkdv"):
             assert "HMMA" in row["tensor_cores"], "16 queries are too few for a warpgroup"
         else:
             assert best[row["chip"]] in row["tensor_cores"].split(), row
@@ -86,19 +87,23 @@ def test_embedding_projection_multiplies_on_tensor_cores_but_float32(rows):
 @needs_triton
 def test_every_tile_of_attention_is_checked(rows):
     from albert_fast.kernels.attention import MAX_HEAD_DIM, attention_tiles
+    from albert_fast.kernels.attention_bwd import attention_bwd_tiles
 
-    checked = {(row["label"].split()[0], row["tiles"]) for row in rows("attention") if row["label"][:3] != "f16"}
-    wanted = set()
-    for name in ("f32", "bf16"):
-        for head_dim in range(1, MAX_HEAD_DIM + 1):
-            for max_seqlen in (1, 16, 17, 64, 65, 128, 512, 100_000):
-                tiles = attention_tiles(head_dim, launches.DTYPES[name], max_seqlen)
-                sizes = [f"{size[-1]}{tiles[size]}" for size in ("BLOCK_D", "BLOCK_M", "BLOCK_N", "CHUNK_D")]
-                wanted.add((name, " ".join([*sizes, f"warps{tiles['num_warps']}"])))
-                assert attention_tiles(head_dim, torch.float16, max_seqlen) == attention_tiles(
-                    head_dim, torch.bfloat16, max_seqlen
-                )
-    assert checked == wanted
+    def candidates(dtype, head_dim, queries, keys):
+        dq, dkdv = attention_bwd_tiles(head_dim, dtype, queries, keys)
+        return {"fwd": attention_tiles(head_dim, dtype, queries), "bwd_dq": dq, "bwd_dkdv": dkdv}
+
+    checked = {(row["label"].split()[0], row["label"].split()[-1], row["tiles"]) for row in rows("attention")}
+    wanted, lengths = set(), (1, 16, 17, 64, 65, 128, 512, 100_000)
+    for head_dim, queries, keys in itertools.product(range(1, MAX_HEAD_DIM + 1), lengths, lengths):
+        for name in ("f32", "bf16"):
+            for part, choice in candidates(launches.DTYPES[name], head_dim, queries, keys).items():
+                for tiles in choice:
+                    sizes = [f"{size[-1]}{tiles[size]}" for size in ("BLOCK_D", "BLOCK_M", "BLOCK_N", "CHUNK_D")]
+                    shape = " ".join([*sizes, f"warps{tiles['num_warps']}", f"stages{tiles['num_stages']}"])
+                    wanted.add((name, part, shape))
+        assert candidates(torch.float16, head_dim, queries, keys) == candidates(torch.bfloat16, head_dim, queries, keys)
+    assert {row for row in checked if row[0] != "f16"} == wanted
 
 
 @needs_triton
@@ -173,17 +178,17 @@ def broken_kernel(x_ptr, out_ptr, BLOCK_N: tl.constexpr):
 
 def launch(name, *arguments, tensor_cores=False, **options):
     kernel = lambda: getattr(sys.modules["bad_kernels"], name)[(1,)](*arguments, **options)
-    return launches.record(name, "case", "bad_kernels", name, kernel, tensor_cores)
+    return launches.record(name, "case", ["bad_kernels"], kernel, tensor_cores)
 
 
 def main():
     x = torch.empty(2**14, dtype=torch.float16)
     rows = compile_check.check([
-        launch("spilling_kernel", x, x, BLOCK_N=2**14, num_warps=1),
-        launch("greedy_kernel", x, x, 7, BLOCK_N=128, num_warps=8, num_stages=7),
-        launch("lazy_kernel", x, x, BLOCK_N=1024, num_warps=4, tensor_cores=True),
-        launch("broken_kernel", x, x, BLOCK_N=16, num_warps=4),
-        launch("fine_kernel", x, x, BLOCK_N=1024, num_warps=4),
+        *launch("spilling_kernel", x, x, BLOCK_N=2**14, num_warps=1),
+        *launch("greedy_kernel", x, x, 7, BLOCK_N=128, num_warps=8, num_stages=7),
+        *launch("lazy_kernel", x, x, BLOCK_N=1024, num_warps=4, tensor_cores=True),
+        *launch("broken_kernel", x, x, BLOCK_N=16, num_warps=4),
+        *launch("fine_kernel", x, x, BLOCK_N=1024, num_warps=4),
     ])
     return compile_check.report(rows)
 """
@@ -195,7 +200,7 @@ def test_bad_triton_kernels_fail_the_check(tmp_path):
     script = tmp_path / "run_bad_kernels.py"
     script.write_text("if __name__ == '__main__':\n    import sys, bad_kernels\n    sys.exit(bad_kernels.main())\n")
     done = run_apart(str(script), path=tmp_path)
-    complaints = [line for line in done.stderr.splitlines() if " case on sm_" in line]
+    complaints = [line for line in done.stderr.splitlines() if " case " in line and " on sm_" in line]
     problems = {
         "spilling_kernel": "spills: ",
         "greedy_kernel": "shared memory: ",
@@ -203,7 +208,9 @@ def test_bad_triton_kernels_fail_the_check(tmp_path):
         "broken_kernel": "does not compile: ",
     }
     wanted = [
-        f"{kernel} case on {chip.name}: {text}" for kernel, text in problems.items() for chip in compile_check.CHIPS
+        f"{kernel} case {kernel.removesuffix('_kernel')} on {chip.name}: {text}"
+        for kernel, text in problems.items()
+        for chip in compile_check.CHIPS
     ]
     assert len(complaints) == len(wanted), done.stdout + done.stderr
     assert all(line.startswith(start) for line, start in zip(complaints, wanted, strict=True)), complaints

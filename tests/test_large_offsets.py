@@ -78,3 +78,19 @@ def test_attention(far):
     x[far] = far_rows()
     cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
     assert_same(ops.attention, *x, cu_seqlens, cu_seqlens, ROWS, ROWS, 2)
+
+
+@pytest.mark.parametrize("far", range(4), ids=["q", "k", "v", "grad"])
+def test_attention_backward(far):
+    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16) for _ in range(4)]
+    x[far] = far_rows()
+    *leaves, grad = x
+    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
+
+    def gradients(backend):
+        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = ops.attention(*inputs, cu_seqlens, cu_seqlens, ROWS, ROWS, 2, backend=backend)
+        return torch.autograd.grad(out, inputs, grad)
+
+    for actual, exact in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(actual.float(), exact.float(), rtol=2**-7, atol=2**-6)

@@ -92,8 +92,8 @@ def _bwd_ref(
 
 
 def _fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    num_heads: int, softmax_scale: float, dropout_p: float, seed: Tensor | None, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, order: Tensor | None, max_seqlen_q: int,
+    max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (Tq, H) and the logsumexp of every row of scores, (heads, Tq) float32."""
     backend = dispatch.resolve("attention", q.device.type, q.dtype, backend)
@@ -111,7 +111,7 @@ def _fwd(
         from ..kernels.attention import attention_fwd
 
         return attention_fwd(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p,
             seed_value(seed, dropout_p),
         )  # fmt: skip
     seed_number = seed_value(seed, dropout_p)
@@ -119,11 +119,20 @@ def _fwd(
 
 
 def _bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int,
-    softmax_scale: float, dropout_p: float, seed: Tensor | None, backend: str,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    order: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float,
+    seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     seed_number = seed_value(seed, dropout_p)
-    if dispatch.resolve("attention", q.device.type, q.dtype, backend) != "cpp":
+    backend = dispatch.resolve("attention", q.device.type, q.dtype, backend)
+    if backend == "triton":
+        from ..kernels.attention_bwd import attention_bwd
+
+        return attention_bwd(
+            grad, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale,
+            dropout_p, seed_number,
+        )  # fmt: skip
+    if backend == "reference":
         return _bwd_ref(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_number)
     grad = grad.contiguous()
     dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype) for t in (q, k, v))
@@ -137,48 +146,42 @@ def _bwd(
 
 
 def _fwd_fake(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale,
-    dropout_p, seed, backend,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed,
+    backend,
 ):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty((num_heads, q.shape[0]), dtype=torch.float32)
 
 
 def _bwd_fake(
-    grad, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed, backend,
+    grad, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale,
+    dropout_p, seed, backend,
 ):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
 
 
-_ARGUMENTS = "int num_heads, float softmax_scale, float dropout_p, Tensor? seed, str backend"
-register(
-    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    f"SymInt max_seqlen_k, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
+_ARGUMENTS = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? order, SymInt max_seqlen_q, SymInt max_seqlen_k, int num_heads, "
+    "float softmax_scale, float dropout_p, Tensor? seed, str backend"
 )
+register(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)", _fwd, _fwd_fake)
 register(
-    "attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor cu_seqlens_q, "
-    f"Tensor cu_seqlens_k, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    f"attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
 )
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _, ctx.num_heads, ctx.softmax_scale, ctx.dropout_p, seed, ctx.backend = (
-        inputs
-    )
+    q, k, v, cu_seqlens_q, cu_seqlens_k, order, *ctx.numbers, seed, ctx.backend = inputs
     _, lse = output
-    ctx.save_for_backward(q, k, v, lse, cu_seqlens_q, cu_seqlens_k, seed)
+    ctx.save_for_backward(q, k, v, lse, cu_seqlens_q, cu_seqlens_k, order, seed)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx, grad, _grad_lse):
     *saved, seed = ctx.saved_tensors
-    dq, dk, dv = torch.ops.albert_fast.attention_bwd(
-        grad, *saved, ctx.num_heads, ctx.softmax_scale, ctx.dropout_p, seed, ctx.backend
-    )
-    return dq, dk, dv, *[None] * 9
+    dq, dk, dv = torch.ops.albert_fast.attention_bwd(grad, *saved, *ctx.numbers, seed, ctx.backend)
+    return dq, dk, dv, *[None] * 10
 
 
 register_autograd("attention_fwd", _backward, _setup)
@@ -188,7 +191,7 @@ forbid_second_derivative("attention_bwd")
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     num_heads: int, softmax_scale: float | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
-    *, backend: str = "auto",
+    *, order: Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Multi-head attention of packed sequences.
 
@@ -200,6 +203,8 @@ def attention(
         num_heads: heads, each of H / num_heads adjacent columns.
         softmax_scale: factor on the scores, by default 1 / sqrt(head_dim).
         dropout_p, seed: replayable dropout of the probabilities; `seed` from `albert_fast.ops.draw_seed()`.
+        order: (B,) int32, every sequence once, in which they start on a GPU, or None for 0 to B - 1. With the longest
+            first (`albert_fast.packing.longest_first`) multiprocessors finish together; results are the same.
         backend: "auto", or the name of one.
 
     Returns:
@@ -219,7 +224,9 @@ def attention(
         or cu_seqlens_q.shape != cu_seqlens_k.shape
     ):
         raise ValueError("attention: cu_seqlens_q and cu_seqlens_k must be int32 of one shape (B + 1,)")
-    check_devices("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if order is not None and (order.dtype != torch.int32 or order.shape != (len(cu_seqlens_k) - 1,)):
+        raise ValueError(f"attention: order must be (B,) int32, got {tuple(order.shape)} {order.dtype}")
+    check_devices("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, order)
     same = cu_seqlens_k is cu_seqlens_q
     cu_seqlens_q = cu_seqlens_q.contiguous()
     cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k.contiguous()
@@ -227,21 +234,13 @@ def attention(
         check_ranges("attention", "cu_seqlens_q", cu_seqlens_q, len(q))
         if not same or len(k) != len(q):
             check_ranges("attention", "cu_seqlens_k", cu_seqlens_k, len(k))
+        if order is not None and order.sort().values.tolist() != list(range(len(order))):
+            raise ValueError(f"attention: order must name every sequence once, got {order.tolist()}")
     if softmax_scale is None:
         softmax_scale = (q.shape[1] // num_heads) ** -0.5
     q, k, v = (t if t.stride(1) == 1 else t.contiguous() for t in (q, k, v))
     call = torch.ops.albert_fast.attention_fwd if needs_dispatcher(q, k, v) else _fwd
     return call(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        num_heads,
-        softmax_scale,
-        dropout_p,
-        seed,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed,
         backend,
-    )[0]
+    )[0]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Launch:
     """One way in which a launcher starts a Triton kernel; everything in it can be sent to another process."""
 
     kernel: str  # the operator
-    label: str
-    tiles: str  # "D64 M128 N64 warps8"
+    label: str  # the launcher's arguments, then which of the operator's kernels
+    tiles: str  # "D64 M128 N64 warps8 stages3"
     module: str
     function: str
     signature: tuple[tuple[str, str], ...]  # argument -> Triton type
@@ -45,112 +46,96 @@ class Launch:
 class _Recorder:
     """Stands in for a Triton kernel and writes down how it is started."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str, function: str, original: Any) -> None:
+        self.module, self.function, self.original = module, function, original
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: self.calls.append((args, kwargs))
 
+    def launches(self, kernel: str, label: str, tensor_cores: bool) -> Iterator[Launch]:
+        """The calls, specialised as Triton would for their arguments."""
+        label += " " + self.function[1:].removeprefix(f"{kernel}_").removesuffix("_kernel")
+        parameters = {p.name: p for p in self.original.params}
+        named = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters]
+        )
+        for args, kwargs in self.calls:
+            options = {name: value for name, value in kwargs.items() if name not in parameters}
+            values = named.bind(*args, **{name: value for name, value in kwargs.items() if name in parameters})
+            signature, constants, divisible = [], [], []
+            for position, (name, value) in enumerate(values.arguments.items()):
+                if isinstance(value, torch.Tensor):
+                    kind, aligned = "*" + _TYPE_NAMES[value.dtype], value.data_ptr() % 16 == 0
+                elif isinstance(value, float):
+                    kind, aligned = "fp32", False
+                elif (
+                    value is None
+                    or parameters[name].is_constexpr
+                    or (value == 1 and not parameters[name].do_not_specialize)
+                ):
+                    kind, aligned = "constexpr", False
+                    constants.append((name, value))
+                else:
+                    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+                    aligned = value % 16 == 0 and not parameters[name].do_not_specialize
+                signature.append((name, kind))
+                if aligned:
+                    divisible.append(position)
+            sizes = [f"{name[-1]}{value}" for name, value in constants if name.startswith(("BLOCK_", "CHUNK_"))]
+            sizes += [f"{name[4:]}{options[name]}" for name in ("num_warps", "num_stages") if name in options]
+            yield Launch(
+                kernel, label, " ".join(sizes), self.module, self.function, tuple(signature), tuple(constants), tuple(divisible),
+                tuple(options.items()), tensor_cores,
+            )  # fmt: skip
 
-def record(kernel: str, label: str, module: str, function: str, run: Callable[[], Any], tensor_cores: bool) -> Launch:
-    """The one launch that `run()` makes of `module.function`, specialised as Triton would for these arguments."""
-    (launch,) = _record(kernel, lambda _: label, [(module, function)], run, tensor_cores)
-    return launch
 
+def record(kernel: str, label: str, modules: list[str], run: Callable[[], Any], tensor_cores: bool) -> list[Launch]:
+    """All launches that `run()` makes of kernels of these modules, with every candidate where the tuner has a choice."""
+    from ..kernels import _tuning
 
-def record_all(kernel: str, label: str, run: Callable[[], Any], tensor_cores: bool) -> list[Launch]:
-    """Every launch that `run()` makes of the kernels of operator `kernel` and of those that all share.
-
-    What a kernel does stands behind the label: "fwd", "bwd", "column_sums".
-    """
-    modules = [f"albert_fast.kernels.{name}" for name in (kernel, "_common")]
-    kernels = [
-        (module, name)
-        for module in modules
-        for name in vars(importlib.import_module(module))
-        if name.startswith("_") and name.endswith("_kernel")
-    ]
-    return _record(kernel, lambda name: f"{label} {name[1:-7].removeprefix(kernel + '_')}", kernels, run, tensor_cores)
-
-
-def _record(
-    kernel: str,
-    label_of: Callable[[str], str],
-    kernels: list[tuple[str, str]],
-    run: Callable[[], Any],
-    tensor_cores: bool,
-) -> list[Launch]:
-    """The launches of `kernels`, each (module, function), that `run()` makes, in the order of `kernels`."""
-    recorders = {place: _Recorder() for place in kernels}
-    with ExitStack() as stack:
-        originals = {place: getattr(importlib.import_module(place[0]), place[1]) for place in kernels}
-        for place, recorder in recorders.items():
-            stack.enter_context(mock.patch.object(importlib.import_module(place[0]), place[1], recorder))
+    recorders = []
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(_tuning, "choose", _start_all_but_the_last))
+        for module in modules:
+            owner = importlib.import_module(module)
+            for name in [name for name in vars(owner) if name.endswith("_kernel")]:
+                recorders.append(_Recorder(module, name, getattr(owner, name)))
+                patches.enter_context(mock.patch.object(owner, name, recorders[-1]))
         run()
-    return [
-        _launch(kernel, label_of(place[1]), place, originals[place], args, kwargs, tensor_cores)
-        for place, recorder in recorders.items()
-        for args, kwargs in recorder.calls
-    ]
+    return [launch for recorder in recorders for launch in recorder.launches(kernel, label, tensor_cores)]
 
 
-def _launch(
-    kernel: str,
-    label: str,
-    place: tuple[str, str],
-    original: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    tensor_cores: bool,
-) -> Launch:
-    """One call of the Triton kernel `original`, which is `place`, (module, function)."""
-    parameters = {p.name: p for p in original.params}
-    options = {name: kwargs.pop(name) for name in list(kwargs) if name not in parameters}
-    values = inspect.Signature(
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters]
-    ).bind(*args, **kwargs)
-    signature, constants, divisible = [], [], []
-    for position, (name, value) in enumerate(values.arguments.items()):
-        if isinstance(value, torch.Tensor):
-            kind, aligned = "*" + _TYPE_NAMES[value.dtype], value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            kind, aligned = "fp32", False
-        elif parameters[name].is_constexpr or (value == 1 and not parameters[name].do_not_specialize):
-            kind, aligned = "constexpr", False
-            constants.append((name, value))
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0 and not parameters[name].do_not_specialize
-        signature.append((name, kind))
-        if aligned:
-            divisible.append(position)
-    sizes = [f"{name[-1]}{value}" for name, value in constants if name.startswith(("BLOCK_", "CHUNK_"))]
-    tiles = " ".join([*sizes, f"warps{options['num_warps']}"])
-    return Launch(
-        kernel, label, tiles, *place, tuple(signature), tuple(constants), tuple(divisible),
-        tuple(options.items()), tensor_cores,
-    )  # fmt: skip
+def _start_all_but_the_last(_kernel: str, _key: Any, candidates: list[Any], start: Callable[[Any], Any]) -> Any:
+    # In the tuner's place; its caller starts the last.
+    for tiles in candidates[:-1]:
+        start(tiles)
+    return candidates[-1]
 
 
 def _attention_launches() -> Iterator[Case]:
     from ..kernels.attention import attention_fwd
+    from ..kernels.attention_bwd import attention_bwd
 
-    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    cu_seqlens, order = torch.tensor([0, 4], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
 
-    def run(dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout_p: float) -> None:
+    def run(dtype: torch.dtype, head_dim: int, lengths: tuple[int, int], dropout_p: float) -> None:
         q, k, v = torch.empty(4, 3 * 12 * head_dim, dtype=dtype).chunk(3, dim=1)
-        attention_fwd(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 12, 0.125, dropout_p, 1)
+        schedule = (cu_seqlens, cu_seqlens, order if dropout_p else None, *lengths)
+        out, lse = attention_fwd(q, k, v, *schedule, 12, 0.125, dropout_p, 1)
+        attention_bwd(out, q, k, v, lse, *schedule, 12, 0.125, dropout_p, 1)
 
-    # Dropout takes the most registers, so every tile is compiled with it; 26 (the tiny model's), 80 and 200 are padded.
-    sizes = [(d, s) for d in (16, 32, 64, 128, 256) for s in (16, 64, 512)]
-    cases = [(d, s, 0.1) for d, s in [*sizes, (26, 512), (80, 512), (200, 512)]]
-    plain = [(d, s, 0.0) for d, s in sizes if d in (32, 64, 128)]  # the released models' sizes
+    # Few queries, short sequences, long ones. Dropout takes the most registers, so every tile is compiled with it.
+    few, short, long = (16, 512), (64, 64), (512, 512)
+    tiles = [(d, lengths, 0.1) for d in (16, 32, 64, 128, 256) for lengths in (few, short, long)]
+    padded = [(d, long, 0.1) for d in (26, 80)]  # 26 is the tiny model's
+    plain = [(64, long, 0.0)]  # the released models'
     # float16 takes the same tiles as bfloat16.
-    chosen = {"f32": [*cases, (64, 512, 0.0)], "bf16": [*cases, *plain], "f16": [(d, 512, 0.0) for d in (32, 64, 128)]}
+    chosen = {"f32": [*tiles, *padded], "bf16": [*tiles, *padded, *plain], "f16": plain}
     for name, dtype in DTYPES.items():
-        for head_dim, max_seqlen, dropout_p in chosen[name]:
-            label = f"{name} D{head_dim} S{max_seqlen}" + (" dropout" if dropout_p else "")
-            yield label, partial(run, dtype, head_dim, max_seqlen, dropout_p), dtype.itemsize == 2
+        for head_dim, lengths, dropout_p in chosen[name]:
+            label = f"{name} D{head_dim} Q{lengths[0]} K{lengths[1]}" + (" dropout" if dropout_p else "")
+            yield label, partial(run, dtype, head_dim, lengths, dropout_p), dtype.itemsize == 2
 
 
 def _add_layer_norm_launches() -> Iterator[Case]:
@@ -204,9 +189,14 @@ def recorded_launches(kernel: str) -> list[Launch]:
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: Triton interprets kernels in this process and compiles none")
+    from .. import kernels
+
+    own = (kernel, f"{kernel}_bwd")
+    names = [name for _, name, _ in pkgutil.iter_modules(kernels.__path__) if name in own or name.startswith("_")]
+    modules = [f"{kernels.__name__}.{name}" for name in names]
     different: dict[tuple[Any, ...], Launch] = {}
     for label, run, tensor_cores in CASES[kernel]():
-        for launch in record_all(kernel, label, run, tensor_cores):
-            same = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
-            different.setdefault(same, launch)
+        for launch in record(kernel, label, modules, run, tensor_cores):
+            key = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
+            different.setdefault(key, launch)
     return list(different.values())

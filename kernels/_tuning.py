@@ -1,0 +1,121 @@
+"""Which of several tile sizes a kernel starts with: the first, or where ALBERT_FAST_TUNE=1 asks for it the fastest.
+
+Without the variable no clock and no file is read: tile sizes, and so the roundings, are the same on every run. With it
+every launch whose key is new on this chip and this Triton is timed once for each candidate, and the winner is kept in
+`$XDG_CACHE_HOME/albert_fast/tiles.json` (by default below ~/.cache), {"chip, Triton": {key: tiles}}.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+Tiles = dict[str, int]
+Launch = Callable[[Tiles], Any]
+# Milliseconds that a call takes.
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def choose(kernel: str, key: Callable[[], str], candidates: Sequence[Tiles], launch: Launch) -> Tiles:
+    """The tiles to launch with: `candidates[0]`, or the fastest candidate where tuning is asked for.
+
+    Args:
+        kernel: its name. key: gives what else the choice depends on: dtype, sizes; called only where tuning is asked for.
+        candidates: keywords of the kernel, best guess first; the compile check compiles every one of them.
+        launch: starts the kernel with such keywords; it may be called often, and overwrites its outputs each time.
+    """
+    if len(candidates) == 1 or not asked_for():
+        return candidates[0]
+    return _tuner(torch.cuda.get_device_name()).choose(f"{kernel} {key()}", candidates, launch)
+
+
+@functools.cache
+def asked_for() -> bool:
+    """Whether ALBERT_FAST_TUNE=1 was set when the first kernel started; Triton's interpreter is never timed."""
+    return os.environ.get("ALBERT_FAST_TUNE", "0") == "1" and not triton.knobs.runtime.interpret
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _tuner(chip: str) -> Tuner:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Tuner(cache / "albert_fast" / "tiles.json", f"{chip}, Triton {triton.__version__}", time_on_gpu)
+
+
+def time_on_gpu(call: Callable[[], Any]) -> float:
+    """Median milliseconds of `call` between two events, the L2 cache emptied before each."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=10, rep=50, return_mode="median")
+
+
+class Tuner:
+    """The winners of one machine, in memory and in a file that other machines and processes share.
+
+    path: the file; absent, broken or read-only, it costs only the memory of what was found. machine: the part of the
+    file that counts here. timer: what a call takes.
+    """
+
+    def __init__(self, path: Path, machine: str, timer: Timer) -> None:
+        self.path, self.machine, self.timer = path, machine, timer
+        self._winners = _winners(_read(path), machine)
+
+    def choose(self, key: str, candidates: Sequence[Tiles], launch: Launch) -> Tiles:
+        """The known winner of `key` if it still is a candidate, else the fastest, timed now and remembered."""
+        winner = self._winners.get(key)
+        if winner is not None and winner in candidates:
+            return winner
+        if capturing():  # timing waits for the GPU, which a capture forbids
+            return candidates[0]
+        times = [self._time(launch, tiles) for tiles in candidates]
+        self._winners[key] = winner = candidates[times.index(min(times))]
+        self._keep(key, winner)
+        return winner
+
+    def _time(self, launch: Launch, tiles: Tiles) -> float:
+        try:
+            return self.timer(lambda: launch(tiles))
+        except OutOfResources:  # a chip with less shared memory than those of the compile check
+            return float("inf")
+
+    def _keep(self, key: str, winner: Tiles) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path.with_suffix(".lock"), "w") as lock:
+                # Others may have added winners since: read, add and replace, one process at a time.
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                content = _read(self.path)
+                content[self.machine] = {**_winners(content, self.machine), key: winner}
+                with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+                    json.dump(content, file, indent=1, sort_keys=True)
+                os.replace(file.name, self.path)
+        except OSError as error:
+            warnings.warn(f"albert_fast: tuned tile sizes are not kept for later runs: {error}", stacklevel=2)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):  # absent, unreadable, or not JSON: as if nothing had been tuned
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _winners(content: dict[str, Any], machine: str) -> dict[str, Tiles]:
+    winners = content.get(machine)
+    return dict(winners) if isinstance(winners, dict) else {}

@@ -1,0 +1,448 @@
+"""Gradients of attention over packed sequences, no S x S matrix in memory (Dao 2023, FlashAttention-2, section 3.1.2).
+
+With P the probabilities, G the gradient of the output and dP = G V^T:
+
+    dV = P^T G        dS = P * (dP - mean)        dQ = scale dS K        dK = scale dS^T Q        mean = rowsum(P * dP)
+
+Two kernels, each the only writer of its results, so that the same call gives the same bits: one owns BLOCK_M queries and
+walks over their keys for dQ, the other owns BLOCK_N keys and walks over their queries for dK and dV. Scores are computed
+again from the saved log-sum-exp.
+
+FlashAttention-2 takes `mean` as rowsum(G * O). That equals rowsum(P * dP) but for the rounding of O and of either sum,
+and where softmax is saturated the difference is all that dP - mean leaves: one key alone in its sequence would get a
+gradient where there is none. So the sum is taken over the keys, in a walk of its own before that of dQ, and the one key
+that may hold nearly all of a row is kept out of it (`_DOMINANT`). With n blocks of keys a block of queries costs dQ
+5 n - 2 products of tiles, and dK and dV 4 n: where a sequence fits one block no more than FlashAttention-2's 7 n in two
+kernels, at most 9 n.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _tuning
+from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, round_to, rows_contiguous
+from ._tuning import Tiles
+from .attention import (
+    FEW_QUERIES,
+    LOG2_E,
+    TileRow,
+    all_products,
+    choice_key,
+    finite_or_zero,
+    load_rows,
+    product,
+    program_work,
+    sequence_range,
+    tile_candidates,
+)
+
+# (bytes an element, padded head size) -> candidates (BLOCK_M, BLOCK_N, CHUNK_D, num_warps, num_stages), default first.
+# Bounded as those of the forward; the default has the most rows that a program owns, as what it walks over is read again
+# by each.
+_DQ_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
+    (2, 16): ((64, 64, 16, 4, 2),),
+    (2, 32): ((64, 64, 32, 4, 2),),
+    (2, 64): ((128, 64, 64, 8, 2), (64, 32, 64, 4, 2), (64, 64, 64, 8, 2)),
+    (2, 128): ((64, 64, 128, 8, 2),),
+    (2, 256): ((64, 16, 64, 8, 1),),
+    (4, 16): ((32, 16, 16, 4, 1),),
+    (4, 32): ((32, 16, 32, 4, 1),),
+    (4, 64): ((64, 16, 16, 8, 1), (32, 16, 16, 4, 1)),
+    (4, 128): ((16, 16, 16, 4, 1),),
+    (4, 256): ((16, 16, 16, 8, 1),),
+}
+_DKDV_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
+    (2, 16): ((64, 64, 16, 4, 2),),
+    (2, 32): ((64, 64, 32, 4, 2),),
+    (2, 64): ((32, 128, 64, 8, 2), (32, 64, 64, 4, 2)),
+    (2, 128): ((32, 64, 64, 8, 2),),
+    (2, 256): ((16, 64, 128, 8, 1),),
+    (4, 16): ((16, 32, 16, 4, 1),),
+    (4, 32): ((16, 32, 32, 4, 1),),
+    (4, 64): ((16, 64, 16, 8, 1), (16, 32, 16, 4, 1)),
+    (4, 128): ((16, 32, 16, 8, 1),),
+    (4, 256): ((16, 16, 16, 8, 1),),
+}
+# Where one key holds more of a row than this, its dP - mean is a sum over the other keys, not a difference of two numbers
+# that agree. Known by its probability alone, in either kernel; the lower bound leaves room for their different roundings.
+_DOMINANT = tl.constexpr(0.9)
+_NEARLY_DOMINANT = tl.constexpr(0.75)
+
+
+@triton.jit
+def _weights(scores, row_lse, scale_log2):
+    """Probabilities up to the rounding of `row_lse`, which scales a whole row."""
+    row_shift = finite_or_zero(row_lse * 1.4426950408889634)
+    if INTERPRETED:
+        # The interpreter would round the product, which is large where softmax is sharp; a GPU has FMA.
+        scores = scores.to(tl.float64)
+    return tl.exp2((scores * scale_log2 - row_shift).to(tl.float32))
+
+
+@triton.jit
+def _keys_of_queries(
+    q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys, row_lse,
+    scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
+    MASK_KEYS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr,
+):  # fmt: skip
+    """Weights p (BLOCK_M, BLOCK_N) and their gradient dp of BLOCK_N keys from `first_key` on, and these keys (BLOCK_N, D)."""
+    keys = first_key + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    # 64 bits: key times row stride passes 2^31 elements in very long sequences.
+    k_rows = k_base + keys.to(tl.int64) * stride_k_row
+    v_rows = v_base + keys.to(tl.int64) * stride_v_row
+    k = load_rows(k_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
+    v = k
+    if CHUNK_D == BLOCK_D:
+        v = load_rows(v_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
+    scores = all_products(
+        q, q_rows, queries, n_queries, k, k_rows, keys, n_keys, True, MASK_KEYS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        CHUNK_D,
+    )  # fmt: skip
+    p = _weights(scores, row_lse[:, None], scale_log2)
+    if MASK_KEYS:
+        p = tl.where((keys < n_keys)[None, :], p, 0.0)
+    dp = all_products(
+        grad, grad_rows, queries, n_queries, v, v_rows, keys, n_keys, True, MASK_KEYS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
+        CHUNK_D,
+    )  # fmt: skip
+    if HAS_DROPOUT:
+        keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, dropout_rows[:, None], keys[None, :])
+        dp *= tl.where(keep, dropout_scale, 0.0)
+    return p, dp, k
+
+
+@triton.jit
+def _add_to_row_sums(p, dp, dominant, dominant_dp, rest, rest_dp):
+    """Adds a tile to four sums of each row: p and dp of its dominant key, p and p * dp of all others."""
+    dominates = p > _NEARLY_DOMINANT
+    dominant += tl.sum(tl.where(dominates, p, 0.0), axis=1)
+    dominant_dp += tl.sum(tl.where(dominates, dp, 0.0), axis=1)
+    rest += tl.sum(tl.where(dominates, 0.0, p), axis=1)
+    rest_dp += tl.sum(tl.where(dominates, 0.0, p * dp), axis=1)
+    return dominant, dominant_dp, rest, rest_dp
+
+
+@triton.jit
+def _score_gradient(p, dp, normal, mean, dominant_gap):
+    """dS of weights p: p * normal are probabilities, `dominant_gap` is dp - mean of a key that dominates its row."""
+    return p * normal * tl.where(p > _DOMINANT, dominant_gap, dp - mean)
+
+
+@triton.jit(do_not_specialize=["n_query_blocks", "n_queries_total", "seed_lo", "seed_hi", "dropout_threshold"])
+def _attention_bwd_dq_kernel(
+    grad_ptr,  # (Tq, num_heads * HEAD_DIM), gradient of the output, rows `stride_grad_row` elements apart
+    q_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_q_row` elements apart
+    k_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_k_row` elements apart
+    v_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
+    lse_ptr,  # (num_heads, Tq) float32
+    dq_ptr,  # (Tq, num_heads * HEAD_DIM), contiguous
+    sums_ptr,  # (3, num_heads, Tq) float32: normal, mean, dominant_gap of `_score_gradient`
+    cu_seqlens_q_ptr,  # (B + 1,) int32
+    cu_seqlens_k_ptr,  # (B + 1,) int32
+    order_ptr,  # (B,) int32, or None for 0 to B - 1
+    stride_grad_row,
+    stride_q_row,
+    stride_k_row,
+    stride_v_row,
+    num_heads,
+    n_query_blocks,  # blocks of BLOCK_M queries in the longest sequence
+    n_queries_total,  # Tq
+    softmax_scale,
+    scale_log2,  # softmax_scale * log2(e)
+    seed_lo,  # int32 halves of the dropout seed
+    seed_hi,
+    dropout_threshold,  # int32 holding floor(p * 2^32)
+    dropout_scale,  # 1 / (1 - p)
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # HEAD_DIM padded to a power of two
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr,  # columns of a head multiplied at a time; BLOCK_D, or a divisor of it
+):
+    query_block, head, sequence = program_work(order_ptr, n_query_blocks, num_heads)
+    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence)
+    if query_block * BLOCK_M >= n_queries:
+        return
+    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence)
+
+    dims = tl.arange(0, BLOCK_D)
+    queries = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    # 64 bits: token times row stride passes 2^31 elements in large batches.
+    packed_queries = first_query.to(tl.int64) + queries
+    column = head * HEAD_DIM
+    q_rows = q_ptr + packed_queries * stride_q_row + column
+    grad_rows = grad_ptr + packed_queries * stride_grad_row + column
+    q, grad = q_ptr, grad_ptr
+    if CHUNK_D == BLOCK_D:
+        q = load_rows(q_rows[:, None] + dims[None, :], queries, n_queries, dims, True, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_rows[:, None] + dims[None, :], queries, n_queries, dims, True, HEAD_DIM, BLOCK_D)
+    k_base = k_ptr + first_token.to(tl.int64) * stride_k_row + column
+    v_base = v_ptr + first_token.to(tl.int64) * stride_v_row + column
+    statistic = head.to(tl.int64) * n_queries_total + packed_queries
+    row_lse = tl.load(lse_ptr + statistic, mask=queries < n_queries, other=0.0)
+    dropout_rows = head * 0x10001 + packed_queries
+
+    # The row sums of all keys come first. The last block of keys, the only one that may be partly filled, stays in
+    # registers: short sequences are walked over once.
+    dominant = tl.zeros([BLOCK_M], dtype=tl.float32)
+    dominant_dp, rest, rest_dp = dominant, dominant, dominant
+    last_key = (tl.maximum(n_keys, 1) - 1) // BLOCK_N * BLOCK_N
+    for first_key in range(0, last_key, BLOCK_N):
+        p, dp, k = _keys_of_queries(
+            q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys,
+            row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
+            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+        )  # fmt: skip
+        dominant, dominant_dp, rest, rest_dp = _add_to_row_sums(p, dp, dominant, dominant_dp, rest, rest_dp)
+    last_p, last_dp, last_k = _keys_of_queries(
+        q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, last_key, n_keys,
+        row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
+        True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+    )  # fmt: skip
+    dominant, dominant_dp, rest, rest_dp = _add_to_row_sums(last_p, last_dp, dominant, dominant_dp, rest, rest_dp)
+    # Without keys all sums are zero, and so is the gradient; with keys a zero sum is NaN, as in torch.
+    total = tl.where(n_keys == 0, 1.0, dominant + rest)
+    normal = 1.0 / total
+    mean = (dominant * dominant_dp + rest_dp) / total
+    dominant_gap = (rest * dominant_dp - rest_dp) / total
+
+    last_ds = _score_gradient(last_p, last_dp, normal[:, None], mean[:, None], dominant_gap[:, None])
+    dq = product(round_to(last_ds, last_k.dtype), last_k, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32))
+    for first_key in range(0, last_key, BLOCK_N):
+        p, dp, k = _keys_of_queries(
+            q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys,
+            row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
+            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+        )  # fmt: skip
+        ds = _score_gradient(p, dp, normal[:, None], mean[:, None], dominant_gap[:, None])
+        dq = product(round_to(ds, k.dtype), k, dq)
+
+    row_mask = queries < n_queries
+    dq_ptrs = dq_ptr + packed_queries[:, None] * (num_heads * HEAD_DIM) + (column + dims)[None, :]
+    dq_mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(dq_ptrs, round_to(dq * softmax_scale, dq_ptr.dtype.element_ty), mask=dq_mask)
+    plane = n_queries_total.to(tl.int64) * num_heads
+    tl.store(sums_ptr + statistic, normal, mask=row_mask)
+    tl.store(sums_ptr + plane + statistic, mean, mask=row_mask)
+    tl.store(sums_ptr + 2 * plane + statistic, dominant_gap, mask=row_mask)
+
+
+@triton.jit
+def _add_queries(
+    dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, lse_base, sums_base, plane, stride_q_row,
+    stride_grad_row, first_query, n_queries, scale_log2, first_dropout_row, seed_lo, seed_hi, dropout_threshold,
+    dropout_scale,
+    MASK_QUERIES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_M queries from `first_query` on add to dk and dv (BLOCK_N, BLOCK_D).
+
+    Everything is transposed, keys by queries: weights and score gradients are then left operands as they are.
+    """
+    queries = first_query + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    # 64 bits: query times row stride passes 2^31 elements in very long sequences.
+    q_rows = q_base + queries.to(tl.int64) * stride_q_row
+    grad_rows = grad_base + queries.to(tl.int64) * stride_grad_row
+    q = load_rows(q_rows[:, None] + dims[None, :], queries, n_queries, dims, MASK_QUERIES, HEAD_DIM, BLOCK_D)
+    grad = load_rows(grad_rows[:, None] + dims[None, :], queries, n_queries, dims, MASK_QUERIES, HEAD_DIM, BLOCK_D)
+    valid = queries < n_queries
+    row_lse = tl.load(lse_base + queries, mask=valid, other=0.0)
+    normal = tl.load(sums_base + queries, mask=valid, other=0.0)
+    mean = tl.load(sums_base + plane + queries, mask=valid, other=0.0)
+    dominant_gap = tl.load(sums_base + 2 * plane + queries, mask=valid, other=0.0)
+
+    scores = all_products(
+        k, k_rows, keys, n_keys, q, q_rows, queries, n_queries, True, MASK_QUERIES, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D,
+        CHUNK_D,
+    )  # fmt: skip
+    p = _weights(scores, row_lse[None, :], scale_log2)
+    dp = all_products(
+        v, v_rows, keys, n_keys, grad, grad_rows, queries, n_queries, True, MASK_QUERIES, BLOCK_N, BLOCK_M, HEAD_DIM,
+        BLOCK_D, CHUNK_D,
+    )  # fmt: skip
+    kept = p * normal[None, :]
+    if HAS_DROPOUT:
+        rows = first_dropout_row + queries
+        keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[None, :], keys[:, None])
+        # A product, not a choice: a dropped NaN or infinity stays NaN, as in torch.
+        factor = tl.where(keep, dropout_scale, 0.0)
+        dp *= factor
+        kept *= factor
+    ds = _score_gradient(p, dp, normal[None, :], mean[None, :], dominant_gap[None, :])
+    if MASK_QUERIES:
+        # Zero times an infinite key would be NaN.
+        kept = tl.where(valid[None, :], kept, 0.0)
+        ds = tl.where(valid[None, :], ds, 0.0)
+    dv = product(round_to(kept, grad.dtype), grad, dv)
+    dk = product(round_to(ds, q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["n_key_blocks", "n_queries_total", "seed_lo", "seed_hi", "dropout_threshold"])
+def _attention_bwd_dkdv_kernel(
+    grad_ptr,  # (Tq, num_heads * HEAD_DIM), gradient of the output, rows `stride_grad_row` elements apart
+    q_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_q_row` elements apart
+    k_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_k_row` elements apart
+    v_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
+    lse_ptr,  # (num_heads, Tq) float32
+    sums_ptr,  # (3, num_heads, Tq) float32: normal, mean, dominant_gap of `_score_gradient`
+    dk_ptr,  # (T, num_heads * HEAD_DIM), contiguous
+    dv_ptr,  # (T, num_heads * HEAD_DIM), contiguous
+    cu_seqlens_q_ptr,  # (B + 1,) int32
+    cu_seqlens_k_ptr,  # (B + 1,) int32
+    order_ptr,  # (B,) int32, or None for 0 to B - 1
+    stride_grad_row,
+    stride_q_row,
+    stride_k_row,
+    stride_v_row,
+    num_heads,
+    n_key_blocks,  # blocks of BLOCK_N keys in the longest sequence
+    n_queries_total,  # Tq
+    softmax_scale,
+    scale_log2,  # softmax_scale * log2(e)
+    seed_lo,  # int32 halves of the dropout seed
+    seed_hi,
+    dropout_threshold,  # int32 holding floor(p * 2^32)
+    dropout_scale,  # 1 / (1 - p)
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # HEAD_DIM padded to a power of two
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK_D: tl.constexpr,  # columns of a head multiplied at a time; BLOCK_D, or a divisor of it
+):
+    key_block, head, sequence = program_work(order_ptr, n_key_blocks, num_heads)
+    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence)
+    if key_block * BLOCK_N >= n_keys:
+        return
+    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence)
+
+    dims = tl.arange(0, BLOCK_D)
+    keys = key_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # 64 bits: token times row stride passes 2^31 elements in large batches.
+    packed_keys = first_token.to(tl.int64) + keys
+    packed_query = first_query.to(tl.int64)
+    column = head * HEAD_DIM
+    k_rows = k_ptr + packed_keys * stride_k_row + column
+    v_rows = v_ptr + packed_keys * stride_v_row + column
+    k, v = k_ptr, v_ptr
+    if CHUNK_D == BLOCK_D:
+        k = load_rows(k_rows[:, None] + dims[None, :], keys, n_keys, dims, True, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_rows[:, None] + dims[None, :], keys, n_keys, dims, True, HEAD_DIM, BLOCK_D)
+    q_base = q_ptr + packed_query * stride_q_row + column
+    grad_base = grad_ptr + packed_query * stride_grad_row + column
+    statistic = head.to(tl.int64) * n_queries_total + packed_query
+    plane = n_queries_total.to(tl.int64) * num_heads
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    full_queries = n_queries // BLOCK_M * BLOCK_M
+    for block_query in range(0, full_queries, BLOCK_M):
+        dk, dv = _add_queries(
+            dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, lse_ptr + statistic, sums_ptr + statistic, plane,
+            stride_q_row, stride_grad_row, block_query, n_queries, scale_log2, head * 0x10001 + packed_query, seed_lo,
+            seed_hi, dropout_threshold, dropout_scale,
+            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+        )  # fmt: skip
+    if full_queries < n_queries:
+        dk, dv = _add_queries(
+            dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, lse_ptr + statistic, sums_ptr + statistic, plane,
+            stride_q_row, stride_grad_row, full_queries, n_queries, scale_log2, head * 0x10001 + packed_query, seed_lo,
+            seed_hi, dropout_threshold, dropout_scale,
+            True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+        )  # fmt: skip
+
+    offsets = packed_keys[:, None] * (num_heads * HEAD_DIM) + (column + dims)[None, :]
+    mask = (keys < n_keys)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(dk_ptr + offsets, round_to(dk * softmax_scale, dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + offsets, round_to(dv, dv_ptr.dtype.element_ty), mask=mask)
+
+
+def attention_bwd_tiles(
+    head_dim: int, dtype: torch.dtype, max_seqlen_q: int, max_seqlen_k: int
+) -> tuple[list[Tiles], list[Tiles]]:
+    """Candidates for the kernels of dQ and of dK and dV, for sequences of at most so many tokens, the default first.
+
+    Raises:
+        ValueError: a head size above 256.
+    """
+    dq, dkdv = (tile_candidates(table, head_dim, dtype) for table in (_DQ_TILES, _DKDV_TILES))
+    if max_seqlen_q <= FEW_QUERIES:
+        num_warps = 4 if head_dim <= 128 else 8  # wider heads would spill
+        dq, dkdv = [dq[0] | {"BLOCK_M": 16, "num_warps": num_warps}], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
+    # Of short sequences, no more rows than the smallest tile has.
+    dq = [tiles for tiles in dq if max_seqlen_q > 64 or tiles["BLOCK_M"] <= 64]
+    return dq, [tiles for tiles in dkdv if max_seqlen_k > 64 or tiles["BLOCK_N"] <= 64]
+
+
+def attention_bwd(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor,
+    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, order: torch.Tensor | None, max_seqlen_q: int,
+    max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float = 0.0, seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of `attention_fwd` with respect to q, k and v.
+
+    Args:
+        grad: (Tq, H), gradient of its output, in q's dtype; rows may be strided.
+        lse: (num_heads, Tq) float32, as it returned it.
+        The others: as it was given them; the same dropout_p and seed drop the same probabilities again.
+
+    Returns:
+        dq (Tq, H), dk (T, H), dv (T, H) in q's dtype, zeros where a sequence has no keys or no queries.
+
+    Raises:
+        ValueError: a head size above 256, dropout_p outside [0, 1).
+    """
+    head_dim, sequences = q.shape[1] // num_heads, len(cu_seqlens_q) - 1
+    grad = rows_contiguous(grad)
+    dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
+    sums = torch.empty((3, num_heads, len(q)), dtype=torch.float32, device=q.device)
+    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k)
+    sizes = (*(t.stride(0) for t in (grad, q, k, v)), num_heads)
+    numbers = (len(q), softmax_scale, softmax_scale * LOG2_E, *dropout_arguments(dropout_p, seed))
+    options = {"HAS_DROPOUT": dropout_p > 0.0, "HEAD_DIM": head_dim, **COMPILER_OPTIONS}
+
+    def launch_dq(tiles: Tiles) -> None:
+        n_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
+        _attention_bwd_dq_kernel[(n_blocks * num_heads * sequences,)](
+            grad,
+            q,
+            k,
+            v,
+            lse,
+            dq,
+            sums,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            order,
+            *sizes,
+            n_blocks,
+            *numbers,
+            **options,
+            **tiles,
+        )
+
+    def launch_dkdv(tiles: Tiles) -> None:
+        n_blocks = triton.cdiv(max_seqlen_k, tiles["BLOCK_N"])
+        _attention_bwd_dkdv_kernel[(n_blocks * num_heads * sequences,)](
+            grad, q, k, v, lse, sums, dk, dv, cu_seqlens_q, cu_seqlens_k, order, *sizes, n_blocks, *numbers, **options,
+            **tiles,
+        )  # fmt: skip
+
+    key = functools.partial(choice_key, head_dim, q.dtype, dropout_p, max_seqlen_q, max_seqlen_k)
+    with torch.cuda.device_of(q):
+        if len(q):
+            launch_dq(_tuning.choose("attention_bwd_dq", key, dq_tiles, launch_dq))
+        if len(k):
+            launch_dkdv(_tuning.choose("attention_bwd_dkdv", key, dkdv_tiles, launch_dkdv))
+    return dq, dk, dv
