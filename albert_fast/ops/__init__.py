@@ -10,6 +10,7 @@ from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref
 from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, stage_seconds
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
+from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "encoder_ref",
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
     "quantized_encoder",
     "quantized_encoder_ref",
     "stage_seconds",
