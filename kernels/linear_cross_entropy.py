@@ -1,18 +1,19 @@
 """linear_cross_entropy: the mean of cross_entropy(x W^T + bias, labels) over labelled rows; logits stay in registers.
 
-Of N labelled rows, E columns and V words. Forward, 2 N V E operations: a program owns BLOCK_M rows and walks over a share
-of the vocabulary, BLOCK_N words at a time, with the running maximum and sum of each row (Milakov & Gimelshein 2018); a
-second pass merges the shares, a third takes the mean. Backward, 8 N V E operations (4 of them are the logits, computed
-again from each row's maximum and sum): programs that own rows walk over the vocabulary for dx, programs that own words walk
-over the rows for dW and dbias, so no sum needs an atomic. E above 128 goes in output chunks of 128 columns, each of which
-computes all logits again.
+Of N labelled rows, E columns and V words. Forward, 2 N V E operations: a program owns some rows and walks over a share
+of the vocabulary, a block of words at a time, with the running maximum and sum of each row (Milakov & Gimelshein 2018);
+a second pass merges the shares, a third takes the mean. Backward, 8 N V E operations, of which 4 are the logits again,
+with the maximum and sum saved: programs that own rows walk over the vocabulary for dx, programs that own words walk
+over the rows for dW and dbias, so no sum needs an atomic. E above 128 goes in output chunks of 128 columns, each of
+which computes all logits again.
 
-With the logits in memory training would take 6 N V E operations and move five times 4 N V bytes, here W and x alone:
-2 V E bytes (bfloat16) for every BLOCK_M rows, out of the L2 cache. Every logit costs one exponential a walk, which at
-E = 128 is as much work for the special-function units as its 256 operations are for Hopper's tensor cores.
+With the logits in memory, training takes 6 N V E operations and at least six passes over N V numbers. Here the passes
+are over W, 2 V E bytes (bfloat16) for every block of rows, which stay in the L2 cache. Every logit costs a walk one
+exponential: at E = 128 as much work for the special-function units (16 a clock) as its 256 operations are for Hopper's
+tensor cores (4096 a clock).
 
-The labelled rows are found on the device, in order, so that no launch waits for their number; of the programs for N rows
-those behind the last labelled one return at once.
+The labelled rows are found on the device, in order, so that no launch waits for their number; of the programs for N
+rows those behind the last labelled one return at once.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ _MERGE_ROWS, _MEAN_ROWS, _SUM_ROWS = 128, 1024, 16
 
 
 @triton.jit
-def _shift_of(row_max):
-    """What is subtracted from logits times log2(e); a sum of exponentials holds for exactly this number."""
+def _power(logits, row_max):
+    """exp(logits - row_max)."""
     # A maximum of -inf is not subtracted: logits of -inf alone would make a NaN of all that follow.
-    return tl.where(row_max == float("-inf"), 0.0, row_max * _LOG2_E)
+    # The difference comes first: in one FMA with log2(e), huge logits would differ from their own maximum.
+    return tl.exp2((logits - tl.where(row_max == float("-inf"), 0.0, row_max)) * _LOG2_E)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
@@ -88,16 +90,13 @@ def _linear_cross_entropy_fwd_kernel(
     for word in range(first_word, last_word, BLOCK_WALK):
         words = word + tl.arange(0, BLOCK_WALK)
         known = words < n_words
-        # Words behind the last one have a logit of -inf, by their bias.
+        # Words behind the last one have a probability of zero, by their bias.
         bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
-        logits, _ = multiply(
-            x, x_rows, live, weight_ptr + words.to(tl.int64) * WIDTH, known, WIDTH, BLOCK_OWN, BLOCK_WALK, BLOCK_E, CHUNK_E
-        )  # fmt: skip
+        weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
+        logits, _ = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_OWN, BLOCK_WALK, BLOCK_E, CHUNK_E)
         logits += bias[None, :]
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
-        shift = _shift_of(new_max)
-        rescale = tl.exp2(_shift_of(row_max) - shift)
-        row_sum = row_sum * rescale + tl.sum(tl.exp2(logits * _LOG2_E - shift[:, None]), axis=1)
+        row_sum = row_sum * _power(row_max, new_max) + tl.sum(_power(logits, new_max[:, None]), axis=1)
         row_max = new_max
         target_logits += tl.sum(tl.where(words[None, :] == targets[:, None], logits, 0.0), axis=1)
 
@@ -129,16 +128,14 @@ def _linear_cross_entropy_fwd_merge_kernel(
         share_max = tl.load(max_ptr + share * n_rows + slots, mask=live, other=0.0)
         share_sum = tl.load(sum_ptr + share * n_rows + slots, mask=live, other=1.0)
         new_max = tl.maximum(row_max, share_max)
-        shift = _shift_of(new_max)
-        row_sum *= tl.exp2(_shift_of(row_max) - shift)
-        row_sum += share_sum * tl.exp2(_shift_of(share_max) - shift)
+        row_sum = row_sum * _power(row_max, new_max) + share_sum * _power(share_max, new_max)
         row_max = new_max
     # A label outside the vocabulary has no logit: NaN reaches the loss and, by the maximum, every gradient.
     inside = tl.load(targets_ptr + slots, mask=live, other=-1) >= 0
     target_logits = tl.load(target_ptr + slots, mask=live & inside, other=float("nan"))
     # What is large is subtracted first: a loss near zero is not lost in the rounding of a log-sum-exp.
-    loss = tl.log2(row_sum) - (target_logits * _LOG2_E - _shift_of(row_max))
-    tl.store(loss_ptr + slots, loss * _LN_2, mask=live)
+    loss = tl.log2(row_sum) * _LN_2 + (row_max - target_logits)
+    tl.store(loss_ptr + slots, loss, mask=live)
     rows = tl.load(rows_ptr + slots, mask=live, other=0)
     tl.store(row_max_ptr + rows, tl.where(inside, row_max, float("nan")), mask=live)
     tl.store(row_sum_ptr + rows, row_sum, mask=live)
@@ -161,9 +158,9 @@ def _linear_cross_entropy_fwd_mean_kernel(
 
 
 @triton.jit
-def _logit_gradients(logits, shift, factor, is_label):
+def _logit_gradients(logits, row_max, factor, is_label):
     """(softmax - one-hot label) * 2^15, float32, with the factor 2^15 / sum of exponentials."""
-    p = tl.exp2(logits * _LOG2_E - shift) * factor
+    p = _power(logits, row_max) * factor
     # Before any rounding to a lower dtype, where a probability near 1 would cancel to nothing.
     return tl.where(is_label, p - _UNIT, p)
 
@@ -200,7 +197,7 @@ def _linear_cross_entropy_bwd_x_kernel(
     rows = tl.load(rows_ptr + slots, mask=live, other=0)
     x_rows = x_ptr + rows.to(tl.int64) * stride_x_row
     targets = tl.load(targets_ptr + slots, mask=live, other=-1)
-    shift = _shift_of(tl.load(row_max_ptr + rows, mask=live, other=float("inf")))
+    row_max = tl.load(row_max_ptr + rows, mask=live, other=float("inf"))
     factor = _UNIT / tl.load(row_sum_ptr + rows, mask=live, other=1.0)
     x = load_owned(x_rows, live, WIDTH, BLOCK_E, CHUNK_E)
     cols = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -215,7 +212,7 @@ def _linear_cross_entropy_bwd_x_kernel(
         weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
         logits, weight = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_OWN, BLOCK_WALK, BLOCK_E, CHUNK_E)
         gradients = _logit_gradients(
-            logits + bias[None, :], shift[:, None], factor[:, None], words[None, :] == targets[:, None]
+            logits + bias[None, :], row_max[:, None], factor[:, None], words[None, :] == targets[:, None]
         )
         weight = out_columns(weight, weight_rows, known, cols, WIDTH, BLOCK_E, CHUNK_E)
         acc = product(round_to(gradients, weight.dtype), weight, acc)
@@ -276,7 +273,8 @@ def _linear_cross_entropy_bwd_weight_kernel(
 ):
     words = tl.program_id(0) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
     known = words < n_words
-    bias = tl.load(bias_ptr + words, mask=known, other=0.0).to(tl.float32)
+    # Words behind the last one have a probability of zero, by their bias.
+    bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
     weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
     weight = load_owned(weight_rows, known, WIDTH, BLOCK_E, CHUNK_E)
     cols = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -291,11 +289,11 @@ def _linear_cross_entropy_bwd_weight_kernel(
         x_rows = x_ptr + rows.to(tl.int64) * stride_x_row
         targets = tl.load(targets_ptr + slots, mask=live, other=-1)
         # Slots behind the last row have probabilities of zero, by their maximum.
-        shift = _shift_of(tl.load(row_max_ptr + rows, mask=live, other=float("inf")))
+        row_max = tl.load(row_max_ptr + rows, mask=live, other=float("inf"))
         factor = _UNIT / tl.load(row_sum_ptr + rows, mask=live, other=1.0)
         logits, x = multiply(weight, weight_rows, known, x_rows, live, WIDTH, BLOCK_OWN, BLOCK_WALK, BLOCK_E, CHUNK_E)
         gradients = _logit_gradients(
-            logits + bias[:, None], shift[None, :], factor[None, :], words[:, None] == targets[None, :]
+            logits + bias[:, None], row_max[None, :], factor[None, :], words[:, None] == targets[None, :]
         )
         dbias += tl.sum(gradients, axis=1)
         x = out_columns(x, x_rows, live, cols, WIDTH, BLOCK_E, CHUNK_E)
@@ -344,8 +342,8 @@ def linear_cross_entropy_fwd(
             row_blocks, share_words, WIDTH=width, **tiles, **COMPILER_OPTIONS,
         )  # fmt: skip
         _linear_cross_entropy_fwd_merge_kernel[(triton.cdiv(n_rows, _MERGE_ROWS),)](
-            largest, sums, logits, rows, targets, count, losses, row_max, row_sum, n_rows, shares, BLOCK_M=_MERGE_ROWS, num_warps=4,
-            **COMPILER_OPTIONS,
+            largest, sums, logits, rows, targets, count, losses, row_max, row_sum, n_rows, shares,
+            BLOCK_M=_MERGE_ROWS, num_warps=4, **COMPILER_OPTIONS,
         )  # fmt: skip
         _linear_cross_entropy_fwd_mean_kernel[(1,)](
             losses, count, loss, BLOCK_M=_MEAN_ROWS, num_warps=8, **COMPILER_OPTIONS
@@ -379,8 +377,8 @@ def linear_cross_entropy_bwd(
     with torch.cuda.device_of(x):
         rows, targets, count = find_labelled(labels, n_words)
         _linear_cross_entropy_bwd_x_kernel[(row_blocks * shares, out_chunks)](
-            x, weight, bias, rows, targets, count, row_max, row_sum, parts, x.stride(0), n_rows, n_words, row_blocks, share_words,
-            WIDTH=width, **tiles, **COMPILER_OPTIONS,
+            x, weight, bias, rows, targets, count, row_max, row_sum, parts, x.stride(0), n_rows, n_words, row_blocks,
+            share_words, WIDTH=width, **tiles, **COMPILER_OPTIONS,
         )  # fmt: skip
         _linear_cross_entropy_bwd_sum_kernel[(triton.cdiv(n_rows, _SUM_ROWS),)](
             parts, grad, rows, count, dx, n_rows, shares, WIDTH=width, BLOCK_M=_SUM_ROWS, BLOCK_E=tiles["BLOCK_E"],

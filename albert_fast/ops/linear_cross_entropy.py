@@ -1,9 +1,9 @@
 """linear_cross_entropy: the loss of masked language modelling, without logits in memory.
 
 The mean of cross_entropy(x @ weight^T + bias, labels), ignored labels left out (Lan et al. 2019, section 3.1; Hugging
-Face's `AlbertForMaskedLM`). At V = 30,000 the logits, their softmax and its gradient are the largest tensors of a training
-step, hundreds of times the size of x; the kernels keep a block of them at a time, save each row's maximum and sum of
-exponentials, and compute the products again for the gradient.
+Face's `AlbertForMaskedLM`). At V = 30,000 the logits, their softmax and its gradient are the largest tensors of a
+training step, each 234 times the size of x; the kernels keep a block of them at a time, save each row's maximum and sum
+of exponentials, and compute the products again for the gradient.
 """
 
 from __future__ import annotations
