@@ -1,4 +1,4 @@
-"""What the passes of linear_cross_entropy share: tiles, shares of the vocabulary, labelled rows, products in chunks."""
+"""What the passes of linear_cross_entropy share: tiles, shares of the vocabulary, products in chunks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import COMPILER_OPTIONS, INTERPRETED
+from ._common import INTERPRETED
 
 MAX_WIDTH = 1024
-IGNORED = tl.constexpr(-100)
 # The vocabulary is split until so many programs run, but into shares of no fewer words. Fixed numbers and not the
 # chip's: they decide the order of the sums.
 _PROGRAMS, _MIN_WORDS = 512, 1024
@@ -17,7 +16,6 @@ _PROGRAMS, _MIN_WORDS = 512, 1024
 # A float32 product runs on plain FMA, with all its operands in registers: hence small tiles and chunks.
 _TILES = {2: (128, 64, 128, 8, 3), 4: (32, 32, 16, 4, 1)}
 _MAX_OUT = 128
-_LABELS = 1024
 
 
 def linear_cross_entropy_tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -31,42 +29,17 @@ def linear_cross_entropy_tiles(width: int, dtype: torch.dtype) -> dict[str, int]
     owned, walked, chunk, num_warps, num_stages = _TILES[dtype.itemsize]
     block_e = max(16, triton.next_power_of_2(width))
     return {
-        "BLOCK_OWN": owned, "BLOCK_WALK": walked, "BLOCK_E": block_e, "CHUNK_E": min(chunk, block_e),
-        "BLOCK_OUT": min(_MAX_OUT, block_e), "num_warps": num_warps, "num_stages": num_stages,
+        "BLOCK_M": owned, "BLOCK_N": walked, "BLOCK_E": block_e, "CHUNK_E": min(chunk, block_e),
+        "BLOCK_O": min(_MAX_OUT, block_e), "num_warps": num_warps, "num_stages": num_stages,
     }  # fmt: skip
 
 
 def vocabulary_shares(n_rows: int, n_words: int, tiles: dict[str, int]) -> tuple[int, int, int]:
     """(blocks of rows, shares of the vocabulary, words of a share): from sizes alone."""
-    row_blocks = triton.cdiv(n_rows, tiles["BLOCK_OWN"])
+    row_blocks = triton.cdiv(n_rows, tiles["BLOCK_M"])
     words = max(triton.cdiv(n_words, triton.cdiv(_PROGRAMS, row_blocks)), min(_MIN_WORDS, n_words))
-    words = triton.cdiv(words, tiles["BLOCK_WALK"]) * tiles["BLOCK_WALK"]
+    words = triton.cdiv(words, tiles["BLOCK_N"]) * tiles["BLOCK_N"]
     return row_blocks, triton.cdiv(n_words, words), words
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _linear_cross_entropy_labelled_kernel(
-    labels_ptr,  # (N,) int64
-    rows_ptr,  # (N,) int32, the labelled rows in order; the rest is not written
-    targets_ptr,  # (N,) int32, the labels of these rows, -1 for one outside the vocabulary
-    count_ptr,  # (1,) int32, how many rows are labelled
-    n_rows,  # N
-    n_words,  # V
-    BLOCK_M: tl.constexpr,
-):
-    """One program, which walks over all labels."""
-    count = tl.zeros((), dtype=tl.int32)
-    for first_row in range(0, n_rows, BLOCK_M):
-        rows = first_row + tl.arange(0, BLOCK_M)
-        labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=IGNORED)
-        labelled = labels != IGNORED
-        ones = labelled.to(tl.int32)
-        slots = count + tl.cumsum(ones, axis=0) - 1
-        targets = tl.where((labels >= 0) & (labels < n_words), labels, -1)
-        tl.store(rows_ptr + slots, rows, mask=labelled)
-        tl.store(targets_ptr + slots, targets.to(tl.int32), mask=labelled)
-        count += tl.sum(ones, axis=0)
-    tl.store(count_ptr, count)
 
 
 @triton.jit
@@ -99,11 +72,11 @@ def load_owned(rows, mask, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK_E: 
 
 @triton.jit
 def multiply(
-    owned, own_rows, own_mask, walk_rows, walk_mask, WIDTH: tl.constexpr, BLOCK_OWN: tl.constexpr,
-    BLOCK_WALK: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK_E: tl.constexpr,
+    owned, own_rows, own_mask, walk_rows, walk_mask, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK_E: tl.constexpr,
 ):  # fmt: skip
-    """(products (BLOCK_OWN, BLOCK_WALK) of owned rows and walked rows, the walked rows as loaded)."""
-    acc = tl.zeros([BLOCK_OWN, BLOCK_WALK], dtype=tl.float32)
+    """(products (BLOCK_M, BLOCK_N) of owned rows and walked rows, the walked rows as loaded)."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     walked = walk_rows
     if CHUNK_E == BLOCK_E:
         walked = load_rows(walk_rows, walk_mask, tl.arange(0, BLOCK_E), WIDTH, BLOCK_E)
@@ -124,14 +97,3 @@ def out_columns(walked, walk_rows, walk_mask, cols, WIDTH: tl.constexpr, BLOCK_E
     if CHUNK_E != BLOCK_E:
         tile = load_rows(walk_rows, walk_mask, cols, WIDTH, BLOCK_E)
     return tile
-
-
-def find_labelled(labels: torch.Tensor, n_words: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rows, targets (N,) int32 and count (1,) int32 of the labelled rows."""
-    n_rows = len(labels)
-    rows, targets = (torch.empty(n_rows, dtype=torch.int32, device=labels.device) for _ in range(2))
-    count = torch.empty(1, dtype=torch.int32, device=labels.device)
-    _linear_cross_entropy_labelled_kernel[(1,)](
-        labels, rows, targets, count, n_rows, n_words, BLOCK_M=_LABELS, num_warps=8, **COMPILER_OPTIONS
-    )
-    return rows, targets, count

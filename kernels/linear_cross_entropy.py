@@ -24,7 +24,6 @@ import triton.language as tl
 
 from ._common import COMPILER_OPTIONS, round_to, rows_contiguous
 from ._vocabulary import (
-    find_labelled,
     linear_cross_entropy_tiles,
     load_owned,
     multiply,
@@ -37,7 +36,34 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 # Gradients of logits are at most 1 in size and as small as 1 / V: times 2^15 they fit the normal numbers of float16.
 _UNIT = tl.constexpr(32768.0)
-_MERGE_ROWS, _MEAN_ROWS, _SUM_ROWS = 128, 1024, 16
+_IGNORED = tl.constexpr(-100)
+# Rows of a block in the kernels that multiply nothing.
+_LABEL_ROWS, _MERGE_ROWS, _MEAN_ROWS, _SUM_ROWS = 1024, 128, 1024, 16
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _linear_cross_entropy_labelled_kernel(
+    labels_ptr,  # (N,) int64
+    rows_ptr,  # (N,) int32, the labelled rows in order; the rest is not written
+    targets_ptr,  # (N,) int32, the labels of these rows, -1 for one outside the vocabulary
+    count_ptr,  # (1,) int32, how many rows are labelled
+    n_rows,  # N
+    n_words,  # V
+    BLOCK_M: tl.constexpr,
+):
+    """One program, which walks over all labels."""
+    count = tl.zeros((), dtype=tl.int32)
+    for first_row in range(0, n_rows, BLOCK_M):
+        rows = first_row + tl.arange(0, BLOCK_M)
+        labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=_IGNORED)
+        labelled = labels != _IGNORED
+        ones = labelled.to(tl.int32)
+        slots = count + tl.cumsum(ones, axis=0) - 1
+        targets = tl.where((labels >= 0) & (labels < n_words), labels, -1)
+        tl.store(rows_ptr + slots, rows, mask=labelled)
+        tl.store(targets_ptr + slots, targets.to(tl.int32), mask=labelled)
+        count += tl.sum(ones, axis=0)
+    tl.store(count_ptr, count)
 
 
 @triton.jit
@@ -65,35 +91,35 @@ def _linear_cross_entropy_fwd_kernel(
     n_row_blocks,
     share_words,  # words of a share
     WIDTH: tl.constexpr,  # E
-    BLOCK_OWN: tl.constexpr,  # rows
-    BLOCK_WALK: tl.constexpr,  # words
+    BLOCK_M: tl.constexpr,  # rows
+    BLOCK_N: tl.constexpr,  # words
     BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
     CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
-    BLOCK_OUT: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
     # Programs of one share are neighbours, so that its words stay in the L2 cache.
     share = tl.program_id(0) // n_row_blocks
-    slots = tl.program_id(0) % n_row_blocks * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    slots = tl.program_id(0) % n_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     count = tl.load(count_ptr)
-    if tl.program_id(0) % n_row_blocks * BLOCK_OWN >= count:
+    if tl.program_id(0) % n_row_blocks * BLOCK_M >= count:
         return
     live = slots < count
     x_rows = x_ptr + tl.load(rows_ptr + slots, mask=live, other=0).to(tl.int64) * stride_x_row
     targets = tl.load(targets_ptr + slots, mask=live, other=-1)
     x = load_owned(x_rows, live, WIDTH, BLOCK_E, CHUNK_E)
 
-    row_max = tl.full([BLOCK_OWN], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_OWN], dtype=tl.float32)
-    target_logits = tl.zeros([BLOCK_OWN], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    target_logits = tl.zeros([BLOCK_M], dtype=tl.float32)
     first_word = share * share_words
     last_word = tl.minimum(first_word + share_words, n_words)
-    for word in range(first_word, last_word, BLOCK_WALK):
-        words = word + tl.arange(0, BLOCK_WALK)
+    for word in range(first_word, last_word, BLOCK_N):
+        words = word + tl.arange(0, BLOCK_N)
         known = words < n_words
         # Words behind the last one have a probability of zero, by their bias.
         bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
         weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
-        logits, _ = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_OWN, BLOCK_WALK, BLOCK_E, CHUNK_E)
+        logits, _ = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
         logits += bias[None, :]
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * _power(row_max, new_max) + tl.sum(_power(logits, new_max[:, None]), axis=1)
@@ -182,16 +208,16 @@ def _linear_cross_entropy_bwd_x_kernel(
     n_row_blocks,
     share_words,  # words of a share
     WIDTH: tl.constexpr,  # E
-    BLOCK_OWN: tl.constexpr,  # rows
-    BLOCK_WALK: tl.constexpr,  # words
+    BLOCK_M: tl.constexpr,  # rows
+    BLOCK_N: tl.constexpr,  # words
     BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
     CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
-    BLOCK_OUT: tl.constexpr,  # columns of dx that a program computes
+    BLOCK_O: tl.constexpr,  # columns of dx that a program computes
 ):
     share = tl.program_id(0) // n_row_blocks
-    slots = tl.program_id(0) % n_row_blocks * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    slots = tl.program_id(0) % n_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     count = tl.load(count_ptr)
-    if tl.program_id(0) % n_row_blocks * BLOCK_OWN >= count:
+    if tl.program_id(0) % n_row_blocks * BLOCK_M >= count:
         return
     live = slots < count
     rows = tl.load(rows_ptr + slots, mask=live, other=0)
@@ -200,17 +226,17 @@ def _linear_cross_entropy_bwd_x_kernel(
     row_max = tl.load(row_max_ptr + rows, mask=live, other=float("inf"))
     factor = _UNIT / tl.load(row_sum_ptr + rows, mask=live, other=1.0)
     x = load_owned(x_rows, live, WIDTH, BLOCK_E, CHUNK_E)
-    cols = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
 
-    acc = tl.zeros([BLOCK_OWN, BLOCK_OUT], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
     first_word = share * share_words
     last_word = tl.minimum(first_word + share_words, n_words)
-    for word in range(first_word, last_word, BLOCK_WALK):
-        words = word + tl.arange(0, BLOCK_WALK)
+    for word in range(first_word, last_word, BLOCK_N):
+        words = word + tl.arange(0, BLOCK_N)
         known = words < n_words
         bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
         weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
-        logits, weight = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_OWN, BLOCK_WALK, BLOCK_E, CHUNK_E)
+        logits, weight = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
         gradients = _logit_gradients(
             logits + bias[None, :], row_max[:, None], factor[:, None], words[None, :] == targets[:, None]
         )
@@ -265,25 +291,25 @@ def _linear_cross_entropy_bwd_weight_kernel(
     stride_x_row,
     n_words,  # V
     WIDTH: tl.constexpr,  # E
-    BLOCK_OWN: tl.constexpr,  # words
-    BLOCK_WALK: tl.constexpr,  # rows
+    BLOCK_M: tl.constexpr,  # words
+    BLOCK_N: tl.constexpr,  # rows
     BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
     CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
-    BLOCK_OUT: tl.constexpr,  # columns of dweight that a program computes
+    BLOCK_O: tl.constexpr,  # columns of dweight that a program computes
 ):
-    words = tl.program_id(0) * BLOCK_OWN + tl.arange(0, BLOCK_OWN)
+    words = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     known = words < n_words
     # Words behind the last one have a probability of zero, by their bias.
     bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
     weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
     weight = load_owned(weight_rows, known, WIDTH, BLOCK_E, CHUNK_E)
-    cols = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     count = tl.load(count_ptr)
 
-    acc = tl.zeros([BLOCK_OWN, BLOCK_OUT], dtype=tl.float32)
-    dbias = tl.zeros([BLOCK_OWN], dtype=tl.float32)
-    for first_slot in range(0, count, BLOCK_WALK):
-        slots = first_slot + tl.arange(0, BLOCK_WALK)
+    acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for first_slot in range(0, count, BLOCK_N):
+        slots = first_slot + tl.arange(0, BLOCK_N)
         live = slots < count
         rows = tl.load(rows_ptr + slots, mask=live, other=0)
         x_rows = x_ptr + rows.to(tl.int64) * stride_x_row
@@ -291,7 +317,7 @@ def _linear_cross_entropy_bwd_weight_kernel(
         # Slots behind the last row have probabilities of zero, by their maximum.
         row_max = tl.load(row_max_ptr + rows, mask=live, other=float("inf"))
         factor = _UNIT / tl.load(row_sum_ptr + rows, mask=live, other=1.0)
-        logits, x = multiply(weight, weight_rows, known, x_rows, live, WIDTH, BLOCK_OWN, BLOCK_WALK, BLOCK_E, CHUNK_E)
+        logits, x = multiply(weight, weight_rows, known, x_rows, live, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
         gradients = _logit_gradients(
             logits + bias[:, None], row_max[None, :], factor[None, :], words[:, None] == targets[None, :]
         )
@@ -305,6 +331,17 @@ def _linear_cross_entropy_bwd_weight_kernel(
     tl.store(dweight_rows[:, None] + cols[None, :], dweight, mask=known[:, None] & (cols < WIDTH)[None, :])
     if tl.program_id(1) == 0:
         tl.store(dbias_ptr + words, round_to(dbias * scale, dbias_ptr.dtype.element_ty), mask=known)
+
+
+def _find_labelled(labels: torch.Tensor, n_words: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rows, targets (N,) int32 and count (1,) int32 of the labelled rows."""
+    n_rows = len(labels)
+    rows, targets = (torch.empty(n_rows, dtype=torch.int32, device=labels.device) for _ in range(2))
+    count = torch.empty(1, dtype=torch.int32, device=labels.device)
+    _linear_cross_entropy_labelled_kernel[(1,)](
+        labels, rows, targets, count, n_rows, n_words, BLOCK_M=_LABEL_ROWS, num_warps=8, **COMPILER_OPTIONS
+    )
+    return rows, targets, count
 
 
 def linear_cross_entropy_fwd(
@@ -336,7 +373,7 @@ def linear_cross_entropy_fwd(
     largest, sums = (torch.empty((shares, n_rows), dtype=torch.float32, device=x.device) for _ in range(2))
     logits, losses = (torch.empty(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.cuda.device_of(x):
-        rows, targets, count = find_labelled(labels, n_words)
+        rows, targets, count = _find_labelled(labels, n_words)
         _linear_cross_entropy_fwd_kernel[(row_blocks * shares,)](
             x, weight, bias.contiguous(), rows, targets, count, largest, sums, logits, x.stride(0), n_rows, n_words,
             row_blocks, share_words, WIDTH=width, **tiles, **COMPILER_OPTIONS,
@@ -373,9 +410,9 @@ def linear_cross_entropy_bwd(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     row_blocks, shares, share_words = vocabulary_shares(n_rows, n_words, tiles)
     parts = torch.empty((shares, n_rows, width), dtype=torch.float32, device=x.device)
-    out_chunks = triton.cdiv(width, tiles["BLOCK_OUT"])
+    out_chunks = triton.cdiv(width, tiles["BLOCK_O"])
     with torch.cuda.device_of(x):
-        rows, targets, count = find_labelled(labels, n_words)
+        rows, targets, count = _find_labelled(labels, n_words)
         _linear_cross_entropy_bwd_x_kernel[(row_blocks * shares, out_chunks)](
             x, weight, bias, rows, targets, count, row_max, row_sum, parts, x.stride(0), n_rows, n_words, row_blocks,
             share_words, WIDTH=width, **tiles, **COMPILER_OPTIONS,
@@ -384,7 +421,7 @@ def linear_cross_entropy_bwd(
             parts, grad, rows, count, dx, n_rows, shares, WIDTH=width, BLOCK_M=_SUM_ROWS, BLOCK_E=tiles["BLOCK_E"],
             num_warps=4, **COMPILER_OPTIONS,
         )  # fmt: skip
-        _linear_cross_entropy_bwd_weight_kernel[(triton.cdiv(n_words, tiles["BLOCK_OWN"]), out_chunks)](
+        _linear_cross_entropy_bwd_weight_kernel[(triton.cdiv(n_words, tiles["BLOCK_M"]), out_chunks)](
             grad, x, weight, bias, rows, targets, count, row_max, row_sum, dweight, dbias, x.stride(0), n_words,
             WIDTH=width, **tiles, **COMPILER_OPTIONS,
         )  # fmt: skip

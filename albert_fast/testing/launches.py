@@ -8,16 +8,24 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # One of every tile that `row_tiles` gives, and one that is no multiple of 16 elements.
 _ROW_WIDTHS = (128, 200, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 # (label, a call of the launcher, whether the kernel should use tensor cores)
@@ -51,16 +59,66 @@ class _Recorder:
 
 
 def record(kernel: str, label: str, module: str, function: str, run: Callable[[], Any], tensor_cores: bool) -> Launch:
-    """The launch that `run()` makes of `module.function`, specialised as Triton would for these arguments."""
-    owner = importlib.import_module(module)
-    original = getattr(owner, function)
-    recorder = _Recorder()
-    setattr(owner, function, recorder)
-    try:
+    """The one launch that `run()` makes of `module.function`, specialised as Triton would for these arguments."""
+    (launch,) = _record(kernel, lambda _: label, [(module, function)], run, tensor_cores)
+    return launch
+
+
+def record_all(kernel: str, label: str, run: Callable[[], Any], tensor_cores: bool) -> list[Launch]:
+    """Every launch that `run()` makes of the kernels of operator `kernel` and of those that all share.
+
+    What a kernel does stands behind the label: "fwd", "bwd", "column_sums".
+    """
+    modules = [f"albert_fast.kernels.{name}" for name in (kernel, "_common")]
+    kernels = [
+        (module, name)
+        for module in modules
+        for name in vars(importlib.import_module(module))
+        if name.startswith("_") and name.endswith("_kernel")
+    ]
+    launches = _record(
+        kernel, lambda name: f"{label} {name[1:-7].removeprefix(kernel + '_')}", kernels, run, tensor_cores
+    )
+    # Among several kernels, those that multiply have a constant for how many columns at a time.
+    return [
+        replace(
+            launch, wants_tensor_cores=tensor_cores and any(name.startswith("CHUNK_") for name, _ in launch.constants)
+        )
+        for launch in launches
+    ]
+
+
+def _record(
+    kernel: str,
+    label_of: Callable[[str], str],
+    kernels: list[tuple[str, str]],
+    run: Callable[[], Any],
+    tensor_cores: bool,
+) -> list[Launch]:
+    """The launches of `kernels`, each (module, function), that `run()` makes, in the order of `kernels`."""
+    recorders = {place: _Recorder() for place in kernels}
+    with ExitStack() as stack:
+        originals = {place: getattr(importlib.import_module(place[0]), place[1]) for place in kernels}
+        for place, recorder in recorders.items():
+            stack.enter_context(mock.patch.object(importlib.import_module(place[0]), place[1], recorder))
         run()
-    finally:
-        setattr(owner, function, original)
-    ((args, kwargs),) = recorder.calls
+    return [
+        _launch(kernel, label_of(place[1]), place, originals[place], args, kwargs, tensor_cores)
+        for place, recorder in recorders.items()
+        for args, kwargs in recorder.calls
+    ]
+
+
+def _launch(
+    kernel: str,
+    label: str,
+    place: tuple[str, str],
+    original: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tensor_cores: bool,
+) -> Launch:
+    """One call of the Triton kernel `original`, which is `place`, (module, function)."""
     parameters = {p.name: p for p in original.params}
     options = {name: kwargs.pop(name) for name in list(kwargs) if name not in parameters}
     values = inspect.Signature(
@@ -84,7 +142,7 @@ def record(kernel: str, label: str, module: str, function: str, run: Callable[[]
     sizes = [f"{name[-1]}{value}" for name, value in constants if name.startswith(("BLOCK_", "CHUNK_"))]
     tiles = " ".join([*sizes, f"warps{options['num_warps']}"])
     return Launch(
-        kernel, label, tiles, module, function, tuple(signature), tuple(constants), tuple(divisible),
+        kernel, label, tiles, *place, tuple(signature), tuple(constants), tuple(divisible),
         tuple(options.items()), tensor_cores,
     )  # fmt: skip
 
@@ -142,16 +200,34 @@ def _bias_gelu_launches() -> Iterator[Case]:
             yield f"{name} N{n} {act}", partial(bias_gelu_fwd, *arguments), False
 
 
+def _linear_cross_entropy_launches() -> Iterator[Case]:
+    from ..kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
+
+    def run(dtype: torch.dtype, width: int) -> None:
+        # The vocabulary of the released models.
+        weight, bias = torch.empty(30000, width, dtype=dtype), torch.empty(30000, dtype=dtype)
+        x, labels = torch.empty(77, width, dtype=dtype), torch.empty(77, dtype=torch.int64)
+        loss, row_max, row_sum = linear_cross_entropy_fwd(x, weight, bias, labels)
+        linear_cross_entropy_bwd(loss, x, weight, bias, labels, row_max, row_sum)
+
+    # One of every tile, and one that is padded.
+    widths = (16, 32, 64, 128, 200, 256, 512, 1024)
+    for name, dtype in DTYPES.items():
+        for width in widths if name != "f16" else [128]:
+            yield f"{name} E{width}", partial(run, dtype, width), dtype.itemsize == 2
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": _attention_launches,
     "add_layer_norm": _add_layer_norm_launches,
     "gelu_layer_norm": _gelu_layer_norm_launches,
     "bias_gelu": _bias_gelu_launches,
+    "linear_cross_entropy": _linear_cross_entropy_launches,
 }
 
 
 def recorded_launches(kernel: str) -> list[Launch]:
-    """Every different launch of an operator's Triton kernel: all tile sizes, dtypes and flags of its launcher.
+    """Every different launch of an operator's Triton kernels: all tile sizes, dtypes and flags of its launchers.
 
     Raises:
         RuntimeError: Triton runs as an interpreter in this process and compiles nothing.
@@ -162,6 +238,7 @@ def recorded_launches(kernel: str) -> list[Launch]:
         raise RuntimeError("TRITON_INTERPRET is set: Triton interprets kernels in this process and compiles none")
     different: dict[tuple[Any, ...], Launch] = {}
     for label, run, tensor_cores in CASES[kernel]():
-        launch = record(kernel, label, f"albert_fast.kernels.{kernel}", f"_{kernel}_fwd_kernel", run, tensor_cores)
-        different.setdefault((launch.signature, launch.constants, launch.divisible, launch.options), launch)
+        for launch in record_all(kernel, label, run, tensor_cores):
+            same = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
+            different.setdefault(same, launch)
     return list(different.values())
