@@ -1,4 +1,4 @@
-"""What the passes of linear_cross_entropy share: tiles, shares of the vocabulary, products in chunks."""
+"""What the passes of linear_cross_entropy share: tiles, shares of the vocabulary, products in chunks, probabilities."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import triton.language as tl
 from ._common import INTERPRETED
 
 MAX_WIDTH = 1024
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Gradients of logits are at most 1 in size and as small as 1 / V: times 2^15 they fit the normal numbers of float16.
+UNIT = tl.constexpr(32768.0)
 # The vocabulary is split until so many programs run, but into shares of no fewer words. Fixed numbers and not the
 # chip's: they decide the order of the sums.
 _PROGRAMS, _MIN_WORDS = 512, 1024
-# Bytes an element -> (owned rows or words, walked words or rows, columns multiplied at a time, num_warps, num_stages).
+# (Bytes an element, whether all columns are multiplied at once) -> (owned rows or words, walked words or rows, columns
+# multiplied at a time, num_warps, num_stages). Bounded by registers: no spill on any of sm_80, sm_90, sm_100.
 # A float32 product runs on plain FMA, with all its operands in registers: hence small tiles and chunks.
-_TILES = {2: (128, 64, 128, 8, 3), 4: (32, 32, 16, 4, 1)}
+_TILES = {(2, True): (128, 64, 128, 8, 3), (2, False): (64, 64, 64, 4, 2), (4, False): (32, 32, 16, 8, 1)}
 _MAX_OUT = 128
 
 
@@ -26,7 +30,8 @@ def linear_cross_entropy_tiles(width: int, dtype: torch.dtype) -> dict[str, int]
     """
     if width > MAX_WIDTH:
         raise ValueError(f"linear_cross_entropy: {width} columns; the Triton kernels take up to {MAX_WIDTH}")
-    owned, walked, chunk, num_warps, num_stages = _TILES[dtype.itemsize]
+    at_once = dtype.itemsize == 2 and width <= _MAX_OUT
+    owned, walked, chunk, num_warps, num_stages = _TILES[dtype.itemsize, at_once]
     block_e = max(16, triton.next_power_of_2(width))
     return {
         "BLOCK_M": owned, "BLOCK_N": walked, "BLOCK_E": block_e, "CHUNK_E": min(chunk, block_e),
@@ -44,11 +49,17 @@ def vocabulary_shares(n_rows: int, n_words: int, tiles: dict[str, int]) -> tuple
 
 @triton.jit
 def load_rows(rows, mask, cols, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Columns `cols` of the rows that begin at `rows`, zeros outside `mask` and beyond WIDTH."""
-    if WIDTH == BLOCK_E:
-        tile = tl.load(rows[:, None] + cols[None, :], mask=mask[:, None], other=0.0)
+    """Columns `cols` of the rows that begin at `rows`, zeros outside `mask` (None: all are there) and beyond WIDTH."""
+    at = rows[:, None] + cols[None, :]
+    if WIDTH != BLOCK_E:
+        inside = (cols < WIDTH)[None, :]
+        if mask is not None:
+            inside = mask[:, None] & inside
+        tile = tl.load(at, mask=inside, other=0.0)
+    elif mask is not None:
+        tile = tl.load(at, mask=mask[:, None], other=0.0)
     else:
-        tile = tl.load(rows[:, None] + cols[None, :], mask=mask[:, None] & (cols < WIDTH)[None, :], other=0.0)
+        tile = tl.load(at)
     return tile
 
 
@@ -97,3 +108,19 @@ def out_columns(walked, walk_rows, walk_mask, cols, WIDTH: tl.constexpr, BLOCK_E
     if CHUNK_E != BLOCK_E:
         tile = load_rows(walk_rows, walk_mask, cols, WIDTH, BLOCK_E)
     return tile
+
+
+@triton.jit
+def power(logits, row_max):
+    """exp(logits - row_max)."""
+    # A maximum of -inf is not subtracted: logits of -inf alone would make a NaN of all that follow.
+    # The difference comes first: in one FMA with log2(e), huge logits would differ from their own maximum.
+    return tl.exp2((logits - tl.where(row_max == float("-inf"), 0.0, row_max)) * _LOG2_E)
+
+
+@triton.jit
+def logit_gradients(logits, row_max, factor, is_label):
+    """(softmax - one-hot label) * 2^15, float32, with the factor 2^15 / sum of exponentials."""
+    p = power(logits, row_max) * factor
+    # Before any rounding to a lower dtype, where a probability near 1 would cancel to nothing.
+    return tl.where(is_label, p - UNIT, p)

@@ -4,7 +4,7 @@ Of N labelled rows, E columns and V words. Forward, 2 N V E operations: a progra
 of the vocabulary, a block of words at a time, with the running maximum and sum of each row (Milakov & Gimelshein 2018);
 a second pass merges the shares, a third takes the mean. Backward, 8 N V E operations, of which 4 are the logits again,
 with the maximum and sum saved: programs that own rows walk over the vocabulary for dx, programs that own words walk
-over the rows for dW and dbias, so no sum needs an atomic. E above 128 goes in output chunks of 128 columns, each of
+over the gathered rows for dW and dbias, so no sum needs an atomic. E above 128 goes in output chunks of 128 columns, each of
 which computes all logits again.
 
 With the logits in memory, training takes 6 N V E operations and at least six passes over N V numbers. Here the passes
@@ -24,21 +24,21 @@ import triton.language as tl
 
 from ._common import COMPILER_OPTIONS, round_to, rows_contiguous
 from ._vocabulary import (
+    UNIT,
     linear_cross_entropy_tiles,
     load_owned,
+    logit_gradients,
     multiply,
     out_columns,
+    power,
     product,
     vocabulary_shares,
 )
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-# Gradients of logits are at most 1 in size and as small as 1 / V: times 2^15 they fit the normal numbers of float16.
-_UNIT = tl.constexpr(32768.0)
 _IGNORED = tl.constexpr(-100)
 # Rows of a block in the kernels that multiply nothing.
-_LABEL_ROWS, _MERGE_ROWS, _MEAN_ROWS, _SUM_ROWS = 1024, 128, 1024, 16
+_LABEL_ROWS, _MERGE_ROWS, _MEAN_ROWS, _GATHER_ROWS = 1024, 128, 1024, 16
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -64,14 +64,6 @@ def _linear_cross_entropy_labelled_kernel(
         tl.store(targets_ptr + slots, targets.to(tl.int32), mask=labelled)
         count += tl.sum(ones, axis=0)
     tl.store(count_ptr, count)
-
-
-@triton.jit
-def _power(logits, row_max):
-    """exp(logits - row_max)."""
-    # A maximum of -inf is not subtracted: logits of -inf alone would make a NaN of all that follow.
-    # The difference comes first: in one FMA with log2(e), huge logits would differ from their own maximum.
-    return tl.exp2((logits - tl.where(row_max == float("-inf"), 0.0, row_max)) * _LOG2_E)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
@@ -122,7 +114,7 @@ def _linear_cross_entropy_fwd_kernel(
         logits, _ = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
         logits += bias[None, :]
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
-        row_sum = row_sum * _power(row_max, new_max) + tl.sum(_power(logits, new_max[:, None]), axis=1)
+        row_sum = row_sum * power(row_max, new_max) + tl.sum(power(logits, new_max[:, None]), axis=1)
         row_max = new_max
         target_logits += tl.sum(tl.where(words[None, :] == targets[:, None], logits, 0.0), axis=1)
 
@@ -154,7 +146,7 @@ def _linear_cross_entropy_fwd_merge_kernel(
         share_max = tl.load(max_ptr + share * n_rows + slots, mask=live, other=0.0)
         share_sum = tl.load(sum_ptr + share * n_rows + slots, mask=live, other=1.0)
         new_max = tl.maximum(row_max, share_max)
-        row_sum = row_sum * _power(row_max, new_max) + share_sum * _power(share_max, new_max)
+        row_sum = row_sum * power(row_max, new_max) + share_sum * power(share_max, new_max)
         row_max = new_max
     # A label outside the vocabulary has no logit: NaN reaches the loss and, by the maximum, every gradient.
     inside = tl.load(targets_ptr + slots, mask=live, other=-1) >= 0
@@ -184,25 +176,47 @@ def _linear_cross_entropy_fwd_mean_kernel(
 
 
 @triton.jit
-def _logit_gradients(logits, row_max, factor, is_label):
-    """(softmax - one-hot label) * 2^15, float32, with the factor 2^15 / sum of exponentials."""
-    p = _power(logits, row_max) * factor
-    # Before any rounding to a lower dtype, where a probability near 1 would cancel to nothing.
-    return tl.where(is_label, p - _UNIT, p)
+def _linear_cross_entropy_bwd_gather_kernel(
+    x_ptr,  # (N, WIDTH), rows `stride_x_row` elements apart
+    row_max_ptr,  # (N,) float32
+    row_sum_ptr,  # (N,) float32
+    rows_ptr,  # (N,) int32, the labelled rows
+    targets_ptr,  # (slots,) int32, their labels; -1 is written behind the last one
+    count_ptr,  # (1,) int32
+    x_out_ptr,  # (slots, WIDTH), contiguous: the labelled rows, then zeros
+    max_out_ptr,  # (slots,) float32: their maxima, then infinity, by which all probabilities there are zero
+    factor_out_ptr,  # (slots,) float32: 2^15 / their sums of exponentials, then 0
+    stride_x_row,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """So that the walks over rows read whole blocks of neighbours, without a mask."""
+    slots, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+    live = slots < tl.load(count_ptr)
+    rows = tl.load(rows_ptr + slots, mask=live, other=0)
+    row_max = tl.load(row_max_ptr + rows, mask=live, other=float("inf"))
+    row_sum = tl.load(row_sum_ptr + rows, mask=live, other=float("inf"))
+    inside = (cols < WIDTH)[None, :]
+    x_rows = x_ptr + rows.to(tl.int64) * stride_x_row
+    x = tl.load(x_rows[:, None] + cols[None, :], mask=live[:, None] & inside, other=0.0)
+    x_out_rows = x_out_ptr + slots.to(tl.int64) * WIDTH
+    tl.store(x_out_rows[:, None] + cols[None, :], x, mask=tl.broadcast_to(inside, x.shape))
+    tl.store(max_out_ptr + slots, row_max)
+    tl.store(factor_out_ptr + slots, 1.0 / row_sum * UNIT)
+    tl.store(targets_ptr + slots, tl.full([BLOCK_M], -1, dtype=tl.int32), mask=slots >= tl.load(count_ptr))
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
 def _linear_cross_entropy_bwd_x_kernel(
-    x_ptr,  # (N, WIDTH), rows `stride_x_row` elements apart
+    x_ptr,  # (slots, WIDTH), contiguous, the gathered rows
     weight_ptr,  # (V, WIDTH), contiguous
     bias_ptr,  # (V,)
-    rows_ptr,  # (N,) int32, the labelled rows
-    targets_ptr,  # (N,) int32, their labels
+    targets_ptr,  # (slots,) int32, their labels
     count_ptr,  # (1,) int32
-    row_max_ptr,  # (N,) float32
-    row_sum_ptr,  # (N,) float32
+    row_max_ptr,  # (slots,) float32
+    factor_ptr,  # (slots,) float32
     shares_ptr,  # (shares, N, WIDTH) float32: of each labelled row, each share's part of dx times 2^15 N / grad
-    stride_x_row,
     n_rows,  # N
     n_words,  # V
     n_row_blocks,
@@ -219,13 +233,11 @@ def _linear_cross_entropy_bwd_x_kernel(
     count = tl.load(count_ptr)
     if tl.program_id(0) % n_row_blocks * BLOCK_M >= count:
         return
-    live = slots < count
-    rows = tl.load(rows_ptr + slots, mask=live, other=0)
-    x_rows = x_ptr + rows.to(tl.int64) * stride_x_row
-    targets = tl.load(targets_ptr + slots, mask=live, other=-1)
-    row_max = tl.load(row_max_ptr + rows, mask=live, other=float("inf"))
-    factor = _UNIT / tl.load(row_sum_ptr + rows, mask=live, other=1.0)
-    x = load_owned(x_rows, live, WIDTH, BLOCK_E, CHUNK_E)
+    x_rows = x_ptr + slots.to(tl.int64) * WIDTH
+    targets = tl.load(targets_ptr + slots)
+    row_max = tl.load(row_max_ptr + slots)
+    factor = tl.load(factor_ptr + slots)
+    x = load_owned(x_rows, None, WIDTH, BLOCK_E, CHUNK_E)
     cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
 
     acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
@@ -236,15 +248,15 @@ def _linear_cross_entropy_bwd_x_kernel(
         known = words < n_words
         bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
         weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
-        logits, weight = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
-        gradients = _logit_gradients(
+        logits, weight = multiply(x, x_rows, None, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
+        gradients = logit_gradients(
             logits + bias[None, :], row_max[:, None], factor[:, None], words[None, :] == targets[:, None]
         )
         weight = out_columns(weight, weight_rows, known, cols, WIDTH, BLOCK_E, CHUNK_E)
         acc = product(round_to(gradients, weight.dtype), weight, acc)
 
     share_rows = shares_ptr + (share * n_rows + slots).to(tl.int64) * WIDTH
-    tl.store(share_rows[:, None] + cols[None, :], acc, mask=live[:, None] & (cols < WIDTH)[None, :])
+    tl.store(share_rows[:, None] + cols[None, :], acc, mask=(slots < count)[:, None] & (cols < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_shares"])
@@ -270,7 +282,7 @@ def _linear_cross_entropy_bwd_sum_kernel(
     for share in range(n_shares):
         share_rows = shares_ptr + (share * n_rows + slots).to(tl.int64) * WIDTH
         acc += tl.load(share_rows[:, None] + cols[None, :], mask=mask, other=0.0)
-    dx = acc * (tl.load(grad_ptr) / count / _UNIT)
+    dx = acc * (tl.load(grad_ptr) / count / UNIT)
     dx_rows = dx_ptr + tl.load(rows_ptr + slots, mask=live, other=0).to(tl.int64) * WIDTH
     tl.store(dx_rows[:, None] + cols[None, :], round_to(dx, dx_ptr.dtype.element_ty), mask=mask)
 
@@ -278,17 +290,15 @@ def _linear_cross_entropy_bwd_sum_kernel(
 @triton.jit
 def _linear_cross_entropy_bwd_weight_kernel(
     grad_ptr,  # () float32, gradient of the loss
-    x_ptr,  # (N, WIDTH), rows `stride_x_row` elements apart
+    x_ptr,  # (slots, WIDTH), contiguous, the gathered rows
     weight_ptr,  # (V, WIDTH), contiguous
     bias_ptr,  # (V,)
-    rows_ptr,  # (N,) int32, the labelled rows
-    targets_ptr,  # (N,) int32, their labels
+    targets_ptr,  # (slots,) int32, their labels
     count_ptr,  # (1,) int32
-    row_max_ptr,  # (N,) float32
-    row_sum_ptr,  # (N,) float32
+    row_max_ptr,  # (slots,) float32
+    factor_ptr,  # (slots,) float32
     dweight_ptr,  # (V, WIDTH), contiguous
     dbias_ptr,  # (V,)
-    stride_x_row,
     n_words,  # V
     WIDTH: tl.constexpr,  # E
     BLOCK_M: tl.constexpr,  # words
@@ -310,22 +320,19 @@ def _linear_cross_entropy_bwd_weight_kernel(
     dbias = tl.zeros([BLOCK_M], dtype=tl.float32)
     for first_slot in range(0, count, BLOCK_N):
         slots = first_slot + tl.arange(0, BLOCK_N)
-        live = slots < count
-        rows = tl.load(rows_ptr + slots, mask=live, other=0)
-        x_rows = x_ptr + rows.to(tl.int64) * stride_x_row
-        targets = tl.load(targets_ptr + slots, mask=live, other=-1)
-        # Slots behind the last row have probabilities of zero, by their maximum.
-        row_max = tl.load(row_max_ptr + rows, mask=live, other=float("inf"))
-        factor = _UNIT / tl.load(row_sum_ptr + rows, mask=live, other=1.0)
-        logits, x = multiply(weight, weight_rows, known, x_rows, live, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
-        gradients = _logit_gradients(
+        x_rows = x_ptr + slots.to(tl.int64) * WIDTH
+        targets = tl.load(targets_ptr + slots)
+        row_max = tl.load(row_max_ptr + slots)
+        factor = tl.load(factor_ptr + slots)
+        logits, x = multiply(weight, weight_rows, known, x_rows, None, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
+        gradients = logit_gradients(
             logits + bias[:, None], row_max[None, :], factor[None, :], words[:, None] == targets[None, :]
         )
         dbias += tl.sum(gradients, axis=1)
-        x = out_columns(x, x_rows, live, cols, WIDTH, BLOCK_E, CHUNK_E)
+        x = out_columns(x, x_rows, None, cols, WIDTH, BLOCK_E, CHUNK_E)
         acc = product(round_to(gradients, x.dtype), x, acc)
 
-    scale = tl.load(grad_ptr) / tl.maximum(count, 1) / _UNIT
+    scale = tl.load(grad_ptr) / tl.maximum(count, 1) / UNIT
     dweight_rows = dweight_ptr + words.to(tl.int64) * WIDTH
     dweight = round_to(acc * scale, dweight_ptr.dtype.element_ty)
     tl.store(dweight_rows[:, None] + cols[None, :], dweight, mask=known[:, None] & (cols < WIDTH)[None, :])
@@ -333,10 +340,10 @@ def _linear_cross_entropy_bwd_weight_kernel(
         tl.store(dbias_ptr + words, round_to(dbias * scale, dbias_ptr.dtype.element_ty), mask=known)
 
 
-def _find_labelled(labels: torch.Tensor, n_words: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rows, targets (N,) int32 and count (1,) int32 of the labelled rows."""
+def _find_labelled(labels: torch.Tensor, n_words: int, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rows, targets (slots,) int32, slots >= N, and count (1,) int32 of the labelled rows."""
     n_rows = len(labels)
-    rows, targets = (torch.empty(n_rows, dtype=torch.int32, device=labels.device) for _ in range(2))
+    rows, targets = (torch.empty(slots, dtype=torch.int32, device=labels.device) for _ in range(2))
     count = torch.empty(1, dtype=torch.int32, device=labels.device)
     _linear_cross_entropy_labelled_kernel[(1,)](
         labels, rows, targets, count, n_rows, n_words, BLOCK_M=_LABEL_ROWS, num_warps=8, **COMPILER_OPTIONS
@@ -373,7 +380,7 @@ def linear_cross_entropy_fwd(
     largest, sums = (torch.empty((shares, n_rows), dtype=torch.float32, device=x.device) for _ in range(2))
     logits, losses = (torch.empty(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.cuda.device_of(x):
-        rows, targets, count = _find_labelled(labels, n_words)
+        rows, targets, count = _find_labelled(labels, n_words, n_rows)
         _linear_cross_entropy_fwd_kernel[(row_blocks * shares,)](
             x, weight, bias.contiguous(), rows, targets, count, largest, sums, logits, x.stride(0), n_rows, n_words,
             row_blocks, share_words, WIDTH=width, **tiles, **COMPILER_OPTIONS,
@@ -411,18 +418,26 @@ def linear_cross_entropy_bwd(
     row_blocks, shares, share_words = vocabulary_shares(n_rows, n_words, tiles)
     parts = torch.empty((shares, n_rows, width), dtype=torch.float32, device=x.device)
     out_chunks = triton.cdiv(width, tiles["BLOCK_O"])
+    # Whole blocks, whichever kernel owns or walks over them.
+    slots = row_blocks * max(tiles["BLOCK_M"], tiles["BLOCK_N"])
+    gathered = torch.empty((slots, width), dtype=x.dtype, device=x.device)
+    largest, factors = (torch.empty(slots, dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.cuda.device_of(x):
-        rows, targets, count = _find_labelled(labels, n_words)
-        _linear_cross_entropy_bwd_x_kernel[(row_blocks * shares, out_chunks)](
-            x, weight, bias, rows, targets, count, row_max, row_sum, parts, x.stride(0), n_rows, n_words, row_blocks,
-            share_words, WIDTH=width, **tiles, **COMPILER_OPTIONS,
+        rows, targets, count = _find_labelled(labels, n_words, slots)
+        _linear_cross_entropy_bwd_gather_kernel[(triton.cdiv(slots, _GATHER_ROWS),)](
+            x, row_max, row_sum, rows, targets, count, gathered, largest, factors, x.stride(0), WIDTH=width,
+            BLOCK_M=_GATHER_ROWS, BLOCK_E=tiles["BLOCK_E"], num_warps=4, **COMPILER_OPTIONS,
         )  # fmt: skip
-        _linear_cross_entropy_bwd_sum_kernel[(triton.cdiv(n_rows, _SUM_ROWS),)](
-            parts, grad, rows, count, dx, n_rows, shares, WIDTH=width, BLOCK_M=_SUM_ROWS, BLOCK_E=tiles["BLOCK_E"],
+        _linear_cross_entropy_bwd_x_kernel[(row_blocks * shares, out_chunks)](
+            gathered, weight, bias, targets, count, largest, factors, parts, n_rows, n_words, row_blocks, share_words,
+            WIDTH=width, **tiles, **COMPILER_OPTIONS,
+        )  # fmt: skip
+        _linear_cross_entropy_bwd_sum_kernel[(triton.cdiv(n_rows, _GATHER_ROWS),)](
+            parts, grad, rows, count, dx, n_rows, shares, WIDTH=width, BLOCK_M=_GATHER_ROWS, BLOCK_E=tiles["BLOCK_E"],
             num_warps=4, **COMPILER_OPTIONS,
         )  # fmt: skip
         _linear_cross_entropy_bwd_weight_kernel[(triton.cdiv(n_words, tiles["BLOCK_M"]), out_chunks)](
-            grad, x, weight, bias, rows, targets, count, row_max, row_sum, dweight, dbias, x.stride(0), n_words,
+            grad, gathered, weight, bias, targets, count, largest, factors, dweight, dbias, n_words,
             WIDTH=width, **tiles, **COMPILER_OPTIONS,
         )  # fmt: skip
     return dx, dweight, dbias

@@ -236,6 +236,8 @@ def test_bad_input_is_named():
     made = inputs()
     with pytest.raises(ValueError, match=r"bias \(V,\), labels \(N,\), got .*\(306,\)"):
         ops.linear_cross_entropy(**made | {"bias": made["bias"][:306]})
+    with pytest.raises(ValueError, match="vocabulary is empty"):
+        ops.linear_cross_entropy(**made | {"weight": made["weight"][:0], "bias": made["bias"][:0]})
     with pytest.raises(ValueError, match=r"\(36,\)"):
         ops.linear_cross_entropy(**made | {"labels": made["labels"][:36]})
     with pytest.raises(ValueError, match="one device"):

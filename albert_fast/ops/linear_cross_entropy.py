@@ -41,7 +41,7 @@ def _labelled_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tu
         _raise_bad(labels, int(outside.nonzero()[0]), size)
     (labelled,) = torch.where(labels != IGNORED)
     logits = torch.nn.functional.linear(widened(x[labelled]), widened(weight), widened(bias))
-    return labelled, logits.masked_fill(outside[labelled, None], torch.nan), labels[labelled].clamp(0, max(size - 1, 0))
+    return labelled, logits.masked_fill(outside[labelled, None], torch.nan), labels[labelled].clamp(0, size - 1)
 
 
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -52,8 +52,7 @@ def linear_cross_entropy_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Te
 
 def _fwd_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     labelled, logits, targets = _labelled_ref(x, weight, bias, labels)
-    # A vocabulary of no word has no maximum, but then there is no label either.
-    largest = logits.amax(1) if len(weight) else logits.new_zeros(0)
+    largest = logits.amax(1)
     row_max, row_sum = (logits.new_zeros(len(labels)) for _ in range(2))
     row_max[labelled], row_sum[labelled] = largest, (logits - largest[:, None]).exp().sum(1)
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1), row_max, row_sum
@@ -178,6 +177,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor
             "linear_cross_entropy: expected x (N, E), weight (V, E), bias (V,), labels (N,), got "
             + ", ".join(map(str, shapes))
         )
+    if not len(weight):
+        raise ValueError("linear_cross_entropy: the vocabulary is empty")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"linear_cross_entropy: labels must be integers, got {labels.dtype}")
     check_devices("linear_cross_entropy", x, weight, bias, labels)
