@@ -22,6 +22,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "bias_gelu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "add_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "gelu_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "linear_cross_entropy": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     # All layers in one call, where no gradient is wanted; elsewhere a model runs them operator by operator.
     "encoder": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},
     "quantized_encoder": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},

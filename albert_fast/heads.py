@@ -37,10 +37,18 @@ class MLMHead(nn.Module):
             self.decoder.weight, self.decoder.bias = word_embeddings.weight, self.bias
 
     def forward(self, hidden: Tensor, backend: str) -> Tensor:
+        return linear(self.transform(hidden, backend), self.decoder.weight, self.decoder.bias)
+
+    def transform(self, hidden: Tensor, backend: str) -> Tensor:
+        """(N, H) -> (N, E), what the decoder takes."""
         norm = self.LayerNorm
         x = linear(hidden, self.dense.weight)
-        x = ops.gelu_layer_norm(x, self.dense.bias, norm.weight, norm.bias, norm.eps, self.act, backend=backend)
-        return linear(x, self.decoder.weight, self.decoder.bias)
+        return ops.gelu_layer_norm(x, self.dense.bias, norm.weight, norm.bias, norm.eps, self.act, backend=backend)
+
+    def loss(self, hidden: Tensor, labels: Tensor, backend: str) -> Tensor:
+        """The cross-entropy of the scores of `hidden` (N, H) and labels (N,); the scores never stand in memory."""
+        x, decoder = self.transform(hidden, backend), self.decoder
+        return ops.linear_cross_entropy(x, decoder.weight, decoder.bias, labels, backend=backend)
 
 
 class SOPHead(nn.Module):
@@ -115,7 +123,7 @@ class ALBERTForMaskedLM(_HeadModel):
     """labels (B, S) -> loss; logits (B, S, V), zeros at padding. Paper, section 3.1.
 
     With output_tokens, (B, S) bool such as `labels != -100`, the last layer and the scores are computed for those tokens
-    alone, and logits are (N, V), row by row.
+    alone, and logits are (N, V), row by row. With output_logits=False there is the loss alone, and no memory for scores.
     """
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
@@ -123,14 +131,21 @@ class ALBERTForMaskedLM(_HeadModel):
         self.predictions = MLMHead(config, self.albert.embeddings.word_embeddings)
         self.init_weights()
 
-    def head(self, encoded: Encoded, labels: Tensor | None) -> LogitsOutput:
+    def head(self, encoded: Encoded, labels: Tensor | None, output_logits: bool = True) -> LogitsOutput:
+        if not output_logits:
+            if labels is None:
+                raise ValueError("output_logits=False leaves the loss alone, which needs labels")
+            return LogitsOutput(self.predictions.loss(encoded.hidden, encoded.labels(labels), self.backend))
         scores = self.predictions(encoded.hidden, self.backend)
         loss = None if labels is None else cross_entropy(scores, encoded.labels(labels))
         return LogitsOutput(loss, encoded.scatter(scores))
 
 
 class ALBERTForPreTraining(_HeadModel):
-    """labels (B, S) and sentence_order_label (B,), both -> loss, their sum; prediction_logits (B, S, V), sop_logits (B, 2)."""
+    """labels (B, S) and sentence_order_label (B,), both -> loss, their sum; prediction_logits (B, S, V), sop_logits (B, 2).
+
+    With output_logits=False there are no prediction_logits, and no memory for them.
+    """
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, True, backend)
@@ -139,16 +154,24 @@ class ALBERTForPreTraining(_HeadModel):
         self.init_weights()
 
     def head(
-        self, encoded: Encoded, labels: Tensor | None, sentence_order_label: Tensor | None = None
+        self,
+        encoded: Encoded,
+        labels: Tensor | None,
+        sentence_order_label: Tensor | None = None,
+        output_logits: bool = True,
     ) -> PreTrainingOutput:
         if encoded.pooled is None:
             raise ValueError("ALBERTForPreTraining needs the pooled token and takes no output_tokens")
-        scores = self.predictions(encoded.hidden, self.backend)
-        order = self.sop_classifier(encoded.pooled)
+        predictions, hidden, order = self.predictions, encoded.hidden, self.sop_classifier(encoded.pooled)
+        scores = predictions(hidden, self.backend) if output_logits else None
         loss = None
         if labels is not None and sentence_order_label is not None:
-            loss = cross_entropy(scores, encoded.labels(labels)) + cross_entropy(order, sentence_order_label.flatten())
-        return PreTrainingOutput(loss, encoded.scatter(scores), order)
+            labels = encoded.labels(labels)
+            loss = predictions.loss(hidden, labels, self.backend) if scores is None else cross_entropy(scores, labels)
+            loss = loss + cross_entropy(order, sentence_order_label.flatten())
+        elif scores is None:
+            raise ValueError("output_logits=False leaves the loss alone, which needs labels and sentence_order_label")
+        return PreTrainingOutput(loss, None if scores is None else encoded.scatter(scores), order)
 
 
 class ALBERTForSequenceClassification(_HeadModel):

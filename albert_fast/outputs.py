@@ -48,7 +48,7 @@ class BaseModelOutput(ModelOutput):
 
 @dataclass
 class LogitsOutput(ModelOutput):
-    """loss (); logits: (B, num_labels), (B, S, num_labels), (B, S, V) or (B, choices) by head."""
+    """loss (); logits: (B, num_labels), (B, S, num_labels), (B, S, V) or (B, choices) by head; None if not asked for."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None

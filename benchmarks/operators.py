@@ -22,6 +22,7 @@ _GPU_SHAPES: dict[str, Any] = {
     "bias_gelu": (32768, 3072),
     "add_layer_norm": (32768, 768),
     "gelu_layer_norm": (32768, 128),
+    "linear_cross_entropy": (4915, 128, 30000),
     "encoder": ((512,) * 64, 768, 12, 3072, 1, 12),
 }
 

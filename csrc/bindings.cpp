@@ -165,6 +165,8 @@ PYBIND11_MODULE(_C, module) {
     EXPORT(add_layer_norm_bwd_cpu);
     EXPORT(gelu_layer_norm_fwd_cpu);
     EXPORT(gelu_layer_norm_bwd_cpu);
+    EXPORT(linear_cross_entropy_fwd_cpu);
+    EXPORT(linear_cross_entropy_bwd_cpu);
     EXPORT(encoder_packed_size_cpu);
     EXPORT(encoder_pack_cpu);
     EXPORT(encoder_fwd_cpu);

@@ -107,6 +107,22 @@ def test_every_tile_of_attention_is_checked(rows):
 
 
 @needs_triton
+def test_every_tile_of_linear_cross_entropy_is_checked_and_on_tensor_cores_but_float32(rows):
+    from albert_fast.kernels._vocabulary import MAX_WIDTH, linear_cross_entropy_tiles
+
+    products = [row for row in rows("linear_cross_entropy") if " N" in row["tiles"]]
+    assert {row["label"].split()[-1] for row in products} == {"fwd", "bwd_x", "bwd_weight"}
+    for row in products:
+        assert row["label"].startswith("f32") == (row["tensor_cores"] == ""), row
+    for name in ("f32", "bf16"):
+        tiles = [linear_cross_entropy_tiles(width, launches.DTYPES[name]) for width in range(1, MAX_WIDTH + 1)]
+        sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_E", "CHUNK_E", "BLOCK_O")
+        wanted = {" ".join([*(f"{s[-1]}{t[s]}" for s in sizes), f"warps{t['num_warps']}"]) for t in tiles}
+        assert {row["tiles"] for row in products if row["label"].startswith(name)} == wanted
+    assert linear_cross_entropy_tiles(128, torch.float16) == linear_cross_entropy_tiles(128, torch.bfloat16)
+
+
+@needs_triton
 @pytest.mark.parametrize("kernel", ["add_layer_norm", "gelu_layer_norm"])
 def test_every_tile_of_the_row_kernels_is_checked(rows, kernel):
     from albert_fast.kernels._common import MAX_ROW, bwd_row_tiles, row_tiles

@@ -72,6 +72,17 @@ def test_add_layer_norm_gradient(far):
     assert_same_gradients(ops.add_layer_norm, far, x[0], vector(), x[2], vector(), vector(), 1e-12)
 
 
+def test_linear_cross_entropy():
+    weight, bias = torch.randn(7, WIDTH, dtype=torch.bfloat16), torch.randn(7, dtype=torch.bfloat16)
+    assert_same(ops.linear_cross_entropy, far_rows(), weight, bias, torch.tensor([1, 6, -100]))
+    x = far_rows().requires_grad_()
+    actual, exact = (
+        torch.autograd.grad(ops.linear_cross_entropy(x, weight, bias, torch.tensor([1, 6, 0]), backend=backend), x)[0]
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(actual.float(), exact.float(), rtol=2**-7, atol=2**-7)
+
+
 @pytest.mark.parametrize("far", range(3), ids=["q", "k", "v"])
 def test_attention(far):
     x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16) for _ in range(3)]

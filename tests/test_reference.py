@@ -128,6 +128,23 @@ def oracle_loss(name: str, inputs: dict[str, Tensor], mask: Tensor, outputs: dic
     return loss
 
 
+@pytest.mark.parametrize("name", ["ForMaskedLM", "ForPreTraining"])
+def test_the_loss_without_logits_is_that_of_transformers(name: str) -> None:
+    """And its gradients: the decoder's weight is the embedding's, where both parts of its gradient add up."""
+    ours, theirs = twins(albert_fast, name, SMALL)
+    inputs = drawn_inputs(name, ours.config, "right", 3)
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)  # transformers reads them
+    actual, expected = ours(**inputs, output_logits=False), theirs(**inputs)
+    assert set(actual.keys()) == {"loss"} | ({"sop_logits"} if name == "ForPreTraining" else set())
+    assert_equal(actual.loss, expected.loss)
+    actual.loss.backward()
+    expected.loss.backward()
+    assert_gradients_equal(ours, theirs)
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="needs labels"):
+        ours(**inputs, output_logits=False)
+
+
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize(
     ("problem", "num_labels", "labels"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import albert_fast
-from albert_fast import ALBERTConfig
+from albert_fast import ALBERTConfig, heads
 from albert_fast.training import test as evaluate_epoch
 from albert_fast.training import train
 from albert_fast.training.metrics import compute_metrics, confidence_interval
@@ -80,6 +80,25 @@ def test_output_tokens_give_the_same_loss_and_accuracy() -> None:
     few = evaluate_epoch(model, [short], nn.CrossEntropyLoss(), metrics=["accuracy"], **quietly)
     assert few[0] == pytest.approx(full[0], rel=1e-5)
     assert few[1] == full[1]
+
+
+@pytest.mark.parametrize(
+    ("head", "short"), [("ALBERTForMaskedLM", False), ("ALBERTForMaskedLM", True), ("ALBERTForPreTraining", False)]
+)
+def test_language_models_train_without_logits(head: str, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"), 0.0)
+    model = getattr(albert_fast, head)(CONFIG.replace(**without))
+    batch = batch_of(head, torch.Generator().manual_seed(0))
+    if short:
+        batch["output_tokens"] = batch["labels"] != -100
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with_logits, _ = evaluate_epoch(model, [batch], None, metrics=["accuracy"], **quietly)
+    monkeypatch.setattr(heads.MLMHead, "forward", None)
+    steps: list[tuple[float, int]] = []
+    train(model, [batch], None, optimizer, after_step=lambda *step: steps.append(step), **quietly)
+    real = (batch["labels"] != -100) & (batch["attention_mask"] == 1)
+    assert steps == [(pytest.approx(with_logits, rel=1e-5), int(real.sum()))]
+    assert evaluate_epoch(model, [batch], None, **quietly) == pytest.approx(with_logits, rel=1e-5)
 
 
 class Bag(nn.Module):

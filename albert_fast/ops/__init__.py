@@ -11,6 +11,7 @@ from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref, index_error
 from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, forget_packed, stage_seconds
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
+from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
     "index_error",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
     "placing",
     "quantized_encoder",
     "quantized_encoder_ref",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import ops
+from .. import losses, ops
 from ..ops.bias_gelu import act_ref
 from .case import EPS, Inputs, OpCase, drawn_seed, dropped, norm_weights, randn
 from .encoder_cases import (
@@ -106,7 +106,7 @@ def _embedding_projection_eager(
 
 
 def _statistics(inputs: Inputs) -> int:
-    """Bytes of the float32 mean and rstd of every row."""
+    """Bytes of the two float32 numbers that a forward keeps of every row."""
     return 8 * len(inputs["x"])
 
 
@@ -114,6 +114,24 @@ def _add_layer_norm_extra(inputs: Inputs) -> int:
     """Without dropout the gradients of x and residual are one tensor."""
     x = inputs["x"]
     return _statistics(inputs) - (0 if inputs["dropout_p"] else x.numel() * x.element_size())
+
+
+# linear_cross_entropy: shapes are (rows, E, V) ------------------------------------------------------------------------------
+
+
+def _linear_cross_entropy_inputs(shape, dtype, device="cpu", generator=None, labelled=1.0) -> Inputs:
+    rows, width, vocabulary = shape
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels = labels.masked_fill(torch.rand(rows, generator=generator) >= labelled, losses.IGNORED)
+    return {
+        "x": randn((rows, width), dtype, device, generator),
+        "weight": randn((vocabulary, width), dtype, device, generator) * width**-0.5,
+        "bias": randn((vocabulary,), dtype, device, generator), "labels": labels.to(device),
+    }  # fmt: skip
+
+
+def _linear_cross_entropy_eager(x, weight, bias, labels):
+    return losses.cross_entropy(F.linear(x, weight, bias), labels)
 
 
 _ROWS = ((1, 1), (1, 128), (3, 7), (2, 31), (13, 768), (5, 1023), (67, 312), (512, 64), (2, 4096))
@@ -210,6 +228,28 @@ ALL_CASES: dict[str, OpCase] = {
             options=_ACTS,
             gradients=("x", "bias", "weight", "ln_bias"),
             operations=lambda i: 18.0 * i["x"].numel(),
+            backward_extra=_statistics,
+        ),
+        OpCase(
+            name="linear_cross_entropy",
+            function=ops.linear_cross_entropy,
+            eager=_linear_cross_entropy_eager,
+            make_inputs=_linear_cross_entropy_inputs,
+            shapes=(
+                (1, 1, 1),
+                (3, 7, 2),
+                (0, 16, 11),
+                (17, 128, 1009),
+                (67, 13, 131),
+                (300, 128, 517),
+                (29, 312, 4099),
+            ),
+            small_shapes=((1, 1, 1), (3, 7, 2), (0, 16, 11), (37, 128, 307), (5, 200, 131), (3, 16, 2053)),
+            bench_shapes=((77, 128, 30000), (614, 128, 30000)),  # 15 % of 4 and of 32 sequences of 128
+            options=({}, {"labelled": 0.3}, {"labelled": 0.0}),
+            gradients=("x", "weight", "bias"),
+            operations=lambda i: 2.0 * len(i["x"]) * i["weight"].numel(),
+            backward_ratio=3.0,  # scores are computed again
             backward_extra=_statistics,
         ),
         OpCase(

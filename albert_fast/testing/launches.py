@@ -10,7 +10,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -20,7 +20,13 @@ import torch
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # One of every tile that `row_tiles` gives, and one that is no multiple of 16 elements.
 _ROW_WIDTHS = (128, 200, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 # (label, a call of the launcher, whether the kernel should use tensor cores)
@@ -171,11 +177,29 @@ def _bias_gelu_launches() -> Iterator[Case]:
             yield f"{name} N{n} {act}", partial(bias_gelu_bwd, x, x, bias, act), False
 
 
+def _linear_cross_entropy_launches() -> Iterator[Case]:
+    from ..kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
+
+    def run(dtype: torch.dtype, width: int) -> None:
+        # The vocabulary of the released models.
+        weight, bias = torch.empty(30000, width, dtype=dtype), torch.empty(30000, dtype=dtype)
+        x, labels = torch.empty(77, width, dtype=dtype), torch.empty(77, dtype=torch.int64)
+        loss, row_max, row_sum = linear_cross_entropy_fwd(x, weight, bias, labels)
+        linear_cross_entropy_bwd(loss, x, weight, bias, labels, row_max, row_sum)
+
+    # One of every tile, and one that is padded.
+    widths = (16, 32, 64, 128, 200, 256, 512, 1024)
+    for name, dtype in DTYPES.items():
+        for width in widths if name != "f16" else [128]:
+            yield f"{name} E{width}", partial(run, dtype, width), dtype.itemsize == 2
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": _attention_launches,
     "add_layer_norm": _add_layer_norm_launches,
     "gelu_layer_norm": _gelu_layer_norm_launches,
     "bias_gelu": _bias_gelu_launches,
+    "linear_cross_entropy": _linear_cross_entropy_launches,
 }
 
 
@@ -197,6 +221,9 @@ def recorded_launches(kernel: str) -> list[Launch]:
     different: dict[tuple[Any, ...], Launch] = {}
     for label, run, tensor_cores in CASES[kernel]():
         for launch in record(kernel, label, modules, run, tensor_cores):
+            # Kernels that multiply have a constant for how many columns at a time; others of the same operator do not.
+            if not any(name.startswith("CHUNK_") for name, _ in launch.constants):
+                launch = replace(launch, wants_tensor_cores=False)
             key = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
             different.setdefault(key, launch)
     return list(different.values())

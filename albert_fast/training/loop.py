@@ -2,7 +2,8 @@
 
 A batch is a dict: the model's inputs by name, and its labels (`labels`, or `start_positions` and `end_positions`, and
 for pre-training `sentence_order_label` as well). With `criterion=None` the model gets the labels too and its own
-`.loss` is used. Otherwise the labels are kept back and `criterion(outputs, labels)` is called with:
+`.loss` is used; a model that can leave out its logits does so where no metric needs them. Otherwise the labels are kept
+back and `criterion(outputs, labels)` is called with:
 
 | the model returns | outputs | labels |
 |---|---|---|
@@ -67,7 +68,7 @@ def train(
     with _mode(model, training=True), _progress(data_loader, "train", progress) as (batches, show):
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
-            loss, examples, _ = _step(model, batch, criterion, device)
+            loss, examples, _ = _step(model, batch, criterion, device, predictions=False)
             loss.backward()
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -113,7 +114,7 @@ def test(
     # no_grad and not inference_mode: what a model caches during evaluation must stay usable in training.
     with torch.no_grad(), _mode(model, training=False), _progress(data_loader, "test", progress) as (batches, show):
         for batch in batches:
-            loss, examples, pairs = _step(model, batch, criterion, device)
+            loss, examples, pairs = _step(model, batch, criterion, device, predictions=metrics is not None)
             total, count = total + float(loss) * examples, count + examples
             show(total, count)
             if metrics is not None:
@@ -130,9 +131,16 @@ test.__test__ = False  # type: ignore[attr-defined]  # pytest collects functions
 
 
 def _step(
-    model: nn.Module, batch: Mapping[str, Any], criterion: Criterion | None, device: torch.device | str
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    criterion: Criterion | None,
+    device: torch.device | str,
+    predictions: bool,
 ) -> tuple[Tensor, int, list[tuple[Any, Any]]]:
-    """The loss of one batch (a scalar), its number of examples, and the (outputs, labels) pairs behind it."""
+    """The loss of one batch (a scalar), its number of examples, and the (outputs, labels) pairs behind it.
+
+    Without `predictions` the outputs of the pairs may be None.
+    """
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a dict of the model's inputs and labels, got {type(batch).__name__}")
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -140,6 +148,8 @@ def _step(
     if not labels:
         raise ValueError(f"a batch needs labels ({', '.join(LABEL_KEYS)}), got the keys {sorted(batch)}")
     inputs = {key: value for key, value in moved.items() if key not in LABEL_KEYS}
+    if criterion is None and not predictions and "output_logits" in getattr(model, "takes", ()):
+        inputs["output_logits"] = False
     outputs = _call(model, inputs, labels if criterion is None else {})
     pairs = _pairs(outputs, labels, inputs)
     if criterion is None:
@@ -201,13 +211,15 @@ def _pairs(outputs: Any, labels: dict[str, Any], inputs: dict[str, Any]) -> list
     return [(outputs, labels["labels"])]
 
 
-def _arrange(logits: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Token logits (B, S, C), or (N, C) of `output_tokens`, with labels (B, S) -> (N, C) and (N,).
+def _arrange(logits: Tensor | None, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
+    """Token logits (B, S, C), (N, C) of `output_tokens`, or none, with labels (B, S) -> (N, C), or none, and (N,).
 
     (B, 1) with (B,) -> (B,). All else stays.
     """
     mask, wanted = inputs.get("attention_mask"), inputs.get("output_tokens")
     real = torch.ones_like(labels, dtype=torch.bool) if mask is None or mask.shape != labels.shape else mask.bool()
+    if logits is None:
+        return None, labels[real if wanted is None else real & wanted]
     if logits.dim() == 3 and labels.shape == logits.shape[:2]:
         return logits[real], labels[real]
     if logits.dim() == 2 and labels.dim() == 2 and wanted is not None:

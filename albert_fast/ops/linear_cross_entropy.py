@@ -1,0 +1,190 @@
+"""linear_cross_entropy: the loss of masked language modelling, without logits in memory.
+
+The mean of cross_entropy(x @ weight^T + bias, labels), ignored labels left out (Lan et al. 2019, section 3.1; Hugging
+Face's `AlbertForMaskedLM`). At V = 30,000 the logits, their softmax and its gradient are the largest tensors of a
+training step, each 234 times the size of x; the kernels keep a block of them at a time, save each row's maximum and sum
+of exponentials, and compute the products again for the gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..losses import IGNORED, widened
+from ..registration import (
+    as_dtype,
+    check_devices,
+    forbid_second_derivative,
+    needs_dispatcher,
+    register,
+    register_autograd,
+    rows,
+)
+
+
+def _raise_bad(labels: Tensor, row: int, size: int) -> None:
+    raise IndexError(
+        f"labels[{row}] is {int(labels[row])}, outside the vocabulary of {size} (0 to {size - 1}, or {IGNORED})"
+    )
+
+
+def _labelled_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The labelled rows' numbers (n,), their logits (n, V), and their labels (n,) within the vocabulary.
+
+    A label outside it is an IndexError on a CPU; elsewhere, where asking means waiting, its row's logits are NaN.
+    """
+    size = len(weight)
+    outside = (labels != IGNORED) & ((labels < 0) | (labels >= size))
+    if labels.device.type == "cpu" and outside.any():
+        _raise_bad(labels, int(outside.nonzero()[0]), size)
+    (labelled,) = torch.where(labels != IGNORED)
+    logits = torch.nn.functional.linear(widened(x[labelled]), widened(weight), widened(bias))
+    return labelled, logits.masked_fill(outside[labelled, None], torch.nan), labels[labelled].clamp(0, size - 1)
+
+
+def linear_cross_entropy_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """Eager reference, float32 inside (float64 for float64); it does hold the logits."""
+    _, logits, targets = _labelled_ref(x, weight, bias, labels)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1)
+
+
+def _fwd_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    labelled, logits, targets = _labelled_ref(x, weight, bias, labels)
+    largest = logits.amax(1)
+    row_max, row_sum = (logits.new_zeros(len(labels)) for _ in range(2))
+    row_max[labelled], row_sum[labelled] = largest, (logits - largest[:, None]).exp().sum(1)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1), row_max, row_sum
+
+
+def _bwd_ref(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    labelled, logits, targets = _labelled_ref(x, weight, bias, labels)
+    dlogits = logits.softmax(1)
+    dlogits[torch.arange(len(targets), device=x.device), targets] -= 1.0
+    dlogits *= grad / max(len(targets), 1)
+    dx = dlogits.new_zeros(x.shape).index_copy(0, labelled, dlogits @ widened(weight))
+    dweight = dlogits.t() @ widened(x[labelled])
+    return dx.to(x.dtype), dweight.to(weight.dtype), dlogits.sum(0).to(bias.dtype)
+
+
+def _fwd(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (); row_max and row_sum (N,), the largest logit and the sum of exp(logit - row_max), 0 where ignored.
+
+    Two numbers and not their log-sum-exp, whose rounding would scale a whole row of probabilities by as much.
+    """
+    backend = dispatch.resolve("linear_cross_entropy", x.device.type, x.dtype, backend)
+    if backend == "cpp":
+        x, weight, bias, labels = map(rows, (x, weight, bias, labels))
+        loss, row_max, row_sum = (torch.empty(shape, dtype=torch.float32) for shape in ((), len(x), len(x)))
+        bad = dispatch.extension().linear_cross_entropy_fwd_cpu(
+            x.data_ptr(), weight.data_ptr(), bias.data_ptr(), labels.data_ptr(), loss.data_ptr(), row_max.data_ptr(),
+            row_sum.data_ptr(), *x.shape, len(weight), dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        if bad >= 0:
+            _raise_bad(labels, bad, len(weight))
+        return loss, row_max, row_sum
+    if backend == "triton":
+        from ..kernels.linear_cross_entropy import linear_cross_entropy_fwd
+
+        return linear_cross_entropy_fwd(x, weight, bias, labels)
+    return _fwd_ref(x, weight, bias, labels)
+
+
+def _bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    backend = dispatch.resolve("linear_cross_entropy", x.device.type, x.dtype, backend)
+    if backend == "cpp":
+        x, weight, bias, labels = map(rows, (x, weight, bias, labels))
+        dx = torch.empty_like(x)
+        dweight, dbias = (torch.empty(t.shape, dtype=torch.float32) for t in (weight, bias))
+        dispatch.extension().linear_cross_entropy_bwd_cpu(
+            grad.data_ptr(), x.data_ptr(), weight.data_ptr(), bias.data_ptr(), labels.data_ptr(), row_max.data_ptr(),
+            row_sum.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), *x.shape, len(weight),
+            dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
+    if backend == "triton":
+        from ..kernels.linear_cross_entropy import linear_cross_entropy_bwd
+
+        return linear_cross_entropy_bwd(grad, x, weight, bias, labels, row_max, row_sum)
+    return _bwd_ref(grad, x, weight, bias, labels)
+
+
+def _fwd_fake(x, weight, bias, labels, backend):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in ((), x.shape[:1], x.shape[:1]))
+
+
+def _bwd_fake(grad, x, weight, bias, labels, row_max, row_sum, backend):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, Tensor labels"
+register(f"linear_cross_entropy_fwd({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+register(
+    f"linear_cross_entropy_bwd(Tensor grad, {_ARGUMENTS}, Tensor row_max, Tensor row_sum, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    _, *statistics = output
+    ctx.save_for_backward(*tensors, *statistics)
+    ctx.mark_non_differentiable(*statistics)
+
+
+def _backward(ctx, grad, *_):
+    return *torch.ops.albert_fast.linear_cross_entropy_bwd(grad, *ctx.saved_tensors, ctx.backend), None, None
+
+
+register_autograd("linear_cross_entropy_fwd", _backward, _setup)
+forbid_second_derivative("linear_cross_entropy_bwd")
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, *, backend: str = "auto") -> Tensor:
+    """The mean over labelled rows of -log softmax(x @ weight^T + bias)[label], and 0 without any.
+
+    Args:
+        x: (N, E), the MLM head's transformed tokens.
+        weight: (V, E), the decoder's, tied to the word embeddings. bias: (V,).
+        labels: (N,) integers in [0, V); rows with -100 are ignored: not computed, and without gradient.
+        backend: "auto", or the name of one.
+
+    Returns:
+        (), float32 (float64 for x in float64).
+
+    Raises:
+        IndexError: a label outside the vocabulary, on a CPU; names row, value and size. On a GPU, which is not waited
+            for, such a label makes the loss NaN; nothing is read outside the tensors.
+        ValueError, TypeError: shapes or dtypes that do not fit.
+    """
+    if x.dim() != 2 or weight.shape[1:] != x.shape[1:] or bias.shape != weight.shape[:1] or labels.shape != x.shape[:1]:
+        shapes = [tuple(t.shape) for t in (x, weight, bias, labels)]
+        raise ValueError(
+            "linear_cross_entropy: expected x (N, E), weight (V, E), bias (V,), labels (N,), got "
+            + ", ".join(map(str, shapes))
+        )
+    if not len(weight):
+        raise ValueError("linear_cross_entropy: the vocabulary is empty")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"linear_cross_entropy: labels must be integers, got {labels.dtype}")
+    check_devices("linear_cross_entropy", x, weight, bias, labels)
+    weight, bias = as_dtype(x, weight, bias)
+    call = torch.ops.albert_fast.linear_cross_entropy_fwd if needs_dispatcher(x, weight, bias) else _fwd
+    # Under autocast the reference's product would run in the lower dtype.
+    with torch.autocast(x.device.type, enabled=False):
+        loss: Tensor = call(x, weight, bias, labels.long(), backend)[0]
+    return loss

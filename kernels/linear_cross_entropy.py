@@ -1,0 +1,443 @@
+"""linear_cross_entropy: the mean of cross_entropy(x W^T + bias, labels) over labelled rows; logits stay in registers.
+
+Of N labelled rows, E columns and V words. Forward, 2 N V E operations: a program owns some rows and walks over a share
+of the vocabulary, a block of words at a time, with the running maximum and sum of each row (Milakov & Gimelshein 2018);
+a second pass merges the shares, a third takes the mean. Backward, 8 N V E operations, of which 4 are the logits again,
+with the maximum and sum saved: programs that own rows walk over the vocabulary for dx, programs that own words walk
+over the gathered rows for dW and dbias, so no sum needs an atomic. E above 128 goes in output chunks of 128 columns, each of
+which computes all logits again.
+
+With the logits in memory, training takes 6 N V E operations and at least six passes over N V numbers. Here the passes
+are over W, 2 V E bytes (bfloat16) for every block of rows, which stay in the L2 cache. Every logit costs a walk one
+exponential: at E = 128 as much work for the special-function units (16 a clock) as its 256 operations are for Hopper's
+tensor cores (4096 a clock).
+
+The labelled rows are found on the device, in order, so that no launch waits for their number; of the programs for N
+rows those behind the last labelled one return at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._common import COMPILER_OPTIONS, round_to, rows_contiguous
+from ._vocabulary import (
+    UNIT,
+    linear_cross_entropy_tiles,
+    load_owned,
+    logit_gradients,
+    multiply,
+    out_columns,
+    power,
+    product,
+    vocabulary_shares,
+)
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+_IGNORED = tl.constexpr(-100)
+# Rows of a block in the kernels that multiply nothing.
+_LABEL_ROWS, _MERGE_ROWS, _MEAN_ROWS, _GATHER_ROWS = 1024, 128, 1024, 16
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _linear_cross_entropy_labelled_kernel(
+    labels_ptr,  # (N,) int64
+    rows_ptr,  # (N,) int32, the labelled rows in order; the rest is not written
+    targets_ptr,  # (N,) int32, the labels of these rows, -1 for one outside the vocabulary
+    count_ptr,  # (1,) int32, how many rows are labelled
+    n_rows,  # N
+    n_words,  # V
+    BLOCK_M: tl.constexpr,
+):
+    """One program, which walks over all labels."""
+    count = tl.zeros((), dtype=tl.int32)
+    for first_row in range(0, n_rows, BLOCK_M):
+        rows = first_row + tl.arange(0, BLOCK_M)
+        labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=_IGNORED)
+        labelled = labels != _IGNORED
+        ones = labelled.to(tl.int32)
+        slots = count + tl.cumsum(ones, axis=0) - 1
+        targets = tl.where((labels >= 0) & (labels < n_words), labels, -1)
+        tl.store(rows_ptr + slots, rows, mask=labelled)
+        tl.store(targets_ptr + slots, targets.to(tl.int32), mask=labelled)
+        count += tl.sum(ones, axis=0)
+    tl.store(count_ptr, count)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
+def _linear_cross_entropy_fwd_kernel(
+    x_ptr,  # (N, WIDTH), rows `stride_x_row` elements apart
+    weight_ptr,  # (V, WIDTH), contiguous
+    bias_ptr,  # (V,)
+    rows_ptr,  # (N,) int32, the labelled rows
+    targets_ptr,  # (N,) int32, their labels
+    count_ptr,  # (1,) int32
+    max_ptr,  # (shares, N) float32: of each labelled row and share, the largest logit
+    sum_ptr,  # (shares, N) float32: and the sum of exp(logit - largest)
+    target_ptr,  # (N,) float32: of each labelled row, its label's logit
+    stride_x_row,
+    n_rows,  # N
+    n_words,  # V
+    n_row_blocks,
+    share_words,  # words of a share
+    WIDTH: tl.constexpr,  # E
+    BLOCK_M: tl.constexpr,  # rows
+    BLOCK_N: tl.constexpr,  # words
+    BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
+    CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
+    BLOCK_O: tl.constexpr,
+):
+    # Programs of one share are neighbours, so that its words stay in the L2 cache.
+    share = tl.program_id(0) // n_row_blocks
+    slots = tl.program_id(0) % n_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = tl.load(count_ptr)
+    if tl.program_id(0) % n_row_blocks * BLOCK_M >= count:
+        return
+    live = slots < count
+    x_rows = x_ptr + tl.load(rows_ptr + slots, mask=live, other=0).to(tl.int64) * stride_x_row
+    targets = tl.load(targets_ptr + slots, mask=live, other=-1)
+    x = load_owned(x_rows, live, WIDTH, BLOCK_E, CHUNK_E)
+
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    target_logits = tl.zeros([BLOCK_M], dtype=tl.float32)
+    first_word = share * share_words
+    last_word = tl.minimum(first_word + share_words, n_words)
+    for word in range(first_word, last_word, BLOCK_N):
+        words = word + tl.arange(0, BLOCK_N)
+        known = words < n_words
+        # Words behind the last one have a probability of zero, by their bias.
+        bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
+        weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
+        logits, _ = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
+        logits += bias[None, :]
+        new_max = tl.maximum(row_max, tl.max(logits, axis=1))
+        row_sum = row_sum * power(row_max, new_max) + tl.sum(power(logits, new_max[:, None]), axis=1)
+        row_max = new_max
+        target_logits += tl.sum(tl.where(words[None, :] == targets[:, None], logits, 0.0), axis=1)
+
+    tl.store(max_ptr + share * n_rows + slots, row_max, mask=live)
+    tl.store(sum_ptr + share * n_rows + slots, row_sum, mask=live)
+    tl.store(target_ptr + slots, target_logits, mask=live & (targets >= first_word) & (targets < last_word))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_shares"])
+def _linear_cross_entropy_fwd_merge_kernel(
+    max_ptr,  # (shares, N) float32, as the first pass wrote them
+    sum_ptr,  # (shares, N) float32
+    target_ptr,  # (N,) float32
+    rows_ptr,  # (N,) int32, the labelled rows
+    targets_ptr,  # (N,) int32, their labels
+    count_ptr,  # (1,) int32
+    loss_ptr,  # (N,) float32, the loss of each labelled row
+    row_max_ptr,  # (N,) float32, each row's largest logit; rows without a label are left as they are
+    row_sum_ptr,  # (N,) float32, likewise the sum of exp(logit - largest)
+    n_rows,  # N
+    n_shares,
+    BLOCK_M: tl.constexpr,
+):
+    slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = slots < tl.load(count_ptr)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for share in range(n_shares):
+        share_max = tl.load(max_ptr + share * n_rows + slots, mask=live, other=0.0)
+        share_sum = tl.load(sum_ptr + share * n_rows + slots, mask=live, other=1.0)
+        new_max = tl.maximum(row_max, share_max)
+        row_sum = row_sum * power(row_max, new_max) + share_sum * power(share_max, new_max)
+        row_max = new_max
+    # A label outside the vocabulary has no logit: NaN reaches the loss and, by the maximum, every gradient.
+    inside = tl.load(targets_ptr + slots, mask=live, other=-1) >= 0
+    target_logits = tl.load(target_ptr + slots, mask=live & inside, other=float("nan"))
+    # What is large is subtracted first: a loss near zero is not lost in the rounding of a log-sum-exp.
+    loss = tl.log2(row_sum) * _LN_2 + (row_max - target_logits)
+    tl.store(loss_ptr + slots, loss, mask=live)
+    rows = tl.load(rows_ptr + slots, mask=live, other=0)
+    tl.store(row_max_ptr + rows, tl.where(inside, row_max, float("nan")), mask=live)
+    tl.store(row_sum_ptr + rows, row_sum, mask=live)
+
+
+@triton.jit
+def _linear_cross_entropy_fwd_mean_kernel(
+    losses_ptr,  # (N,) float32, of the labelled rows
+    count_ptr,  # (1,) int32
+    loss_ptr,  # () float32
+    BLOCK_M: tl.constexpr,
+):
+    """One program, so that the order of the sum is fixed."""
+    count = tl.load(count_ptr)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for first_slot in range(0, count, BLOCK_M):
+        slots = first_slot + tl.arange(0, BLOCK_M)
+        total += tl.load(losses_ptr + slots, mask=slots < count, other=0.0)
+    tl.store(loss_ptr, tl.sum(total, axis=0) / tl.maximum(count, 1))
+
+
+@triton.jit
+def _linear_cross_entropy_bwd_gather_kernel(
+    x_ptr,  # (N, WIDTH), rows `stride_x_row` elements apart
+    row_max_ptr,  # (N,) float32
+    row_sum_ptr,  # (N,) float32
+    rows_ptr,  # (N,) int32, the labelled rows
+    targets_ptr,  # (slots,) int32, their labels; -1 is written behind the last one
+    count_ptr,  # (1,) int32
+    x_out_ptr,  # (slots, WIDTH), contiguous: the labelled rows, then zeros
+    max_out_ptr,  # (slots,) float32: their maxima, then infinity, by which all probabilities there are zero
+    factor_out_ptr,  # (slots,) float32: 2^15 / their sums of exponentials, then 0
+    stride_x_row,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """So that the walks over rows read whole blocks of neighbours, without a mask."""
+    slots, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+    live = slots < tl.load(count_ptr)
+    rows = tl.load(rows_ptr + slots, mask=live, other=0)
+    row_max = tl.load(row_max_ptr + rows, mask=live, other=float("inf"))
+    row_sum = tl.load(row_sum_ptr + rows, mask=live, other=float("inf"))
+    inside = (cols < WIDTH)[None, :]
+    x_rows = x_ptr + rows.to(tl.int64) * stride_x_row
+    x = tl.load(x_rows[:, None] + cols[None, :], mask=live[:, None] & inside, other=0.0)
+    x_out_rows = x_out_ptr + slots.to(tl.int64) * WIDTH
+    tl.store(x_out_rows[:, None] + cols[None, :], x, mask=tl.broadcast_to(inside, x.shape))
+    tl.store(max_out_ptr + slots, row_max)
+    tl.store(factor_out_ptr + slots, 1.0 / row_sum * UNIT)
+    tl.store(targets_ptr + slots, tl.full([BLOCK_M], -1, dtype=tl.int32), mask=slots >= tl.load(count_ptr))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
+def _linear_cross_entropy_bwd_x_kernel(
+    x_ptr,  # (slots, WIDTH), contiguous, the gathered rows
+    weight_ptr,  # (V, WIDTH), contiguous
+    bias_ptr,  # (V,)
+    targets_ptr,  # (slots,) int32, their labels
+    count_ptr,  # (1,) int32
+    row_max_ptr,  # (slots,) float32
+    factor_ptr,  # (slots,) float32
+    shares_ptr,  # (shares, N, WIDTH) float32: of each labelled row, each share's part of dx times 2^15 N / grad
+    n_rows,  # N
+    n_words,  # V
+    n_row_blocks,
+    share_words,  # words of a share
+    WIDTH: tl.constexpr,  # E
+    BLOCK_M: tl.constexpr,  # rows
+    BLOCK_N: tl.constexpr,  # words
+    BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
+    CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
+    BLOCK_O: tl.constexpr,  # columns of dx that a program computes
+):
+    share = tl.program_id(0) // n_row_blocks
+    slots = tl.program_id(0) % n_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    count = tl.load(count_ptr)
+    if tl.program_id(0) % n_row_blocks * BLOCK_M >= count:
+        return
+    x_rows = x_ptr + slots.to(tl.int64) * WIDTH
+    targets = tl.load(targets_ptr + slots)
+    row_max = tl.load(row_max_ptr + slots)
+    factor = tl.load(factor_ptr + slots)
+    x = load_owned(x_rows, None, WIDTH, BLOCK_E, CHUNK_E)
+    cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
+    first_word = share * share_words
+    last_word = tl.minimum(first_word + share_words, n_words)
+    for word in range(first_word, last_word, BLOCK_N):
+        words = word + tl.arange(0, BLOCK_N)
+        known = words < n_words
+        bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
+        weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
+        logits, weight = multiply(x, x_rows, None, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
+        gradients = logit_gradients(
+            logits + bias[None, :], row_max[:, None], factor[:, None], words[None, :] == targets[:, None]
+        )
+        weight = out_columns(weight, weight_rows, known, cols, WIDTH, BLOCK_E, CHUNK_E)
+        acc = product(round_to(gradients, weight.dtype), weight, acc)
+
+    share_rows = shares_ptr + (share * n_rows + slots).to(tl.int64) * WIDTH
+    tl.store(share_rows[:, None] + cols[None, :], acc, mask=(slots < count)[:, None] & (cols < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_shares"])
+def _linear_cross_entropy_bwd_sum_kernel(
+    shares_ptr,  # (shares, N, WIDTH) float32, of the labelled rows
+    grad_ptr,  # () float32, gradient of the loss
+    rows_ptr,  # (N,) int32, the labelled rows
+    count_ptr,  # (1,) int32
+    dx_ptr,  # (N, WIDTH), contiguous; rows without a label are left as they are
+    n_rows,  # N
+    n_shares,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    count = tl.load(count_ptr)
+    slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.program_id(0) * BLOCK_M >= count:
+        return
+    live, cols = slots < count, tl.arange(0, BLOCK_E)
+    mask = live[:, None] & (cols < WIDTH)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
+    for share in range(n_shares):
+        share_rows = shares_ptr + (share * n_rows + slots).to(tl.int64) * WIDTH
+        acc += tl.load(share_rows[:, None] + cols[None, :], mask=mask, other=0.0)
+    dx = acc * (tl.load(grad_ptr) / count / UNIT)
+    dx_rows = dx_ptr + tl.load(rows_ptr + slots, mask=live, other=0).to(tl.int64) * WIDTH
+    tl.store(dx_rows[:, None] + cols[None, :], round_to(dx, dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _linear_cross_entropy_bwd_weight_kernel(
+    grad_ptr,  # () float32, gradient of the loss
+    x_ptr,  # (slots, WIDTH), contiguous, the gathered rows
+    weight_ptr,  # (V, WIDTH), contiguous
+    bias_ptr,  # (V,)
+    targets_ptr,  # (slots,) int32, their labels
+    count_ptr,  # (1,) int32
+    row_max_ptr,  # (slots,) float32
+    factor_ptr,  # (slots,) float32
+    dweight_ptr,  # (V, WIDTH), contiguous
+    dbias_ptr,  # (V,)
+    n_words,  # V
+    WIDTH: tl.constexpr,  # E
+    BLOCK_M: tl.constexpr,  # words
+    BLOCK_N: tl.constexpr,  # rows
+    BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
+    CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
+    BLOCK_O: tl.constexpr,  # columns of dweight that a program computes
+):
+    words = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    known = words < n_words
+    # Words behind the last one have a probability of zero, by their bias.
+    bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
+    weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
+    weight = load_owned(weight_rows, known, WIDTH, BLOCK_E, CHUNK_E)
+    cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    count = tl.load(count_ptr)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for first_slot in range(0, count, BLOCK_N):
+        slots = first_slot + tl.arange(0, BLOCK_N)
+        x_rows = x_ptr + slots.to(tl.int64) * WIDTH
+        targets = tl.load(targets_ptr + slots)
+        row_max = tl.load(row_max_ptr + slots)
+        factor = tl.load(factor_ptr + slots)
+        logits, x = multiply(weight, weight_rows, known, x_rows, None, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
+        gradients = logit_gradients(
+            logits + bias[:, None], row_max[None, :], factor[None, :], words[:, None] == targets[None, :]
+        )
+        dbias += tl.sum(gradients, axis=1)
+        x = out_columns(x, x_rows, None, cols, WIDTH, BLOCK_E, CHUNK_E)
+        acc = product(round_to(gradients, x.dtype), x, acc)
+
+    scale = tl.load(grad_ptr) / tl.maximum(count, 1) / UNIT
+    dweight_rows = dweight_ptr + words.to(tl.int64) * WIDTH
+    dweight = round_to(acc * scale, dweight_ptr.dtype.element_ty)
+    tl.store(dweight_rows[:, None] + cols[None, :], dweight, mask=known[:, None] & (cols < WIDTH)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(dbias_ptr + words, round_to(dbias * scale, dbias_ptr.dtype.element_ty), mask=known)
+
+
+def _find_labelled(labels: torch.Tensor, n_words: int, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rows, targets (slots,) int32, slots >= N, and count (1,) int32 of the labelled rows."""
+    n_rows = len(labels)
+    rows, targets = (torch.empty(slots, dtype=torch.int32, device=labels.device) for _ in range(2))
+    count = torch.empty(1, dtype=torch.int32, device=labels.device)
+    _linear_cross_entropy_labelled_kernel[(1,)](
+        labels, rows, targets, count, n_rows, n_words, BLOCK_M=_LABEL_ROWS, num_warps=8, **COMPILER_OPTIONS
+    )
+    return rows, targets, count
+
+
+def linear_cross_entropy_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean over labelled rows of -log softmax(x @ weight^T + bias)[label].
+
+    Args:
+        x: (N, E), E up to 1024; rows may be strided.
+        weight: (V, E); bias: (V,); in x's dtype.
+        labels: (N,) int64; -100 is ignored, any other number outside [0, V) makes the loss and all gradients NaN.
+
+    Returns:
+        loss () float32, 0 without a label; row_max and row_sum (N,) float32, each row's largest logit and its sum of
+        exp(logit - row_max), 0 where the label is ignored. Two numbers and not their log-sum-exp, whose rounding would
+        scale a whole row of probabilities by as much.
+
+    Raises:
+        ValueError: E above 1024.
+    """
+    x, weight, labels = rows_contiguous(x), weight.contiguous(), labels.contiguous()
+    (n_rows, width), n_words = x.shape, len(weight)
+    tiles = linear_cross_entropy_tiles(width, x.dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=x.device)
+    row_max, row_sum = (torch.zeros(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    if n_rows == 0:
+        return loss, row_max, row_sum
+    row_blocks, shares, share_words = vocabulary_shares(n_rows, n_words, tiles)
+    largest, sums = (torch.empty((shares, n_rows), dtype=torch.float32, device=x.device) for _ in range(2))
+    logits, losses = (torch.empty(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    with torch.cuda.device_of(x):
+        rows, targets, count = _find_labelled(labels, n_words, n_rows)
+        _linear_cross_entropy_fwd_kernel[(row_blocks * shares,)](
+            x, weight, bias.contiguous(), rows, targets, count, largest, sums, logits, x.stride(0), n_rows, n_words,
+            row_blocks, share_words, WIDTH=width, **tiles, **COMPILER_OPTIONS,
+        )  # fmt: skip
+        _linear_cross_entropy_fwd_merge_kernel[(triton.cdiv(n_rows, _MERGE_ROWS),)](
+            largest, sums, logits, rows, targets, count, losses, row_max, row_sum, n_rows, shares,
+            BLOCK_M=_MERGE_ROWS, num_warps=4, **COMPILER_OPTIONS,
+        )  # fmt: skip
+        _linear_cross_entropy_fwd_mean_kernel[(1,)](
+            losses, count, loss, BLOCK_M=_MEAN_ROWS, num_warps=8, **COMPILER_OPTIONS
+        )
+    return loss, row_max, row_sum
+
+
+def linear_cross_entropy_bwd(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
+    row_max: torch.Tensor, row_sum: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (N, E), weight (V, E) and bias (V,), in their dtypes.
+
+    Args:
+        grad: () float32, the gradient of the loss.
+        x, weight, bias, labels: what the forward was given. row_max, row_sum: (N,) float32, what it returned.
+
+    Raises:
+        ValueError: E above 1024.
+    """
+    x, weight, bias, labels = rows_contiguous(x), weight.contiguous(), bias.contiguous(), labels.contiguous()
+    (n_rows, width), n_words = x.shape, len(weight)
+    tiles = linear_cross_entropy_tiles(width, x.dtype)
+    dx = torch.zeros((n_rows, width), dtype=x.dtype, device=x.device)
+    if n_rows == 0:
+        return dx, torch.zeros_like(weight), torch.zeros_like(bias)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    row_blocks, shares, share_words = vocabulary_shares(n_rows, n_words, tiles)
+    parts = torch.empty((shares, n_rows, width), dtype=torch.float32, device=x.device)
+    out_chunks = triton.cdiv(width, tiles["BLOCK_O"])
+    # Whole blocks, whichever kernel owns or walks over them.
+    slots = row_blocks * max(tiles["BLOCK_M"], tiles["BLOCK_N"])
+    gathered = torch.empty((slots, width), dtype=x.dtype, device=x.device)
+    largest, factors = (torch.empty(slots, dtype=torch.float32, device=x.device) for _ in range(2))
+    with torch.cuda.device_of(x):
+        rows, targets, count = _find_labelled(labels, n_words, slots)
+        _linear_cross_entropy_bwd_gather_kernel[(triton.cdiv(slots, _GATHER_ROWS),)](
+            x, row_max, row_sum, rows, targets, count, gathered, largest, factors, x.stride(0), WIDTH=width,
+            BLOCK_M=_GATHER_ROWS, BLOCK_E=tiles["BLOCK_E"], num_warps=4, **COMPILER_OPTIONS,
+        )  # fmt: skip
+        _linear_cross_entropy_bwd_x_kernel[(row_blocks * shares, out_chunks)](
+            gathered, weight, bias, targets, count, largest, factors, parts, n_rows, n_words, row_blocks, share_words,
+            WIDTH=width, **tiles, **COMPILER_OPTIONS,
+        )  # fmt: skip
+        _linear_cross_entropy_bwd_sum_kernel[(triton.cdiv(n_rows, _GATHER_ROWS),)](
+            parts, grad, rows, count, dx, n_rows, shares, WIDTH=width, BLOCK_M=_GATHER_ROWS, BLOCK_E=tiles["BLOCK_E"],
+            num_warps=4, **COMPILER_OPTIONS,
+        )  # fmt: skip
+        _linear_cross_entropy_bwd_weight_kernel[(triton.cdiv(n_words, tiles["BLOCK_M"]), out_chunks)](
+            grad, gathered, weight, bias, targets, count, largest, factors, dweight, dbias, n_words,
+            WIDTH=width, **tiles, **COMPILER_OPTIONS,
+        )  # fmt: skip
+    return dx, dweight, dbias
