@@ -107,7 +107,7 @@ def _operator_groups(part: Part) -> Iterator[tuple[float, CallGroup]]:
         for op, devices in dispatch.TABLE.items()
         if set(devices["cuda"]) - {"reference"} and op != "attention"
     ]  # fmt: skip
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
         for op in fused:
             case = ALL_CASES[op]
             shape = case.small_shapes[-1] if quick else GPU_SHAPES[op]

@@ -44,25 +44,28 @@ class AttentionGroup(OperatorGroup):
         self.dense = len(set(lengths)) == 1
 
     def sides(self) -> tuple[str, ...]:
+        """On a GPU only one library takes float32, and only flash takes no mask."""
+        if self.device.type == "cpu":
+            libraries: tuple[str, ...] = ("flash",)
+        elif self.dtype == torch.float32:
+            libraries = ("efficient",)
+        else:
+            libraries = ("cudnn", "efficient", *(("flash",) if self.dense else ()))
         if self.dense:
-            return self.backend, *(f"sdpa-{library}" for library in SDPA)
-        return self.backend, "sdpa-nested", *(f"sdpa-padded-{library}" for library in ("cudnn", "efficient"))
-
-    def why_not(self, side: str) -> str | None:
-        library = side.rpartition("-")[2]
-        if self.device.type == "cpu" and library in ("cudnn", "efficient"):
-            return f"torch has no {library} attention on CPUs"
-        if self.dtype == torch.float32 and library in ("flash", "cudnn", "nested") and self.device.type == "cuda":
-            return f"{side} takes no float32"
-        return None
+            return self.backend, *(f"sdpa-{library}" for library in libraries)
+        return self.backend, "sdpa-nested", *(f"sdpa-padded-{library}" for library in libraries)
 
     def build(self, side: str) -> Side:
         if side == self.backend:
             return super().build(side)
         if side.startswith("sdpa-padded"):
             return self._padded(SDPA[side.rpartition("-")[2]])
-        function = nested if side == "sdpa-nested" else dense(SDPA[side.removeprefix("sdpa-")])
-        return self._side(function, self.inputs, self._differentiated())
+        if side != "sdpa-nested":
+            return self._side(dense(SDPA[side.removeprefix("sdpa-")]), self.inputs, self._differentiated())
+        # Its inputs stand apart, as it wants them; inference_mode allows no nested tensor to be made.
+        apart = {name: t.contiguous() for name, t in self._differentiated().items()}
+        inputs = self.inputs | apart
+        return self._side(nested, inputs, apart) if self.backward else Side(torch.no_grad()(lambda: nested(**inputs)))
 
     def comparable(self, output: Any) -> tuple[Tensor, ...]:
         """Packed (T, H), also where the side has answered padded (B, heads, S, head_dim)."""
