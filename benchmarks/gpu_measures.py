@@ -38,7 +38,7 @@ _OPERATOR, _ATTENTION, _COMPILED, _TUNED, _EAGER = 12, 6, 30, 75, 8
 
 
 def _options(part: Part) -> Options:
-    return Options(part.quick, False, 3 if part.quick else 7, torch.get_num_threads(), torch.device(part.device))
+    return Options(part.quick, False, 2 if part.quick else 7, torch.get_num_threads(), torch.device(part.device))
 
 
 def _measure(part: Part, group: CallGroup, **more: object) -> None:
@@ -152,7 +152,7 @@ def model(part: Part) -> None:
         ("base", "mixed-32", uncompiled, _EAGER), ("large", "16x512", untuned, _COMPILED),
     ]  # fmt: skip
     if part.quick:
-        questions = [("base", "2x16", every, 0), ("base", "sst2-32", uncompiled, 0), ("large", "1x16", uncompiled, 0)]
+        questions = [("base", "2x16", every, 0), ("large", "sst2-32", uncompiled, 0)]
     for name, batch, names, needs in questions:
         if needs > part.left() > _EAGER:  # better without the peers that compile than not at all
             part.add("skipped", what=f"compiled peers of {name} {batch}", why=f"{part.left():.0f} s were left")
