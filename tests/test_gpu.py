@@ -101,10 +101,7 @@ def test_outputs_and_gradients_of_the_encoder(size, mask_kind, dtype):
         exact, same, fast = (getattr(output, name).detach().cpu() for output in outputs)
         assert fast.dtype == dtype
         assert_close_calibrated(fast, same, exact, name)
-    cotangents = (
-        torch.randn(ROWS, COLUMNS, outputs[0].last_hidden_state.shape[2]),
-        torch.randn(outputs[0].pooler_output.shape),
-    )
+    cotangents = [torch.randn(state.shape) for state in (outputs[0].last_hidden_state, outputs[0].pooler_output)]
     for output in outputs:
         states = output.last_hidden_state, output.pooler_output
         with poison_empty():
