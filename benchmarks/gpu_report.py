@@ -41,7 +41,7 @@ def markdown(content: Mapping[str, Any]) -> str:
             lines += [""]
     lines += _tests(record for _, record in records)
     for part in ("model", "operators", "training"):
-        lines += _figures(part, [record for of, record in records if of == part])
+        lines += _figures(part, [record for of, record in records if of == part], _rates([r for _, r in records]))
     return "\n".join(lines)
 
 
@@ -77,7 +77,7 @@ def targets(records: Sequence[Row]) -> list[Target]:
         if record["kind"] == "row":
             group, _, side = record["id"].rpartition("/")
             groups.setdefault(group, {})[side] = record
-    rates = {record["what"]: record["per_second"] for record in records if record["kind"] == "ceiling"}
+    rates = _rates(records)
     found: list[Target] = []
     for group, sides in groups.items():
         op, direction, dtype, shape = group.split("/")
@@ -184,15 +184,35 @@ def _tests(records: Iterable[Row]) -> list[str]:
     return ["## Tests", "", *_table(["what", "passed", "failed", "skipped"], rows)] if rows else []
 
 
-def _figures(part: str, records: Sequence[Row]) -> list[str]:
+def _rates(records: Iterable[Row]) -> dict[str, float]:
+    """The machine's measured rates, bytes or operations per second."""
+    return {record["what"]: record["per_second"] for record in records if record["kind"] == "ceiling"}
+
+
+def _figures(part: str, records: Sequence[Row], limits: Mapping[str, float]) -> list[str]:
+    """The rows of a part; `limits` are the rates that its own are a share of, in bfloat16."""
     body = []
     for row in records:
         if row["kind"] == "row":
             rates = [_digits(row["gflops"] / 1e3) if "gflops" in row else "", _digits(row.get("gbytes_per_second"))]
+            for name, limit in (("gflops", "bf16 product"), ("gbytes_per_second", "copy")):
+                known = name in row and limit in limits and "bfloat16" in row["id"]
+                rates.append(f"{100e9 * row[name] / limits[limit]:.0f} %" if known else "")
             more = [_digits(row.get("times_ours")), _digits(row.get("peak_mib")), _digits(row.get("tokens_per_second"))]
             error = f"{row['relative_error']:.1e}" if "relative_error" in row else ""
             body.append([row["id"], _digits(row["milliseconds"]), *rates, *more, error])
-    head = ["id", "ms", "TFLOP/s", "GB/s", "x our time", "peak MiB", "tokens/s", "relative error"]
+    head = [
+        "id",
+        "ms",
+        "TFLOP/s",
+        "GB/s",
+        "of product",
+        "of copy",
+        "x our time",
+        "peak MiB",
+        "tokens/s",
+        "relative error",
+    ]
     lines = [f"## {part.capitalize()}", "", *_table(head, body)] if body else []
     sizes = [[f"{r['batch']} {r['side']}", f"{r['peak_mib']:.0f}"] for r in records if r["kind"] == "memory"]
     return lines + (_table(["peak memory", "MiB"], sizes) if sizes else [])
