@@ -23,6 +23,7 @@ _IMPORTS = {
     "albert_fast": "albert_fast.modeling",
     "reference": "albert_fast.reference",
     "hf": "transformers.models.albert.modeling_albert",
+    "torch": "transformers.models.albert.modeling_albert",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
 }
@@ -75,8 +76,12 @@ def load(side: str, path: Path, settings: Settings) -> Bind:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
         attention = "eager" if "eager" in sides.options(side) else "sdpa"
         model = hugging_face(path, attention, dtype).to(settings.device)
-        if "compile" in sides.options(side):
-            model = _compiled(model, settings.device)
+        if engine == "torch":
+            from gpu_peers import TransformerEncoder
+
+            model = TransformerEncoder(model).to(settings.device)
+        elif "compile" in sides.options(side):
+            model = _compiled(model, settings.device, tuned="default" not in sides.options(side))
     return _torch(model)
 
 
@@ -88,10 +93,12 @@ def hugging_face(path: Path, attention: str, dtype: Any) -> Any:
     return model.eval()
 
 
-def _compiled(model: Any, device: str) -> Any:
-    """For the shape that comes first; on CPUs with frozen weights, on GPUs with CUDA graphs and tuned products."""
+def _compiled(model: Any, device: str, tuned: bool) -> Any:
+    """For the shape that comes first; `tuned`: on CPUs with frozen weights, on GPUs with CUDA graphs and tuned products."""
     import torch
 
+    if not tuned:
+        return torch.compile(model, dynamic=False)
     if device == "cpu":
         return torch.compile(model, dynamic=False, options={"freezing": True})
     return torch.compile(model, dynamic=False, mode="max-autotune")

@@ -16,7 +16,7 @@ from albert_fast.testing.timing import Side
 Eager = Callable[..., Tensor]
 _DTYPES = (torch.float32, torch.bfloat16)
 # What fills a GPU: 64 sequences of 512 tokens of ALBERT-base.
-_GPU_SHAPES: dict[str, Any] = {
+GPU_SHAPES: dict[str, Any] = {
     "embedding_projection": (32768, 128, 768, 30000, 512, 2),
     "attention": ((512,) * 64, None, 12, 64),
     "bias_gelu": (32768, 3072),
@@ -110,15 +110,18 @@ class OperatorGroup(CallGroup):
         if not self.backward:
             return Side(torch.inference_mode()(lambda: function(**inputs)))
         leaves = {name: t.detach().requires_grad_() for name, t in differentiated.items()}
-        generator = torch.Generator().manual_seed(1)
-        cotangent = torch.randn(self.case.output_like(self.inputs).shape, generator=generator).to(
-            self.device, self.dtype
-        )
+        cotangent = self.cotangent()
         # Every call has a graph of its own: one that is kept for a second call may not reuse its memory.
         return Side(
             lambda output: torch.autograd.grad(output, tuple(leaves.values()), cotangent.to(output.dtype)),
             lambda: function(**{**inputs, **leaves}),
         )
+
+    def cotangent(self) -> Tensor:
+        """The output's gradient, the same in every call."""
+        generator = torch.Generator().manual_seed(1)
+        drawn = torch.randn(self.case.output_like(self.inputs).shape, generator=generator)
+        return drawn.to(self.device, self.dtype)
 
     def _differentiated(self) -> dict[str, Tensor]:
         """The inputs whose gradients the backward computes."""
@@ -141,7 +144,7 @@ def operator_groups(
     case = ALL_CASES[op]
     shapes = case.bench_shapes  # smallest first
     if options.device.type == "cuda":
-        shapes = (*shapes, _GPU_SHAPES[op])
+        shapes = (*shapes, GPU_SHAPES[op])
     if options.quick:
         shapes = shapes[:1]
     elif not options.long:

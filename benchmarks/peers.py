@@ -27,6 +27,7 @@ from albert_fast.testing.timing import Side, interleaved
 # What an engine needs beside torch; without bench's packages there is nothing to compare with.
 _NEEDS = {
     "hf": ("transformers",),
+    "torch": ("transformers",),
     "onnxruntime": ("transformers", "onnx", "onnxruntime"),
     "openvino": ("transformers", "onnx", "openvino"),
 }

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from albert_fast import ops
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.parity import check_backward, check_forward, parity_tests
+from albert_fast.testing.parity import check_backward, check_forward, device_of, parity_tests
 
 FORWARD, BACKWARD = parity_tests("add_layer_norm")
 
@@ -33,10 +33,9 @@ ROWS, WIDTH = 11, 33
 
 def call(x, backend, **changes):
     vectors = {"bias": torch.zeros(WIDTH), "weight": torch.ones(WIDTH), "ln_bias": torch.zeros(WIDTH), **changes}
-    residual = vectors.pop("residual", torch.zeros_like(x))
-    return ops.add_layer_norm(
-        x, vectors["bias"], residual, vectors["weight"], vectors["ln_bias"], 1e-12, backend=backend
-    )
+    vectors = {"x": x, "residual": torch.zeros_like(x), **vectors}
+    on_device = {name: t.to(device_of(backend)) for name, t in vectors.items()}
+    return ops.add_layer_norm(**on_device, eps=1e-12, backend=backend).cpu()
 
 
 @BACKENDS
@@ -58,14 +57,19 @@ def test_nan_and_infinity_stay_in_their_row(backend):
 @BACKENDS
 def test_dropout_keeps_what_the_seed_says(backend):
     x, seed = torch.ones(64, 256), torch.tensor(123456789012345)
-    vectors = (torch.zeros(256), torch.zeros(64, 256), torch.ones(256), torch.zeros(256), 1e-12, 0.3)
-    first, again = (ops.add_layer_norm(x, *vectors, seed, backend=backend) for _ in range(2))
+    vectors = (torch.zeros(256), torch.zeros(64, 256), torch.ones(256), torch.zeros(256))
+
+    def dropped_out(seed, backend):
+        tensors = [t.to(device_of(backend)) for t in (x, *vectors)]
+        return ops.add_layer_norm(*tensors, 1e-12, 0.3, seed, backend=backend).cpu()
+
+    first, again = (dropped_out(seed, backend) for _ in range(2))
     assert torch.equal(first, again)
     dropped = (first < 0).float().mean()
     assert 0.28 < dropped < 0.32
-    other = ops.add_layer_norm(x, *vectors, seed + 1, backend=backend)
+    other = dropped_out(seed + 1, backend)
     assert ((first < 0) != (other < 0)).float().mean() > 0.3
-    assert torch.equal(first < 0, ops.add_layer_norm(x, *vectors, seed, backend="reference") < 0)
+    assert torch.equal(first < 0, dropped_out(seed, "reference") < 0)
 
 
 def test_bad_input_is_named():

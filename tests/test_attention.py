@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from albert_fast import ops
 from albert_fast.packing import longest_first
 from albert_fast.testing import ALL_CASES, poison_empty
-from albert_fast.testing.parity import DTYPES, check_backward, check_forward, parity_tests
+from albert_fast.testing.parity import DTYPES, check_backward, check_forward, device_of, parity_tests
 
 FORWARD, BACKWARD = parity_tests("attention")
 
@@ -34,9 +34,10 @@ def packed(lengths, heads=2, head_dim=16):
 
 
 def run(qkv, cu_seqlens, backend, heads=2, **options):
-    q, k, v = qkv.split(qkv.shape[1] // 3, dim=1)
     longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    return ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, heads, backend=backend, **options)
+    qkv, cu_seqlens = qkv.to(device_of(backend)), cu_seqlens.to(device_of(backend))
+    q, k, v = qkv.split(qkv.shape[1] // 3, dim=1)
+    return ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, heads, backend=backend, **options).cpu()
 
 
 @BACKENDS

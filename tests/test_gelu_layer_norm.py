@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from albert_fast import ops
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.parity import check_backward, check_forward, parity_tests
+from albert_fast.testing.parity import check_backward, check_forward, device_of, parity_tests
 
 FORWARD, BACKWARD = parity_tests("gelu_layer_norm")
 
@@ -33,9 +33,8 @@ ROWS, WIDTH = 11, 33
 
 def call(x, backend, **changes):
     vectors = {"bias": torch.zeros(WIDTH), "weight": torch.ones(WIDTH), "ln_bias": torch.zeros(WIDTH), **changes}
-    return ops.gelu_layer_norm(
-        x, vectors["bias"], vectors["weight"], vectors["ln_bias"], 1e-12, "relu", backend=backend
-    )
+    on_device = {name: t.to(device_of(backend)) for name, t in {"x": x, **vectors}.items()}
+    return ops.gelu_layer_norm(**on_device, eps=1e-12, act="relu", backend=backend).cpu()
 
 
 @BACKENDS

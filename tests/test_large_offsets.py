@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from albert_fast import ops
+from albert_fast.testing.parity import device_of
 
 pytest.importorskip("triton")
 
+DEVICE = device_of("triton")
 ROWS, WIDTH = 3, 32
 STRIDE = 2**30 + 16  # fits 32 bits, twice of it does not
 
@@ -16,14 +18,14 @@ STRIDE = 2**30 + 16  # fits 32 bits, twice of it does not
 def far_rows(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """(ROWS, WIDTH) random rows STRIDE elements apart: 4 GiB of address space of which three pages are touched."""
     try:
-        x = torch.empty((ROWS - 1) * STRIDE + WIDTH, dtype=dtype).as_strided((ROWS, WIDTH), (STRIDE, 1))
+        x = torch.empty((ROWS - 1) * STRIDE + WIDTH, dtype=dtype, device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"no address space for a tensor of 2^31 elements: {error}")
-    return x.copy_(torch.randn(ROWS, WIDTH))
+    return x.as_strided((ROWS, WIDTH), (STRIDE, 1)).copy_(torch.randn(ROWS, WIDTH))
 
 
 def vector() -> torch.Tensor:
-    return torch.randn(WIDTH, dtype=torch.bfloat16)
+    return torch.randn(WIDTH, dtype=torch.bfloat16, device=DEVICE)
 
 
 def assert_same(op, *arguments, **options):
@@ -54,7 +56,7 @@ def test_gelu_layer_norm():
 
 @pytest.mark.parametrize("far", [0, 1], ids=["x", "residual"])
 def test_add_layer_norm(far):
-    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16), far_rows()]
+    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, device=DEVICE), far_rows()]
     assert_same(ops.add_layer_norm, x[1 - far], vector(), x[far], vector(), vector(), 1e-12)
 
 
@@ -85,9 +87,9 @@ def test_linear_cross_entropy():
 
 @pytest.mark.parametrize("far", range(3), ids=["q", "k", "v"])
 def test_attention(far):
-    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16) for _ in range(3)]
+    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
     x[far] = far_rows()
-    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32, device=DEVICE)
     assert_same(ops.attention, *x, cu_seqlens, cu_seqlens, ROWS, ROWS, 2)
 
 

@@ -40,8 +40,10 @@ def attention_inputs(shape, dtype, device="cpu", generator=None, dropout_p=0.0, 
 def attention_slack(inputs: Inputs) -> float:
     """A score of size s is rounded by up to s * 2^-24, and its probability by as much of itself, however torch fared."""
     q, k = (inputs[name].float().unflatten(1, (inputs["num_heads"], -1)).transpose(0, 1) for name in ("q", "k"))
-    scores = q @ k.mT * inputs["softmax_scale"]
-    return float(scores.abs().max()) * 2**-24 if scores.numel() else 0.0
+    if not (q.numel() and k.numel()):
+        return 0.0
+    largest = max(float((some @ k.mT).abs().max()) for some in q.split(1024, dim=1))  # all at once may not fit a GPU
+    return largest * inputs["softmax_scale"] * 2**-24
 
 
 def attention_eager(

@@ -18,12 +18,19 @@ from .tolerances import assert_close_calibrated
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
+def device_of(backend: str) -> torch.device:
+    """Where a test runs `backend`: GPU kernels on the GPU where there is one, in Triton's interpreter elsewhere."""
+    on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def parity_grid(op: str, *backends: str) -> list[tuple[str, OpCase, Any, dict[str, Any], torch.dtype, str]]:
     """(id, case, shape, options, dtype, backend) of every parity test of `op`; Triton's interpreter gets the small shapes."""
     case, grid = ALL_CASES[op], []
     for backend in backends:
-        shapes = case.small_shapes if backend == "triton" else case.shapes
-        dtypes = [name for name, dtype in DTYPES.items() if dispatch.why_not(op, "cpu", backend, dtype) is None]
+        device = device_of(backend).type
+        shapes = case.small_shapes if backend == "triton" and device == "cpu" else case.shapes
+        dtypes = [name for name, dtype in DTYPES.items() if dispatch.why_not(op, device, backend, dtype) is None]
         for dtype, shape, options in itertools.product(dtypes, shapes, case.options):
             name = "-".join([backend, dtype, _shape_id(shape), *(f"{k}={v}" for k, v in options.items())])
             grid.append((name, case, shape, options, DTYPES[dtype], backend))
@@ -31,9 +38,11 @@ def parity_grid(op: str, *backends: str) -> list[tuple[str, OpCase, Any, dict[st
 
 
 def parity_tests(op: str) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
-    """pytest parametrisations of `check_forward` and `check_backward` over the grid of every backend that has CPU tensors."""
+    """pytest parametrisations of `check_forward` and `check_backward` over the grid of every backend that runs here."""
     names = ("case", "shape", "options", "dtype", "backend")
-    forward = parity_grid(op, *dispatch.runnable_on(op, "cpu"))
+    on_gpu = dispatch.TABLE[op]["cuda"] if torch.cuda.is_available() else ()
+    # Of the two references the one on the CPU: on a GPU it is the same Python.
+    forward = parity_grid(op, *dict.fromkeys((*dispatch.runnable_on(op, "cpu"), *on_gpu)))
     backward = [row for row in forward if row[1].gradients]
     marks = (pytest.mark.parametrize(names, [r[1:] for r in g], ids=[r[0] for r in g]) for g in (forward, backward))
     return next(marks), next(marks)
@@ -43,13 +52,14 @@ def _shape_id(shape: Any) -> str:
     return "x".join(_shape_id(part) for part in shape) if isinstance(shape, tuple) else str(shape)
 
 
-def make_inputs(case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype) -> Inputs:
-    return case.make_inputs(shape, dtype, generator=torch.Generator().manual_seed(11), **options)
+def make_inputs(case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str) -> Inputs:
+    """The same numbers on every device."""
+    return case.make_inputs(shape, dtype, device_of(backend), torch.Generator().manual_seed(11), **options)
 
 
 def check_forward(case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """The operator's output against plain torch in the same dtype and in float64, with unwritten memory poisoned."""
-    inputs = make_inputs(case, shape, options, dtype)
+    inputs = make_inputs(case, shape, options, dtype, backend)
     with poison_empty():
         actual = case.run(inputs, backend)
     same = case.eager(**inputs)
@@ -59,8 +69,9 @@ def check_forward(case: OpCase, shape: Any, options: dict[str, Any], dtype: torc
 
 def check_backward(case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """The gradient of every differentiable input, for a random cotangent, in the same way."""
-    inputs = make_inputs(case, shape, options, dtype)
-    cotangent = torch.randn(case.output_like(inputs).shape, generator=torch.Generator().manual_seed(12)).to(dtype)
+    inputs = make_inputs(case, shape, options, dtype, backend)
+    cotangent = torch.randn(case.output_like(inputs).shape, generator=torch.Generator().manual_seed(12))
+    cotangent = cotangent.to(device_of(backend), dtype)
     with poison_empty():
         actual = _gradients(case, inputs, cotangent, lambda leaves: case.run(leaves, backend))
     same = _gradients(case, inputs, cotangent, lambda leaves: case.eager(**leaves))

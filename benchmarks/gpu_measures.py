@@ -1,0 +1,237 @@
+"""The parts of gpu_suite.py that measure: the machine, every operator, the whole model, a step of training.
+
+Each part asks its most important questions first, and notes as skipped those that it has no time for.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import lengths
+import peers
+import torch
+from gpu_part import Part
+from gpu_peers import AttentionGroup, Training, allowed, masked_lm
+from harness import CallGroup, Options, comparison
+from model_group import ModelGroup
+from models import BASE, LARGE, QUICK, RandomModel
+from operators import GPU_SHAPES, OperatorGroup
+from shapes import Shape
+from sides import FAST
+
+from albert_fast import dispatch, info
+from albert_fast.testing import ALL_CASES
+from albert_fast.testing.timing import Side, interleaved
+
+_MASKED = 0.15  # of the tokens have a label in training
+_LOSS_TOLERANCE = 2e-2  # relative, of two first losses in bfloat16
+# Seconds that a question takes with the compilation of its peers, on the safe side.
+_OPERATOR, _ATTENTION, _COMPILED, _TUNED, _EAGER = 12, 6, 30, 75, 8
+
+
+def _options(part: Part) -> Options:
+    return Options(part.quick, False, 2 if part.quick else 7, torch.get_num_threads(), torch.device(part.device))
+
+
+def _measure(part: Part, group: CallGroup, **more: object) -> None:
+    """A row for every side of the group that can take part. Ours must; what a peer cannot do is its own affair."""
+    names = []
+    for name in group.sides():
+        if reason := group.why_not(name):
+            part.add("skipped", what=f"{group.key}/{name}", why=reason)
+        else:
+            names.append(name)
+    for name, result in group.measure(names, _options(part)).items():
+        what = f"{group.key}/{name}"
+        if isinstance(result, Exception):
+            part.fail(what, result, "failure" if name == group.ours(name) else "peer failure")
+        else:
+            part.add("row", **result.extra_info, **more, seconds_by_round=result.seconds)
+
+
+# machine ------------------------------------------------------------------------------------------------------------------
+
+
+def machine(part: Part) -> None:
+    """What the machine is, and the rates that every other figure is held against."""
+    part.add("machine", **info.describe())
+    if shutil.which("nvidia-smi"):
+        fields = (
+            "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,memory.total,memory.used,power.limit"
+        )
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        part.add("nvidia-smi", output=(done.stdout + done.stderr).splitlines())
+    device, size = torch.device(part.device), 256 if part.quick else 8192
+    source = torch.randn((2**18 if part.quick else 2**28), device=device)
+    target = torch.empty_like(source)
+    _ceiling(part, "copy", lambda: target.copy_(source), 2.0 * source.numel() * source.element_size())
+    for name, dtype in (("bf16 product", torch.bfloat16), ("fp32 product", torch.float32)):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        part.attempt(name, partial(_ceiling, part, name, partial(torch.matmul, a, b), 2.0 * size**3))
+
+
+def _ceiling(part: Part, name: str, call: object, amount: float) -> None:
+    """A row of `amount` (bytes or operations) per second, the median of the rounds."""
+    rounds = _options(part).rounds
+    seconds = interleaved({name: Side(call)}, rounds, pause=0.0, device=part.device)[name]  # type: ignore[arg-type]
+    part.add("ceiling", what=name, per_second=amount / statistics.median(seconds), best=amount / min(seconds))
+
+
+# operators ----------------------------------------------------------------------------------------------------------------
+
+
+def operators(part: Part) -> None:
+    """32,768 tokens of ALBERT-base; every direction in bfloat16, then in float32."""
+    for needs, group in _operator_groups(part):
+        part.attempt(group.key, partial(_measure, part, group), needs=0 if part.quick else needs)
+
+
+def _operator_groups(part: Part) -> Iterator[tuple[float, CallGroup]]:
+    device, quick = torch.device(part.device), part.quick
+    real = tuple(json.loads(lengths.COMMITTED.read_text())["batches"]["imdb-32"]) * 4
+    batches = {"64x512": (512,) * 64, "imdb-128": real, "256x128": (128,) * 256, "64x128": (128,) * 64}
+    if quick:
+        batches = {"2x16": (16,) * 2, "real-4": (5, 31, 2, 17)}
+    heads, head_dim = (2, 16) if quick else (12, 64)
+    fused = [op for op, devices in dispatch.TABLE.items() if set(devices["cuda"]) - {"reference"} and op != "attention"]
+    fused.sort(key="embedding_projection".__eq__)  # last, since tuning its product takes the compiler longest
+    shapes = GPU_SHAPES | {"gelu_layer_norm": (32768, 768)}  # of the width for which there is a target
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+        for name, tokens in batches.items():
+            for backward in (False, True):
+                yield _ATTENTION, AttentionGroup(name, tokens, heads, head_dim, backward, dtype, device)
+        for op in fused:
+            case = ALL_CASES[op]
+            shape = case.small_shapes[-1] if quick else shapes[op]
+            for backward in (False, True):
+                group = OperatorGroup(case, case.eager, _shape_name(shape), shape, backward, dtype, device)
+                yield _OPERATOR, group
+
+
+def _shape_name(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+# model --------------------------------------------------------------------------------------------------------------------
+
+
+class _ModelGroup(ModelGroup):
+    """A batch on which torch.nn's encoder may take part."""
+
+    def allowed(self, side: str) -> float:
+        return allowed(side, self.dtype)
+
+
+def model(part: Part) -> None:
+    """ALBERT-base in bfloat16, dense and of real lengths, then large; the peak of memory beside it."""
+    device = torch.device(part.device)
+    dtype = torch.float32 if part.device == "cpu" else torch.bfloat16
+    configs = {
+        "base": QUICK if part.quick else BASE,
+        "large": replace(QUICK, num_hidden_layers=3) if part.quick else LARGE,
+    }
+    models = {
+        name: peers.Peers(RandomModel(name, config), device, dtype, torch.get_num_threads(), part.quick)
+        for name, config in configs.items()
+    }
+    uncompiled = (FAST, "hf-eager", "hf-sdpa", "torch-nested")
+    every = (*uncompiled, "hf-compile-default", "hf-compile")
+    untuned = (FAST, "hf-sdpa", "torch-nested", "hf-compile-default")
+    questions = [
+        ("base", "64x512", every, _TUNED), ("base", "64x128", every, _TUNED), ("base", "imdb-32", untuned, _COMPILED),
+        ("base", "1x128", every, _TUNED), ("base", "sst2-32", uncompiled, _EAGER),
+        ("base", "mixed-32", uncompiled, _EAGER), ("large", "16x512", untuned, _COMPILED),
+    ]  # fmt: skip
+    if part.quick:
+        questions = [("base", "2x16", every, 0), ("large", "sst2-32", uncompiled, 0)]
+    for name, batch, names, needs in questions:
+        if needs > part.left() > _EAGER:  # better without the peers that compile than not at all
+            part.add("skipped", what=f"compiled peers of {name} {batch}", why=f"{part.left():.0f} s were left")
+            names, needs = tuple(side for side in names if "compile" not in side), _EAGER
+        group = _ModelGroup("model", f"{name}-{batch}", Shape(batch, names), models[name])
+        part.attempt(group.key, partial(_measure, part, group, tokens=sum(group.batch.lengths)), needs)
+    dense = questions[0][1]
+    for side in uncompiled if part.device == "cuda" else ():
+        part.attempt(f"memory of {side}", partial(_memory, part, models["base"], dense, side), needs=_EAGER)
+
+
+def _memory(part: Part, model: peers.Peers, name: str, side: str) -> None:
+    """Peak memory of one side alone: weights, activations, workspaces."""
+    batch = model.batch(name)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    call = model.bind(side, batch)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    part.add("memory", batch=name, side=side, peak_mib=(torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+# training -----------------------------------------------------------------------------------------------------------------
+
+
+def training(part: Part) -> None:
+    """A step of masked language modelling under bfloat16 autocast: memory of each side alone, then times, interleaved."""
+    rows, columns = (2, 16) if part.quick else (32, 512)
+    config = QUICK if part.quick else BASE
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(lengths.FIRST_ORDINARY_ID, config.vocab_size, (rows, columns), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) >= _MASKED, -100)
+    labels[0, 0] = ids[0, 0]
+    ids, labels = ids.to(part.device), labels.to(part.device)
+    names = [FAST, "hf-sdpa", "hf-compile"]
+    if part.left() < _COMPILED and not part.quick:
+        part.add("skipped", what="hf-compile", why=f"{part.left():.0f} s were left")
+        names.remove("hf-compile")
+    built: dict[str, Training] = {}
+    peaks: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = masked_lm(config, Path(folder))
+        for name in names:
+            try:
+                built[name], peaks[name] = _first_steps(name, checkpoint, ids, labels)
+            except Exception as error:  # what a peer cannot do is its own affair
+                part.fail(name, error, "failure" if name == FAST else "peer failure")
+    first = {name: float(side.losses[0]) for name, side in built.items()}
+    part.add("losses", first=first, last={name: float(side.losses[-1]) for name, side in built.items()})
+    reference = first.get("hf-sdpa", first.get(FAST, 0.0))
+    for name, loss in first.items():
+        if not abs(loss - reference) <= _LOSS_TOLERANCE * abs(reference):
+            part.fail(name, f"its first loss is {loss}, that of hf-sdpa {reference}")
+    sides = {name: Side(side.step) for name, side in built.items()}
+    samples = interleaved(sides, _options(part).rounds, pause=0.0, device=part.device)
+    for name, seconds in samples.items():
+        _training_row(part, name, samples, peaks[name], ids.numel(), f"base-{rows}x{columns}", seconds)
+
+
+def _first_steps(name: str, checkpoint: Path, ids: torch.Tensor, labels: torch.Tensor) -> tuple[Training, float]:
+    """The side after three steps, and its peak of memory in MiB: weights, optimizer, activations; 0 on a CPU."""
+    on_gpu = ids.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    side = Training(name, checkpoint, ids, labels)
+    for _ in range(3):  # the first ones compile, tune, and make the optimizer's state
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        side.step()
+    return side, (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else 0.0
+
+
+def _training_row(
+    part: Part, name: str, samples: Mapping[str, list[float]], peak_mib: float, tokens: int, shape: str,
+    seconds: list[float],
+) -> None:  # fmt: skip
+    median = statistics.median(seconds)
+    part.add(
+        "row", id=f"training/step/bfloat16/{shape}/{name}", milliseconds=median * 1e3, tokens_per_second=tokens / median,
+        peak_mib=peak_mib, **comparison(name, samples, FAST), seconds_by_round=seconds,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""One part of gpu_suite.py in a process of its own: `python gpu_part.py PART --records FILE --device D --seconds S`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Part -> the module that has a function of its name; none is imported before it is wanted, for one installs the package.
+MODULES = {
+    "build": "gpu_proofs",
+    "parity": "gpu_proofs",
+    "sanitizer": "gpu_proofs",
+    "machine": "gpu_measures",
+    "operators": "gpu_measures",
+    "model": "gpu_measures",
+    "training": "gpu_measures",
+}
+
+
+@dataclass
+class Part:
+    """What a part knows of its run, and how it tells: every record is a line of JSON, on disk at once.
+
+    Kinds of records: "row" (a figure), "failure" (fails the part), "peer failure" (does not), "skipped", and others that
+    the part names itself. Of records with one `key` the latest counts.
+    """
+
+    device: str
+    quick: bool
+    seconds: float
+    path: Path
+    failed: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Seconds until nothing more should be begun."""
+        return self.started + self.seconds - time.monotonic()
+
+    def add(self, kind: str, **fields: Any) -> None:
+        self.failed = self.failed or kind == "failure"
+        with self.path.open("a") as file:
+            file.write(json.dumps({"kind": kind, **fields}) + "\n")
+        shown = {name: value for name, value in fields.items() if name not in ("seconds_by_round", "error")}
+        print(f"[{time.monotonic() - self.started:6.1f} s] {kind}: {shown}", flush=True)
+
+    def fail(self, what: str, error: BaseException | str, kind: str = "failure") -> None:
+        """Note that `what` failed; the traceback goes to the log."""
+        if isinstance(error, BaseException):
+            traceback.print_exception(error)
+            error = f"{type(error).__name__}: {error}"
+        self.add(kind, what=what, error=error[-2000:])
+
+    def attempt(self, what: str, run: Callable[[], None], needs: float = 0.0) -> None:
+        """`run()`, or a note that it was skipped where less than `needs` seconds are left; it may fail on its own."""
+        if self.left() < needs:
+            self.add("skipped", what=what, why=f"{max(0.0, self.left()):.0f} s were left of about {needs:.0f}")
+            return
+        try:
+            run()
+        except Exception as error:  # the next case may still work
+            self.fail(what, error)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("gpu_part")
+    parser.add_argument("part", choices=MODULES)
+    parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    part = Part(options.device, options.quick, options.seconds, options.records)
+    run = getattr(importlib.import_module(MODULES[options.part]), options.part)
+    part.attempt(options.part, lambda: run(part))
+    return int(part.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""What only a GPU is measured against: torch's kinds of attention, torch.nn.TransformerEncoder, steps of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import allowed_error
+from operators import OperatorGroup
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM
+from albert_fast.outputs import BaseModelOutput
+from albert_fast.testing import ALL_CASES
+from albert_fast.testing.timing import Side
+
+# attention ----------------------------------------------------------------------------------------------------------------
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+class AttentionGroup(OperatorGroup):
+    """attention on sequences of `lengths` against torch's own, each of whose libraries is a side.
+
+    Of one length they are a dense batch. Of several, a nested tensor over the same packed rows, or padded with a mask: that
+    side is given padded tensors, is not charged for padding them, and is compared at the real tokens.
+    """
+
+    def __init__(
+        self, name: str, lengths: Sequence[int], heads: int, head_dim: int, backward: bool, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        case = ALL_CASES["attention"]
+        super().__init__(case, case.eager, name, (tuple(lengths), None, heads, head_dim), backward, dtype, device)
+        self.lengths, self.heads = lengths, heads
+        self.dense = len(set(lengths)) == 1
+
+    def sides(self) -> tuple[str, ...]:
+        """On a GPU only one library takes float32, and only flash takes no mask."""
+        if self.device.type == "cpu":
+            libraries: tuple[str, ...] = ("flash",)
+        elif self.dtype == torch.float32:
+            libraries = ("efficient",)
+        else:
+            libraries = ("cudnn", "efficient", *(("flash",) if self.dense else ()))
+        if self.dense:
+            return self.backend, *(f"sdpa-{library}" for library in libraries)
+        return self.backend, "sdpa-nested", *(f"sdpa-padded-{library}" for library in libraries)
+
+    def build(self, side: str) -> Side:
+        if side == self.backend:
+            return super().build(side)
+        if side.startswith("sdpa-padded"):
+            return self._padded(SDPA[side.rpartition("-")[2]])
+        if side != "sdpa-nested":
+            return self._side(dense(SDPA[side.removeprefix("sdpa-")]), self.inputs, self._differentiated())
+        # Its inputs stand apart, as it wants them; inference_mode allows no nested tensor to be made.
+        apart = {name: t.contiguous() for name, t in self._differentiated().items()}
+        inputs = self.inputs | apart
+        return self._side(nested, inputs, apart) if self.backward else Side(torch.no_grad()(lambda: nested(**inputs)))
+
+    def comparable(self, output: Any) -> tuple[Tensor, ...]:
+        """Packed (T, H), also where the side has answered padded (B, heads, S, head_dim)."""
+        outputs = super().comparable(output)
+        if outputs[0].dim() == 2:
+            return outputs
+        return tuple(t.transpose(1, 2)[self._real()].flatten(1) for t in outputs)
+
+    def _real(self) -> Tensor:
+        """(B, S) bool, True at tokens."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        return torch.arange(max(self.lengths), device=self.device) < lengths[:, None]
+
+    def _pad(self, packed: Tensor) -> Tensor:
+        """(T, H) -> (B, heads, S, head_dim), zeros where there is no token."""
+        real = self._real()
+        padded = packed.new_zeros(*real.shape, packed.shape[1])
+        padded[real] = packed
+        return padded.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def _padded(self, library: SDPBackend) -> Side:
+        leaves = [self._pad(self.inputs[name]).requires_grad_(self.backward) for name in ("q", "k", "v")]
+        mask = self._real()[:, None, None, :]
+
+        def forward() -> Tensor:
+            with sdpa_kernel(library):
+                return F.scaled_dot_product_attention(*leaves, mask, scale=self.inputs["softmax_scale"])
+
+        if not self.backward:
+            return Side(torch.inference_mode()(forward))
+        cotangent = self._pad(self.cotangent())
+        return Side(lambda output: torch.autograd.grad(output, leaves, cotangent), forward)
+
+
+def dense(library: SDPBackend) -> Callable[..., Tensor]:
+    """attention of sequences of one length by one of torch's libraries; arguments as the OpCase's."""
+
+    def attention(q, k, v, cu_seqlens_q, num_heads, softmax_scale, **_):
+        batch = len(cu_seqlens_q) - 1
+        heads = (t.view(batch, -1, num_heads, t.shape[1] // num_heads).transpose(1, 2) for t in (q, k, v))
+        with sdpa_kernel(library):
+            out = F.scaled_dot_product_attention(*heads, scale=softmax_scale)
+        return out.transpose(1, 2).reshape(q.shape)
+
+    return attention
+
+
+def nested(q, k, v, cu_seqlens_q, max_seqlen_q, num_heads, softmax_scale, **_):
+    """attention by torch's nested tensors of jagged layout, views of the packed rows."""
+    offsets = cu_seqlens_q.long()
+    heads = (
+        torch.nested.nested_tensor_from_jagged(
+            t.unflatten(1, (num_heads, -1)), offsets, min_seqlen=1, max_seqlen=max_seqlen_q
+        ).transpose(1, 2)
+        for t in (q, k, v)
+    )
+    return F.scaled_dot_product_attention(*heads, scale=softmax_scale).transpose(1, 2).values().reshape(q.shape)
+
+
+# the whole model ----------------------------------------------------------------------------------------------------------
+
+
+class TransformerEncoder(nn.Module):
+    """ALBERT's shape in torch.nn.TransformerEncoder, whose fast path takes padding out as nested tensors.
+
+    Embeddings are transformers' own; then one TransformerEncoderLayer, num_hidden_layers times, with the checkpoint's
+    weights. Its GELU is the exact one: of a checkpoint with the tanh form the numbers are close, not the same.
+    """
+
+    def __init__(self, theirs: nn.Module) -> None:
+        super().__init__()
+        config: Any = theirs.config
+        self.embeddings, self.project = theirs.embeddings, theirs.encoder.embedding_hidden_mapping_in
+        source: Any = theirs.encoder.albert_layer_groups[0].albert_layers[0]
+        layer = nn.TransformerEncoderLayer(
+            config.hidden_size, config.num_attention_heads, config.intermediate_size, dropout=0.0, activation="gelu",
+            layer_norm_eps=config.layer_norm_eps, batch_first=True, norm_first=False,
+        )  # fmt: skip
+        attention = source.attention
+        qkv = (attention.query, attention.key, attention.value)
+        with torch.no_grad():
+            layer.self_attn.in_proj_weight.copy_(torch.cat([linear.weight for linear in qkv]))
+            layer.self_attn.in_proj_bias.copy_(torch.cat([linear.bias for linear in qkv]))
+        layer.self_attn.out_proj.load_state_dict(attention.dense.state_dict())
+        layer.linear1.load_state_dict(source.ffn.state_dict())
+        layer.linear2.load_state_dict(source.ffn_output.state_dict())
+        layer.norm1.load_state_dict(attention.LayerNorm.state_dict())
+        layer.norm2.load_state_dict(source.full_layer_layer_norm.state_dict())
+        self.tower = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True)
+        self.tower.layers = nn.ModuleList([layer] * config.num_hidden_layers)
+        self.tower.num_layers = config.num_hidden_layers
+        self.to(next(theirs.parameters()).dtype).eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
+        """(B, S) ids and mask -> last_hidden_state (B, S, H); a mask without padding costs the fast path a look at it."""
+        hidden = self.project(self.embeddings(input_ids))
+        return BaseModelOutput(self.tower(hidden, src_key_padding_mask=attention_mask == 0), None, None, None)
+
+
+def allowed(side: str, dtype: torch.dtype) -> float:
+    """The exact GELU in the place of the tanh form differs by more than float32's rounding."""
+    return max(5e-3, allowed_error(side, dtype)) if side == "torch-nested" else allowed_error(side, dtype)
+
+
+# training -----------------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """Steps of masked language modelling (forward, backward, AdamW) by one side, always on the same batch.
+
+    Args:
+        side: albert_fast, hf-sdpa or hf-compile. checkpoint: a folder of an ALBERTForMaskedLM.
+        ids, labels: (B, S); no label at -100.
+    """
+
+    def __init__(self, side: str, checkpoint: Path, ids: Tensor, labels: Tensor) -> None:
+        self.ids, self.labels, self.device = ids, labels, ids.device
+        self.losses: list[Tensor] = []
+        model: Any
+        if side == "albert_fast":
+            model = ALBERTForMaskedLM.from_pretrained(checkpoint, device=ids.device)
+        else:
+            from transformers import AlbertForMaskedLM
+
+            model = AlbertForMaskedLM.from_pretrained(checkpoint, attn_implementation="sdpa").to(ids.device)
+        self.model = model.train()
+        # What each can leave out: ours computes no scores that no label asks for.
+        self.options: dict[str, Any] = {"output_tokens": labels != -100} if side == "albert_fast" else {}
+        if "output_logits" in getattr(model, "takes", ()):
+            self.options["output_logits"] = False
+        self.call = torch.compile(model, dynamic=False) if side == "hf-compile" else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(self) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self.call(self.ids, labels=self.labels, **self.options).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.detach())
+
+
+def masked_lm(config: ALBERTConfig, folder: Path) -> Path:
+    """A checkpoint of random weights, drawn once."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ALBERTForMaskedLM(config).save_pretrained(folder)
+    return folder

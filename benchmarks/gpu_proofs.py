@@ -1,0 +1,172 @@
+"""The parts of gpu_suite.py that prove: the build, parity with plain torch on the GPU, NVIDIA's sanitizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_part import Part
+
+ROOT = Path(__file__).resolve().parents[1]
+# pytest without the root on sys.path, where our folder `kernels` would pass for the package of that name.
+PYTEST = (sys.executable, "-c", "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())")
+_PYTEST_OPTIONS = ("-q", "-p", "no:cacheprovider")
+_MOST_PROCESSES = 8  # each has a CUDA context and compiles Triton kernels
+_FALL_BACK = 20  # seconds kept for an install without the extension
+_MEMCHECK = "cuda and f32 and (7x13x29x11x17x3 or 513x64x96x300x128x2)"
+_RACECHECK = "cuda and f32 and 7x13x29x11x17x3 and test_forward"
+
+
+def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, str]:
+    """Exit status and output of a command, which also go to the log; TimeoutExpired after `seconds`."""
+    print("$", *command, flush=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables}, timeout=max(1.0, seconds), text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    print(done.stdout, flush=True)
+    return done.returncode, done.stdout
+
+
+# build --------------------------------------------------------------------------------------------------------------------
+
+
+def build(part: Part) -> None:
+    """Install the checkout with all that can be compiled; then everything must run that is for this device."""
+    try:
+        _install(part, "cpu" if part.device == "cpu" else "auto")
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        part.fail("pip install", error)
+        _install(part, "off")  # so that the Triton kernels can be measured all the same
+    script = "import json, albert_fast.info as i; print(json.dumps([i.operators(), i.advice()]))"
+    status, said = run([sys.executable, "-c", f"import sys; del sys.path[0]; {script}"], part.left())
+    run([sys.executable, "-m", "albert_fast.info"], part.left())
+    if status:
+        raise RuntimeError(f"albert_fast.info fails: {said[-1000:]}")
+    operators, advice = json.loads(said.splitlines()[-1])
+    part.add("info", operators=operators, advice=advice)
+    for row in operators:
+        if row["device"] == part.device and not row["runs"]:
+            part.fail(f"{row['operator']} on {row['backend']}", str(row["reason"]))
+
+
+def _install(part: Part, mode: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    started = time.monotonic()
+    seconds = part.left() - (0 if mode == "off" else _FALL_BACK)
+    status, said = run(command, seconds, ALBERT_FAST_BUILD=mode, PIP_DISABLE_PIP_VERSION_CHECK="1")
+    if status:
+        raise RuntimeError(f"ALBERT_FAST_BUILD={mode} {' '.join(command)} fails: {said[-1500:]}")
+    part.add("built", mode=mode, duration=time.monotonic() - started)
+
+
+# parity -------------------------------------------------------------------------------------------------------------------
+
+
+class Counts:
+    """A plugin of pytest that records failures at once and counts every few seconds, so that a kill loses little."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.written = part, 0.0
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.passed:
+            return
+        of_file = self.counts.setdefault(report.nodeid.partition("::")[0], {})
+        of_file[report.outcome] = of_file.get(report.outcome, 0) + 1
+        if report.failed:
+            self.part.fail(report.nodeid, report.longreprtext)
+        backend = re.search(r"\[(triton|cuda)-", report.nodeid)
+        if report.passed and backend:
+            kind = "backward" if "test_backward" in report.nodeid else "forward"
+            key = f"{Path(report.nodeid.partition('::')[0]).stem.removeprefix('test_')} {backend[1]} {kind}"
+            by_kernel = self.counts.setdefault("by kernel", {})
+            by_kernel[key] = by_kernel.get(key, 0) + 1
+        if time.monotonic() - self.written > 2:
+            self.write()
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.part.fail(f"collecting {report.nodeid}", report.longreprtext)
+
+    def write(self) -> None:
+        self.written = time.monotonic()
+        self.part.add("tests", key="tests", counts=self.counts)
+
+
+def parity(part: Part) -> None:
+    """The operators' parity tests on every GPU kernel and tests/test_gpu.py, in this process and those of xdist."""
+    import pytest
+
+    from albert_fast import dispatch
+
+    sys.path.remove(str(Path(__file__).parent))  # tests see nothing of the benchmarks
+    os.chdir(ROOT)
+
+    kernels = {
+        op: [backend for backend in devices["cuda"] if backend != "reference"]
+        for op, devices in dispatch.TABLE.items()
+        if set(devices["cuda"]) - {"reference"}
+    }
+    files = ["tests/test_gpu.py", "tests/test_large_offsets.py", *(f"tests/test_{op}.py" for op in kernels)]
+    selection = "triton or cuda or test_gpu or test_large_offsets"
+    if part.device == "cpu":
+        os.environ |= {"ALBERT_FAST_TEST_DEVICE": "cpu", "TRITON_INTERPRET": "1"}
+        kernels, files = {"bias_gelu": ["triton"]}, ["tests/test_gpu.py", "tests/test_bias_gelu.py"]
+        selection = "(triton and f32 and test_forward) or (test_gpu and ForMaskedLM)"
+    plugins = []
+    if importlib.util.find_spec("xdist") and part.device == "cuda":
+        plugins += ["-n", str(max(1, min(_MOST_PROCESSES, (os.cpu_count() or 2) // 2)))]
+    if importlib.util.find_spec("pytest_timeout"):
+        plugins += ["--timeout=90", "--timeout-method=thread"]  # a kernel that hangs does not heed a signal
+    counts = Counts(part)
+    try:
+        status = pytest.main([*_PYTEST_OPTIONS, *plugins, *files, "-k", selection], plugins=[counts])
+    finally:
+        counts.write()
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        part.fail("pytest", f"exit status {status!r}")
+    for name in missing(kernels, counts.counts.get("by kernel", {})):
+        part.fail(name, "no parity test of this kernel has passed")
+
+
+def missing(kernels: Mapping[str, Sequence[str]], passed: Mapping[str, int]) -> list[str]:
+    """The kernels (operator -> its GPU backends) without a parity test of their forward that has passed."""
+    wanted = [f"{op} {backend} forward" for op, backends in kernels.items() for backend in backends]
+    return [name for name in wanted if not passed.get(name)]
+
+
+# sanitizer ----------------------------------------------------------------------------------------------------------------
+
+
+def sanitizer(part: Part) -> None:
+    """compute-sanitizer's memcheck and, shorter, racecheck over tests of the CUDA kernels."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None:
+        part.add("skipped", what="compute-sanitizer", why="it is not on the PATH")
+        return
+    for check, selection in (("memcheck", _MEMCHECK), ("racecheck", _RACECHECK)):
+        part.attempt(check, lambda check=check, selection=selection: _sanitize(part, tool, check, selection), needs=5)
+
+
+def _sanitize(part: Part, tool: str, check: str, selection: str) -> None:
+    # Allocations of their own: in torch's pool an access beyond a tensor's end still hits memory that is allocated.
+    command = [tool, "--tool", check, "--error-exitcode", "99", *PYTEST, *_PYTEST_OPTIONS]
+    command += ["tests/test_embedding_projection.py", "-k", selection]
+    seconds = part.left() * (0.7 if check == "memcheck" else 1.0)
+    status, said = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
+    tests = re.findall(r"\d+ passed.*", said)
+    part.add("sanitizer", check=check, summary=found[-1] if found else "", tests=tests[-1] if tests else "")
+    if status or not tests or not found or not found[-1].startswith("0 "):
+        part.fail(check, f"exit status {status}: {said[-1500:]}")

@@ -1,0 +1,173 @@
+"""gpu_suite.py without a GPU: its measuring parts on small shapes, and what it makes of parts that go wrong.
+
+`pytest benchmarks/test_gpu_suite.py`; torch.compile is switched off, for it takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gpu_proofs
+import gpu_suite
+import pytest
+from gpu_part import Part
+from gpu_report import markdown, targets
+
+MEASURED = ("machine", "model", "operators", "training")
+RECORD = (
+    "import json, sys, time, os, signal; open(sys.argv[1], 'a').write(json.dumps({'kind': 'note', 'n': 1}) + '\\n'); "
+)
+
+
+def run(tmp_path: Path, code: str, limit: float) -> tuple[gpu_suite.Outcome, list[int]]:
+    """The outcome of a part that records once and then runs `code`; how many records each publication had."""
+    records, published = tmp_path / "records.jsonl", []
+    command = [sys.executable, "-c", RECORD + code, str(records)]
+    outcome = gpu_suite.run_part(
+        "part", command, limit, tmp_path / "log", records, lambda o: published.append(len(o.records))
+    )
+    return outcome, published
+
+
+@pytest.mark.parametrize(
+    ("code", "limit", "status", "why"),
+    [
+        ("print('fine')", 60, "passed", ""),
+        ("print('the reason'); sys.exit(3)", 60, "failed", "exit status 3; the reason"),
+        ("raise ValueError('no such thing')", 60, "failed", "exit status 1; ValueError: no such thing"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 60, "killed", "by SIGKILL"),
+        ("time.sleep(100)", 1, "timed out", "it was ended after its limit of 1 s"),
+    ],
+    ids=["passes", "fails", "raises", "killed", "hangs"],
+)
+def test_how_a_part_ends(tmp_path, code, limit, status, why):
+    outcome, published = run(tmp_path, code, limit)
+    assert (outcome.status, outcome.why) == (status, why)
+    assert outcome.records == [{"kind": "note", "n": 1}]
+    assert published[-1] == 1
+    assert outcome.seconds < 30
+
+
+def test_a_part_that_hangs_takes_its_children_along(tmp_path):
+    child = (
+        "import subprocess; p = subprocess.Popen(['sleep', '100']); open('{}', 'w').write(str(p.pid)); time.sleep(100)"
+    )
+    run(tmp_path, child.format(tmp_path / "child"), 2)
+    pid = int((tmp_path / "child").read_text())
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_records_are_published_while_the_part_runs_and_a_key_is_replaced(tmp_path):
+    more = "".join(
+        f"open(sys.argv[1], 'a').write(json.dumps(dict(kind='tests', key='t', n={n})) + '\\n'); time.sleep(0.6); "
+        for n in (2, 3)
+    )
+    outcome, published = run(tmp_path, more + "open(sys.argv[1], 'a').write('{\"half a li')", 60)
+    assert outcome.records == [{"kind": "note", "n": 1}, {"kind": "tests", "key": "t", "n": 3}]
+    assert len(published) >= 3
+
+
+def test_what_fails_within_a_part_leaves_the_rest(tmp_path):
+    part = Part("cpu", True, 50.0, tmp_path / "records")
+    done: list[str] = []
+    part.attempt("first", lambda: 1 // 0)
+    part.attempt("second", lambda: done.append("second"))
+    part.attempt("third", lambda: done.append("third"), needs=100)
+    records = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    assert done == ["second"]
+    assert part.failed
+    assert [(r["kind"], r["what"]) for r in records] == [("failure", "first"), ("skipped", "third")]
+    part = Part("cpu", True, 50.0, tmp_path / "others")
+    part.fail("hf-sdpa", RuntimeError("out of memory"), "peer failure")
+    assert not part.failed
+
+
+def test_a_kernel_without_a_passed_test_is_missed():
+    kernels = {"attention": ["triton"], "embedding_projection": ["cuda"]}
+    assert gpu_proofs.missing(kernels, {"attention triton forward": 3}) == ["embedding_projection cuda forward"]
+
+
+@pytest.mark.parametrize(("errors", "failed"), [(0, False), (2, True)])
+def test_the_sanitizer_s_summary_decides(tmp_path, monkeypatch, errors, failed):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '3 passed in 1 s'\necho '========= ERROR SUMMARY: {errors} errors'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    part = Part("cuda", False, 60.0, tmp_path / "records")
+    gpu_proofs.sanitizer(part)
+    assert part.failed == failed
+
+
+def row(identity: str, ours: bool, milliseconds: float, **more: Any) -> dict[str, Any]:
+    return {"kind": "row", "id": identity, "ours": ours, "milliseconds": milliseconds, **more}
+
+
+def test_targets_are_met_or_not():
+    records = [
+        {"kind": "ceiling", "what": "copy", "per_second": 3e12},
+        {"kind": "ceiling", "what": "bf16 product", "per_second": 8e14},
+        row("model/fwd/bfloat16/base-64x512/albert_fast", True, 10.0, gflops=6e5),
+        row("model/fwd/bfloat16/base-64x512/hf-sdpa", False, 25.0),
+        row("model/fwd/bfloat16/base-64x512/hf-compile", False, 12.0),
+        row("model/fwd/bfloat16/base-imdb-32/albert_fast", True, 3.0, gflops=5.9e5),
+        row("model/fwd/bfloat16/base-1x128/albert_fast", True, 0.2, gflops=1.0),
+        row("bias_gelu/fwd/bfloat16/32768x3072/triton", True, 0.1, gbytes_per_second=2500.0),
+        row("attention/bwd/bfloat16/64x512/triton", True, 1.0),
+        row("attention/bwd/bfloat16/64x512/sdpa-flash", False, 1.5),
+        row("attention/bwd/bfloat16/64x512/sdpa-cudnn", False, 1.2),
+        row("training/step/bfloat16/base-32x512/albert_fast", True, 50.0, peak_mib=1000.0),
+        row("training/step/bfloat16/base-32x512/hf-sdpa", False, 90.0, peak_mib=4000.0),
+    ]
+    found = {(what, target): (best, ratio, met) for what, _, best, ratio, target, met in targets(records)}
+    assert found["model base-64x512", "0.65"] == ("800 TFLOP/s (product)", "0.75", True)
+    assert found["model base-64x512", "2.00 x"] == ("25.000 ms (hf-sdpa)", "2.50", True)
+    assert found["model base-64x512", "1.30 x"] == ("12.000 ms (hf-compile)", "1.20", False)
+    assert found["model base-imdb-32", "1.05 x at most"][1:] == ("1.02", True)
+    assert found["model base-1x128", "100 us at most"][2] is False
+    assert found["bias_gelu fwd bfloat16", "0.90"] == ("3,000 GB/s (copy)", "0.83", False)
+    assert found["attention bwd bfloat16 64x512", "1.00 x"] == ("1.200 ms (sdpa-cudnn)", "1.20", True)
+    assert found["training step base-32x512", "2.00 x"] == ("90.000 ms (hf-sdpa)", "1.80", False)
+    assert found["memory of a training step base-32x512", "0.33 at most"][1:] == ("0.25", True)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> dict[str, Any]:
+    """The JSON of the measuring parts and the sanitizer, as the command line runs them."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    command = [sys.executable, gpu_suite.__file__, "--device", "cpu", "--quick", "--out", str(out), "--name", "here"]
+    command += ["--only", *MEASURED, "sanitizer", "--minutes", "4"]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "here.log").read_text()[-3000:]
+    assert sorted(path.name for path in out.iterdir()) == ["here.json", "here.log", "here.md"]
+    assert (out / "here.md").read_text() in done.stdout
+    content: dict[str, Any] = json.loads((out / "here.json").read_text())
+    assert (out / "here.md").read_text() == markdown(content)
+    return content
+
+
+def test_every_measuring_part_runs_without_a_gpu(rehearsal):
+    assert {part["part"]: part["status"] for part in rehearsal["parts"]} == dict.fromkeys(
+        (*MEASURED, "sanitizer"), "passed"
+    )
+    assert rehearsal["not_run"] == []
+    assert "rehearsal" in markdown(rehearsal)
+
+
+def test_every_side_gives_a_row(rehearsal):
+    records = [record for part in rehearsal["parts"] for record in part["records"]]
+    assert [r for r in records if r["kind"] in ("failure", "peer failure")] == []
+    skipped = [r["what"] for r in records if r["kind"] == "skipped"]
+    assert skipped in (["compute-sanitizer"], [])
+    sides = {record["id"].rpartition("/")[2] for record in records if record["kind"] == "row"}
+    assert sides == {
+        "albert_fast", "cpp", "eager", "compile", "hf-eager", "hf-sdpa", "hf-compile", "hf-compile-default", "torch-nested",
+        "sdpa-flash", "sdpa-padded-flash", "sdpa-nested",
+    }  # fmt: skip
+    assert [r["what"] for r in records if r["kind"] == "ceiling"] == ["copy", "bf16 product", "fp32 product"]

@@ -1,0 +1,273 @@
+"""The models on a GPU against the plain reference in float64 on the CPU, with the reference on that GPU as the yardstick.
+
+ALBERT_FAST_TEST_DEVICE=cpu rehearses this file where there is no GPU: all but what streams need.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+
+import pytest
+import torch
+
+import albert_fast
+from albert_fast import ALBERTConfig, reference
+from albert_fast.testing import assert_close_calibrated, poison_empty
+from albert_fast.testing.tolerances import SLACK, largest_error
+from albert_fast.testing.twins import NAMES, OUTPUTS, drawn_inputs, drawn_mask, gradients
+
+DEVICE = torch.device(os.environ.get("ALBERT_FAST_TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+pytestmark = pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="there is no GPU here")
+if ON_GPU:
+    # cuBLAS reads it once, at its first product: without, torch's deterministic mode refuses to multiply.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+CONFIGS = {
+    "small": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 384, "num_hidden_layers": 3},
+    "odd": {"hidden_size": 78, "num_attention_heads": 3, "intermediate_size": 129, "num_hidden_layers": 2},
+    "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12},
+    "large": {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24},
+}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+MASKS = ["none", "right", "left", "holes", "empty row"]
+ROWS, COLUMNS = 4, 37
+# Mask kinds are gone through on the smaller models.
+GRID = [(size, kind) for size in ("small", "odd") for kind in MASKS] + [
+    ("base", "right"),
+    ("base", "none"),
+    ("large", "holes"),
+]
+
+
+def models(name, size, dtype, **fields):
+    """(exact, same, fast) with the same weights: float64 on the CPU, the reference and ours in `dtype` on DEVICE."""
+    config = ALBERTConfig(
+        **{"vocab_size": 301, "embedding_size": 64, "max_position_embeddings": 64, **CONFIGS[size], **fields}
+    )
+    exact = getattr(reference, name)(config).eval()
+    with torch.no_grad():
+        for key, parameter in exact.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if "norm" in key.lower():
+                parameter.copy_(0.1 * noise + key.endswith("weight"))
+            else:
+                parameter.copy_(noise * (parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.1))
+    exact.to(dtype)  # all three compute with the rounded weights
+    same = copy.deepcopy(exact).to(DEVICE)
+    fast = getattr(albert_fast, name)(config).eval().to(DEVICE, dtype)
+    fast.load_state_dict(exact.state_dict())
+    return exact.double(), same, fast
+
+
+def assert_gradients_calibrated(exact, same, fast, dtype):
+    """In norm, a parameter's gradient errs at most twice as much as the reference's in the same dtype, and hardly more.
+
+    Gradients that are zero but for rounding (of the keys' bias, say) are held against the norm of all of them together.
+    """
+    expected, yardstick, actual = gradients(exact), gradients(same), gradients(fast)
+    assert actual.keys() == expected.keys() == yardstick.keys()
+    total = sum(float(gradient.square().sum()) for gradient in expected.values()) ** 0.5
+    assert total > 0
+    floor = max(4 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps / 4) * total
+    for key, gradient in expected.items():
+        error, allowed = (float((other[key].cpu().double() - gradient).norm()) for other in (actual, yardstick))
+        allowed = 2 * allowed + SLACK[dtype] * float(gradient.norm()) + floor
+        assert error <= allowed, f"{key}: error {error:.3g} exceeds {allowed:.3g}, norm {float(gradient.norm()):.3g}"
+
+
+def on_device(inputs):
+    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "mask_kind"), GRID, ids=["-".join(row).replace(" ", "_") for row in GRID])
+def test_outputs_and_gradients_of_the_encoder(size, mask_kind, dtype):
+    dtype = DTYPES[dtype]
+    everything = models("ALBERTModel", size, dtype)
+    # float64 on the CPU takes its time.
+    rows, columns = (ROWS, COLUMNS) if size in ("small", "odd") else (2, 19)
+    inputs = {"input_ids": torch.randint(301, (rows, columns)), "token_type_ids": torch.randint(2, (rows, columns))}
+    if (mask := drawn_mask(mask_kind, rows, columns, seed=1)) is not None:
+        inputs["attention_mask"] = mask
+    outputs = []
+    for model in everything:
+        device = next(model.parameters()).device
+        with poison_empty():
+            outputs.append(model(**{name: tensor.to(device) for name, tensor in inputs.items()}))
+    for name in ("last_hidden_state", "pooler_output"):
+        exact, same, fast = (getattr(output, name).detach().cpu() for output in outputs)
+        assert fast.dtype == dtype
+        assert_close_calibrated(fast, same, exact, name)
+    cotangents = [torch.randn(state.shape) for state in (outputs[0].last_hidden_state, outputs[0].pooler_output)]
+    for output in outputs:
+        states = output.last_hidden_state, output.pooler_output
+        with poison_empty():
+            torch.autograd.backward(states, [c.to(state) for c, state in zip(cotangents, states, strict=True)])
+    assert_gradients_calibrated(*everything, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("mask_kind", ["none", "holes"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "Model"])
+def test_every_head_s_loss_logits_and_gradients(name, mask_kind, dtype):
+    dtype = DTYPES[dtype]
+    labels = {"num_labels": 2 if name in ("ForPreTraining", "ForQuestionAnswering") else 3}
+    everything = exact, same, fast = models(f"ALBERT{name}", "small", dtype, **labels)
+    inputs = drawn_inputs(name, exact.config, mask_kind, seed=5)
+    outputs = exact(**inputs), same(**on_device(inputs)), fast(**on_device(inputs))
+    logits_err = 0.0
+    for key in OUTPUTS[name]:
+        answers = [getattr(output, key).detach().cpu().double() for output in outputs]
+        # At padding the lowest number of the dtype stands in question answering.
+        exact_answer, same_answer, fast_answer = (a.masked_fill(a < -1e30, 0.0) for a in answers)
+        assert_close_calibrated(fast_answer.to(dtype), same_answer, exact_answer, key)
+        logits_err = max(logits_err, largest_error(same_answer, exact_answer))
+    # A cross-entropy moves by up to twice what its logits do; two of them are added up, and one number may be right by luck.
+    expected, yardstick, loss = (output.loss.detach().cpu() for output in outputs)
+    assert_close_calibrated(loss, yardstick, expected, "loss", slack=4 * logits_err / float(expected))
+    for output in outputs:
+        output.loss.backward()
+    assert_gradients_calibrated(*everything, dtype)
+
+
+def encoder(**fields):
+    """Our ALBERTModel on DEVICE, and a batch of random lengths."""
+    fast = models("ALBERTModel", "small", torch.float32, **fields)[2]
+    return (
+        fast,
+        torch.randint(301, (ROWS, COLUMNS), device=DEVICE),
+        drawn_mask("right", ROWS, COLUMNS, seed=2).to(DEVICE),
+    )
+
+
+def test_packed_input_gives_what_padded_input_gives():
+    fast, ids, mask = encoder()
+    lengths = mask.sum(1)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    with torch.no_grad():
+        packed = fast.forward_packed(ids[mask.bool()], cu_seqlens, COLUMNS)
+        padded = fast(ids, mask)
+    assert torch.equal(packed.last_hidden_state, padded.last_hidden_state[mask.bool()])
+    torch.testing.assert_close(packed.pooler_output, padded.pooler_output, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="streams are a GPU's")
+def test_two_streams_at_once():
+    fast, ids, mask = encoder()
+    batches = [(ids, mask), (ids.flip(0).contiguous(), mask.flip(0).contiguous())]
+    with torch.no_grad():
+        expected = [fast(*batch).last_hidden_state for batch in batches]
+        streams = [torch.cuda.Stream() for _ in batches]
+        torch.cuda.synchronize()
+        actual = [[], []]
+        for _ in range(10):
+            for stream, batch, results in zip(streams, batches, actual, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(fast(*batch).last_hidden_state)
+        torch.cuda.synchronize()
+    for results, state in zip(actual, expected, strict=True):
+        assert all(torch.equal(result, state) for result in results)
+
+
+def test_two_models_in_two_threads():
+    made = [encoder(), encoder()]
+    failures = []
+
+    def run(fast, ids, mask, expected):
+        try:
+            with torch.no_grad():
+                for _ in range(10):
+                    assert torch.equal(fast(ids, mask).last_hidden_state, expected)
+        except Exception as error:
+            failures.append(error)
+
+    with torch.no_grad():
+        expected = [fast(ids, mask).last_hidden_state for fast, ids, mask in made]
+    threads = [threading.Thread(target=run, args=(*one, e)) for one, e in zip(made, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("asked_for", [False, True], ids=["default", "deterministic"])
+def test_two_backward_passes_are_bitwise_equal(asked_for):
+    fast, ids, mask = encoder(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    fast.train()
+    found = []
+    torch.use_deterministic_algorithms(asked_for)
+    try:
+        for _ in range(2):
+            torch.manual_seed(3)
+            fast.zero_grad()
+            fast(ids, mask).last_hidden_state.square().sum().backward()
+            found.append(gradients(fast))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_compiled_gives_what_eager_gives(masked):
+    fast, ids, mask = encoder()
+    arguments = (ids, mask) if masked else (ids,)
+    compiled = torch.compile(fast, fullgraph=True)
+    found = []
+    for call in (fast, compiled):
+        fast.zero_grad()
+        output = call(*arguments)
+        output.last_hidden_state.square().mean().backward()
+        found.append((output, gradients(fast)))
+    for name in ("last_hidden_state", "pooler_output"):
+        eager, traced = (getattr(output, name) for output, _ in found)
+        torch.testing.assert_close(traced, eager, atol=2e-5, rtol=1e-4)
+    for key, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][key], gradient, atol=1e-6, rtol=1e-3)
+
+
+def test_a_step_under_autocast_with_a_grad_scaler():
+    low = torch.float16 if ON_GPU else torch.bfloat16
+    _, same, fast = models("ALBERTForMaskedLM", "small", torch.float32)
+    inputs = on_device(drawn_inputs("ForMaskedLM", fast.config, "right", seed=9))
+    losses, steps = [], []
+    for model in (same, fast):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scaler = torch.amp.GradScaler(DEVICE.type, init_scale=256.0)
+        with torch.autocast(DEVICE.type, low):
+            loss = model(**inputs).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 256.0, "a gradient overflowed and the step was left out"
+        losses.append(loss.item())
+        steps.append({key: value - before[key] for key, value in model.state_dict().items()})
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    total = sum(float(step.square().sum()) for step in steps[0].values()) ** 0.5
+    assert total > 0
+    error = sum(float((steps[1][key] - step).square().sum()) for key, step in steps[0].items()) ** 0.5
+    assert error <= 5e-2 * total
+
+
+def until_reported(fast, wrong, right, mask):
+    """A GPU tells of a bad id at the latest in the next call, or where it is waited for."""
+    fast(wrong, mask)
+    if hasattr(albert_fast, "synchronize"):
+        albert_fast.synchronize()
+    fast(right, mask)
+
+
+@pytest.mark.parametrize("bad", [-1, 301, 10**9])
+def test_a_bad_id_raises_and_the_device_stays_usable(bad):
+    fast, ids, mask = encoder()
+    wrong = ids.clone()
+    wrong[1, 0] = bad
+    with torch.no_grad():
+        expected = fast(ids, mask).last_hidden_state
+        with pytest.raises(IndexError, match=rf"input_ids\[1, 0\] is {bad}"):
+            until_reported(fast, wrong, ids, mask)
+        assert torch.equal(fast(ids, mask).last_hidden_state, expected)
