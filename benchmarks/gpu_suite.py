@@ -74,6 +74,7 @@ def run_part(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
+            publish(outcome)
             while process.poll() is None and time.monotonic() - started < limit:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.25)
