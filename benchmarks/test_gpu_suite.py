@@ -104,6 +104,27 @@ def test_the_sanitizer_s_summary_decides(tmp_path, monkeypatch, errors, failed):
     assert part.failed == failed
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_build_that_fails_leaves_an_install_without_the_extension(tmp_path, monkeypatch, compiles):
+    kernels = [{"operator": "attention", "device": "cuda", "backend": "triton", "runs": True, "reason": None}]
+    kernels.append({**kernels[0], "backend": "cuda", "runs": compiles, "reason": None if compiles else "no CUDA"})
+
+    def run(command, seconds, **variables):
+        works = compiles or variables.get("ALBERT_FAST_BUILD") != "auto"
+        return (0, json.dumps([kernels, []])) if works else (1, "nvcc fatal")
+
+    monkeypatch.setattr(gpu_proofs, "run", run)
+    part = Part("cuda", False, 60.0, tmp_path / "records")
+    gpu_proofs.build(part)
+    records = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    assert [r["mode"] for r in records if r["kind"] == "built"] == ["auto" if compiles else "off"]
+    failures = [(r["what"], r["error"]) for r in records if r["kind"] == "failure"]
+    assert part.failed == bool(failures) == (not compiles)
+    if failures:
+        assert "nvcc fatal" in failures[0][1]
+        assert failures[1] == ("attention on cuda", "no CUDA")
+
+
 def row(identity: str, ours: bool, milliseconds: float, **more: Any) -> dict[str, Any]:
     return {"kind": "row", "id": identity, "ours": ours, "milliseconds": milliseconds, **more}
 
