@@ -52,7 +52,9 @@ def _shape_id(shape: Any) -> str:
     return "x".join(_shape_id(part) for part in shape) if isinstance(shape, tuple) else str(shape)
 
 
-def make_inputs(case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str) -> Inputs:
+def make_inputs(
+    case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str = "reference"
+) -> Inputs:
     """The same numbers on every device."""
     return case.make_inputs(shape, dtype, device_of(backend), torch.Generator().manual_seed(11), **options)
 
