@@ -4,8 +4,8 @@ Of N labelled rows, E columns and V words. Forward, 2 N V E operations: a progra
 of the vocabulary, a block of words at a time, with the running maximum and sum of each row (Milakov & Gimelshein 2018);
 a second pass merges the shares, a third takes the mean. Backward, 8 N V E operations, of which 4 are the logits again,
 with the maximum and sum saved: programs that own rows walk over the vocabulary for dx, programs that own words walk
-over the gathered rows for dW and dbias, so no sum needs an atomic. E above 128 goes in output chunks of 128 columns, each of
-which computes all logits again.
+over the gathered rows for dW and dbias, so no sum needs an atomic. E above 128 goes in output chunks of 128 columns,
+each of which computes all logits again.
 
 With the logits in memory, training takes 6 N V E operations and at least six passes over N V numbers. Here the passes
 are over W, 2 V E bytes (bfloat16) for every block of rows, which stay in the L2 cache. Every logit costs a walk one
@@ -418,8 +418,7 @@ def linear_cross_entropy_bwd(
     row_blocks, shares, share_words = vocabulary_shares(n_rows, n_words, tiles)
     parts = torch.empty((shares, n_rows, width), dtype=torch.float32, device=x.device)
     out_chunks = triton.cdiv(width, tiles["BLOCK_O"])
-    # Whole blocks, whichever kernel owns or walks over them.
-    slots = row_blocks * max(tiles["BLOCK_M"], tiles["BLOCK_N"])
+    slots = row_blocks * tiles["BLOCK_M"]  # a multiple of BLOCK_N, too
     gathered = torch.empty((slots, width), dtype=x.dtype, device=x.device)
     largest, factors = (torch.empty(slots, dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.cuda.device_of(x):
