@@ -52,7 +52,7 @@ _DQ_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
     (2, 128): ((64, 64, 128, 8, 2),),
     (2, 256): ((64, 16, 64, 8, 1),),
     (4, 16): ((32, 16, 16, 4, 1),),
-    (4, 32): ((32, 16, 32, 4, 1),),
+    (4, 32): ((32, 16, 32, 8, 1),),
     (4, 64): ((64, 16, 16, 8, 1), (32, 16, 16, 4, 1)),
     (4, 128): ((16, 16, 16, 4, 1),),
     (4, 256): ((16, 16, 16, 8, 1),),
@@ -64,7 +64,7 @@ _DKDV_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
     (2, 128): ((32, 64, 64, 8, 2),),
     (2, 256): ((16, 64, 128, 8, 1),),
     (4, 16): ((16, 32, 16, 4, 1),),
-    (4, 32): ((16, 32, 32, 4, 1),),
+    (4, 32): ((16, 32, 32, 8, 1),),
     (4, 64): ((16, 64, 16, 8, 1), (16, 32, 16, 4, 1)),
     (4, 128): ((16, 32, 16, 8, 1),),
     (4, 256): ((16, 16, 16, 8, 1),),
@@ -378,8 +378,9 @@ def attention_bwd_tiles(
     """
     dq, dkdv = (tile_candidates(table, head_dim, dtype) for table in (_DQ_TILES, _DKDV_TILES))
     if max_seqlen_q <= FEW_QUERIES:
-        num_warps = 4 if head_dim <= 128 else 8  # wider heads would spill
-        dq, dkdv = [dq[0] | {"BLOCK_M": 16, "num_warps": num_warps}], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
+        # Float32 and wide heads keep their warps: with fewer they would spill.
+        fewer = {"num_warps": 4} if dtype.itemsize == 2 and head_dim <= 128 else {}
+        dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
     # Of short sequences, no more rows than the smallest tile has.
     dq = [tiles for tiles in dq if max_seqlen_q > 64 or tiles["BLOCK_M"] <= 64]
     return dq, [tiles for tiles in dkdv if max_seqlen_k > 64 or tiles["BLOCK_N"] <= 64]
