@@ -96,6 +96,15 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def product(a, b, acc):
+    """a @ b + acc with float32 sums."""
+    if INTERPRETED:
+        # The interpreter keeps bfloat16 as bare bits and would multiply those.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def activate(x, ACT: tl.constexpr):
     """The activation numbered ACT of float32 `x`; NaN stays NaN."""
     tl.static_assert(ACT == 0 or ACT == 1 or ACT == 2)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED
+from ._common import product
 
 MAX_WIDTH = 1024
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -61,15 +61,6 @@ def load_rows(rows, mask, cols, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
     else:
         tile = tl.load(at)
     return tile
-
-
-@triton.jit
-def product(a, b, acc):
-    """a @ b + acc with float32 sums."""
-    if INTERPRETED:
-        # The interpreter keeps bfloat16 as bare bits and would multiply those.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

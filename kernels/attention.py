@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import _tuning
-from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, round_to
+from ._common import COMPILER_OPTIONS, dropout_arguments, dropout_keep, product, round_to
 from ._tuning import Tiles
 
 TileRow = tuple[int, int, int, int, int]
@@ -114,15 +114,6 @@ def load_rows(ptrs, rows, n_rows, dims, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.co
     else:
         tile = tl.load(ptrs)
     return tile
-
-
-@triton.jit
-def product(a, b, acc):
-    """a @ b + acc with float32 sums."""
-    if INTERPRETED:
-        # The interpreter keeps bfloat16 as bare bits and would multiply those.
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from . import _tuning
-from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, round_to, rows_contiguous
+from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, product, round_to, rows_contiguous
 from ._tuning import Tiles
 from .attention import (
     FEW_QUERIES,
@@ -36,7 +36,6 @@ from .attention import (
     choice_key,
     finite_or_zero,
     load_rows,
-    product,
     program_work,
     sequence_range,
     tile_candidates,

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import COMPILER_OPTIONS, round_to, rows_contiguous
+from ._common import COMPILER_OPTIONS, product, round_to, rows_contiguous
 from ._vocabulary import (
     UNIT,
     linear_cross_entropy_tiles,
@@ -31,7 +31,6 @@ from ._vocabulary import (
     multiply,
     out_columns,
     power,
-    product,
     vocabulary_shares,
 )
 
