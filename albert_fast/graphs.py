@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .packing import Packing
+from .packing import Packing, order_of
 
 if TYPE_CHECKING:
     from .modeling import ALBERTModel, Encoded
@@ -217,11 +217,12 @@ class GraphCache:
         return _Captured(ids, types, positions, torch.zeros(bucket.sequences + 1, dtype=torch.int32, device=device))
 
     def _record(self, model: ALBERTModel, bucket: Bucket, given: _Captured, device: torch.device) -> Replay:
-        packing = Packing(None, given.cu_seqlens, bucket.max_seqlen, None)
-        graph: Replay = self._capture(
-            lambda: model.compute(
+        def run() -> Encoded:
+            # The order belongs to the graph: it is another for every call's lengths.
+            packing = Packing(None, given.cu_seqlens, bucket.max_seqlen, None, order_of(given.cu_seqlens))
+            return model.compute(
                 packing, given.ids, given.types, given.positions, None, False, False, bucket.output_tokens
-            ),
-            device,
-        )
+            )
+
+        graph: Replay = self._capture(run, device)
         return graph

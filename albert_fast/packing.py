@@ -132,7 +132,7 @@ def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.de
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * columns
         return Packing(None, cu_seqlens, columns, shape)
     indices, cu_seqlens = torch.ops.albert_fast.pack_indices(attention_mask)
-    return Packing(indices, cu_seqlens, columns, shape, _order(cu_seqlens))
+    return Packing(indices, cu_seqlens, columns, shape, order_of(cu_seqlens))
 
 
 def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
@@ -153,7 +153,7 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
         if bool((lengths > max_seqlen).any()):
             raise ValueError(f"max_seqlen is {max_seqlen}, the longest sequence has {int(lengths.max())} tokens")
     cu_seqlens = cu_seqlens.contiguous()  # kernels read it without strides
-    return Packing(None, cu_seqlens, max_seqlen, None, _order(cu_seqlens))
+    return Packing(None, cu_seqlens, max_seqlen, None, order_of(cu_seqlens))
 
 
 def longest_first(cu_seqlens: Tensor) -> Tensor:
@@ -161,8 +161,9 @@ def longest_first(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens.diff().argsort(descending=True, stable=True).to(torch.int32)
 
 
-def _order(cu_seqlens: Tensor) -> Tensor | None:
-    return longest_first(cu_seqlens) if cu_seqlens.is_cuda else None  # the C++ kernels sort for themselves
+def order_of(cu_seqlens: Tensor) -> Tensor | None:
+    """`longest_first` where attention asks for it: on a GPU. The C++ kernels sort for themselves."""
+    return longest_first(cu_seqlens) if cu_seqlens.is_cuda else None
 
 
 def first_tokens(packing: Packing, tokens: int) -> Queries:
