@@ -135,7 +135,7 @@ class Encoder(nn.Module):
         if self.recompute == "layers" and torch.is_grad_enabled() and attentions is None:
             out: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
             return out
-        return layer(*arguments)  # type: ignore[no-any-return]
+        return layer(*arguments)
 
     def _quantized(
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, states: list[Tensor] | None,

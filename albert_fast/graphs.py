@@ -72,7 +72,7 @@ class CUDACapture:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._last = None  # behind the last replay and what was copied out of it
+        self._last: torch.cuda.Event | None = None  # behind the last replay and what was copied out of it
 
     def begin(self, device: torch.device) -> None:
         """Order this call behind the one before it, which may have been on another stream; raise what that found wrong."""
@@ -106,8 +106,8 @@ class _CUDAReplay:
     def __init__(self, run: Callable[[], Encoded], pool: Any, stream: torch.cuda.Stream) -> None:
         self._graph, self._reports = torch.cuda.CUDAGraph(), ops.CapturedReports()
         # Other threads go on allocating meanwhile.
-        mode = {"capture_error_mode": "thread_local"}
-        with self._reports, torch.cuda.graph(self._graph, pool=pool, stream=stream, **mode):
+        capture = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with self._reports, capture:
             self.result = run()
 
     def replay(self, describe: ops.Describe) -> None:
@@ -142,8 +142,8 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def why_not(self, model: ALBERTModel, tokens: int, output_tokens: Tensor | str) -> str | None:
-        """Why a call cannot be a graph; None where it can."""
+    def why_not(self, model: ALBERTModel, tokens: int) -> str | None:
+        """Why a call with so many tokens cannot be a graph; None where it can."""
         device = model.embeddings.word_embeddings.weight.device
         if device.type != self._capture.device_type:
             return f"graphs are captured on {self._capture.device_type}, not on {device.type}"
@@ -153,8 +153,6 @@ class GraphCache:
             return "a gradient may be asked for: torch.no_grad() and eval() say that it is not"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"
-        if not isinstance(output_tokens, str):
-            return "the tokens asked for are not the same from call to call"
         if not 0 < tokens <= MAX_TOKENS:
             return f"{tokens} tokens: graphs are for 1 to {MAX_TOKENS}"
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -187,8 +187,9 @@ class ALBERTModel(FastModel):
     ) -> Encoded:  # fmt: skip
         if self._graphs is not None and not (inputs_embeds is not None or output_hidden_states or output_attentions):
             tokens = position_ids.numel() if packing.indices is None else len(packing.indices)
-            if self._graphs.why_not(self, tokens, output_tokens) is None:
+            if isinstance(output_tokens, str) and self._graphs.why_not(self, tokens) is None:
                 ids, types, positions, _ = self._packed(packing, input_ids, token_type_ids, position_ids, None)
+                assert ids is not None  # inputs_embeds were not given
                 return self._graphs.run(self, packing, ids, types, positions, output_tokens)
         return self.compute(
             packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, output_attentions,

@@ -217,7 +217,7 @@ def test_warmup_on_a_cpu_changes_nothing():
         model.warmup([(1, 8), (2, 9)])
         assert model.training
         assert torch.equal(model.eval()(ids, mask).last_hidden_state, expected)
-    assert "captured on cuda" in model._graphs.why_not(model, 8, "all")
+    assert "captured on cuda" in model._graphs.why_not(model, 8)
 
 
 def test_a_bad_id_is_named_at_its_place(model):

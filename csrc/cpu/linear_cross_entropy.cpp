@@ -198,8 +198,7 @@ void forward(const Inputs<T>& in, float* loss, const Softmax& softmax, int num_t
     float* targets = arrays.take(kBatch);
     Softmax shares[kMaxParts];
     for (Softmax& share : shares) share = {arrays.take(kBatch), arrays.take(kBatch)};
-    __builtin_memset(softmax.maximum, 0, sizeof(float) * in.n);
-    __builtin_memset(softmax.sum, 0, sizeof(float) * in.n);
+    for (std::int64_t row = 0; row < in.n; ++row) softmax.maximum[row] = softmax.sum[row] = 0.0f;
     double total = 0.0;
     for (std::int64_t row = 0; row < labelled.count; row += kBatch) {
         const Batch batch(labelled, row, lines, transposed);
