@@ -62,23 +62,26 @@ class FastModel(PretrainedMixin):
     def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
         """Do ahead what first calls do: pack weights, compile kernels and, on a GPU, capture CUDA graphs.
 
-        From then on calls on a GPU without a gradient are replays of a graph for about their number of tokens
-        (`graphs.Bucket`), captured now for `shapes`, and for other sizes when they are first met. Results are as before.
+        From then on calls on a GPU without a gradient are replays of a graph for about their number of tokens, sequences
+        and columns (`graphs.Bucket`), captured now for `shapes`, all of it tokens, and for other sizes when they are met for
+        the second time. Results are as before.
 
         Args:
-            shapes: (B, S) of batches to come; of real lengths, what they hold without padding serves as well.
+            shapes: (B, S) of batches to come.
         """
         base = self.base
         if base._graphs is None:
             base._graphs = GraphCache()
-        device, training = base.embeddings.word_embeddings.weight.device, self.training
-        self.eval()
+        device, training = base.embeddings.word_embeddings.weight.device, base.training
+        base.eval()
         try:
             with torch.no_grad():
                 for batch, columns in shapes:
-                    self(torch.zeros((batch, columns), dtype=torch.int64, device=device))
+                    ids = torch.zeros((batch, columns), dtype=torch.int64, device=device)
+                    for _ in range(2):  # a graph is captured the second time
+                        base(ids, output_tokens=getattr(self, "output_tokens", "all"))
         finally:
-            self.train(training)
+            base.train(training)
 
     def repack(self) -> None:
         """Read the layers' weights anew, after writes that torch does not count: through `.data` or numpy into a part of a

@@ -187,10 +187,12 @@ class ALBERTModel(FastModel):
     ) -> Encoded:  # fmt: skip
         if self._graphs is not None and not (inputs_embeds is not None or output_hidden_states or output_attentions):
             tokens = position_ids.numel() if packing.indices is None else len(packing.indices)
-            if isinstance(output_tokens, str) and self._graphs.why_not(self, tokens) is None:
+            if isinstance(output_tokens, str) and self._graphs.why_not(self, tokens, position_ids.device) is None:
                 ids, types, positions, _ = self._packed(packing, input_ids, token_type_ids, position_ids, None)
                 assert ids is not None  # inputs_embeds were not given
-                return self._graphs.run(self, packing, ids, types, positions, output_tokens)
+                encoded = self._graphs.run(self, packing, ids, types, positions, output_tokens)
+                if encoded is not None:
+                    return encoded
         return self.compute(
             packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, output_attentions,
             output_tokens,
@@ -201,6 +203,7 @@ class ALBERTModel(FastModel):
         inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool, output_tokens: Tensor | str,
     ) -> Encoded:  # fmt: skip
         """The forward itself, operator by operator; without a mask it never waits for a GPU."""
+        packing = packing.ordered()
         hidden = self.embed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
         # Without a token in the whole batch there is nothing to ask for. A compiled graph can ask only if no mask was given.
         empty = (packing.is_dense or not torch.compiler.is_compiling()) and hidden.shape[0] == 0

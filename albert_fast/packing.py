@@ -5,7 +5,8 @@ Also `aligned_representation`, the pair representation that reads whole (unpacke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class Packing:
     cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end.
     max_seqlen: a bound on the longest sequence.
     shape: (B, S); None for input that came packed.
-    order: on a GPU, of lengths that may differ, `longest_first`: found once, for all layers.
+    order: `longest_first` where attention asks for it, see `ordered`: found once, for all layers.
     """
 
     indices: Tensor | None
@@ -38,6 +39,12 @@ class Packing:
     def is_dense(self) -> bool:
         """Whether each of the B sequences has all of its S tokens."""
         return self.indices is None and self.shape is not None
+
+    def ordered(self) -> Packing:
+        """With `order`, on a GPU where lengths may differ; the C++ kernels sort for themselves."""
+        if self.order is not None or self.is_dense or not self.cu_seqlens.is_cuda:
+            return self
+        return replace(self, order=longest_first(self.cu_seqlens))
 
     def gather(self, padded: Tensor) -> Tensor:
         """(B, S, ...) -> (T, ...); packed input passes through."""
@@ -127,12 +134,16 @@ def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.de
             "attention_mask has negative elements: it is 0 at padding and 1 elsewhere, not added to scores"
         )
     batch, columns = shape
-    if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
+    # On a CPU to ask costs less than to pack; on a GPU either waits for it, and one wait is enough.
+    asked = attention_mask is not None and not attention_mask.is_cuda and not torch.compiler.is_compiling()
+    if attention_mask is None or (asked and bool(attention_mask.all())):
         # No step of 0 columns: arange needs the count, not the step.
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * columns
         return Packing(None, cu_seqlens, columns, shape)
     indices, cu_seqlens = torch.ops.albert_fast.pack_indices(attention_mask)
-    return Packing(indices, cu_seqlens, columns, shape, order_of(cu_seqlens))
+    if not torch.compiler.is_compiling() and len(indices) == batch * columns:
+        return Packing(None, cu_seqlens, columns, shape)
+    return Packing(indices, cu_seqlens, columns, shape)
 
 
 def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
@@ -147,23 +158,18 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens must have the shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if not torch.compiler.is_compiling():
-        lengths = cu_seqlens.diff()
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((lengths < 0).any()):
-            raise ValueError(f"cu_seqlens must run from 0 to T = {tokens} and never fall, got {cu_seqlens.tolist()}")
-        if bool((lengths > max_seqlen).any()):
-            raise ValueError(f"max_seqlen is {max_seqlen}, the longest sequence has {int(lengths.max())} tokens")
-    cu_seqlens = cu_seqlens.contiguous()  # kernels read it without strides
-    return Packing(None, cu_seqlens, max_seqlen, None, order_of(cu_seqlens))
+        ends = cu_seqlens.tolist()  # one wait for a GPU
+        lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+        if ends[0] != 0 or ends[-1] != tokens or min(lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens must run from 0 to T = {tokens} and never fall, got {ends}")
+        if max(lengths, default=0) > max_seqlen:
+            raise ValueError(f"max_seqlen is {max_seqlen}, the longest sequence has {max(lengths)} tokens")
+    return Packing(None, cu_seqlens.contiguous(), max_seqlen, None)  # kernels read it without strides
 
 
 def longest_first(cu_seqlens: Tensor) -> Tensor:
     """(B,) int32, the sequences by falling length, computed where `cu_seqlens` (B + 1,) is, without waiting for it."""
     return cu_seqlens.diff().argsort(descending=True, stable=True).to(torch.int32)
-
-
-def order_of(cu_seqlens: Tensor) -> Tensor | None:
-    """`longest_first` where attention asks for it: on a GPU. The C++ kernels sort for themselves."""
-    return longest_first(cu_seqlens) if cu_seqlens.is_cuda else None
 
 
 def first_tokens(packing: Packing, tokens: int) -> Queries:

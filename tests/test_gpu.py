@@ -270,3 +270,69 @@ def test_a_bad_id_raises_and_the_device_stays_usable(bad):
         with pytest.raises(IndexError, match=rf"input_ids\[1, 0\] is {bad}"):
             until_reported(fast, wrong, ids, mask)
         assert torch.equal(fast(ids, mask).last_hidden_state, expected)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are a GPU's")
+@pytest.mark.parametrize("kind", ["none", "right", "left", "holes", "empty row"])
+@pytest.mark.parametrize("output_tokens", ["all", "first"])
+def test_replayed_graphs_give_what_eager_gives(kind, output_tokens):
+    fast = encoder()[0]
+    graphed = copy.deepcopy(fast)
+    graphed.warmup([(ROWS, COLUMNS)])
+    assert len(graphed._graphs) == 1
+    for seed in range(6):
+        ids = torch.randint(301, (ROWS, COLUMNS - seed), device=DEVICE)
+        mask = drawn_mask(kind, ROWS, COLUMNS - seed, seed)
+        mask = None if mask is None else mask.to(DEVICE)
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode(), poison_empty():
+                actual = graphed(ids, mask, output_tokens=output_tokens)
+                expected = fast(ids, mask, output_tokens=output_tokens)
+            for name in ("last_hidden_state", "pooler_output"):
+                a, e = getattr(actual, name), getattr(expected, name)
+                if e is not None:
+                    torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are a GPU's")
+def test_graphs_on_two_streams_and_in_two_threads():
+    fast, ids, mask = encoder()
+    batches = [(ids, mask), (ids.flip(0).contiguous(), mask.flip(0).contiguous())]
+    with torch.no_grad():
+        expected = [fast(*batch).last_hidden_state for batch in batches]
+    graphed, failures = [copy.deepcopy(fast) for _ in range(2)], []
+    for model in graphed:
+        model.warmup()
+
+    def run(model, stream):
+        try:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                for i in range(20):
+                    state = model(*batches[i % 2]).last_hidden_state
+                    torch.testing.assert_close(state, expected[i % 2], atol=1e-5, rtol=1e-5)
+        except Exception as error:
+            failures.append(error)
+
+    torch.cuda.synchronize()
+    # Two models, and each of them from two threads at once.
+    threads = [threading.Thread(target=run, args=(model, torch.cuda.Stream())) for model in (*graphed, *graphed)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are a GPU's")
+def test_a_bad_id_of_a_replay_is_named_once_at_its_place():
+    fast, ids, mask = encoder()
+    fast.warmup([(ROWS, COLUMNS)])
+    wrong, left = ids.clone(), mask.flip(1).contiguous()
+    wrong[1, COLUMNS - 1] = 301
+    with torch.no_grad():
+        for _ in range(2):  # before its bucket is captured, and after
+            fast(wrong, left)
+            with pytest.raises(IndexError, match=rf"input_ids\[1, {COLUMNS - 1}\] is 301"):
+                albert_fast.synchronize()
+            albert_fast.synchronize()
+            fast(ids, left)

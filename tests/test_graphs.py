@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
+from albert_fast import ALBERTConfig, ALBERTForMultipleChoice, ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.graphs import Bucket, GraphCache
 
 CONFIG = ALBERTConfig(
@@ -47,6 +47,9 @@ class Capture:
     def wait(self):
         self.waits += 1
 
+    def forget(self):
+        assert self.waits > 0
+
     def __call__(self, run, device):
         self.captured += 1
         return Remembered(run)
@@ -68,7 +71,7 @@ def model(capture):
 
 def plain(model):
     other = copy.deepcopy(model)
-    other._graphs = None
+    other.base._graphs = None
     return other
 
 
@@ -93,7 +96,7 @@ def test_the_same_numbers_as_without_graphs(model, capture, output_tokens):
     with torch.no_grad():
         for seed, (rows, columns) in enumerate([(1, 5), (3, 17), (1, 6), (7, 9), (2, 64), (1, 1), (3, 16)]):
             ids, mask = batch(rows, columns, seed)
-            for given in (None, mask):
+            for given in (None, mask, None, mask):
                 types = ids % 2 if seed % 2 else None
                 actual = model(ids, given, types, output_tokens=output_tokens)
                 expected = exact(ids, given, types, output_tokens=output_tokens)
@@ -101,6 +104,15 @@ def test_the_same_numbers_as_without_graphs(model, capture, output_tokens):
                 if output_tokens == "all":
                     torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state)
     assert 1 < capture.captured < 14, "some calls met a bucket that was there"
+
+
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_a_graph_serves_calls_in_every_mode(model, capture, modes):
+    ids, exact = batch(2, 9)[0], plain(model)
+    for mode in (*modes, *modes):
+        with mode():
+            torch.testing.assert_close(model(ids)[0], exact(ids)[0])
+    assert capture.captured == 1
 
 
 def test_sizes_within_a_bucket_are_captured_once(model, capture):
@@ -112,6 +124,7 @@ def test_sizes_within_a_bucket_are_captured_once(model, capture):
 
 def test_an_answer_is_not_overwritten_by_the_next(model):
     with torch.no_grad():
+        model(batch(2, 8, 0)[0])
         first = model(batch(2, 8, 1)[0])
         kept = first.last_hidden_state.clone(), first.pooler_output.clone()
         model(batch(2, 8, 2)[0])
@@ -122,6 +135,7 @@ def test_an_answer_is_not_overwritten_by_the_next(model):
 def test_packed_calls_are_replayed_too(model, capture):
     ids, cu_seqlens = batch(1, 11)[0][0], torch.tensor([0, 4, 4, 11], dtype=torch.int32)
     with torch.no_grad():
+        model.forward_packed(ids, cu_seqlens, 7)
         actual = model.forward_packed(ids, cu_seqlens, 7)
         expected = plain(model).forward_packed(ids, cu_seqlens, 7)
     torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state)
@@ -152,6 +166,7 @@ def test_weights_may_change_in_place_and_elsewhere(model, capture):
     ids, _ = batch(2, 9)
     with torch.no_grad():
         model(ids)
+        model(ids)
         model.pooler.weight.mul_(2)
         torch.testing.assert_close(model(ids).pooler_output, plain(model)(ids).pooler_output)
         assert capture.captured == 1
@@ -165,7 +180,7 @@ def test_the_least_used_graphs_go_first(capture):
     model = ALBERTModel(CONFIG, backend="reference").eval()
     model._graphs = GraphCache(capture, limit=2)
     with torch.no_grad():
-        for columns in (4, 20, 4, 40, 4):
+        for columns in (4, 4, 20, 20, 4, 40, 40, 4):
             model(batch(1, columns)[0])
         assert capture.captured == 3
         assert len(model._graphs) == 2
@@ -199,6 +214,7 @@ def test_a_head_runs_on_graphs_and_copies_have_none(capture):
     with torch.no_grad():
         expected = model(ids, mask).logits
         model.albert._graphs = GraphCache(capture)
+        model(ids, mask)
         torch.testing.assert_close(model(ids, mask).logits, expected)
     assert capture.captured == 1
     assert len(copy.deepcopy(model).albert._graphs) == 0
@@ -217,7 +233,19 @@ def test_warmup_on_a_cpu_changes_nothing():
         model.warmup([(1, 8), (2, 9)])
         assert model.training
         assert torch.equal(model.eval()(ids, mask).last_hidden_state, expected)
-    assert "captured on cuda" in model._graphs.why_not(model, 8)
+    assert "captured on cuda" in model._graphs.why_not(model, 8, ids.device)
+
+
+def test_warmup_captures_what_it_is_told(capture):
+    for model, captured in ((ALBERTForSequenceClassification(CONFIG, backend="reference"), 1),
+                            (ALBERTForMultipleChoice(CONFIG, backend="reference"), 2)):  # fmt: skip
+        model.albert._graphs = GraphCache(capture)
+        model.warmup([(6, 7), (6, 8)])
+        assert capture.captured == captured, "both batches are of one bucket"
+    ids, model = batch(6, 8)[0], model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids.view(2, 3, 8)).logits, plain(model)(ids.view(2, 3, 8)).logits)
+    assert capture.captured == 2
 
 
 def test_a_bad_id_is_named_at_its_place(model):

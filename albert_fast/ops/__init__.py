@@ -4,7 +4,7 @@ All work on packed tokens: T rows without padding, sequences delimited by `cu_se
 """
 
 from ._dropout import draw_seed
-from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
+from ._reports import CAPTURE, CapturedReports, Describe, placing, raise_pending, synchronize
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
@@ -15,6 +15,7 @@ from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
 
 __all__ = [
+    "CAPTURE",
     "PRODUCTS",
     "STAGES",
     "WEIGHTS",

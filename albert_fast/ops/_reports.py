@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 NOTHING = torch.iinfo(torch.int64).max
+# Held while a CUDA graph is captured: nobody may wait for the whole device meanwhile.
+CAPTURE = threading.RLock()
 MAX_PENDING = 64
 
 # What makes the error from the code that a kernel left, knowing the call; it may read tensors of the device.
@@ -165,7 +167,8 @@ def synchronize(device: torch.device | str | None = None) -> None:
         return
     if chosen.index is None:
         chosen = torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.synchronize(chosen)
+    with CAPTURE:
+        torch.cuda.synchronize(chosen)
     raise_pending(chosen, wait=True)
 
 
