@@ -130,9 +130,11 @@ class Encoder(nn.Module):
         self, layer: Layer, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
         attentions: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
-        arguments = (hidden, packing, queries, backend, attentions, self.recompute == "activations")
+        # What a compiled graph computes again its partitioner decides; torch cannot trace checkpoints of changing lengths.
+        recompute = self.recompute if torch.is_grad_enabled() and not torch.compiler.is_compiling() else "nothing"
+        arguments = (hidden, packing, queries, backend, attentions, recompute == "activations")
         # Run twice, a layer would append its probabilities twice.
-        if self.recompute == "layers" and torch.is_grad_enabled() and attentions is None:
+        if recompute == "layers" and attentions is None:
             out: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
             return out
         return layer(*arguments)
@@ -256,7 +258,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         attended = self.attention(hidden, packing, queries, backend, attentions)
         up = linear(attended, self.ffn.weight)
-        if recompute_activations and torch.is_grad_enabled():
+        if recompute_activations:
             down = checkpoint(self._down, up, backend, use_reentrant=False, preserve_rng_state=False)
         else:
             down = self._down(up, backend)

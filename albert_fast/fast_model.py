@@ -94,7 +94,7 @@ class FastModel(PretrainedMixin):
     def recompute(self) -> str:
         """What a backward computes again instead of keeping it: "nothing", "activations" of the FFN, or whole "layers".
 
-        Less memory for more time, with the same gradients; may be set at any time.
+        Less memory for more time, with the same gradients; may be set at any time. torch.compile decides for itself.
 
         Raises:
             ValueError: set to anything else.
