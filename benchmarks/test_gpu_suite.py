@@ -53,11 +53,10 @@ def test_how_a_part_ends(tmp_path, code, limit, status, why):
     assert outcome.seconds < 30
 
 
-def test_a_part_that_hangs_takes_its_children_along(tmp_path):
-    child = (
-        "import subprocess; p = subprocess.Popen(['sleep', '100']); open('{}', 'w').write(str(p.pid)); time.sleep(100)"
-    )
-    run(tmp_path, child.format(tmp_path / "child"), 2)
+@pytest.mark.parametrize("session", [False, True], ids=["its group", "a group of their own"])
+def test_a_part_that_hangs_takes_its_children_along(tmp_path, session):
+    child = f"import subprocess; p = subprocess.Popen(['sleep', '100'], start_new_session={session}); "
+    run(tmp_path, f"{child}open('{tmp_path / 'child'}', 'w').write(str(p.pid)); time.sleep(100)", 2)
     pid = int((tmp_path / "child").read_text())
     stat = Path(f"/proc/{pid}/stat")
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
