@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import lengths
@@ -34,27 +34,38 @@ from albert_fast.testing.timing import Side, interleaved
 _MASKED = 0.15  # of the tokens have a label in training
 _LOSS_TOLERANCE = 2e-2  # relative, of two first losses in bfloat16
 # Seconds that a question takes with the compilation of its peers, on the safe side.
-_OPERATOR, _ATTENTION, _COMPILED, _TUNED, _EAGER = 12, 6, 30, 75, 8
+_OPERATOR, _ATTENTION, _COMPILED, _TUNED, _EAGER, _ALONE = 12, 6, 30, 75, 8, 4
 
 
 def _options(part: Part) -> Options:
     return Options(part.quick, False, 2 if part.quick else 7, torch.get_num_threads(), torch.device(part.device))
 
 
-def _measure(part: Part, group: CallGroup, **more: object) -> None:
-    """A row for every side of the group that can take part. Ours must; what a peer cannot do is its own affair."""
-    names = []
-    for name in group.sides():
+def _measure(
+    part: Part, group: CallGroup, names: Sequence[str] | None = None, peers_alone: bool = False, **more: object
+) -> None:
+    """A row for every side of the group that can take part. Ours must; what a peer cannot do is its own affair.
+
+    Args:
+        names: of the sides, where not all. peers_alone: our row stands already, from beside others or earlier.
+    """
+    able = []
+    for name in group.sides() if names is None else names:
         if reason := group.why_not(name):
             part.add("skipped", what=f"{group.key}/{name}", why=reason)
         else:
-            names.append(name)
-    for name, result in group.measure(names, _options(part)).items():
-        what = f"{group.key}/{name}"
+            able.append(name)
+    for name, result in group.measure(able, _options(part)).items():
+        what, ours = f"{group.key}/{name}", name == group.ours(name)
         if isinstance(result, Exception):
-            part.fail(what, result, "failure" if name == group.ours(name) else "peer failure")
-        else:
-            part.add("row", **result.extra_info, **more, seconds_by_round=result.seconds)
+            part.fail(what, result, "failure" if ours else "peer failure")
+        elif not (ours and peers_alone):
+            # A row that is measured again, beside more sides, takes the place of the earlier one.
+            part.add("row", key=what, **result.extra_info, **more, seconds_by_round=result.seconds)
+
+
+def _uncompiled(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if "compile" not in name)
 
 
 # machine ------------------------------------------------------------------------------------------------------------------
@@ -90,12 +101,34 @@ def _ceiling(part: Part, name: str, call: object, amount: float) -> None:
 
 
 def operators(part: Part) -> None:
-    """32,768 tokens of ALBERT-base; every direction in bfloat16, then in float32."""
-    for needs, group in _operator_groups(part):
-        part.attempt(group.key, partial(_measure, part, group), needs=0 if part.quick else needs)
+    """32,768 tokens of ALBERT-base; every direction in bfloat16, then in float32.
+
+    Ours alone first, so that no peer can take its figures along, then beside what is not compiled, then the others.
+    """
+    groups = [(needs, _kept(group)) for needs, group in _operator_groups(part)]
+    for _, group in groups:
+        part.attempt(f"{group.key} alone", partial(_measure, part, group, (group.backend,)), needs=_least(part, _ALONE))
+    for _, group in groups:
+        part.attempt(group.key, partial(_measure, part, group, _uncompiled(group.sides())), _least(part, _ATTENTION))
+    for needs, group in groups:
+        if compiled := sorted(set(group.sides()) - set(_uncompiled(group.sides()))):
+            names = (group.backend, *compiled)
+            what = f"{group.key} compiled"
+            part.attempt(what, partial(_measure, part, group, names, peers_alone=True), _least(part, needs))
 
 
-def _operator_groups(part: Part) -> Iterator[tuple[float, CallGroup]]:
+def _least(part: Part, needs: float) -> float:
+    return 0.0 if part.quick else needs
+
+
+def _kept(group: OperatorGroup) -> OperatorGroup:
+    """Its inputs and the answer are made once for all passes: they take longer than the calls."""
+    group.expected = cache(group.expected)  # type: ignore[method-assign]
+    group.close = torch.compiler.reset  # type: ignore[method-assign]
+    return group
+
+
+def _operator_groups(part: Part) -> Iterator[tuple[float, OperatorGroup]]:
     device, quick = torch.device(part.device), part.quick
     real = tuple(json.loads(lengths.COMMITTED.read_text())["batches"]["imdb-32"]) * 4
     batches = {"64x512": (512,) * 64, "imdb-128": real, "256x128": (128,) * 256, "64x128": (128,) * 64}
@@ -132,7 +165,11 @@ class _ModelGroup(ModelGroup):
 
 
 def model(part: Part) -> None:
-    """ALBERT-base in bfloat16, dense and of real lengths, then large; the peak of memory beside it."""
+    """ALBERT-base in bfloat16, dense and of real lengths, then large; the peak of memory beside it.
+
+    Ours alone on every batch, so that no peer can take its figures along, then beside what is not compiled; then what is,
+    one at a time, with the tuned ones last: they take longest.
+    """
     device = torch.device(part.device)
     dtype = torch.float32 if part.device == "cpu" else torch.bfloat16
     configs = {
@@ -143,25 +180,38 @@ def model(part: Part) -> None:
         name: peers.Peers(RandomModel(name, config), device, dtype, torch.get_num_threads(), part.quick)
         for name, config in configs.items()
     }
-    uncompiled = (FAST, "hf-eager", "hf-sdpa", "torch-nested")
-    every = (*uncompiled, "hf-compile-default", "hf-compile")
-    untuned = (FAST, "hf-sdpa", "torch-nested", "hf-compile-default")
+    few, all_eager = (FAST, "hf-sdpa", "torch-nested"), (FAST, "hf-eager", "hf-sdpa", "torch-nested")
     questions = [
-        ("base", "64x512", every, _TUNED), ("base", "64x128", every, _TUNED), ("base", "imdb-32", untuned, _COMPILED),
-        ("base", "1x128", every, _TUNED), ("base", "sst2-32", uncompiled, _EAGER),
-        ("base", "mixed-32", uncompiled, _EAGER), ("large", "16x512", untuned, _COMPILED),
+        ("base", "64x512", all_eager), ("base", "64x128", all_eager), ("base", "imdb-32", few), ("base", "1x128", all_eager),
+        ("base", "sst2-32", all_eager), ("base", "mixed-32", all_eager), ("large", "16x512", few),
+    ]  # fmt: skip
+    default, tuned = "hf-compile-default", "hf-compile"
+    compiled = [
+        ("base", "64x512", default), ("base", "64x128", default), ("base", "1x128", default), ("base", "imdb-32", default),
+        ("base", "64x512", tuned), ("large", "16x512", default), ("base", "1x128", tuned), ("base", "64x128", tuned),
     ]  # fmt: skip
     if part.quick:
-        questions = [("base", "2x16", every, 0), ("large", "sst2-32", uncompiled, 0)]
-    for name, batch, names, needs in questions:
-        if needs > part.left() > _EAGER:  # better without the peers that compile than not at all
-            part.add("skipped", what=f"compiled peers of {name} {batch}", why=f"{part.left():.0f} s were left")
-            names, needs = tuple(side for side in names if "compile" not in side), _EAGER
-        group = _ModelGroup("model", f"{name}-{batch}", Shape(batch, names), models[name])
-        part.attempt(group.key, partial(_measure, part, group, tokens=sum(group.batch.lengths)), needs)
+        questions = [("base", "2x16", all_eager), ("large", "sst2-32", all_eager)]
+        compiled = [("base", "2x16", default), ("base", "2x16", tuned)]
+
+    answer = cache(lambda name, batch: models[name].expected(models[name].batch(batch)))
+
+    def ask(what: str, name: str, batch: str, names: Sequence[str], needs: float, peers_alone: bool = False) -> None:
+        group = _ModelGroup("model", f"{name}-{batch}", Shape(batch, tuple(names)), models[name])
+        group.expected = lambda: (answer(name, batch),)  # type: ignore[method-assign]
+        tokens = sum(group.batch.lengths)
+        measure = partial(_measure, part, group, peers_alone=peers_alone, tokens=tokens)
+        part.attempt(f"{group.key} {what}", measure, _least(part, needs))
+
+    for name, batch, _ in questions:
+        ask("alone", name, batch, (FAST,), _ALONE)
+    for name, batch, names in questions:
+        ask("uncompiled", name, batch, names, _EAGER)
     dense = questions[0][1]
-    for side in uncompiled if part.device == "cuda" else ():
+    for side in all_eager if part.device == "cuda" else ():
         part.attempt(f"memory of {side}", partial(_memory, part, models["base"], dense, side), needs=_EAGER)
+    for name, batch, side in compiled:
+        ask(side, name, batch, (FAST, side), _TUNED if side == tuned else _COMPILED, peers_alone=True)
 
 
 def _memory(part: Part, model: peers.Peers, name: str, side: str) -> None:
@@ -189,29 +239,33 @@ def training(part: Part) -> None:
     labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) >= _MASKED, -100)
     labels[0, 0] = ids[0, 0]
     ids, labels = ids.to(part.device), labels.to(part.device)
-    names = [FAST, "hf-sdpa", "hf-compile"]
-    if part.left() < _COMPILED and not part.quick:
-        part.add("skipped", what="hf-compile", why=f"{part.left():.0f} s were left")
-        names.remove("hf-compile")
+    shape = f"base-{rows}x{columns}"
     built: dict[str, Training] = {}
+    first: dict[str, float] = {}
     peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = masked_lm(config, Path(folder))
-        for name in names:
+        # One more side each time, ours alone first and the compiled one last, and its rows at once: a kill loses none.
+        for name in (FAST, "hf-sdpa", "hf-compile"):
+            if name == "hf-compile" and part.left() < _least(part, _COMPILED):
+                part.add("skipped", what=name, why=f"{part.left():.0f} s were left")
+                continue
             try:
                 built[name], peaks[name] = _first_steps(name, checkpoint, ids, labels)
             except Exception as error:  # what a peer cannot do is its own affair
                 part.fail(name, error, "failure" if name == FAST else "peer failure")
-    first = {name: float(side.losses[0]) for name, side in built.items()}
-    part.add("losses", first=first, last={name: float(side.losses[-1]) for name, side in built.items()})
+                continue
+            sides = {side: Side(training.step) for side, training in built.items()}
+            samples = interleaved(sides, _options(part).rounds, pause=0.0, device=part.device)
+            for side, seconds in samples.items():
+                _training_row(part, side, samples, peaks[side], ids.numel(), shape, seconds)
+            first = {side: float(training.losses[0]) for side, training in built.items()}
+            last = {side: float(training.losses[-1]) for side, training in built.items()}
+            part.add("losses", key="losses", first=first, last=last)
     reference = first.get("hf-sdpa", first.get(FAST, 0.0))
     for name, loss in first.items():
         if not abs(loss - reference) <= _LOSS_TOLERANCE * abs(reference):
             part.fail(name, f"its first loss is {loss}, that of hf-sdpa {reference}")
-    sides = {name: Side(side.step) for name, side in built.items()}
-    samples = interleaved(sides, _options(part).rounds, pause=0.0, device=part.device)
-    for name, seconds in samples.items():
-        _training_row(part, name, samples, peaks[name], ids.numel(), f"base-{rows}x{columns}", seconds)
 
 
 def _first_steps(name: str, checkpoint: Path, ids: torch.Tensor, labels: torch.Tensor) -> tuple[Training, float]:
@@ -230,8 +284,8 @@ def _training_row(
     part: Part, name: str, samples: Mapping[str, list[float]], peak_mib: float, tokens: int, shape: str,
     seconds: list[float],
 ) -> None:  # fmt: skip
-    median = statistics.median(seconds)
+    median, row = statistics.median(seconds), f"training/step/bfloat16/{shape}/{name}"
     part.add(
-        "row", id=f"training/step/bfloat16/{shape}/{name}", milliseconds=median * 1e3, tokens_per_second=tokens / median,
+        "row", key=row, id=row, milliseconds=median * 1e3, tokens_per_second=tokens / median,
         peak_mib=peak_mib, **comparison(name, samples, FAST), seconds_by_round=seconds,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM
 from albert_fast.outputs import BaseModelOutput
+from albert_fast.packing import longest_first
 from albert_fast.testing import ALL_CASES
 from albert_fast.testing.timing import Side
 
@@ -57,7 +58,10 @@ class AttentionGroup(OperatorGroup):
 
     def build(self, side: str) -> Side:
         if side == self.backend:
-            return super().build(side)
+            inputs = self.inputs
+            if not self.dense:  # as the models do, which find it once for all layers
+                inputs = inputs | {"order": longest_first(inputs["cu_seqlens_q"])}
+            return self._side(self.case.function, inputs, self._differentiated())
         if side.startswith("sdpa-padded"):
             return self._padded(SDPA[side.rpartition("-")[2]])
         if side != "sdpa-nested":

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gpu_part import Part
 
@@ -20,21 +23,48 @@ ROOT = Path(__file__).resolve().parents[1]
 # pytest without the root on sys.path, where our folder `kernels` would pass for the package of that name.
 PYTEST = (sys.executable, "-c", "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())")
 _PYTEST_OPTIONS = ("-q", "-p", "no:cacheprovider")
-_MOST_PROCESSES = 8  # each has a CUDA context and compiles Triton kernels
+_MOST_PROCESSES = 14  # each has a CUDA context and compiles Triton kernels
+# Beside the grid of every kernel: tests that are there for a GPU, without a backend in their names.
+_SELECTION = (
+    "triton or cuda or gpu or test_large_offsets or test_a_replayed_graph_tells_a_bad_id or test_every_candidate_of_the_tuner "
+    "or test_a_label_outside_the_vocabulary_is_nan or test_a_gradient_compiles_with_its_forward"
+)
+_FIRST_SHAPES = 2  # of every kernel's grid: what the quick pass takes
 _FALL_BACK = 20  # seconds kept for an install without the extension
 _MEMCHECK = "cuda and f32 and (7x13x29x11x17x3 or 513x64x96x300x128x2)"
 _RACECHECK = "cuda and f32 and 7x13x29x11x17x3 and test_forward"
 
 
 def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, str]:
-    """Exit status and output of a command, which also go to the log; TimeoutExpired after `seconds`."""
+    """Exit status and output of a command, which also go to the log.
+
+    After `seconds` it is ended with all that it started, and TimeoutExpired raised; the log has what it had said.
+    """
     print("$", *command, flush=True)
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, timeout=max(1.0, seconds), text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    print(done.stdout, flush=True)
-    return done.returncode, done.stdout
+    seconds = max(1.0, seconds)
+    with tempfile.TemporaryFile() as said:  # a pipe would be waited for as long as any descendant holds it
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **variables}, stdin=subprocess.DEVNULL, stdout=said,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            error.output = _log(said)
+            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return process.returncode, _log(said)
+
+
+def _log(file: IO[bytes]) -> str:
+    """What stands in the file, printed."""
+    file.seek(0)
+    text = file.read().decode(errors="replace")
+    print(text, flush=True)
+    return text
 
 
 # build --------------------------------------------------------------------------------------------------------------------
@@ -105,7 +135,10 @@ class Counts:
 
 
 def parity(part: Part) -> None:
-    """The operators' parity tests on every GPU kernel and tests/test_gpu.py, in this process and those of xdist."""
+    """The operators' parity tests on every GPU kernel and tests/test_gpu.py, in this process and those of xdist.
+
+    First a pass over a few shapes of every kernel in bfloat16, then all the others.
+    """
     import pytest
 
     from albert_fast import dispatch
@@ -120,25 +153,42 @@ def parity(part: Part) -> None:
         if set(devices["cuda"]) - {"reference"}
     }
     files = ["tests/test_gpu.py", "tests/test_large_offsets.py", *(f"tests/test_{op}.py" for op in kernels)]
-    selection = "triton or cuda or test_gpu or test_large_offsets"
+    selection = _SELECTION
     if part.device == "cpu":
         os.environ |= {"ALBERT_FAST_TEST_DEVICE": "cpu", "TRITON_INTERPRET": "1"}
         kernels, files = {"bias_gelu": ["triton"]}, ["tests/test_gpu.py", "tests/test_bias_gelu.py"]
         selection = "(triton and f32 and test_forward) or (test_gpu and ForMaskedLM)"
     plugins = []
     if importlib.util.find_spec("xdist") and part.device == "cuda":
-        plugins += ["-n", str(max(1, min(_MOST_PROCESSES, (os.cpu_count() or 2) // 2)))]
+        plugins += ["-n", str(max(1, min(_MOST_PROCESSES, (os.cpu_count() or 2) - 2))), "--dist", "loadgroup"]
     if importlib.util.find_spec("pytest_timeout"):
         plugins += ["--timeout=90", "--timeout-method=thread"]  # a kernel that hangs does not heed a signal
-    counts = Counts(part)
-    try:
-        status = pytest.main([*_PYTEST_OPTIONS, *plugins, *files, "-k", selection], plugins=[counts])
-    finally:
-        counts.write()
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        part.fail("pytest", f"exit status {status!r}")
+    counts, first = Counts(part), first_tests(kernels)
+    rest = [*files, "-k", selection, *(f"--deselect={test}" for test in first)]
+    for what, tests in (("quick pass", first), ("pytest", rest)):
+        try:
+            status = pytest.main([*_PYTEST_OPTIONS, *plugins, *tests], plugins=[counts])
+        finally:
+            counts.write()
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            part.fail(what, f"exit status {status!r}")
     for name in missing(kernels, counts.counts.get("by kernel", {})):
         part.fail(name, "no parity test of this kernel has passed")
+
+
+def first_tests(kernels: Mapping[str, Sequence[str]]) -> list[str]:
+    """The parity tests of every kernel, forward and backward, in bfloat16 on the first shapes of its grid."""
+    from albert_fast.testing.parity import DTYPES, parity_grid
+
+    found = []
+    for op, backends in kernels.items():
+        for backend in backends:
+            grid = [row for row in parity_grid(op, backend) if row[4] == DTYPES["bf16"]]
+            shapes = list(dict.fromkeys(row[2] for row in grid))[:_FIRST_SHAPES]
+            for name, case, shape, *_ in grid:
+                directions = ("forward", "backward") if case.gradients else ("forward",)
+                found += [f"tests/test_{op}.py::test_{d}[{name}]" for d in directions if shape in shapes]
+    return found
 
 
 def missing(kernels: Mapping[str, Sequence[str]], passed: Mapping[str, int]) -> list[str]:
@@ -162,7 +212,10 @@ def sanitizer(part: Part) -> None:
 
 def _sanitize(part: Part, tool: str, check: str, selection: str) -> None:
     # Allocations of their own: in torch's pool an access beyond a tensor's end still hits memory that is allocated.
-    command = [tool, "--tool", check, "--error-exitcode", "99", *PYTEST, *_PYTEST_OPTIONS]
+    command = [tool, "--tool", check, "--error-exitcode", "99"]
+    # torch asks the driver for things it may not have, and goes on: no access to memory.
+    command += ["--report-api-errors", "no"] if check == "memcheck" else []
+    command += [*PYTEST, *_PYTEST_OPTIONS]
     command += ["tests/test_embedding_projection.py", "-k", selection]
     seconds = part.left() * (0.7 if check == "memcheck" else 1.0)
     status, said = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")

@@ -53,14 +53,24 @@ def test_how_a_part_ends(tmp_path, code, limit, status, why):
     assert outcome.seconds < 30
 
 
-def test_a_part_that_hangs_takes_its_children_along(tmp_path):
-    child = (
-        "import subprocess; p = subprocess.Popen(['sleep', '100']); open('{}', 'w').write(str(p.pid)); time.sleep(100)"
-    )
-    run(tmp_path, child.format(tmp_path / "child"), 2)
+@pytest.mark.parametrize("session", [False, True], ids=["its group", "a group of their own"])
+def test_a_part_that_hangs_takes_its_children_along(tmp_path, session):
+    child = f"import subprocess; p = subprocess.Popen(['sleep', '100'], start_new_session={session}); "
+    run(tmp_path, f"{child}open('{tmp_path / 'child'}', 'w').write(str(p.pid)); time.sleep(100)", 2)
     pid = int((tmp_path / "child").read_text())
     stat = Path(f"/proc/{pid}/stat")
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_command_that_takes_too_long_ends_with_its_children_and_its_output_is_kept(tmp_path, capsys):
+    command = ["bash", "-c", f"echo so far; sleep 100 & echo $! > {tmp_path / 'child'}; wait"]
+    with pytest.raises(subprocess.TimeoutExpired, match="timed out") as raised:
+        gpu_proofs.run(command, 1)
+    assert raised.value.output == "so far\n"
+    assert "so far" in capsys.readouterr().out
+    stat = Path(f"/proc/{int((tmp_path / 'child').read_text())}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert gpu_proofs.run(["sh", "-c", "echo $WHAT; exit 3"], 9, WHAT="said") == (3, "said\n")
 
 
 def test_records_are_published_while_the_part_runs_and_a_key_is_replaced(tmp_path):
@@ -186,7 +196,9 @@ def test_every_side_gives_a_row(rehearsal):
     assert [r for r in records if r["kind"] in ("failure", "peer failure")] == []
     skipped = [r["what"] for r in records if r["kind"] == "skipped"]
     assert skipped in (["compute-sanitizer"], [])
-    sides = {record["id"].rpartition("/")[2] for record in records if record["kind"] == "row"}
+    rows = [record["id"] for record in records if record["kind"] == "row"]
+    assert len(rows) == len(set(rows)), "what is measured again replaces its row"
+    sides = {row.rpartition("/")[2] for row in rows}
     assert sides == {
         "albert_fast", "cpp", "eager", "compile", "hf-eager", "hf-sdpa", "hf-compile", "hf-compile-default", "torch-nested",
         "sdpa-flash", "sdpa-padded-flash", "sdpa-nested",

@@ -35,7 +35,10 @@ def packed(lengths, heads=2, head_dim=16):
 
 def run(qkv, cu_seqlens, backend, heads=2, **options):
     longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
-    qkv, cu_seqlens = qkv.to(device_of(backend)), cu_seqlens.to(device_of(backend))
+    device = device_of(backend)
+    qkv, cu_seqlens = qkv.to(device), cu_seqlens.to(device)
+    if options.get("order") is not None:
+        options["order"] = options["order"].to(device)
     q, k, v = qkv.split(qkv.shape[1] // 3, dim=1)
     return ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, heads, backend=backend, **options).cpu()
 
@@ -166,15 +169,17 @@ def test_one_key_alone_takes_no_gradient_through_its_score(backend):
 @pytest.mark.parametrize("backend", ["cpp", "triton"])  # torch sums differently over other strides
 def test_nothing_beside_the_rows_is_read(backend):
     qkv, cu_seqlens = packed([5, 0, 21])
-    around = torch.full((26 + 70, 96 + 33), float("nan"))
+    # Made where it is read: of a part of a matrix `Tensor.to` another device makes one without surroundings.
+    around = torch.full((26 + 70, 96 + 33), float("nan"), device=device_of(backend))
     around[:26, :96] = qkv
     with poison_empty():
         actual = gradients(around[:26, :96], cu_seqlens, backend)
-    assert torch.equal(actual, gradients(qkv, cu_seqlens, backend))
+    # On a GPU the alignment of a row may decide in which order its numbers are added.
+    torch.testing.assert_close(actual.cpu(), gradients(qkv, cu_seqlens, backend), atol=1e-6, rtol=1e-5)
 
 
 def test_a_gradient_compiles_with_its_forward():
-    qkv, cu_seqlens = packed([3, 6])
+    qkv, cu_seqlens = (x.to(device_of("triton")) for x in packed([3, 6]))
     compiled = torch.compile(partial(run, backend="triton", heads=2), fullgraph=True, backend="aot_eager")
 
     def gradient(function):

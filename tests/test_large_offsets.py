@@ -9,10 +9,19 @@ from albert_fast import ops
 from albert_fast.testing.parity import device_of
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("large offsets")  # one after another: each takes up to 12 GiB of a GPU
 
 DEVICE = device_of("triton")
 ROWS, WIDTH = 3, 32
 STRIDE = 2**30 + 16  # fits 32 bits, twice of it does not
+
+
+@pytest.fixture(autouse=True)
+def freed_memory():
+    """A GPU has room for a few such tensors, and other processes test on it, too."""
+    yield
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def far_rows(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -21,7 +30,7 @@ def far_rows(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         x = torch.empty((ROWS - 1) * STRIDE + WIDTH, dtype=dtype, device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"no address space for a tensor of 2^31 elements: {error}")
-    return x.as_strided((ROWS, WIDTH), (STRIDE, 1)).copy_(torch.randn(ROWS, WIDTH))
+    return x.as_strided((ROWS, WIDTH), (STRIDE, 1)).copy_(torch.randn(ROWS, WIDTH, device=DEVICE))
 
 
 def vector() -> torch.Tensor:
@@ -70,16 +79,17 @@ def test_gelu_layer_norm_gradient():
 
 @pytest.mark.parametrize("far", [0, 2], ids=["x", "residual"])
 def test_add_layer_norm_gradient(far):
-    x = {2 - far: torch.randn(ROWS, WIDTH, dtype=torch.bfloat16), far: far_rows()}
+    x = {2 - far: torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, device=DEVICE), far: far_rows()}
     assert_same_gradients(ops.add_layer_norm, far, x[0], vector(), x[2], vector(), vector(), 1e-12)
 
 
 def test_linear_cross_entropy():
-    weight, bias = torch.randn(7, WIDTH, dtype=torch.bfloat16), torch.randn(7, dtype=torch.bfloat16)
-    assert_same(ops.linear_cross_entropy, far_rows(), weight, bias, torch.tensor([1, 6, -100]))
+    weight, bias = (torch.randn(7, *shape, dtype=torch.bfloat16, device=DEVICE) for shape in [(WIDTH,), ()])
+    labels, ignored = (torch.tensor([1, 6, last], device=DEVICE) for last in (0, -100))
+    assert_same(ops.linear_cross_entropy, far_rows(), weight, bias, ignored)
     x = far_rows().requires_grad_()
     actual, exact = (
-        torch.autograd.grad(ops.linear_cross_entropy(x, weight, bias, torch.tensor([1, 6, 0]), backend=backend), x)[0]
+        torch.autograd.grad(ops.linear_cross_entropy(x, weight, bias, labels, backend=backend), x)[0]
         for backend in ("triton", "reference")
     )
     torch.testing.assert_close(actual.float(), exact.float(), rtol=2**-7, atol=2**-7)
@@ -95,10 +105,10 @@ def test_attention(far):
 
 @pytest.mark.parametrize("far", range(4), ids=["q", "k", "v", "grad"])
 def test_attention_backward(far):
-    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16) for _ in range(4)]
+    x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, device=DEVICE) for _ in range(4)]
     x[far] = far_rows()
     *leaves, grad = x
-    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32, device=DEVICE)
 
     def gradients(backend):
         inputs = [leaf.detach().requires_grad_() for leaf in leaves]
