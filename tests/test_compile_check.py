@@ -117,7 +117,8 @@ def test_every_tile_of_linear_cross_entropy_is_checked_and_on_tensor_cores_but_f
     for name in ("f32", "bf16"):
         tiles = [linear_cross_entropy_tiles(width, launches.DTYPES[name]) for width in range(1, MAX_WIDTH + 1)]
         sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_E", "CHUNK_E", "BLOCK_O")
-        wanted = {" ".join([*(f"{s[-1]}{t[s]}" for s in sizes), f"warps{t['num_warps']}"]) for t in tiles}
+        options = ("num_warps", "num_stages")
+        wanted = {" ".join([*(f"{s[-1]}{t[s]}" for s in sizes), *(f"{o[4:]}{t[o]}" for o in options)]) for t in tiles}
         assert {row["tiles"] for row in products if row["label"].startswith(name)} == wanted
     assert linear_cross_entropy_tiles(128, torch.float16) == linear_cross_entropy_tiles(128, torch.bfloat16)
 

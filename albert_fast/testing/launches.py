@@ -61,7 +61,7 @@ class _Recorder:
 
     def launches(self, kernel: str, label: str, tensor_cores: bool) -> Iterator[Launch]:
         """The calls, specialised as Triton would for their arguments."""
-        label += " " + self.function[1:].removeprefix(f"{kernel}_").removesuffix("_kernel")
+        label += " " + self.function.removeprefix("_").removeprefix(f"{kernel}_").removesuffix("_kernel")
         parameters = {p.name: p for p in self.original.params}
         named = inspect.Signature(
             [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters]
