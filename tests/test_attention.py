@@ -174,8 +174,11 @@ def test_nothing_beside_the_rows_is_read(backend):
     around[:26, :96] = qkv
     with poison_empty():
         actual = gradients(around[:26, :96], cu_seqlens, backend)
-    # On a GPU the alignment of a row may decide in which order its numbers are added.
-    torch.testing.assert_close(actual.cpu(), gradients(qkv, cu_seqlens, backend), atol=1e-6, rtol=1e-5)
+    expected = gradients(qkv, cu_seqlens, backend)
+    if around.is_cuda:  # where the alignment of a row may decide in which order its numbers are added
+        torch.testing.assert_close(actual.cpu(), expected, atol=1e-6, rtol=1e-5)
+    else:
+        assert torch.equal(actual, expected)
 
 
 def test_a_gradient_compiles_with_its_forward():

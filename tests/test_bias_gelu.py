@@ -16,10 +16,10 @@ def test_forward(case, shape, options, dtype, backend):
 
 
 @settings(max_examples=30, deadline=None)
-# Of one or two columns the gradient of the bias is a handful of numbers, and by chance torch may round all of them well.
-@given(st.integers(0, 40), st.integers(3, 300))
+@given(st.integers(0, 40), st.integers(1, 300))
 def test_any_shape(rows, width):
-    for check in (check_forward, check_backward):
+    # Of one or two columns the gradient of the bias is a handful of sums, and by chance torch may round all of them well.
+    for check in (check_forward, check_backward) if width > 2 else (check_forward,):
         check(ALL_CASES["bias_gelu"], (rows, width), {}, torch.float32, "cpp")
 
 

@@ -124,7 +124,8 @@ def test_wide_heads_keep_the_bits_of_their_scores(head_dim):
     cu = torch.tensor([0, 20, 37], dtype=torch.int32)
     exact = attention_ref(q, k, v, cu, cu, 1, 0.3)
     error = (integer_attention_ref(q, k, v, cu, cu, 1, 0.3) - exact).norm() / exact.norm()
-    assert error < 4e-3 * (head_dim / 64) ** 0.5  # scores grow with the head, and so does what a rounding of them does
+    # 4e-4 to 6e-4; 3e-3 at 400 if all products of a row had to fit 32 bits at once
+    assert error < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
