@@ -17,6 +17,7 @@ import torch
 from albert_fast import dispatch
 from albert_fast.testing import compile_check, launches
 
+pytestmark = pytest.mark.xdist_group("compile check")  # one process, which compiles every kernel once
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 NEEDS = {"embedding_projection": [needs_triton, needs_nvcc]}  # cuobjdump comes with triton

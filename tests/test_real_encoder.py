@@ -14,6 +14,7 @@ import albert_fast
 from albert_fast import reference
 from albert_fast.testing import require_data
 
+pytestmark = pytest.mark.xdist_group("real encoder")  # one process, which computes what is expected once
 Batch = tuple[Tensor, Tensor]
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,22 +40,28 @@ _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 _LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 # Loads, stores and asynchronous copies of global memory; the bits of one are its last part, 32 where it has none.
 _GLOBAL_MEMORY = re.compile(r"\b(LDG|STG|LDGSTS)\b([\w.]*)")
+# On every chip here; the disassembler writes one a line, behind its address.
+_INSTRUCTION_BYTES = 16
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/.*", re.MULTILINE)
+# Launches that one process compiles and reads together.
+_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A target: its name, what Triton and nvcc call it, and the bytes of shared memory that one block may take."""
+    """A target: what Triton, nvcc and nvdisasm call it, and the bytes of shared memory that one block may take."""
 
     name: str
     capability: int
     nvcc_arch: str
+    nvdisasm_arch: str
     shared_bytes: int
 
 
 CHIPS = (
-    Chip("sm_80", 80, "arch=compute_80,code=sm_80", 163 * 1024),
-    Chip("sm_90", 90, "arch=compute_90a,code=sm_90a", 227 * 1024),
-    Chip("sm_100", 100, "arch=compute_100,code=sm_100", 227 * 1024),
+    Chip("sm_80", 80, "arch=compute_80,code=sm_80", "SM80", 163 * 1024),
+    Chip("sm_90", 90, "arch=compute_90a,code=sm_90a", "SM90a", 227 * 1024),
+    Chip("sm_100", 100, "arch=compute_100,code=sm_100", "SM100a", 227 * 1024),
 )
 
 
@@ -88,28 +96,65 @@ def _tool(name: str) -> str:
     return found
 
 
-def _read_cubin(path: Path) -> dict[str, dict[str, Any]]:
-    """Mangled kernel name -> registers, stack_bytes, shared_bytes (static), spills and tensor_cores of a cubin file."""
+def _run_tool(name: str, *arguments: str | Path) -> str:
+    return subprocess.run([_tool(name), *arguments], capture_output=True, text=True, check=True).stdout
 
-    def dump(*options: str) -> str:
-        return subprocess.run(
-            [_tool("cuobjdump"), *options, str(path)], capture_output=True, text=True, check=True
-        ).stdout
 
-    found: dict[str, dict[str, Any]] = {}
-    usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    for name, registers, stack, shared, local in re.findall(usage, dump("--dump-resource-usage")):
-        sizes = {"registers": int(registers), "stack_bytes": int(stack) + int(local), "shared_bytes": int(shared)}
-        found[name] = sizes
-    for part in re.split(r"\bFunction : ", dump("-sass"))[1:]:
-        name, _, code = part.partition("\n")
-        accesses = [f"{kind}.{_bits(suffix)}" for kind, suffix in _GLOBAL_MEMORY.findall(code)]
-        found[name.strip()] |= {
-            "spills": len(_LOCAL_MEMORY.findall(code)),
-            "tensor_cores": _counted(_TENSOR_CORE.findall(code)),
-            "accesses": _counted(accesses),
-        }
+def _read_cubins(cubins: list[bytes], chip: Chip) -> list[dict[str, dict[str, Any]]]:
+    """Of each cubin, mangled kernel name -> what `Row` tells of it; `shared_bytes` is what is fixed at compile time."""
+    code = [_machine_code(cubin) for cubin in cubins]
+    texts = iter(_disassembled([section for sections in code for section in sections.values()], chip))
+    found = [_resource_usage(cubin) for cubin in cubins]
+    for kernels, sections in zip(found, code, strict=True):
+        for name in sections:
+            text = next(texts)
+            accesses = [f"{kind}.{_bits(suffix)}" for kind, suffix in _GLOBAL_MEMORY.findall(text)]
+            kernels[name] |= {
+                "spills": len(_LOCAL_MEMORY.findall(text)),
+                "tensor_cores": _counted(_TENSOR_CORE.findall(text)),
+                "accesses": _counted(accesses),
+            }
     return found
+
+
+def _resource_usage(cubin: bytes) -> dict[str, dict[str, Any]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _run_tool("cuobjdump", "--dump-resource-usage", file.name)
+    usage = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    return {
+        name: {"registers": int(registers), "stack_bytes": int(stack) + int(local), "shared_bytes": int(shared)}
+        for name, registers, stack, shared, local in re.findall(usage, text)
+    }
+
+
+def _machine_code(cubin: bytes) -> dict[str, bytes]:
+    """Mangled kernel name -> its instructions: the sections .text.* of an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry_bytes, entries, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # Of each section: name, type, flags, address, offset, size.
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + entry * entry_bytes) for entry in range(entries)]
+    code = {}
+    for name, _, _, _, offset, size in sections:
+        start = sections[names][4] + name
+        title = cubin[start : cubin.index(b"\0", start)].decode()
+        if title.startswith(".text."):
+            code[title.removeprefix(".text.")] = cubin[offset : offset + size]
+    return code
+
+
+def _disassembled(codes: list[bytes], chip: Chip) -> list[str]:
+    """The instructions of each piece of code as text, all from one call: the tool takes 0.3 s to start, however short they are."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        lines = _INSTRUCTION.findall(_run_tool("nvdisasm", "--binary", chip.nvdisasm_arch, file.name))
+    counts = [len(code) // _INSTRUCTION_BYTES for code in codes]
+    if len(lines) != sum(counts):
+        raise RuntimeError(f"nvdisasm wrote {len(lines)} instructions for {chip.name}, expected {sum(counts)}")
+    ends = list(itertools.accumulate(counts))
+    return ["\n".join(lines[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
 
 def _counted(kinds: list[str]) -> str:
@@ -133,28 +178,34 @@ def _judged(row: Row, chip: Chip, wants_tensor_cores: bool) -> Row:
     return Row(**{**asdict(row), "problem": "; ".join(problems)})
 
 
-def compile_triton(launch: Launch, chip: Chip) -> list[Row]:
-    """Compile one launch for one chip and read the result."""
+def compile_triton(launches: list[Launch], chip: Chip) -> list[Row]:
+    """Compile launches for one chip and read the results, a row each."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(importlib.import_module(launch.module), launch.function)
-    attributes = {(position,): [["tt.divisibility", 16]] for position in launch.divisible}
-    source = ASTSource(function, dict(launch.signature), dict(launch.constants), attributes)
-    try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", chip.capability, 32), options=dict(launch.options))
-    except Exception as error:  # whatever the compiler raises is the finding
-        problem = f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}"
-        return [Row(launch.kernel, launch.label, launch.tiles, chip.name, 0, 0, 0, 0, "", problem)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
-        (found,) = _read_cubin(path).values()
-    # Triton asks for its shared memory at launch; what the file itself names is the chip's own reserve.
-    found["shared_bytes"] = compiled.metadata.shared
-    row = Row(launch.kernel, launch.label, launch.tiles, chip.name, **found)
-    return [_judged(row, chip, launch.wants_tensor_cores)]
+    target = GPUTarget("cuda", chip.capability, 32)
+    compiled: list[Any] = []
+    for launch in launches:
+        function = getattr(importlib.import_module(launch.module), launch.function)
+        attributes = {(position,): [["tt.divisibility", 16]] for position in launch.divisible}
+        source = ASTSource(function, dict(launch.signature), dict(launch.constants), attributes)
+        try:
+            compiled.append(triton.compile(source, target=target, options=dict(launch.options)))
+        except Exception as error:  # whatever the compiler raises is the finding
+            compiled.append(f"does not compile: {type(error).__name__}: {str(error).strip()[:300]}")
+    contents = iter(_read_cubins([one.asm["cubin"] for one in compiled if not isinstance(one, str)], chip))
+    rows = []
+    for launch, one in zip(launches, compiled, strict=True):
+        names = (launch.kernel, launch.label, launch.tiles, chip.name)
+        if isinstance(one, str):
+            rows.append(Row(*names, 0, 0, 0, 0, "", one))
+            continue
+        (found,) = next(contents).values()
+        # Triton asks for its shared memory at launch; what the file itself names is the chip's own reserve.
+        found["shared_bytes"] = one.metadata.shared
+        rows.append(_judged(Row(*names, **found), chip, launch.wants_tensor_cores))
+    return rows
 
 
 def compile_cuda(source: Path, chip: Chip) -> list[Row]:
@@ -173,7 +224,7 @@ def compile_cuda(source: Path, chip: Chip) -> list[Row]:
         if done.returncode:
             problem = f"does not compile: {done.stderr.strip()[:300]}"
             return [Row(source.stem, source.name, "", chip.name, 0, 0, 0, 0, "", problem)]
-        found = _read_cubin(path)
+        (found,) = _read_cubins([path.read_bytes()], chip)
     rows = []
     for name, numbers in sorted(found.items()):
         label = _cuda_label(name, source.stem)
@@ -195,10 +246,15 @@ def _cuda_label(mangled: str, op: str) -> str:
 def check(triton: Iterable[Launch] = (), cuda: Iterable[Path] = (), processes: int | None = None) -> list[Row]:
     """Compile everything for every chip, several at a time."""
     workers = processes or len(os.sched_getaffinity(0))
+    launches = list(triton)
+    batches = [launches[first : first + _BATCH] for first in range(0, len(launches), _BATCH)]
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interpreter) as pool:
-        jobs = [pool.submit(compile_cuda, source, chip) for source in cuda for chip in CHIPS]
-        jobs += [pool.submit(compile_triton, launch, chip) for launch in triton for chip in CHIPS]
-        return [row for job in jobs for row in job.result()]
+        cuda_jobs = [pool.submit(compile_cuda, source, chip) for source in cuda for chip in CHIPS]
+        triton_jobs = [[pool.submit(compile_triton, batch, chip) for chip in CHIPS] for batch in batches]
+        rows = [row for job in cuda_jobs for row in job.result()]
+        for jobs in triton_jobs:  # a launch's rows for all chips are neighbours
+            rows += itertools.chain(*zip(*(job.result() for job in jobs), strict=True))
+        return rows
 
 
 def check_kernels(kernels: Iterable[str] = KERNELS, processes: int | None = None) -> list[Row]:
