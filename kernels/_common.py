@@ -187,6 +187,29 @@ def layer_norm_rows(z, mask, n_cols, eps):
 
 
 @triton.jit
+def store_layer_norm(
+    z,  # (BLOCK_M, BLOCK_N) float32, 0 outside `mask`
+    weight_ptr,  # (N,)
+    ln_bias_ptr,  # (N,)
+    out_ptr,  # (T, N), contiguous
+    mean_ptr,  # (T,) float32
+    rstd_ptr,  # (T,) float32
+    rows,  # as `program_rows` gives these four
+    cols,
+    row_mask,
+    mask,
+    n_cols,  # N
+    eps,
+):
+    """LayerNorm of whole rows and its statistics, into memory."""
+    normalised, mean, rstd = layer_norm_rows(z, mask, n_cols, eps)
+    out = normalised * load_row_vector(weight_ptr, cols, n_cols) + load_row_vector(ln_bias_ptr, cols, n_cols)
+    tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + rows, mean, mask=row_mask)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+
+
+@triton.jit
 def group_rows(tile, n_rows, BLOCK_M: tl.constexpr):
     """Of tile number `tile` in a walk over rows: rows (BLOCK_M,) int64, row_mask (BLOCK_M,)."""
     # 64 bits: as in `program_rows`.
@@ -195,9 +218,40 @@ def group_rows(tile, n_rows, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def row_means(g, z_hat, n_cols):
-    """The means (BLOCK_M,) of g and of g z_hat over whole rows, which LayerNorm's gradient takes off; 0 beyond n_cols."""
-    return tl.sum(g, axis=1) / n_cols, tl.sum(g * z_hat, axis=1) / n_cols
+def normalise_again(z, grad, weight, mean_ptr, rstd_ptr, rows, row_mask, mask):
+    """Of float32 rows before their LayerNorm: g = grad * weight and z_hat, both 0 outside `mask`, and rstd (BLOCK_M,)."""
+    mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
+    # Zeros whatever stands in the vectors, so that nothing of it reaches a sum.
+    g = tl.where(mask, grad * weight, 0.0)
+    return g, tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0), rstd
+
+
+@triton.jit
+def store_row_means(
+    g_sum,  # (BLOCK_M, BLOCK_N) float32: g and g z_hat, summed over a row's blocks of columns
+    gz_sum,
+    means_ptr,  # (2, T) float32
+    rows,
+    row_mask,
+    n_rows,  # T
+    n_cols,
+):
+    """The two means of whole rows that `layer_norm_grad` takes off."""
+    tl.store(means_ptr + rows, tl.sum(g_sum, axis=1) / n_cols, mask=row_mask)
+    tl.store(means_ptr + n_rows + rows, tl.sum(gz_sum, axis=1) / n_cols, mask=row_mask)
+
+
+@triton.jit
+def layer_norm_grad(g, z_hat, rstd, means_ptr, rows, n_rows, n_cols, WHOLE_ROWS: tl.constexpr):
+    """float32 gradient of the rows before LayerNorm, from what `normalise_again` gives; means (2, T) of split rows."""
+    if WHOLE_ROWS:
+        g_mean = tl.sum(g, axis=1) / n_cols
+        gz_mean = tl.sum(g * z_hat, axis=1) / n_cols
+    else:
+        g_mean = tl.load(means_ptr + rows, mask=rows < n_rows, other=0.0)
+        gz_mean = tl.load(means_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
+    return (g - g_mean[:, None] - z_hat * gz_mean[:, None]) * rstd[:, None]
 
 
 @triton.jit
@@ -257,3 +311,36 @@ def column_sums(partials: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor
             BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8, **COMPILER_OPTIONS,
         )  # fmt: skip
     return sums
+
+
+def start_layer_norm_bwd(
+    means_kernel: triton.JITFunction, kernel: triton.JITFunction, operands: tuple[torch.Tensor, ...],
+    outputs: tuple[torch.Tensor, ...], numbers: tuple[int | float, ...],
+) -> list[torch.Tensor]:  # fmt: skip
+    """Starts the two kernels of a LayerNorm's gradient and adds up the gradients of its vectors.
+
+    Args:
+        means_kernel: of (*operands, means (2, T) float32, *numbers), started where rows are split.
+        kernel: of (*operands, means, *outputs, partials (P, 3, N) float32, *numbers).
+        operands: the gradient (T, N) first. outputs: (T, N), written. numbers: T and N, then the kernels' own.
+
+    Returns:
+        The sums of the three vectors' gradients, each (N,) in the gradient's dtype.
+    """
+    grad = operands[0]
+    n_rows, n_cols = grad.shape
+    block_m, block_n, num_warps = bwd_row_tiles(n_cols)
+    col_blocks = triton.cdiv(n_cols, block_n)
+    groups = row_groups(n_rows, block_m, col_blocks)
+    partials = torch.empty((groups, 3, n_cols), dtype=torch.float32, device=grad.device)
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **BWD_OPTIONS}
+    means = partials  # in the place of what is not read where rows are whole
+    with torch.cuda.device_of(grad):
+        if col_blocks > 1:
+            means = torch.empty((2, n_rows), dtype=torch.float32, device=grad.device)
+            means_kernel[(triton.cdiv(n_rows, block_m),)](*operands, means, *numbers, **tiles)
+        kernel[(col_blocks, groups)](
+            *operands, means, *outputs, partials, *numbers,
+            WHOLE_ROWS=col_blocks == 1, STAGES=bwd_stages(grad), **tiles,
+        )  # fmt: skip
+    return column_sums(partials, grad.dtype)

@@ -16,23 +16,21 @@ import triton
 import triton.language as tl
 
 from ._common import (
-    BWD_OPTIONS,
     COMPILER_OPTIONS,
-    bwd_row_tiles,
-    bwd_stages,
-    column_sums,
     dropout_arguments,
     dropout_keep,
     group_rows,
-    layer_norm_rows,
+    layer_norm_grad,
     load_row_vector,
+    normalise_again,
     program_rows,
     round_to,
-    row_groups,
-    row_means,
     row_tiles,
     rows_contiguous,
+    start_layer_norm_bwd,
     store_column_sums,
+    store_layer_norm,
+    store_row_means,
 )
 
 
@@ -70,11 +68,7 @@ def _add_layer_norm_fwd_kernel(
         z *= tl.where(keep, dropout_scale, 0.0)
     z += residual.to(tl.float32)
 
-    normalised, mean, rstd = layer_norm_rows(z, mask, n_cols, eps)
-    out = normalised * load_row_vector(weight_ptr, cols, n_cols) + load_row_vector(ln_bias_ptr, cols, n_cols)
-    tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + rows, mean, mask=row_mask)
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    store_layer_norm(z, weight_ptr, ln_bias_ptr, out_ptr, mean_ptr, rstd_ptr, rows, cols, row_mask, mask, n_cols, eps)
 
 
 def add_layer_norm_fwd(
@@ -125,8 +119,6 @@ def _load_gradient(
     grad = tl.load(grad_ptr + rows[:, None] * stride_grad_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + rows[:, None] * stride_residual_row + cols[None, :], mask=mask, other=0.0)
-    mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
-    rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
 
     z = x + bias
     factor = 1.0
@@ -135,9 +127,7 @@ def _load_gradient(
         factor = tl.where(keep, dropout_scale, 0.0)
         z *= factor
     z += residual.to(tl.float32)
-    # Zeros outside the mask, whatever stands in the vectors, so that nothing of it reaches a sum.
-    z_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
-    g = tl.where(mask, grad * weight, 0.0)
+    g, z_hat, rstd = normalise_again(z, grad, weight, mean_ptr, rstd_ptr, rows, row_mask, mask)
     return rows, mask, grad, g, z_hat, factor, rstd
 
 
@@ -150,7 +140,7 @@ def _add_layer_norm_bwd_means_kernel(
     weight_ptr,  # (H,)
     mean_ptr,  # (T,) float32
     rstd_ptr,  # (T,) float32
-    means_ptr,  # (2, T) float32: of g and of g z_hat, see `row_means`
+    means_ptr,  # (2, T) float32: of g and of g z_hat, see `layer_norm_grad`
     n_rows,  # T
     n_cols,  # H
     stride_grad_row,
@@ -178,8 +168,7 @@ def _add_layer_norm_bwd_means_kernel(
         g_sum += g
         gz_sum += g * z_hat
     rows, row_mask = group_rows(tl.program_id(0), n_rows, BLOCK_M)
-    tl.store(means_ptr + rows, tl.sum(g_sum, axis=1) / n_cols, mask=row_mask)
-    tl.store(means_ptr + n_rows + rows, tl.sum(gz_sum, axis=1) / n_cols, mask=row_mask)
+    store_row_means(g_sum, gz_sum, means_ptr, rows, row_mask, n_rows, n_cols)
 
 
 @triton.jit(do_not_specialize=["n_rows", "seed_lo", "seed_hi", "dropout_threshold"])
@@ -224,12 +213,7 @@ def _add_layer_norm_bwd_kernel(
             stride_residual_row, seed_lo, seed_hi, dropout_threshold, dropout_scale, tile, cols,
             HAS_DROPOUT, BLOCK_M,
         )  # fmt: skip
-        if WHOLE_ROWS:
-            g_mean, gz_mean = row_means(g, z_hat, n_cols)
-        else:
-            g_mean = tl.load(means_ptr + rows, mask=rows < n_rows, other=0.0)
-            gz_mean = tl.load(means_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
-        dz = (g - g_mean[:, None] - z_hat * gz_mean[:, None]) * rstd[:, None]
+        dz = layer_norm_grad(g, z_hat, rstd, means_ptr, rows, n_rows, n_cols, WHOLE_ROWS)
         # A product, as in the forward.
         dx = dz * factor
         dbias += dx
@@ -271,20 +255,9 @@ def add_layer_norm_bwd(
     dresidual = torch.empty((n_rows if dropout_p else 0, n_cols), dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
         return dx, dresidual, *(torch.zeros_like(bias) for _ in range(3))
-    block_m, block_n, num_warps = bwd_row_tiles(n_cols)
-    col_blocks = triton.cdiv(n_cols, block_n)
-    groups = row_groups(n_rows, block_m, col_blocks)
-    partials = torch.empty((groups, 3, n_cols), dtype=torch.float32, device=x.device)
     operands = (grad, x, bias.contiguous(), residual, weight.contiguous(), mean, rstd)
     numbers = (n_rows, n_cols, grad.stride(0), x.stride(0), residual.stride(0), *dropout, dropout_p > 0.0)
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **BWD_OPTIONS}
-    means = mean  # in the place of what is not read where rows are whole
-    with torch.cuda.device_of(x):
-        if col_blocks > 1:
-            means = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
-            _add_layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, block_m),)](*operands, means, *numbers, **tiles)
-        _add_layer_norm_bwd_kernel[(col_blocks, groups)](
-            *operands, means, dx, dresidual, partials, *numbers,
-            WHOLE_ROWS=col_blocks == 1, STAGES=bwd_stages(x), **tiles,
-        )  # fmt: skip
-    return dx, dresidual, *column_sums(partials, x.dtype)
+    sums = start_layer_norm_bwd(
+        _add_layer_norm_bwd_means_kernel, _add_layer_norm_bwd_kernel, operands, (dx, dresidual), numbers
+    )
+    return dx, dresidual, *sums

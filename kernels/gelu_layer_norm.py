@@ -15,23 +15,21 @@ import triton.language as tl
 
 from ._common import (
     ACT_CODES,
-    BWD_OPTIONS,
     COMPILER_OPTIONS,
     activate,
     activation_grad,
-    bwd_row_tiles,
-    bwd_stages,
-    column_sums,
     group_rows,
-    layer_norm_rows,
+    layer_norm_grad,
     load_row_vector,
+    normalise_again,
     program_rows,
     round_to,
-    row_groups,
-    row_means,
     row_tiles,
     rows_contiguous,
+    start_layer_norm_bwd,
     store_column_sums,
+    store_layer_norm,
+    store_row_means,
 )
 
 
@@ -58,11 +56,7 @@ def _gelu_layer_norm_fwd_kernel(
     # act(0) = 0, so what lies outside the mask adds nothing to the sums.
     z = activate(x + load_row_vector(bias_ptr, cols, n_cols), ACT)
 
-    normalised, mean, rstd = layer_norm_rows(z, mask, n_cols, eps)
-    out = normalised * load_row_vector(weight_ptr, cols, n_cols) + load_row_vector(ln_bias_ptr, cols, n_cols)
-    tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + rows, mean, mask=row_mask)
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+    store_layer_norm(z, weight_ptr, ln_bias_ptr, out_ptr, mean_ptr, rstd_ptr, rows, cols, row_mask, mask, n_cols, eps)
 
 
 def gelu_layer_norm_fwd(
@@ -108,13 +102,9 @@ def _load_gradient(
     mask = row_mask[:, None] & (cols < n_cols)[None, :]
     grad = tl.load(grad_ptr + rows[:, None] * stride_grad_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)
-    rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
 
     u = x + bias
-    # Zeros outside the mask, whatever stands in the vectors, so that nothing of it reaches a sum.
-    z_hat = tl.where(mask, (activate(u, ACT) - mean[:, None]) * rstd[:, None], 0.0)
-    g = tl.where(mask, grad * weight, 0.0)
+    g, z_hat, rstd = normalise_again(activate(u, ACT), grad, weight, mean_ptr, rstd_ptr, rows, row_mask, mask)
     return rows, mask, grad, g, u, z_hat, rstd
 
 
@@ -126,7 +116,7 @@ def _gelu_layer_norm_bwd_means_kernel(
     weight_ptr,  # (E,)
     mean_ptr,  # (T,) float32
     rstd_ptr,  # (T,) float32
-    means_ptr,  # (2, T) float32: of g and of g z_hat, see `row_means`
+    means_ptr,  # (2, T) float32: of g and of g z_hat, see `layer_norm_grad`
     n_rows,  # T
     n_cols,  # E
     stride_grad_row,
@@ -148,8 +138,7 @@ def _gelu_layer_norm_bwd_means_kernel(
         g_sum += g
         gz_sum += g * z_hat
     rows, row_mask = group_rows(tl.program_id(0), n_rows, BLOCK_M)
-    tl.store(means_ptr + rows, tl.sum(g_sum, axis=1) / n_cols, mask=row_mask)
-    tl.store(means_ptr + n_rows + rows, tl.sum(gz_sum, axis=1) / n_cols, mask=row_mask)
+    store_row_means(g_sum, gz_sum, means_ptr, rows, row_mask, n_rows, n_cols)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -186,12 +175,7 @@ def _gelu_layer_norm_bwd_kernel(
             grad_ptr, x_ptr, mean_ptr, rstd_ptr, bias, weight, n_rows, n_cols, stride_grad_row, stride_x_row,
             tile, cols, ACT, BLOCK_M,
         )  # fmt: skip
-        if WHOLE_ROWS:
-            g_mean, gz_mean = row_means(g, z_hat, n_cols)
-        else:
-            g_mean = tl.load(means_ptr + rows, mask=rows < n_rows, other=0.0)
-            gz_mean = tl.load(means_ptr + n_rows + rows, mask=rows < n_rows, other=0.0)
-        dz = (g - g_mean[:, None] - z_hat * gz_mean[:, None]) * rstd[:, None]
+        dz = layer_norm_grad(g, z_hat, rstd, means_ptr, rows, n_rows, n_cols, WHOLE_ROWS)
         dx = activation_grad(dz, u, ACT)
         # An infinite bias makes NaN of the zeros beyond the last row.
         dbias += tl.where(mask, dx, 0.0)
@@ -225,19 +209,9 @@ def gelu_layer_norm_bwd(
     dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
         return dx, *(torch.zeros_like(bias) for _ in range(3))
-    block_m, block_n, num_warps = bwd_row_tiles(n_cols)
-    col_blocks = triton.cdiv(n_cols, block_n)
-    groups = row_groups(n_rows, block_m, col_blocks)
-    partials = torch.empty((groups, 3, n_cols), dtype=torch.float32, device=x.device)
     operands = (grad, x, bias.contiguous(), weight.contiguous(), mean, rstd)
     numbers = (n_rows, n_cols, grad.stride(0), x.stride(0), ACT_CODES[act])
-    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **BWD_OPTIONS}
-    means = mean  # in the place of what is not read where rows are whole
-    with torch.cuda.device_of(x):
-        if col_blocks > 1:
-            means = torch.empty((2, n_rows), dtype=torch.float32, device=x.device)
-            _gelu_layer_norm_bwd_means_kernel[(triton.cdiv(n_rows, block_m),)](*operands, means, *numbers, **tiles)
-        _gelu_layer_norm_bwd_kernel[(col_blocks, groups)](
-            *operands, means, dx, partials, *numbers, WHOLE_ROWS=col_blocks == 1, STAGES=bwd_stages(x), **tiles
-        )
-    return dx, *column_sums(partials, x.dtype)
+    sums = start_layer_norm_bwd(
+        _gelu_layer_norm_bwd_means_kernel, _gelu_layer_norm_bwd_kernel, operands, (dx,), numbers
+    )
+    return dx, *sums
