@@ -17,6 +17,7 @@ from .config import ALBERTConfig
 from .gemm import linear
 from .packing import Packing, Queries, take
 from .quantization import QuantizedLinear
+from .slices import split_columns
 
 # What a backward computes again instead of finding it kept: nothing; the FFN's activations, one of a layer's two largest
 # arrays (T, I) at the price of a pass over memory; or layers as a whole, of which the input (T, H) alone is kept.
@@ -297,12 +298,12 @@ class Attention(nn.Module):
         cu_seqlens_q, max_seqlen_q = packing.cu_seqlens, packing.max_seqlen
         if queries is None:
             residual = hidden
-            q, k, v = linear(hidden, weight, bias).split(width, dim=1)
+            q, k, v = split_columns(linear(hidden, weight, bias), width)
         else:
             residual = take(hidden, queries.rows)
             cu_seqlens_q, max_seqlen_q = queries.cu_seqlens, queries.max_seqlen
             q = linear(residual, weight[:width], bias[:width])
-            k, v = linear(hidden, weight[width:], bias[width:]).split(width, dim=1)
+            k, v = split_columns(linear(hidden, weight[width:], bias[width:]), width)
         if attentions is not None:
             attentions.append(_probabilities(q, k, packing, self.num_heads, self.scale))
         p, seed = _dropout(self, self.probs_dropout_p)

@@ -48,7 +48,7 @@ def vocabulary_shares(n_rows: int, n_words: int, tiles: dict[str, int]) -> tuple
 
 
 @triton.jit
-def load_rows(rows, mask, cols, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
+def load_tile(rows, mask, cols, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr):
     """Columns `cols` of the rows that begin at `rows`, zeros outside `mask` (None: all are there) and beyond WIDTH."""
     at = rows[:, None] + cols[None, :]
     if WIDTH != BLOCK_E:
@@ -68,7 +68,7 @@ def load_owned(rows, mask, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK_E: 
     """What a program multiplies throughout its walk; its rows' addresses where they are read again in chunks."""
     owned = rows
     if CHUNK_E == BLOCK_E:
-        owned = load_rows(rows, mask, tl.arange(0, BLOCK_E), WIDTH, BLOCK_E)
+        owned = load_tile(rows, mask, tl.arange(0, BLOCK_E), WIDTH, BLOCK_E)
     return owned
 
 
@@ -81,13 +81,13 @@ def multiply(
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     walked = walk_rows
     if CHUNK_E == BLOCK_E:
-        walked = load_rows(walk_rows, walk_mask, tl.arange(0, BLOCK_E), WIDTH, BLOCK_E)
+        walked = load_tile(walk_rows, walk_mask, tl.arange(0, BLOCK_E), WIDTH, BLOCK_E)
         acc = product(owned, tl.trans(walked), acc)
     else:
         for first_col in range(0, BLOCK_E, CHUNK_E):
             cols = first_col + tl.arange(0, CHUNK_E)
-            a = load_rows(own_rows, own_mask, cols, WIDTH, BLOCK_E)
-            b = load_rows(walk_rows, walk_mask, cols, WIDTH, BLOCK_E)
+            a = load_tile(own_rows, own_mask, cols, WIDTH, BLOCK_E)
+            b = load_tile(walk_rows, walk_mask, cols, WIDTH, BLOCK_E)
             acc = product(a, tl.trans(b), acc)
     return acc, walked
 
@@ -97,7 +97,7 @@ def out_columns(walked, walk_rows, walk_mask, cols, WIDTH: tl.constexpr, BLOCK_E
     """The walked rows' columns that this program's gradient has; they are loaded already where one chunk is all."""
     tile = walked
     if CHUNK_E != BLOCK_E:
-        tile = load_rows(walk_rows, walk_mask, cols, WIDTH, BLOCK_E)
+        tile = load_tile(walk_rows, walk_mask, cols, WIDTH, BLOCK_E)
     return tile
 
 

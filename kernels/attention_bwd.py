@@ -142,7 +142,7 @@ def _attention_bwd_dq_kernel(
     k_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_k_row` elements apart
     v_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
     lse_ptr,  # (num_heads, Tq) float32
-    dq_ptr,  # (Tq, num_heads * HEAD_DIM), contiguous
+    dq_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_dq_row` elements apart
     sums_ptr,  # (3, num_heads, Tq) float32: normal, mean, dominant_gap of `_score_gradient`
     cu_seqlens_q_ptr,  # (B + 1,) int32
     cu_seqlens_k_ptr,  # (B + 1,) int32
@@ -151,6 +151,7 @@ def _attention_bwd_dq_kernel(
     stride_q_row,
     stride_k_row,
     stride_v_row,
+    stride_dq_row,
     num_heads,
     n_query_blocks,  # blocks of BLOCK_M queries in the longest sequence
     n_queries_total,  # Tq
@@ -226,7 +227,7 @@ def _attention_bwd_dq_kernel(
         dq = product(round_to(ds, k.dtype), k, dq)
 
     row_mask = queries < n_queries
-    dq_ptrs = dq_ptr + packed_queries[:, None] * (num_heads * HEAD_DIM) + (column + dims)[None, :]
+    dq_ptrs = dq_ptr + packed_queries[:, None] * stride_dq_row + (column + dims)[None, :]
     dq_mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(dq_ptrs, round_to(dq * softmax_scale, dq_ptr.dtype.element_ty), mask=dq_mask)
     plane = n_queries_total.to(tl.int64) * num_heads
@@ -295,8 +296,8 @@ def _attention_bwd_dkdv_kernel(
     v_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
     lse_ptr,  # (num_heads, Tq) float32
     sums_ptr,  # (3, num_heads, Tq) float32: normal, mean, dominant_gap of `_score_gradient`
-    dk_ptr,  # (T, num_heads * HEAD_DIM), contiguous
-    dv_ptr,  # (T, num_heads * HEAD_DIM), contiguous
+    dk_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_dkdv_row` elements apart
+    dv_ptr,  # (T, num_heads * HEAD_DIM), likewise
     cu_seqlens_q_ptr,  # (B + 1,) int32
     cu_seqlens_k_ptr,  # (B + 1,) int32
     order_ptr,  # (B,) int32, or None for 0 to B - 1
@@ -304,6 +305,7 @@ def _attention_bwd_dkdv_kernel(
     stride_q_row,
     stride_k_row,
     stride_v_row,
+    stride_dkdv_row,
     num_heads,
     n_key_blocks,  # blocks of BLOCK_N keys in the longest sequence
     n_queries_total,  # Tq
@@ -361,7 +363,7 @@ def _attention_bwd_dkdv_kernel(
             True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
         )  # fmt: skip
 
-    offsets = packed_keys[:, None] * (num_heads * HEAD_DIM) + (column + dims)[None, :]
+    offsets = packed_keys[:, None] * stride_dkdv_row + (column + dims)[None, :]
     mask = (keys < n_keys)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(dk_ptr + offsets, round_to(dk * softmax_scale, dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offsets, round_to(dv, dv_ptr.dtype.element_ty), mask=mask)
@@ -386,57 +388,41 @@ def attention_bwd_tiles(
 
 
 def attention_bwd(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, order: torch.Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float = 0.0, seed: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, dq: torch.Tensor,
+    dk: torch.Tensor, dv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    order: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float,
+    dropout_p: float = 0.0, seed: int = 0,
+) -> None:  # fmt: skip
     """Gradients of `attention_fwd` with respect to q, k and v.
 
     Args:
         grad: (Tq, H), gradient of its output, in q's dtype; rows may be strided.
         lse: (num_heads, Tq) float32, as it returned it.
+        dq, dk, dv: (Tq, H), (T, H) and (T, H) in q's dtype, written as a whole, zeros where a sequence has no keys or no
+            queries; rows may be strided, those of dk and dv alike.
         The others: as it was given them; the same dropout_p and seed drop the same probabilities again.
-
-    Returns:
-        dq (Tq, H), dk (T, H), dv (T, H) in q's dtype, zeros where a sequence has no keys or no queries.
 
     Raises:
         ValueError: a head size above 256, dropout_p outside [0, 1).
     """
     head_dim, sequences = q.shape[1] // num_heads, len(cu_seqlens_q) - 1
     grad = rows_contiguous(grad)
-    dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     sums = torch.empty((3, num_heads, len(q)), dtype=torch.float32, device=q.device)
     dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k)
-    sizes = (*(t.stride(0) for t in (grad, q, k, v)), num_heads)
+    schedule = (cu_seqlens_q, cu_seqlens_k, order, *(t.stride(0) for t in (grad, q, k, v)))
     numbers = (len(q), softmax_scale, softmax_scale * LOG2_E, *dropout_arguments(dropout_p, seed))
     options = {"HAS_DROPOUT": dropout_p > 0.0, "HEAD_DIM": head_dim, **COMPILER_OPTIONS}
 
     def launch_dq(tiles: Tiles) -> None:
         n_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
         _attention_bwd_dq_kernel[(n_blocks * num_heads * sequences,)](
-            grad,
-            q,
-            k,
-            v,
-            lse,
-            dq,
-            sums,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            order,
-            *sizes,
-            n_blocks,
-            *numbers,
-            **options,
-            **tiles,
-        )
+            grad, q, k, v, lse, dq, sums, *schedule, dq.stride(0), num_heads, n_blocks, *numbers, **options, **tiles
+        )  # fmt: skip
 
     def launch_dkdv(tiles: Tiles) -> None:
         n_blocks = triton.cdiv(max_seqlen_k, tiles["BLOCK_N"])
         _attention_bwd_dkdv_kernel[(n_blocks * num_heads * sequences,)](
-            grad, q, k, v, lse, sums, dk, dv, cu_seqlens_q, cu_seqlens_k, order, *sizes, n_blocks, *numbers, **options,
-            **tiles,
+            grad, q, k, v, lse, sums, dk, dv, *schedule, dk.stride(0), num_heads, n_blocks, *numbers, **options, **tiles
         )  # fmt: skip
 
     key = functools.partial(choice_key, head_dim, q.dtype, dropout_p, max_seqlen_q, max_seqlen_k)
@@ -445,4 +431,3 @@ def attention_bwd(
             launch_dq(_tuning.choose("attention_bwd_dq", key, dq_tiles, launch_dq))
         if len(k):
             launch_dkdv(_tuning.choose("attention_bwd_dkdv", key, dkdv_tiles, launch_dkdv))
-    return dq, dk, dv

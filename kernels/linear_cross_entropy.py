@@ -37,7 +37,7 @@ from ._vocabulary import (
 _LN_2 = tl.constexpr(0.6931471805599453)
 _IGNORED = tl.constexpr(-100)
 # Rows of a block in the kernels that multiply nothing.
-_LABEL_ROWS, _MERGE_ROWS, _MEAN_ROWS, _GATHER_ROWS = 1024, 128, 1024, 16
+_LABEL_ROWS, _COUNT_ROWS, _MERGE_ROWS, _MEAN_ROWS, _GATHER_ROWS = 1024, 4096, 128, 1024, 16
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -48,21 +48,27 @@ def _linear_cross_entropy_labelled_kernel(
     count_ptr,  # (1,) int32, how many rows are labelled
     n_rows,  # N
     n_words,  # V
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # labels of a program
+    BLOCK_N: tl.constexpr,  # labels that it counts at a time
 ):
-    """One program, which walks over all labels."""
-    count = tl.zeros((), dtype=tl.int32)
-    for first_row in range(0, n_rows, BLOCK_M):
-        rows = first_row + tl.arange(0, BLOCK_M)
-        labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=_IGNORED)
-        labelled = labels != _IGNORED
-        ones = labelled.to(tl.int32)
-        slots = count + tl.cumsum(ones, axis=0) - 1
-        targets = tl.where((labels >= 0) & (labels < n_words), labels, -1)
-        tl.store(rows_ptr + slots, rows, mask=labelled)
-        tl.store(targets_ptr + slots, targets.to(tl.int32), mask=labelled)
-        count += tl.sum(ones, axis=0)
-    tl.store(count_ptr, count)
+    """A program counts the labelled rows before its own again: faster than to wait for those of other programs."""
+    first_own = tl.program_id(0) * BLOCK_M
+    before = tl.zeros([BLOCK_N], dtype=tl.int32)
+    for first_row in range(0, first_own, BLOCK_N):
+        rows = first_row + tl.arange(0, BLOCK_N)
+        before += (tl.load(labels_ptr + rows, mask=rows < first_own, other=_IGNORED) != _IGNORED).to(tl.int32)
+    count = tl.sum(before, axis=0)
+
+    rows = first_own + tl.arange(0, BLOCK_M)
+    labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=_IGNORED)
+    labelled = labels != _IGNORED
+    ones = labelled.to(tl.int32)
+    slots = count + tl.cumsum(ones, axis=0) - 1
+    targets = tl.where((labels >= 0) & (labels < n_words), labels, -1)
+    tl.store(rows_ptr + slots, rows, mask=labelled)
+    tl.store(targets_ptr + slots, targets.to(tl.int32), mask=labelled)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tl.store(count_ptr, count + tl.sum(ones, axis=0))
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
@@ -344,9 +350,10 @@ def _find_labelled(labels: torch.Tensor, n_words: int, slots: int) -> tuple[torc
     n_rows = len(labels)
     rows, targets = (torch.empty(slots, dtype=torch.int32, device=labels.device) for _ in range(2))
     count = torch.empty(1, dtype=torch.int32, device=labels.device)
-    _linear_cross_entropy_labelled_kernel[(1,)](
-        labels, rows, targets, count, n_rows, n_words, BLOCK_M=_LABEL_ROWS, num_warps=8, **COMPILER_OPTIONS
-    )
+    _linear_cross_entropy_labelled_kernel[(triton.cdiv(n_rows, _LABEL_ROWS),)](
+        labels, rows, targets, count, n_rows, n_words,
+        BLOCK_M=_LABEL_ROWS, BLOCK_N=_COUNT_ROWS, num_warps=8, **COMPILER_OPTIONS,
+    )  # fmt: skip
     return rows, targets, count
 
 

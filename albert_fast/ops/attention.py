@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..registration import check_devices, forbid_second_derivative, needs_dispatcher, register, register_autograd
+from ..slices import beside, empty_beside
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
 
@@ -118,24 +119,33 @@ def _fwd(
     return _fwd_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_number)
 
 
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Uninitialised dq, dk, dv: neighbours in memory where q, k and v are, or k and v alone."""
+    if beside((q, k, v)):
+        return empty_beside(q, 3)
+    return torch.empty_like(q), *(empty_beside(k, 2) if beside((k, v)) else (torch.empty_like(k), torch.empty_like(v)))
+
+
 def _bwd(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     order: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float,
-    seed: Tensor | None, backend: str,
+    seed: Tensor | None, backend: str, into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, where a kernel writes them in `into`: an operator's results share no memory, those of a plain call may."""
     seed_number = seed_value(seed, dropout_p)
     backend = dispatch.resolve("attention", q.device.type, q.dtype, backend)
+    if backend == "reference":
+        return _bwd_ref(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_number)
+    dq, dk, dv = into or (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
     if backend == "triton":
         from ..kernels.attention_bwd import attention_bwd
 
-        return attention_bwd(
-            grad, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale,
-            dropout_p, seed_number,
+        attention_bwd(
+            grad, q, k, v, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
+            softmax_scale, dropout_p, seed_number,
         )  # fmt: skip
-    if backend == "reference":
-        return _bwd_ref(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_number)
+        return dq, dk, dv
     grad = grad.contiguous()
-    dq, dk, dv = (torch.empty(t.shape, dtype=q.dtype) for t in (q, k, v))
     dispatch.extension().attention_bwd_cpu(
         grad.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), lse.data_ptr(), dq.data_ptr(), dk.data_ptr(),
         dv.data_ptr(), cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), len(cu_seqlens_q) - 1, num_heads,
@@ -179,9 +189,13 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_lse):
-    *saved, seed = ctx.saved_tensors
-    dq, dk, dv = torch.ops.albert_fast.attention_bwd(grad, *saved, *ctx.numbers, seed, ctx.backend)
-    return dq, dk, dv, *[None] * 10
+    q, k, v, *others, seed = ctx.saved_tensors
+    arguments = (grad, q, k, v, *others, *ctx.numbers, seed, ctx.backend)
+    if needs_dispatcher(grad, q, k, v):
+        gradients = torch.ops.albert_fast.attention_bwd(*arguments)
+    else:
+        gradients = _bwd(*arguments, into=_gradients(q, k, v))
+    return *gradients, *[None] * 10
 
 
 register_autograd("attention_fwd", _backward, _setup)

@@ -129,7 +129,7 @@ def _attention_launches() -> Iterator[Case]:
         q, k, v = torch.empty(4, 3 * 12 * head_dim, dtype=dtype).chunk(3, dim=1)
         schedule = (cu_seqlens, cu_seqlens, order if dropout_p else None, *lengths)
         out, lse = attention_fwd(q, k, v, *schedule, 12, 0.125, dropout_p, 1)
-        attention_bwd(out, q, k, v, lse, *schedule, 12, 0.125, dropout_p, 1)
+        attention_bwd(out, q, k, v, lse, q, k, v, *schedule, 12, 0.125, dropout_p, 1)
 
     # Few queries, short sequences, long ones. Dropout takes the most registers, so every tile is compiled with it.
     few, short, long = (16, 512), (64, 64), (512, 512)
