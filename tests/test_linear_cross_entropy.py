@@ -244,3 +244,18 @@ def test_bad_input_is_named():
         ops.linear_cross_entropy(**made | {"labels": made["labels"].float()})
     with pytest.raises(ValueError, match="1025 columns"):
         ops.linear_cross_entropy(**inputs(2, 1025, 3), backend="triton")
+
+
+@pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 6000])  # one program, two, one that counts in two steps
+@pytest.mark.parametrize("labelled", [0.0, 0.4, 1.0])
+def test_labelled_rows_are_found_in_order(rows, labelled):
+    kernel = pytest.importorskip("albert_fast.kernels.linear_cross_entropy")
+    device = device_of("triton")
+    labels = torch.randint(0, 50, (rows,)).where(torch.rand(rows) < labelled, -100)
+    labels[::7] = labels[::7].where(labels[::7] == -100, 51)
+    with poison_empty():
+        found, targets, count = (t.cpu() for t in kernel._find_labelled(labels.to(device), 50, rows))
+    wanted = (labels != -100).nonzero()[:, 0]
+    assert count.item() == len(wanted)
+    assert torch.equal(found[: len(wanted)].long(), wanted)
+    assert torch.equal(targets[: len(wanted)].long(), labels[wanted].where(labels[wanted] < 50, -1))

@@ -119,13 +119,6 @@ def _fwd(
     return _fwd_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_number)
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Uninitialised dq, dk, dv: neighbours in memory where q, k and v are, or k and v alone."""
-    if beside((q, k, v)):
-        return empty_beside(q, 3)
-    return torch.empty_like(q), *(empty_beside(k, 2) if beside((k, v)) else (torch.empty_like(k), torch.empty_like(v)))
-
-
 def _bwd(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     order: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float,
@@ -191,10 +184,11 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, _grad_lse):
     q, k, v, *others, seed = ctx.saved_tensors
     arguments = (grad, q, k, v, *others, *ctx.numbers, seed, ctx.backend)
-    if needs_dispatcher(grad, q, k, v):
+    if needs_dispatcher(grad, q, k, v) or not beside((k, v)):
         gradients = torch.ops.albert_fast.attention_bwd(*arguments)
-    else:
-        gradients = _bwd(*arguments, into=_gradients(q, k, v))
+    else:  # slices of one product, whose gradient is one buffer: see slices.py
+        into = empty_beside(k, 3) if beside((q, k, v)) else (torch.empty_like(q), *empty_beside(k, 2))
+        gradients = _bwd(*arguments, into=into)
     return *gradients, *[None] * 10
 
 

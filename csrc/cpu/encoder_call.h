@@ -25,6 +25,20 @@ struct EncoderCall {
     double* profile;
     int num_threads;
 
+    EncoderCall(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
+                std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted, std::int64_t wanted_count,
+                std::int64_t num_heads, double scale, double eps, int act, Address profile, int num_threads)
+        : x(pointer<float>(x)),
+          out(pointer<float>(out)),
+          table(pointer<std::int64_t>(table)),
+          order(pointer<std::int64_t>(order)),
+          layers(layers),
+          batch{T, B, num_heads, pointer<std::int32_t>(cu_seqlens), static_cast<float>(scale), static_cast<float>(eps)},
+          wanted{pointer<std::int64_t>(wanted_rows), pointer<std::int32_t>(cu_wanted), wanted_count},
+          act(act),
+          profile(pointer<double>(profile)),
+          num_threads(num_threads) {}
+
     const Wanted* asked() const { return wanted.cu_seqlens == nullptr ? nullptr : &wanted; }
 };
 

@@ -4,7 +4,9 @@
 // Labelled rows go in batches, and the vocabulary in parts that depend on its size alone. A task takes one batch and
 // one part: it packs a block of the vocabulary as float32 once and multiplies all rows of the batch by it. Logits are
 // kept transposed, one row for each word and one column for each row of x, so that softmax runs over vectors of rows
-// with no sum across lanes and one array serves all three products, as in attention.cpp.
+// with no sum across lanes and one array serves all three products, as in attention.cpp. The products are our own,
+// since a library's would write a block of logits to memory and read it again for softmax, and would want a copy of W
+// in float32 where W is bfloat16.
 //
 // Forward: each part has the maximum and the sum of exponentials of every row; these are merged in the order of the
 // parts. Operations 2 N V E. Backward: softmax again from the same two numbers of each row, which are kept instead of

@@ -41,19 +41,8 @@ void quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address or
                                Address cu_wanted, std::int64_t wanted_count, std::int64_t H, std::int64_t I,
                                std::int64_t num_heads, double scale, double eps, int act, int bits, Address profile,
                                int num_threads) {
-    const Batch batch{
-        T, B, num_heads, pointer<std::int32_t>(cu_seqlens), static_cast<float>(scale), static_cast<float>(eps)};
-    const Wanted wanted{pointer<std::int64_t>(wanted_rows), pointer<std::int32_t>(cu_wanted), wanted_count};
-    const EncoderCall call{pointer<float>(x),
-                           pointer<float>(out),
-                           pointer<std::int64_t>(table),
-                           pointer<std::int64_t>(order),
-                           layers,
-                           batch,
-                           wanted,
-                           act,
-                           pointer<double>(profile),
-                           num_threads};
+    const EncoderCall call(x, out, table, order, layers, cu_seqlens, B, T, wanted_rows, cu_wanted, wanted_count,
+                           num_heads, scale, eps, act, profile, num_threads);
     const Sizes sizes(H, I, kColumns);
     bits == 8 ? run_encoder<Integers<Int8>>(call, sizes) : run_encoder<Integers<Int16>>(call, sizes);
 }

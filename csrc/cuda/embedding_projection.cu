@@ -133,6 +133,33 @@ bool fills_16(std::int64_t n) {
     return n * static_cast<std::int64_t>(sizeof(Scalar)) % 16 == 0;
 }
 
+// What the forward pass and its gradient look up, with the element type that its caller left out.
+template <class Scalar>
+Embeddings<Scalar> typed_embeddings(const std::int64_t* ids, const std::int64_t* types, const std::int64_t* positions,
+                                    const void* word, const void* token_type, const void* position,
+                                    const void* ln_weight, const void* ln_bias, std::int64_t T, std::int64_t E,
+                                    std::int64_t V, std::int64_t Y, std::int64_t P, double eps, double dropout_p,
+                                    std::int64_t seed, bool wide) {
+    const auto typed = [](const void* address) { return static_cast<const Scalar*>(address); };
+    return {ids,
+            types,
+            positions,
+            typed(word),
+            typed(token_type),
+            typed(position),
+            typed(ln_weight),
+            typed(ln_bias),
+            T,
+            E,
+            V,
+            Y,
+            P,
+            static_cast<float>(eps),
+            make_dropout(dropout_p, seed),
+            dropout_p > 0.0,
+            wide};
+}
+
 // Calls run with a value of the element type, for its sake.
 template <class Run>
 int with_dtype(int dtype, Run run) {
@@ -181,23 +208,8 @@ extern "C" int embedding_projection_fwd_cuda(const std::int64_t* ids, const std:
         const auto typed = [](const void* address) { return static_cast<const Scalar*>(address); };
         const bool wide =
             fills_16<Scalar>(E) && on_16_bytes({word, token_type, position, ln_weight, ln_bias, proj_weight});
-        const Embeddings<Scalar> embeddings{ids,
-                                            types,
-                                            positions,
-                                            typed(word),
-                                            typed(token_type),
-                                            typed(position),
-                                            typed(ln_weight),
-                                            typed(ln_bias),
-                                            T,
-                                            E,
-                                            V,
-                                            Y,
-                                            P,
-                                            static_cast<float>(eps),
-                                            make_dropout(dropout_p, seed),
-                                            dropout_p > 0.0,
-                                            wide};
+        const auto embeddings = typed_embeddings<Scalar>(ids, types, positions, word, token_type, position, ln_weight,
+                                                         ln_bias, T, E, V, Y, P, eps, dropout_p, seed, wide);
         const Arguments<Scalar> arguments{embeddings,
                                           typed(proj_weight),
                                           typed(proj_bias),
@@ -221,23 +233,8 @@ extern "C" int embedding_projection_bwd_rows_cuda(
         const auto typed = [](const void* address) { return static_cast<const Scalar*>(address); };
         const bool wide = fills_16<Scalar>(E) && on_16_bytes({dnormed, word, token_type, position, ln_weight, ln_bias,
                                                               normed, dembeds, dln_weight, dln_bias});
-        const Embeddings<Scalar> embeddings{ids,
-                                            types,
-                                            positions,
-                                            typed(word),
-                                            typed(token_type),
-                                            typed(position),
-                                            typed(ln_weight),
-                                            typed(ln_bias),
-                                            T,
-                                            E,
-                                            V,
-                                            Y,
-                                            P,
-                                            static_cast<float>(eps),
-                                            make_dropout(dropout_p, seed),
-                                            dropout_p > 0.0,
-                                            wide};
+        const auto embeddings = typed_embeddings<Scalar>(ids, types, positions, word, token_type, position, ln_weight,
+                                                         ln_bias, T, E, V, Y, P, eps, dropout_p, seed, wide);
         const RowsGradient<Scalar> arguments{
             embeddings, typed(dnormed), static_cast<Scalar*>(normed), static_cast<Scalar*>(dembeds),
             dz,         partial,        Keys{keys, key_bytes == 2},   padded_width(E)};
