@@ -7,10 +7,10 @@ where K is no multiple of BLOCK_K, and whoever stores the tile masks it.
 bfloat16, float16 and float32 give float32 sums (float32 products are exact ones, never TF32), int8 gives int32 sums and
 float8 e4m3 float32 sums. Every element is summed by one program, in an order that follows from BLOCK_K alone.
 
-The operands come by asynchronous copies of 16 bytes (cp.async), which take rows of any stride. The copy engine of newer
-chips (TMA) takes strides of whole 16 bytes alone, would need this path beside its own, and has little to save: a step of
-128 x 256 x 64 keeps Hopper's tensor cores busy for 1024 cycles, and for sm_90 it compiles to 128 instructions a warp, of
-which addresses and copies are most: 256 cycles of its schedulers, beside the products.
+The operands come by asynchronous copies of words of 16 bytes (cp.async); `in_words` copies the rare rows that do not begin
+at one. The copy engine of newer chips (TMA) would need this path beside its own, for older ones, and has little to save: a
+step of 128 x 256 x 64 keeps Hopper's tensor cores busy for 1024 cycles, and for sm_90 it compiles to 128 instructions a
+warp, of which addresses and copies are most: 256 cycles of its schedulers, beside the products.
 """
 
 from __future__ import annotations
@@ -19,37 +19,57 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, product
+from ._common import product
 
 # Tiles that share a block of columns of weight while it is in the L2 cache.
-GROUP_M = 8
-# The H100's 132 multiprocessors, a constant so that the same shape has the same tiles, and sums, on every chip.
+_GROUP_M = tl.constexpr(8)
+# Of the H100; a constant, so that the same shape has the same tiles, and sums, on every chip.
 _MULTIPROCESSORS = 132
+# Two programs of it fit a multiprocessor of Hopper: the epilogue of one runs beside the products of the other. A larger tile
+# multiplies faster and leaves the tensor cores idle in its epilogue, so it is a candidate of the tuner and no first guess.
+_LARGEST_GUESS = 128 * 128
 
-# Bytes an element -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small. A larger tile reads less
-# per product: (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) elements a multiplication; a smaller one fills more multiprocessors.
+# Bytes an element -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small: a larger tile reads less,
+# (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) elements a multiplication, a smaller one fills more multiprocessors. None spills
+# on sm_80, sm_90 or sm_100 with an epilogue that goes by `halves`.
 _TILES = {
-    1: ((128, 128, 128, 8, 4), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4)),
-    2: ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
-    # A float32 product runs on plain FMA, with its operands in registers: hence small tiles and short steps along K.
-    4: ((64, 64, 16, 8, 3), (32, 32, 16, 4, 3)),
-}  # fmt: skip
+    # Twice as wide, float8 would spill the second set of sums that `accumulate` keeps.
+    1: ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4)),
+    2: ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
+    # A float32 product runs on plain FMA, with its operands in registers: hence short steps along K.
+    4: ((128, 128, 16, 8, 3), (64, 64, 16, 8, 3), (32, 32, 16, 4, 3)),
+}
 
 
 def matmul_tiles(n_rows: int, n_cols: int, dtype: torch.dtype) -> list[dict[str, int]]:
     """Tile sizes and launch options for (n_rows, n_cols) products of such operands, as keywords, best guess first.
 
-    The largest tile that still gives every multiprocessor one, then its neighbours in size.
+    The guess is the largest tile of up to 128 x 128 that still gives every multiprocessor one; then come its neighbours.
     """
-    tiles = [_keywords(*sizes) for sizes in _TILES[dtype.itemsize]]
-    filling = [n for n, tile in enumerate(tiles) if n_tiles(n_rows, n_cols, tile) >= _MULTIPROCESSORS]
-    best = min(filling, default=len(tiles) - 1)
-    return sorted(tiles, key=lambda tile: abs(tiles.index(tile) - best))
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    tiles = [dict(zip(names, sizes, strict=True)) for sizes in _TILES[dtype.itemsize]]
+    guesses = [
+        number
+        for number, tile in enumerate(tiles)
+        if tile["BLOCK_M"] * tile["BLOCK_N"] <= _LARGEST_GUESS and n_tiles(n_rows, n_cols, tile) >= _MULTIPROCESSORS
+    ]
+    guess = min(guesses, default=len(tiles) - 1)
+    return [tiles[number] for number in sorted(range(len(tiles)), key=lambda number: abs(number - guess))]
 
 
-def _keywords(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-    return {**blocks, "num_warps": num_warps, "num_stages": num_stages}
+def in_words(x: torch.Tensor) -> torch.Tensor:
+    """`x` (T, K) with every row a number of whole 16-byte words, K padded with zeros; `x` itself where that is so already.
+
+    Smaller words would take more addresses than there are registers, and no asynchronous copy moves single 16-bit numbers.
+    """
+    word = 16 // x.itemsize
+    width = triton.cdiv(x.shape[1], word) * word
+    strided = x.stride(1) != 1 or x.stride(0) % word or x.data_ptr() % 16
+    if width == x.shape[1] and not strided:
+        return x
+    padded = x.new_zeros((x.shape[0], width))
+    padded[:, : x.shape[1]] = x
+    return padded
 
 
 def n_tiles(n_rows: int, n_cols: int, tile: dict[str, int]) -> int:
@@ -58,26 +78,25 @@ def n_tiles(n_rows: int, n_cols: int, tile: dict[str, int]) -> int:
 
 
 @triton.jit
-def tile_of_program(n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """rows (BLOCK_M,) int64 and cols (BLOCK_N,) of program_id(0): down GROUP_M tiles of rows, then one to the right.
+def tile_of_program(n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first row, int64; first column) of program_id(0)'s tile: down a few tiles of rows, then one to the right.
 
     So the tiles that run at a time form a square, which reads the fewest rows of both operands.
     """
     row_blocks = tl.cdiv(n_rows, BLOCK_M)
     col_blocks = tl.cdiv(n_cols, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * col_blocks)
-    within = tl.program_id(0) % (GROUP_M * col_blocks)
-    height = tl.minimum(row_blocks - group * GROUP_M, GROUP_M)
-    row_block = group * GROUP_M + within % height
+    group = tl.program_id(0) // (_GROUP_M * col_blocks)
+    within = tl.program_id(0) % (_GROUP_M * col_blocks)
+    height = tl.minimum(row_blocks - group * _GROUP_M, _GROUP_M)
     # 64 bits: a row's number times its stride passes 2^31 elements in long batches of wide rows.
-    rows = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return rows, within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_block = (group * _GROUP_M + within % height).to(tl.int64)
+    return row_block * BLOCK_M, within // height * BLOCK_N
 
 
 @triton.jit
 def tile_product(
-    x_ptr,  # (T, K), rows `stride_x_row` elements apart
-    weight_ptr,  # (N, K), contiguous, of x's dtype
+    x_ptr,  # (T, K), rows `stride_x_row` elements apart; see `in_words`
+    weight_ptr,  # (N, K), contiguous, of x's dtype; see `in_words`
     rows,  # (BLOCK_M,) int64
     cols,  # (BLOCK_N,)
     n_rows,  # T
@@ -88,6 +107,10 @@ def tile_product(
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
 ):
     """The tile's sums (BLOCK_M, BLOCK_N), float32 or int32; beyond T and N, numbers without a meaning."""
+    # Said so that the compiler knows: rows are of whole words.
+    word: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    n_inner = n_inner // word * word
+    stride_x_row = stride_x_row // word * word
     inner = tl.arange(0, BLOCK_K)
     x_at = x_ptr + tl.minimum(rows, n_rows - 1)[:, None] * stride_x_row + inner[None, :]
     weight_at = weight_ptr + tl.minimum(cols, n_cols - 1).to(tl.int64)[None, :] * n_inner + inner[:, None]
@@ -118,3 +141,12 @@ def accumulate(a, b, acc):
     else:
         acc = product(a, b, acc)
     return acc
+
+
+@triton.jit
+def halves(acc):
+    """The left and the right half of a tile's columns, for an epilogue that takes one after the other.
+
+    Over the whole tile ptxas would interleave the activations of all elements: more registers than there are.
+    """
+    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
