@@ -186,12 +186,12 @@ def _linear_gelu_launches() -> Iterator[Case]:
         start_route(x, weight, bias, act, keep_sums, tiles)
 
     # The sums beside the output and erf take the most registers, so every tile is compiled with them; then what runs by
-    # default, and rows that are no multiple of 16 bytes.
+    # default, and the tiny model's width, of which no step along K is a divisor.
     for name, dtype in DTYPES.items():
         tiles = matmul_tiles(32768, 3072, dtype)
         cases = [(768, "gelu_erf", True, tile) for tile in tiles] if name != "f16" else []
         cases += [(768, "gelu_tanh", False, tiles[0])]
-        cases += [(330, "gelu_erf", False, tiles[0])] if name == "bf16" else []
+        cases += [(312, "gelu_erf", True, tiles[0])] if name == "bf16" else []
         for width, act, keep_sums, tile in cases:
             label = f"{name} K{width} {act}" + (" sums" if keep_sums else "")
             yield label, partial(start, dtype, width, act, keep_sums, tile), dtype.itemsize == 2
