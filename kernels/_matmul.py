@@ -29,15 +29,19 @@ _MULTIPROCESSORS = 132
 # multiplies faster and leaves the tensor cores idle in its epilogue, so it is a candidate of the tuner and no first guess.
 _LARGEST_GUESS = 128 * 128
 
-# Bytes an element -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small: a larger tile reads less,
+# Type of the operands -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small: a larger tile reads less,
 # (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) elements a multiplication, a smaller one fills more multiprocessors. None spills
 # on sm_80, sm_90 or sm_100 with an epilogue that goes by `halves`.
+_BYTES = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4))
+_HALVES = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
 _TILES = {
-    # Twice as wide, float8 would spill the second set of sums that `accumulate` keeps.
-    1: ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4)),
-    2: ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
+    torch.int8: ((128, 256, 128, 8, 3), *_BYTES),
+    # In the large tile the second set of sums that `accumulate` keeps would spill.
+    torch.float8_e4m3fn: _BYTES,
+    torch.bfloat16: _HALVES,
+    torch.float16: _HALVES,
     # A float32 product runs on plain FMA, with its operands in registers: hence short steps along K.
-    4: ((128, 128, 16, 8, 3), (64, 64, 16, 8, 3), (32, 32, 16, 4, 3)),
+    torch.float32: ((128, 128, 16, 8, 3), (64, 64, 16, 8, 3), (32, 32, 16, 4, 3)),
 }
 
 
@@ -47,7 +51,7 @@ def matmul_tiles(n_rows: int, n_cols: int, dtype: torch.dtype) -> list[dict[str,
     The guess is the largest tile of up to 128 x 128 that still gives every multiprocessor one; then come its neighbours.
     """
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    tiles = [dict(zip(names, sizes, strict=True)) for sizes in _TILES[dtype.itemsize]]
+    tiles = [dict(zip(names, sizes, strict=True)) for sizes in _TILES[dtype]]
     guesses = [
         number
         for number, tile in enumerate(tiles)

@@ -87,8 +87,9 @@ def test_empty_batches_and_empty_sums(backend):
 
 @BACKENDS
 @pytest.mark.parametrize("act", ACTS)
-def test_nan_and_infinity_stay_in_their_row(backend, act):
-    x, weight, bias = tensors((70, 16, 48), backend=backend)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_stay_in_their_row(backend, act, dtype):
+    x, weight, bias = tensors((70, 16, 48), dtype, backend)
     expected = ops.linear_gelu(x, weight, bias, act, backend=backend)
     x[5, 2], x[66, 0] = float("nan"), float("inf")
     out = ops.linear_gelu(x, weight.abs(), bias, act, backend=backend)
@@ -180,7 +181,7 @@ def test_the_tuner_takes_the_fastest_route_and_keeps_it(kernel, tmp_path):
 
 
 def test_the_tuner_is_asked_on_a_gpu(kernel, monkeypatch):
-    x, weight, bias = tensors((70, 16, 48), torch.bfloat16)
+    x, weight, bias = tensors((70, 16, 48), torch.bfloat16, "triton")
     asked = []
 
     def choose(name, key, candidates, launch):
