@@ -224,7 +224,7 @@ def test_for_inference_nothing_is_kept_and_a_gradient_says_so():
     x, weight, bias = tensors((3, 4, 5))
     torch.library.opcheck(torch.ops.albert_fast.linear_gelu_inference.default, (x, weight, bias, "relu", "cpp"))
     out = torch.ops.albert_fast.linear_gelu_inference(x.requires_grad_(), weight, bias, "relu", "cpp")
-    with pytest.raises(NotImplementedError, match="linear_gelu_fwd"):
+    with pytest.raises(NotImplementedError, match="what a gradient needs"):
         out.sum().backward()
 
 

@@ -107,7 +107,19 @@ def _backward(ctx, grad, _):
 
 register_autograd("linear_gelu_fwd", _backward, _setup)
 forbid_second_derivative("linear_gelu_bwd")
-forbid_derivative("linear_gelu_inference", "linear_gelu_fwd keeps what it takes")
+forbid_derivative("linear_gelu_inference", "linear_gelu chooses the operator that keeps what a gradient needs")
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
+    """The operator that keeps the sums where a gradient may be asked for, else the one that does not."""
+    operators = torch.ops.albert_fast
+    out: Tensor
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
+        out, _ = operators.linear_gelu_fwd(x, weight, bias, act, backend)
+    else:
+        call = operators.linear_gelu_inference if needs_dispatcher(x, weight, bias) else _inference
+        out = call(x, weight, bias, act, backend)
+    return out
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu_tanh", *, backend: str = "auto") -> Tensor:
@@ -132,16 +144,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu_tanh",
         raise ValueError(f"linear_gelu: unknown act {act!r}; known: {', '.join(ACTS)}")
     check_devices("linear_gelu", x, weight, bias)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if not torch.is_autocast_enabled(device):
+        return _call(x, *as_dtype(x, weight, bias), act, backend)
+    if x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    weight, bias = as_dtype(x, weight, bias)
-    operators = torch.ops.albert_fast
-    out: Tensor
     # Everything has its dtype: nothing inside is autocast's to change.
     with torch.autocast(device, enabled=False):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
-            out, _ = operators.linear_gelu_fwd(x, weight, bias, act, backend)
-        else:
-            call = operators.linear_gelu_inference if needs_dispatcher(x, weight, bias) else _inference
-            out = call(x, weight, bias, act, backend)
-    return out
+        return _call(x, *as_dtype(x, weight, bias), act, backend)
