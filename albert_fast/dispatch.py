@@ -20,6 +20,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding_projection": {"cpu": ("cpp", "reference"), "cuda": ("cuda", "reference")},
     "attention": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "bias_gelu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    "linear_gelu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "add_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "gelu_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "linear_cross_entropy": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},

@@ -192,7 +192,7 @@ class LayerGroup(nn.Module):
 
 
 class Layer(nn.Module):
-    """attention, add_layer_norm, FFN with bias_gelu, add_layer_norm; every bias rides in the fused operator behind its product."""
+    """attention, add_layer_norm, FFN, add_layer_norm; every bias rides in the fused operator that its product is in or before."""
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
@@ -258,17 +258,29 @@ class Layer(nn.Module):
         recompute_activations: bool = False,
     ) -> Tensor:
         attended = self.attention(hidden, packing, queries, backend, attentions)
-        up = linear(attended, self.ffn.weight)
         if recompute_activations:
+            up = linear(attended, self.ffn.weight)
             down = checkpoint(self._down, up, backend, use_reentrant=False, preserve_rng_state=False)
+        elif fuses_ffn(hidden.device.type):
+            middle = ops.linear_gelu(attended, self.ffn.weight, self.ffn.bias, self.act, backend=backend)
+            down = linear(middle, self.ffn_output.weight)
         else:
-            down = self._down(up, backend)
+            down = self._down(linear(attended, self.ffn.weight), backend)
         norm = self.full_layer_layer_norm
         return _add_norm(down, self.ffn_output.bias, attended, norm, self, self.dropout_p, backend)
 
     def _down(self, up: Tensor, backend: str) -> Tensor:
         """The FFN behind its first product, without the last bias."""
         return linear(ops.bias_gelu(up, self.ffn.bias, self.act, backend=backend), self.ffn_output.weight)
+
+
+def fuses_ffn(device_type: str) -> bool:
+    """Whether the FFN's first product and its activation are one operator, `linear_gelu`.
+
+    On a CPU oneDNN's product and bias_gelu are as good. Under autocast torch's Linear takes its weight from a cache, so that
+    a layer that runs twelve times has it rounded once; an operator of ours would round it, and keep it, twelve times.
+    """
+    return device_type == "cuda" and not torch.is_autocast_enabled(device_type)
 
 
 class Attention(nn.Module):

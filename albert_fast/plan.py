@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, gemm
+from .encoder import fuses_ffn
 from .modeling import ALBERTModel
 from .packing import pack
 
@@ -92,14 +93,19 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         chosen, why = _chosen(name, device, dtype, backend)
         return Step(name, times, rows, chosen, gflop, why)
 
+    def ffn_up(times: int, asked: int) -> list[Step]:
+        recomputed = torch.is_grad_enabled() and encoder.encoder.recompute == "activations"
+        if fuses_ffn(device) and not recomputed:
+            return [operator("linear_gelu", times, asked, times * 2 * asked * width * inner / 1e9)]
+        return [product("FFN up", times, asked, width, inner), operator("bias_gelu", times, asked)]
+
     def layer(projections: list[Step], times: int, asked: int, asked_pairs: float) -> list[Step]:
         return [
             *projections,
             operator("attention", times, asked, times * 4 * asked_pairs * width / 1e9),
             product("attention output", times, asked, width, width),
             operator("add_layer_norm", 2 * times, asked),
-            product("FFN up", times, asked, width, inner),
-            operator("bias_gelu", times, asked),
+            *ffn_up(times, asked),
             product("FFN down", times, asked, inner, width),
         ]
 

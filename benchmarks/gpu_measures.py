@@ -19,7 +19,7 @@ import lengths
 import peers
 import torch
 from gpu_part import Part
-from gpu_peers import AttentionGroup, Training, allowed, masked_lm
+from gpu_peers import AttentionGroup, LinearGeluGroup, Training, allowed, masked_lm
 from harness import CallGroup, Options, comparison
 from model_group import ModelGroup
 from models import BASE, LARGE, QUICK, RandomModel
@@ -146,7 +146,8 @@ def _operator_groups(part: Part) -> Iterator[tuple[float, OperatorGroup]]:
             case = ALL_CASES[op]
             shape = case.small_shapes[-1] if quick else shapes[op]
             for backward in (False, True):
-                group = OperatorGroup(case, case.eager, _shape_name(shape), shape, backward, dtype, device)
+                kind = LinearGeluGroup if op == "linear_gelu" else OperatorGroup
+                group = kind(case, case.eager, _shape_name(shape), shape, backward, dtype, device)
                 yield _OPERATOR, group
 
 

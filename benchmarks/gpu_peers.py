@@ -129,6 +129,38 @@ def nested(q, k, v, cu_seqlens_q, max_seqlen_q, num_heads, softmax_scale, **_):
     return F.scaled_dot_product_attention(*heads, scale=softmax_scale).transpose(1, 2).values().reshape(q.shape)
 
 
+# linear_gelu --------------------------------------------------------------------------------------------------------------
+
+
+class LinearGeluGroup(OperatorGroup):
+    """linear_gelu, in inference beside each way in which it could be computed: two of cuBLASLt's, and every tile."""
+
+    def sides(self) -> tuple[str, ...]:
+        return *super().sides(), *(() if self.backward or self.device.type == "cpu" else self._routes())
+
+    def build(self, side: str) -> Side:
+        route = self._routes().get(side)
+        if route is None:
+            return super().build(side)
+        from albert_fast.kernels.linear_gelu import start_route
+
+        x, weight, bias, act = (self.inputs[name] for name in ("x", "weight", "bias", "act"))
+        return Side(torch.inference_mode()(lambda: start_route(x, weight, bias, act, False, route)[0]))
+
+    def _routes(self) -> dict[str, dict[str, int]]:
+        from albert_fast.kernels.linear_gelu import linear_gelu_routes
+
+        tokens, _, middle = self.shape
+        routes = linear_gelu_routes(tokens, middle, self.dtype, self.inputs["act"], False)
+        return {_route_name(route): route for route in routes}
+
+
+def _route_name(route: dict[str, int]) -> str:
+    """ "cublaslt_epilogue", or "tile-128x128x64"."""
+    sizes = [str(route[size]) for size in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if size in route]
+    return f"tile-{'x'.join(sizes)}" if sizes else next(iter(route))
+
+
 # the whole model ----------------------------------------------------------------------------------------------------------
 
 

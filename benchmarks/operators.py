@@ -20,6 +20,7 @@ GPU_SHAPES: dict[str, Any] = {
     "embedding_projection": (32768, 128, 768, 30000, 512, 2),
     "attention": ((512,) * 64, None, 12, 64),
     "bias_gelu": (32768, 3072),
+    "linear_gelu": (32768, 768, 3072),
     "add_layer_norm": (32768, 768),
     "gelu_layer_norm": (32768, 128),
     "linear_cross_entropy": (4915, 128, 30000),

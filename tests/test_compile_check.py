@@ -125,6 +125,36 @@ def test_every_tile_of_linear_cross_entropy_is_checked_and_on_tensor_cores_but_f
 
 
 @needs_triton
+def test_every_tile_of_linear_gelu_is_checked_and_on_each_chips_own_tensor_cores(rows):
+    from albert_fast.kernels._matmul import matmul_tiles
+
+    best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+    found = rows("linear_gelu")
+    for name, others in (("f32", ("f32",)), ("bf16", ("bf16", "f16"))):
+        of_dtype = [row for row in found if row["label"].split()[0] in others]
+        for row in of_dtype:
+            kinds = [kind for kind in row["tensor_cores"].split() if not kind.isdigit()]
+            assert kinds == ([] if name == "f32" else [best[row["chip"]]]), row
+        tiles = [t for n in (1, 128, 32768) for dt in others for t in matmul_tiles(n, 3072, launches.DTYPES[dt])]
+        wanted = {"M{BLOCK_M} N{BLOCK_N} K{BLOCK_K} warps{num_warps} stages{num_stages}".format(**t) for t in tiles}
+        assert {row["tiles"] for row in of_dtype if row["label"].endswith("gelu_erf sums fwd")} == wanted
+
+
+@needs_triton
+def test_two_programs_of_the_tile_that_linear_gelu_starts_with_fit_one_multiprocessor(rows):
+    from albert_fast.kernels._matmul import matmul_tiles
+
+    guess = matmul_tiles(32768, 3072, torch.bfloat16)[0]
+    shape = f"M{guess['BLOCK_M']} N{guess['BLOCK_N']} "
+    fits = [row for row in rows("linear_gelu") if row["tiles"].startswith(shape) and row["chip"] != "sm_80"]
+    fits = [row for row in fits if not row["label"].startswith("f32")]
+    assert len(fits) >= 4
+    for row in fits:
+        assert 2 * row["registers"] * 32 * guess["num_warps"] <= 65536, row
+        assert 2 * row["shared_bytes"] <= 227 * 1024, row
+
+
+@needs_triton
 @pytest.mark.parametrize("kernel", ["add_layer_norm", "gelu_layer_norm"])
 def test_every_tile_of_the_row_kernels_is_checked(rows, kernel):
     from albert_fast.kernels._common import MAX_ROW, bwd_row_tiles, row_tiles

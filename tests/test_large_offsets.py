@@ -59,6 +59,14 @@ def test_bias_gelu():
     assert_same(ops.bias_gelu, far_rows(), vector())
 
 
+def test_linear_gelu():
+    weight = torch.randn(48, WIDTH, dtype=torch.bfloat16, device=DEVICE)
+    bias = torch.randn(48, dtype=torch.bfloat16, device=DEVICE)
+    assert_same(
+        ops.linear_gelu, far_rows(), weight, bias, "gelu_erf"
+    )  # the form that is a kernel of ours on a GPU, too
+
+
 def test_gelu_layer_norm():
     assert_same(ops.gelu_layer_norm, far_rows(), vector(), vector(), vector(), 1e-12, "gelu_tanh")
 

@@ -12,6 +12,7 @@ from .embedding_projection import TokenIndexError, embedding_projection, embeddi
 from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, forget_packed, stage_seconds
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from .linear_gelu import linear_gelu, linear_gelu_ref
 from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "index_error",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
+    "linear_gelu",
+    "linear_gelu_ref",
     "placing",
     "quantized_encoder",
     "quantized_encoder_ref",

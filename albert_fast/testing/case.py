@@ -83,6 +83,8 @@ class OpCase:
             )
         if self.name == "linear_cross_entropy":
             return torch.empty((), device="meta")
+        if self.name == "linear_gelu":
+            return torch.empty((len(inputs["x"]), len(inputs["weight"])), dtype=inputs["x"].dtype, device="meta")
         if inputs.get("rows") is not None:
             return torch.empty((len(inputs["rows"]), inputs["hidden"].shape[1]), device="meta")
         like = next(inputs[name] for name in ("x", "q", "hidden") if name in inputs)

@@ -39,6 +39,27 @@ def _bias_gelu_eager(x, bias, act):
     return act_ref(x + bias, act)
 
 
+# linear_gelu: shapes are (tokens, K, N) -------------------------------------------------------------------------------------
+
+
+def _linear_gelu_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh") -> Inputs:
+    tokens, width, middle = shape
+    return {
+        "x": randn((tokens, width), dtype, device, generator),
+        "weight": randn((middle, width), dtype, device, generator) * 2 * width**-0.5,
+        "bias": randn((middle,), dtype, device, generator), "act": act,
+    }  # fmt: skip
+
+
+def _linear_gelu_eager(x, weight, bias, act):
+    return act_ref(F.linear(x, weight, bias), act)
+
+
+def _linear_gelu_saved_bytes(inputs: Inputs) -> int:
+    """The sums before the activation that the forward keeps."""
+    return len(inputs["x"]) * len(inputs["weight"]) * inputs["x"].element_size()
+
+
 # add_layer_norm -----------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +224,19 @@ ALL_CASES: dict[str, OpCase] = {
             options=_ACTS,
             gradients=("x", "bias"),
             operations=lambda i: 10.0 * i["x"].numel(),
+        ),
+        OpCase(
+            name="linear_gelu",
+            function=ops.linear_gelu,
+            eager=_linear_gelu_eager,
+            make_inputs=_linear_gelu_inputs,
+            shapes=((1, 1, 1), (0, 16, 11), (3, 7, 2), (67, 13, 131), (5, 312, 1248), (300, 96, 517), (257, 768, 3072)),
+            small_shapes=((1, 1, 1), (0, 16, 11), (3, 7, 2), (37, 53, 131), (70, 128, 96)),
+            bench_shapes=((128, 768, 3072), (1024, 768, 3072)),
+            options=_ACTS,
+            gradients=("x", "weight", "bias"),
+            operations=lambda i: 2.0 * len(i["x"]) * i["weight"].numel(),
+            backward_extra=_linear_gelu_saved_bytes,
         ),
         OpCase(
             name="add_layer_norm",

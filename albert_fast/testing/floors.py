@@ -35,7 +35,7 @@ class Rates:
 # NVIDIA's datasheets of the A100 80 GB SXM and the H100 SXM.
 CHIPS = (Rates("A100", 2.0e12, 312e12, 19.5e12), Rates("H100", 3.35e12, 989e12, 67e12))
 # Operators whose arithmetic is products, on tensor cores; the others' is float32 whatever their operands are.
-_PRODUCTS = {"attention", "embedding_projection", "linear_cross_entropy"}
+_PRODUCTS = {"attention", "embedding_projection", "linear_cross_entropy", "linear_gelu"}
 _RAGGED = tuple(range(8, 513, 8))  # 64 sequences, 16,640 tokens
 
 # operator -> name -> shape as OpCase.make_inputs takes it: 32,768 tokens of ALBERT-base and -large, and batches of attention.
@@ -47,6 +47,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "add_layer_norm": {"base 32768x768": (32768, 768), "large 32768x1024": (32768, 1024)},
     "bias_gelu": {"base 32768x3072": (32768, 3072), "large 32768x4096": (32768, 4096)},
+    "linear_gelu": {"base 32768x768x3072": (32768, 768, 3072), "large 32768x1024x4096": (32768, 1024, 4096)},
     "gelu_layer_norm": {"base, large 32768x128": (32768, 128)},
     "linear_cross_entropy": {"base, large 4915x128x30000": (4915, 128, 30000)},  # 15 % of the tokens
     "embedding_projection": {

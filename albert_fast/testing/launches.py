@@ -178,6 +178,26 @@ def _bias_gelu_launches() -> Iterator[Case]:
             yield f"{name} N{n} {act}", partial(bias_gelu_bwd, x, x, bias, act), False
 
 
+def _linear_gelu_launches() -> Iterator[Case]:
+    from ..kernels._matmul import matmul_tiles
+    from ..kernels.linear_gelu import start_route
+
+    def start(dtype: torch.dtype, width: int, act: str, keep_sums: bool, tiles: dict[str, int]) -> None:
+        x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((77, width), (3072, width), 3072))
+        start_route(x, weight, bias, act, keep_sums, tiles)
+
+    # The sums beside the output and erf take the most registers, so every tile is compiled with them; then what runs by
+    # default, and the tiny model's width, of which no step along K is a divisor.
+    for name, dtype in DTYPES.items():
+        tiles = matmul_tiles(32768, 3072, dtype)
+        cases = [(768, "gelu_erf", True, tile) for tile in tiles] if name != "f16" else []
+        cases += [(768, "gelu_tanh", False, tiles[0])]
+        cases += [(312, "gelu_erf", True, tiles[0])] if name == "bf16" else []
+        for width, act, keep_sums, tile in cases:
+            label = f"{name} K{width} {act}" + (" sums" if keep_sums else "")
+            yield label, partial(start, dtype, width, act, keep_sums, tile), dtype.itemsize == 2
+
+
 def _linear_cross_entropy_launches() -> Iterator[Case]:
     from ..kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
@@ -200,6 +220,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "add_layer_norm": _add_layer_norm_launches,
     "gelu_layer_norm": _gelu_layer_norm_launches,
     "bias_gelu": _bias_gelu_launches,
+    "linear_gelu": _linear_gelu_launches,
     "linear_cross_entropy": _linear_cross_entropy_launches,
 }
 
@@ -223,7 +244,7 @@ def recorded_launches(kernel: str) -> list[Launch]:
     for label, run, tensor_cores in CASES[kernel]():
         for launch in record(kernel, label, modules, run, tensor_cores):
             # Kernels that multiply have a constant for how many columns at a time; others of the same operator do not.
-            if not any(name.startswith("CHUNK_") for name, _ in launch.constants):
+            if not any(name.startswith(("CHUNK_", "BLOCK_K")) for name, _ in launch.constants):
                 launch = replace(launch, wants_tensor_cores=False)
             key = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
             different.setdefault(key, launch)

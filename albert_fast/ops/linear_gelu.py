@@ -1,0 +1,153 @@
+"""linear_gelu: act(x @ weight^T + bias), the FFN's first product and its activation (Lan et al. 2019, section 3.1).
+
+For a GPU, where the product is worth not writing and reading again: see kernels/linear_gelu.py. On a CPU the product is a
+library's and the rest bias_gelu's; what is fused there is all of `encoder`. The gradient is bias_gelu's, from the sums
+before the activation that the forward keeps for it, and two more products of a library.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..gemm import linear
+from ..losses import widened
+from ..registration import (
+    as_dtype,
+    check_devices,
+    forbid_derivative,
+    forbid_second_derivative,
+    needs_dispatcher,
+    register,
+    register_autograd,
+)
+from .bias_gelu import ACTS, act_grad_ref, act_ref, bias_gelu
+
+
+def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    """Eager reference, float32 inside (float64 for float64)."""
+    return act_ref(F.linear(*map(widened, (x, weight, bias))), act).to(x.dtype)
+
+
+def _bwd_ref(grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    du = widened(grad) * act_grad_ref(widened(sums), act)
+    return (du @ widened(weight)).to(x.dtype), (du.t() @ widened(x)).to(weight.dtype), du.sum(0).to(x.dtype)
+
+
+def _inference(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
+    backend = dispatch.resolve("linear_gelu", x.device.type, x.dtype, backend)
+    if backend == "cpp":
+        return bias_gelu(linear(x, weight), bias, act, backend=backend)
+    if backend == "triton":
+        from ..kernels.linear_gelu import linear_gelu_fwd
+
+        return linear_gelu_fwd(x, weight, bias, act, keep_sums=False)[0]
+    return linear_gelu_ref(x, weight, bias, act)
+
+
+def _fwd(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> tuple[Tensor, Tensor]:
+    """The output, and x @ weight^T + bias in its dtype, both (T, N)."""
+    backend = dispatch.resolve("linear_gelu", x.device.type, x.dtype, backend)
+    if backend == "triton":
+        from ..kernels.linear_gelu import linear_gelu_fwd
+
+        out, kept = linear_gelu_fwd(x, weight, bias, act, keep_sums=True)
+        assert kept is not None
+        return out, kept
+    if backend == "cpp":
+        # With its bias, rounded once: see kernels/linear_gelu.py.
+        sums = linear(x, weight, bias)
+        return bias_gelu(sums, torch.zeros_like(bias), act, backend=backend), sums
+    sums = F.linear(*map(widened, (x, weight, bias)))
+    return act_ref(sums, act).to(x.dtype), sums.to(x.dtype)
+
+
+def _bwd(
+    grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, act: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    backend = dispatch.resolve("linear_gelu", x.device.type, x.dtype, backend)
+    # As in the forward, also where a backward is called under autocast.
+    with torch.autocast(x.device.type, enabled=False):
+        if backend == "reference":
+            return _bwd_ref(grad, x, weight, sums, act)
+        du, dbias = torch.ops.albert_fast.bias_gelu_bwd(grad, sums, sums.new_zeros(sums.shape[1]), act, backend)
+        return linear(du, weight.t()), linear(du.t(), x.t()), dbias
+
+
+def _out_fake(x, weight, *_):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor bias"
+register(f"linear_gelu_inference({_ARGUMENTS}, str act, str backend) -> Tensor", _inference, _out_fake)
+register(
+    f"linear_gelu_fwd({_ARGUMENTS}, str act, str backend) -> (Tensor, Tensor)",
+    _fwd,
+    lambda *arguments: (_out_fake(*arguments), _out_fake(*arguments)),
+)
+register(
+    "linear_gelu_bwd(Tensor grad, Tensor x, Tensor weight, Tensor sums, str act, str backend) -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    lambda grad, x, weight, sums, *_: tuple(x.new_empty(shape) for shape in (x.shape, weight.shape, sums.shape[1:])),
+)
+
+
+def _setup(ctx, inputs, output):
+    x, weight, _, ctx.act, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    return *torch.ops.albert_fast.linear_gelu_bwd(grad, *ctx.saved_tensors, ctx.act, ctx.backend), None, None
+
+
+register_autograd("linear_gelu_fwd", _backward, _setup)
+forbid_second_derivative("linear_gelu_bwd")
+forbid_derivative("linear_gelu_inference", "linear_gelu chooses the operator that keeps what a gradient needs")
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
+    """The operator that keeps the sums where a gradient may be asked for, else the one that does not."""
+    operators = torch.ops.albert_fast
+    out: Tensor
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
+        out, _ = operators.linear_gelu_fwd(x, weight, bias, act, backend)
+    else:
+        call = operators.linear_gelu_inference if needs_dispatcher(x, weight, bias) else _inference
+        out = call(x, weight, bias, act, backend)
+    return out
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu_tanh", *, backend: str = "auto") -> Tensor:
+    """act(x @ weight^T + bias).
+
+    Args:
+        x: (T, K); rows may be strided.
+        weight: (N, K). bias: (N,).
+        act: "gelu_tanh", "gelu_erf" or "relu".
+        backend: "auto", or the name of one.
+
+    Returns:
+        (T, N), in x's dtype; under autocast in autocast's, as torch.nn.functional.linear.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation.
+    """
+    if x.dim() != 2 or weight.shape[1:] != x.shape[1:] or bias.shape != weight.shape[:1]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
+        raise ValueError(f"linear_gelu: expected x (T, K), weight (N, K), bias (N,), got {shapes}")
+    if act not in ACTS:
+        raise ValueError(f"linear_gelu: unknown act {act!r}; known: {', '.join(ACTS)}")
+    check_devices("linear_gelu", x, weight, bias)
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _call(x, *as_dtype(x, weight, bias), act, backend)
+    if x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    # Everything has its dtype: nothing inside is autocast's to change.
+    with torch.autocast(device, enabled=False):
+        return _call(x, *as_dtype(x, weight, bias), act, backend)

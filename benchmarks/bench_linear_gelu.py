@@ -1,0 +1,20 @@
+"""linear_gelu, (tokens, hidden size, intermediate size): the FFN up to its activation. Limited by arithmetic: read GFLOPS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from harness import Options, Row
+from operators import OperatorGroup, operator_groups
+
+pytestmark = pytest.mark.ops
+
+
+def groups(options: Options) -> Iterator[OperatorGroup]:
+    return operator_groups("linear_gelu", options, lambda shape: "x".join(map(str, shape)))
+
+
+def test_linear_gelu(row: Row, record: Any) -> None:
+    record(row)

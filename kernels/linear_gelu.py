@@ -1,0 +1,157 @@
+"""linear_gelu: act(x @ weight.T + bias), the FFN's first product with its activation, by the fastest of three routes.
+
+1. cuBLASLt with bias and activation in its epilogue: the tanh form of GELU. For inference alone: what a gradient needs, the
+   sums before the activation, is not kept; and in 16 bits alone, since nobody says how exact its tanh is. (It has a relu
+   as well; nobody says what that makes of NaN.)
+2. cuBLASLt with the bias in its epilogue, then the kernel of bias_gelu: any activation, and the sums are there anyway.
+3. The Triton kernel below, with any activation in its epilogue, and for a gradient the sums as a second output.
+
+The sums are kept with the bias, so that they are rounded once: the sign of a small one, which is all that relu's gradient
+depends on, would not outlive a product rounded before its bias is added.
+
+A count for the FFN of ALBERT-base, 32,768 x 768 x 3072 in bfloat16, on an H100 by the rates that a copy (3.0 TB/s) and a large
+product (790 TFLOP/s) reach there; a prediction, no measurement. The product is 155 GFLOP: 196 us. Route 2 reads and writes
+the 201 MB of its output once more: 134 us on top. Route 1 has nothing on top but its epilogue, and nothing can beat it but a
+better product. Route 3 has the same traffic as route 1 and beats route 2 wherever its product comes to more than 60 % of
+cuBLAS's rate. Its two programs a multiprocessor read (128 + 128) x 64 elements of shared memory and write as many, in the
+time of 512 cycles of tensor cores: at 128 bytes a cycle that bounds it to 81 %. In float32 the product takes 2.3 ms and
+the pass 0.27 ms, which a product on plain FMA would have to be within 10 % of cuBLAS's to win back.
+
+So without tuning: 1 where it is allowed; 2 for a gradient and in float32; 3 for the erf form and relu in 16 bits.
+On a CPU, in Triton's interpreter, 3 alone: there torch's function for 1 has the erf form of GELU.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _tuning
+from ._common import ACT_CODES, COMPILER_OPTIONS, activate, round_to, rows_contiguous
+from ._matmul import halves, in_words, matmul_tiles, n_tiles, tile_of_program, tile_product
+from .bias_gelu import bias_gelu_fwd
+
+# The routes through libraries, as the tuner keeps them in its file among the tiles of the Triton kernel.
+CUBLASLT_EPILOGUE = {"cublaslt_epilogue": 1}
+CUBLASLT_THEN_BIAS_GELU = {"cublaslt_then_bias_gelu": 1}
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _linear_gelu_fwd_kernel(
+    x_ptr,  # (T, K), rows `stride_x_row` elements apart
+    weight_ptr,  # (N, K), contiguous
+    bias_ptr,  # (N,)
+    out_ptr,  # (T, N), contiguous
+    sums_ptr,  # (T, N), contiguous: x @ weight.T + bias; None where no gradient is wanted
+    n_rows,  # T
+    n_cols,  # N
+    n_inner,  # K
+    stride_x_row,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    first_row, first_col = tile_of_program(n_rows, n_cols, BLOCK_M, BLOCK_N)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    acc = tile_product(
+        x_ptr,
+        weight_ptr,
+        rows,
+        first_col + tl.arange(0, BLOCK_N),
+        n_rows,
+        n_cols,
+        n_inner,
+        stride_x_row,
+        BLOCK_K,
+        EVEN_K,
+    )
+    left, right = halves(acc)
+    cols = first_col + tl.arange(0, BLOCK_N // 2)
+    _store_activated(left, bias_ptr, out_ptr, sums_ptr, rows, cols, n_rows, n_cols, ACT)
+    _store_activated(right, bias_ptr, out_ptr, sums_ptr, rows, cols + BLOCK_N // 2, n_rows, n_cols, ACT)
+
+
+@triton.jit
+def _store_activated(
+    acc,  # (BLOCK_M, columns) float32
+    bias_ptr,  # (N,)
+    out_ptr,  # (T, N), contiguous
+    sums_ptr,  # (T, N), contiguous, or None
+    rows,  # (BLOCK_M,) int64
+    cols,  # (columns,)
+    n_rows,  # T
+    n_cols,  # N
+    ACT: tl.constexpr,
+):
+    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    at = rows[:, None] * n_cols + cols[None, :]
+    sums = acc + tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
+    if sums_ptr is not None:
+        tl.store(sums_ptr + at, round_to(sums, sums_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, round_to(activate(sums, ACT), out_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_gelu_routes(n_rows: int, n_cols: int, dtype: torch.dtype, act: str, keep_sums: bool) -> list[_tuning.Tiles]:
+    """What can compute (n_rows, n_cols) outputs on a GPU, best guess first: library routes, and tiles of the kernel."""
+    # Rows of the output that do not begin at whole words would be stored number by number, and the largest tile spill.
+    tiles = matmul_tiles(n_rows, n_cols, dtype) if n_cols % 16 == 0 else []
+    if keep_sums or dtype == torch.float32:
+        return [CUBLASLT_THEN_BIAS_GELU, *tiles]
+    if act == "gelu_tanh":
+        return [CUBLASLT_EPILOGUE, CUBLASLT_THEN_BIAS_GELU, *tiles]
+    return [*tiles, CUBLASLT_THEN_BIAS_GELU]
+
+
+def linear_gelu_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, act: str, keep_sums: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """act(x @ weight.T + bias), (T, N) in x's dtype, and the argument of act in x's dtype where it is to be kept.
+
+    Args:
+        x: (T, K); rows may be strided.
+        weight: (N, K); bias: (N,), in x's dtype.
+        act: "gelu_tanh", "gelu_erf" or "relu".
+        keep_sums: whether a gradient will be asked for.
+    """
+    x, weight, bias = rows_contiguous(x), weight.contiguous(), bias.contiguous()
+    (n_rows, n_inner), n_cols = x.shape, len(weight)
+    if n_rows * n_cols == 0:
+        out = x.new_empty((n_rows, n_cols))
+        return out, torch.empty_like(out) if keep_sums else None
+    start = functools.partial(start_route, x, weight, bias, act, keep_sums)
+    if not x.is_cuda:
+        return start(matmul_tiles(n_rows, n_cols, x.dtype)[0])
+
+    def key() -> str:
+        name = str(x.dtype).removeprefix("torch.")
+        return f"{act} {name} T{triton.next_power_of_2(n_rows)} K{n_inner} N{n_cols}" + (" sums" if keep_sums else "")
+
+    with torch.cuda.device_of(x):
+        routes = linear_gelu_routes(n_rows, n_cols, x.dtype, act, keep_sums)
+        return start(_tuning.choose("linear_gelu_fwd", key, routes, start))
+
+
+def start_route(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, act: str, keep_sums: bool, route: _tuning.Tiles
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`linear_gelu_fwd` by one of `linear_gelu_routes`: of one element at least; weight, bias and rows of x are dense."""
+    if route == CUBLASLT_EPILOGUE:
+        # On CUDA the tanh form, also where torch does not hand it to cuBLASLt.
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True), None
+    if route == CUBLASLT_THEN_BIAS_GELU:
+        sums = torch.addmm(bias, x, weight.t())
+        return bias_gelu_fwd(sums, torch.zeros_like(bias), act), sums if keep_sums else None
+    x, weight = in_words(x), in_words(weight)
+    (n_rows, n_inner), n_cols = x.shape, len(weight)
+    out = x.new_empty((n_rows, n_cols))
+    kept = torch.empty_like(out) if keep_sums else None
+    _linear_gelu_fwd_kernel[(n_tiles(n_rows, n_cols, route),)](
+        x, weight, bias, out, kept, n_rows, n_cols, n_inner, x.stride(0),
+        ACT=ACT_CODES[act], EVEN_K=n_inner % route["BLOCK_K"] == 0, **route, **COMPILER_OPTIONS,
+    )  # fmt: skip
+    return out, kept
