@@ -36,13 +36,15 @@ _IMPORTS = {
 class Settings:
     """What a user chooses beside the files.
 
-    `precision` is that of the sides that compute with floats. A fixed `shape` (B, S) is what OpenVINO compiles for.
+    `precision` is that of the sides that compute with floats. A fixed `shape` (B, S) is what OpenVINO compiles for. Of a
+    batch known to be `dense` those in PyTorch are given no mask.
     """
 
     threads: int
     shape: tuple[int, int] | None = None
     device: str = "cpu"
     precision: str = "fp32"
+    dense: bool = False
 
 
 def import_engine(side: str, settings: Settings) -> None:
@@ -79,7 +81,8 @@ def load(side: str, path: Path, settings: Settings) -> Bind:
         model = reference.ALBERTModel.from_pretrained(path, precision=settings.precision, device=settings.device)
     else:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
-        attention = "eager" if "eager" in sides.options(side) else "sdpa"
+        sdpa = maskless_sdpa() if settings.dense else "sdpa"
+        attention = "eager" if "eager" in sides.options(side) else sdpa
         model = hugging_face(path, attention, dtype).to(settings.device)
         if engine == "torch":
             from gpu_peers import TransformerEncoder
@@ -87,7 +90,20 @@ def load(side: str, path: Path, settings: Settings) -> Bind:
             model = TransformerEncoder(model).to(settings.device)
         elif "compile" in sides.options(side):
             model = _compiled(model, settings.device, tuned="default" not in sides.options(side))
-    return _torch(model)
+    return _torch(model, settings.dense)
+
+
+def maskless_sdpa() -> str:
+    """The name of transformers' sdpa without masks.
+
+    Some versions (5.17) make a mask even where they are given none while torch compiles them, and with a mask torch's sdpa
+    has no flash attention. For an attention that is registered by another name they make none.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+    return "sdpa_without_mask"
 
 
 def hugging_face(path: Path, attention: str, dtype: Any) -> Any:
@@ -109,11 +125,11 @@ def _compiled(model: Any, device: str, tuned: bool) -> Any:
     return torch.compile(model, dynamic=False, mode="max-autotune")
 
 
-def _torch(model: Callable[..., Any]) -> Bind:
+def _torch(model: Callable[..., Any], dense: bool) -> Bind:
     import torch
 
     def bind(input_ids: Any, attention_mask: Any) -> Call:
-        ids, mask = torch.as_tensor(input_ids), torch.as_tensor(attention_mask)
+        ids, mask = torch.as_tensor(input_ids), None if dense else torch.as_tensor(attention_mask)
 
         @torch.inference_mode()
         def call() -> Any:

@@ -1,4 +1,4 @@
-"""The parts of gpu_suite.py that measure: the machine, every operator, the whole model, a step of training.
+"""The parts of gpu_suite.py that measure: the machine, every operator, the whole model, a step of training, tuned tiles.
 
 Each part asks its most important questions first, and notes as skipped those that it has no time for.
 """
@@ -6,6 +6,7 @@ Each part asks its most important questions first, and notes as skipped those th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from albert_fast.testing.timing import Side, interleaved
 _MASKED = 0.15  # of the tokens have a label in training
 _LOSS_TOLERANCE = 2e-2  # relative, of two first losses in bfloat16
 # Seconds that a question takes with the compilation of its peers, on the safe side.
-_OPERATOR, _ATTENTION, _COMPILED, _TUNED, _EAGER, _ALONE = 12, 6, 30, 75, 8, 4
+_OPERATOR, _ATTENTION, _COMPILED, _TUNED, _EAGER, _ALONE, _TUNING = 12, 6, 30, 75, 8, 4, 25
 
 
 def _options(part: Part) -> Options:
@@ -169,7 +170,7 @@ def model(part: Part) -> None:
     """ALBERT-base in bfloat16, dense and of real lengths, then large; the peak of memory beside it.
 
     Ours alone on every batch, so that no peer can take its figures along, then beside what is not compiled; then what is,
-    one at a time, with the tuned ones last: they take longest.
+    one at a time, those first that a target names.
     """
     device = torch.device(part.device)
     dtype = torch.float32 if part.device == "cpu" else torch.bfloat16
@@ -188,8 +189,8 @@ def model(part: Part) -> None:
     ]  # fmt: skip
     default, tuned = "hf-compile-default", "hf-compile"
     compiled = [
-        ("base", "64x512", default), ("base", "64x128", default), ("base", "1x128", default), ("base", "imdb-32", default),
-        ("base", "64x512", tuned), ("large", "16x512", default), ("base", "1x128", tuned), ("base", "64x128", tuned),
+        ("base", "64x512", default), ("base", "64x512", tuned), ("base", "64x128", default), ("base", "1x128", default),
+        ("base", "imdb-32", default), ("base", "64x128", tuned), ("base", "1x128", tuned), ("large", "16x512", default),
     ]  # fmt: skip
     if part.quick:
         questions = [("base", "2x16", all_eager), ("large", "sst2-32", all_eager)]
@@ -251,10 +252,13 @@ def training(part: Part) -> None:
             if name == "hf-compile" and part.left() < _least(part, _COMPILED):
                 part.add("skipped", what=name, why=f"{part.left():.0f} s were left")
                 continue
+            if not part.begin(name):
+                continue
             try:
                 built[name], peaks[name] = _first_steps(name, checkpoint, ids, labels)
             except Exception as error:  # what a peer cannot do is its own affair
                 part.fail(name, error, "failure" if name == FAST else "peer failure")
+                part.check_gpu(name)
                 continue
             sides = {side: Side(training.step) for side, training in built.items()}
             samples = interleaved(sides, _options(part).rounds, pause=0.0, device=part.device)
@@ -290,3 +294,27 @@ def _training_row(
         "row", key=row, id=row, milliseconds=median * 1e3, tokens_per_second=tokens / median,
         peak_mib=peak_mib, **comparison(name, samples, FAST), seconds_by_round=seconds,
     )  # fmt: skip
+
+
+# tiles --------------------------------------------------------------------------------------------------------------------
+
+
+def tiles(part: Part) -> None:
+    """What the tuner takes in the place of the default tiles, and what ours gains by it: bfloat16, ours alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Read when the first kernel starts.
+        os.environ |= {"ALBERT_FAST_TUNE": "1", "XDG_CACHE_HOME": folder}
+        found = Path(folder, "albert_fast", "tiles.json")
+        for _, group in _operator_groups(part):
+            if group.dtype == torch.bfloat16:
+                part.attempt(group.key, partial(_tuned_row, part, _kept(group)), _least(part, _TUNING))
+                chosen = json.loads(found.read_text()) if found.exists() else {}
+                part.add("tiles", key="tiles", chosen=chosen)
+
+
+def _tuned_row(part: Part, group: OperatorGroup) -> None:
+    for name, result in group.measure((group.backend,), _options(part)).items():
+        if isinstance(result, Exception):
+            part.fail(f"{group.key}/{name}, tuned", result)
+        else:
+            part.add("tuned", id=f"{group.key}/{name}", milliseconds=result.extra_info["milliseconds"])

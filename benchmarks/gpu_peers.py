@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from engines import maskless_sdpa
 from harness import allowed_error
 from operators import OperatorGroup
 from torch import Tensor, nn
@@ -195,10 +196,11 @@ class TransformerEncoder(nn.Module):
         self.tower.num_layers = config.num_hidden_layers
         self.to(next(theirs.parameters()).dtype).eval()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> BaseModelOutput:
-        """(B, S) ids and mask -> last_hidden_state (B, S, H); a mask without padding costs the fast path a look at it."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> BaseModelOutput:
+        """(B, S) ids and mask -> last_hidden_state (B, S, H); with no mask the fast path stays dense."""
         hidden = self.project(self.embeddings(input_ids))
-        return BaseModelOutput(self.tower(hidden, src_key_padding_mask=attention_mask == 0), None, None, None)
+        padding = None if attention_mask is None else attention_mask == 0
+        return BaseModelOutput(self.tower(hidden, src_key_padding_mask=padding), None, None, None)
 
 
 def allowed(side: str, dtype: torch.dtype) -> float:
@@ -226,7 +228,7 @@ class Training:
         else:
             from transformers import AlbertForMaskedLM
 
-            model = AlbertForMaskedLM.from_pretrained(checkpoint, attn_implementation="sdpa").to(ids.device)
+            model = AlbertForMaskedLM.from_pretrained(checkpoint, attn_implementation=maskless_sdpa()).to(ids.device)
         self.model = model.train()
         # What each can leave out: ours computes no scores that no label asks for.
         self.options: dict[str, Any] = (

@@ -29,10 +29,14 @@ _SELECTION = (
     "triton or cuda or gpu or test_large_offsets or test_a_replayed_graph_tells_a_bad_id or test_every_candidate_of_the_tuner "
     "or test_a_label_outside_the_vocabulary_is_nan or test_a_gradient_compiles_with_its_forward"
 )
-_FIRST_SHAPES = 2  # of every kernel's grid: what the quick pass takes
+_REAL_SIZE = "tests/test_gpu.py::test_an_operator_on_a_batch_of_real_size"
+_FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: what the quick pass takes
 _FALL_BACK = 20  # seconds kept for an install without the extension
-_MEMCHECK = "cuda and f32 and (7x13x29x11x17x3 or 513x64x96x300x128x2)"
-_RACECHECK = "cuda and f32 and 7x13x29x11x17x3 and test_forward"
+# Odd sizes, which take the ways around vectors and tiles, and several tiles of either product, by FMAs and tensor cores.
+_RACECHECK = (
+    "cuda and (f32 or bf16) and (7x13x29x11x17x3 or 513x64x96x300x128x2) and not padding_idx and not from_embeds"
+)
+_MEMCHECK = "(f32 or bf16) and (7x13x29x11x17x3 or 513x64x96x300x128x2 or plain) and (cuda or tiles_that_a_gpu_takes)"
 
 
 def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, str]:
@@ -137,7 +141,7 @@ class Counts:
 def parity(part: Part) -> None:
     """The operators' parity tests on every GPU kernel and tests/test_gpu.py, in this process and those of xdist.
 
-    First a pass over a few shapes of every kernel in bfloat16, then all the others.
+    First a pass over every kernel in bfloat16, on a few shapes of its grid and of a real batch, then all the others.
     """
     import pytest
 
@@ -177,14 +181,18 @@ def parity(part: Part) -> None:
 
 
 def first_tests(kernels: Mapping[str, Sequence[str]]) -> list[str]:
-    """The parity tests of every kernel, forward and backward, in bfloat16 on the first shapes of its grid."""
-    from albert_fast.testing.parity import DTYPES, parity_grid
+    """The parity tests of every kernel in bfloat16, on a batch of real size and on the largest shapes of its grid."""
+    from albert_fast.testing import ALL_CASES
+    from albert_fast.testing.parity import DTYPES, make_inputs, parity_grid
 
     found = []
     for op, backends in kernels.items():
+        for options in ALL_CASES[op].options:
+            found.append(f"{_REAL_SIZE}[{'-'.join([op, *(f'{k}={v}' for k, v in options.items())])}-bf16]")
         for backend in backends:
             grid = [row for row in parity_grid(op, backend) if row[4] == DTYPES["bf16"]]
-            shapes = list(dict.fromkeys(row[2] for row in grid))[:_FIRST_SHAPES]
+            work = {row[2]: row[1].operations(make_inputs(row[1], row[2], {}, DTYPES["bf16"])) for row in grid}
+            shapes = sorted(work, key=lambda shape: work[shape])[-_FIRST_SHAPES:]
             for name, case, shape, *_ in grid:
                 directions = ("forward", "backward") if case.gradients else ("forward",)
                 found += [f"tests/test_{op}.py::test_{d}[{name}]" for d in directions if shape in shapes]

@@ -42,6 +42,7 @@ def markdown(content: Mapping[str, Any]) -> str:
     lines += _tests(record for _, record in records)
     for part in ("model", "operators", "training"):
         lines += _figures(part, [record for of, record in records if of == part], _rates([r for _, r in records]))
+    lines += _tiles([record for _, record in records])
     return "\n".join(lines)
 
 
@@ -216,6 +217,22 @@ def _figures(part: str, records: Sequence[Row], limits: Mapping[str, float]) -> 
     lines = [f"## {part.capitalize()}", "", *_table(head, body)] if body else []
     sizes = [[f"{r['batch']} {r['side']}", f"{r['peak_mib']:.0f}"] for r in records if r["kind"] == "memory"]
     return lines + (_table(["peak memory", "MiB"], sizes) if sizes else [])
+
+
+def _tiles(records: Sequence[Row]) -> list[str]:
+    """What tuned tiles gain over the default ones, and which they are."""
+    default = {r["id"]: r["milliseconds"] for r in records if r["kind"] == "row"}
+    tuned = [(r["id"], r["milliseconds"]) for r in records if r["kind"] == "tuned"]
+    gains = [[name, _digits(default.get(name)), _digits(ms)] for name, ms in tuned]
+    chosen = [
+        [launch, ", ".join(f"{name} {size}" for name, size in tiles.items())]
+        for record in records
+        if record["kind"] == "tiles"
+        for launches in record["chosen"].values()
+        for launch, tiles in launches.items()
+    ]
+    lines = ["## Tiles", "", *_table(["id", "default, ms", "tuned, ms"], gains)] if gains else []
+    return lines + (_table(["launch", "tiles"], chosen) if chosen else [])
 
 
 def _digits(value: float | None) -> str:

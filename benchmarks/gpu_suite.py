@@ -22,15 +22,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gpu_part import LOST
 from gpu_report import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 # Part -> its share of the time; what one leaves over goes to those after it.
-PARTS = {"build": 26, "machine": 4, "parity": 30, "model": 26, "operators": 22, "training": 10, "sanitizer": 8}
+PARTS = {
+    "build": 26, "machine": 8, "parity": 30, "model": 28, "operators": 20, "training": 10, "sanitizer": 10, "tiles": 8,
+}  # fmt: skip
 _GRACE = 0.1  # of a part's limit: kept for what has begun when its own clock says to begin nothing more
+_AGAIN = 10.0  # seconds without which no other process goes on where one lost the GPU
 
 
 @dataclass
@@ -56,45 +61,78 @@ class Outcome:
         self.records = list(records.values())
         return changed
 
+    def begun(self) -> list[str]:
+        """The questions that the part has begun."""
+        return next((record["what"] for record in self.records if record["kind"] == "begun"), [])
+
 
 def run_part(
-    part: str, command: Sequence[str], limit: float, log: Path, records: Path, publish: Callable[[Outcome], None]
-) -> Outcome:
-    """Run `command` for at most `limit` seconds, together with every process that it starts.
+    part: str, command: Callable[[float], Sequence[str]], limit: float, log: Path, records: Path,
+    publish: Callable[[Outcome], None],
+) -> Outcome:  # fmt: skip
+    """Run a part for at most `limit` seconds, together with every process that it starts.
+
+    Where a kernel breaks the GPU's context or kills the process, another one goes on with what was not begun.
 
     Args:
-        log: where what it prints is appended. records: the file of JSON lines that it writes.
+        command: of the seconds that it has. log: where what it prints is appended. records: the file of JSON lines that it
+            writes.
         publish: called whenever there are new records, and when the part has ended.
     """
-    outcome, started = Outcome(part, ["python", *command[1:]], limit), time.monotonic()
+    started = time.monotonic()
+    outcome, begun = Outcome(part, ["python", *command(limit)[1:]], limit), 0
+    while True:
+        left = limit - (time.monotonic() - started)
+        status = _run_process(command(left), left, log, records, outcome, publish)
+        outcome.seconds = time.monotonic() - started
+        outcome.read(records)
+        broken = status is not None and (status == LOST or status < 0)
+        if not broken or len(outcome.begun()) == begun or limit - outcome.seconds < _AGAIN:
+            break
+        begun = len(outcome.begun())
+        _note_end(records, outcome.begun()[-1], _said(status, log))
+    if status is None:
+        outcome.status, outcome.why = "timed out", f"it was ended after its limit of {limit:.0f} s"
+    elif status:
+        outcome.status, outcome.why = "killed" if status < 0 else "failed", _said(status, log)
+    else:
+        outcome.status = "passed"
+    publish(outcome)
+    return outcome
+
+
+def _said(status: int, log: Path) -> str:
+    return f"by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}; {_last_line(log)}"
+
+
+def _note_end(records: Path, what: str, why: str) -> None:
+    """Add to the records that the process ended while it asked `what`, in the place of a line that it left half written."""
+    lines = records.read_bytes().split(b"\n")[:-1]
+    lines.append(json.dumps({"kind": "failure", "what": what, "error": f"its process ended: {why}"}).encode())
+    records.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def _run_process(
+    command: Sequence[str], limit: float, log: Path, records: Path, outcome: Outcome, publish: Callable[[Outcome], None]
+) -> int | None:  # fmt: skip
+    """The exit status of `command`; None where it did not end within `limit` seconds."""
+    deadline = time.monotonic() + limit
     with log.open("a") as output:
-        output.write(f"\n== {part}: {' '.join(command)}\n")
+        output.write(f"\n== {outcome.part}: {' '.join(command)}\n")
         output.flush()
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
             publish(outcome)
-            while process.poll() is None and time.monotonic() - started < limit:
+            while process.poll() is None and time.monotonic() < deadline:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.25)
                 if outcome.read(records):
                     publish(outcome)
-            status = process.poll()
+            return process.poll()
         finally:
             _end(process)
-    outcome.seconds = time.monotonic() - started
-    outcome.read(records)
-    if status is None:
-        outcome.status, outcome.why = "timed out", f"it was ended after its limit of {limit:.0f} s"
-    elif status < 0:
-        outcome.status, outcome.why = "killed", f"by {signal.Signals(-status).name}"
-    elif status:
-        outcome.status, outcome.why = "failed", f"exit status {status}; {_last_line(log)}"
-    else:
-        outcome.status = "passed"
-    publish(outcome)
-    return outcome
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -161,6 +199,10 @@ def _machine_name(device: str) -> str:
     return "gpu"
 
 
+def _with_seconds(command: Sequence[str], seconds: float) -> list[str]:
+    return [*command, "--seconds", f"{seconds * (1 - _GRACE):.1f}"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 where every part passed."""
     parser = argparse.ArgumentParser("gpu_suite", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -188,10 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             share = PARTS[part] / sum(PARTS[later] for later in parts[number:])
             limit = max(2.0, (deadline - time.monotonic()) * share)
             records = Path(folder, f"{part}.jsonl")
-            command = [sys.executable, "benchmarks/gpu_part.py", part, "--records", str(records)]
-            command += ["--device", options.device, "--seconds", f"{limit * (1 - _GRACE):.1f}"]
-            command += ["--quick"] if options.quick else []
-            outcome = run_part(part, command, limit, suite.log, records, suite.publish)
+            fixed = [sys.executable, "benchmarks/gpu_part.py", part, "--records", str(records)]
+            fixed += ["--device", options.device, *(["--quick"] if options.quick else [])]
+            outcome = run_part(part, partial(_with_seconds, fixed), limit, suite.log, records, suite.publish)
             print(f"{part}: {outcome.status} in {outcome.seconds:.0f} s {outcome.why}".rstrip(), flush=True)
     print(suite.markdown.read_text())
     return int(any(done is None or done["status"] != "passed" for done in suite.outcomes.values()))

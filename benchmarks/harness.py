@@ -64,6 +64,7 @@ class CallGroup(Group, Protocol):
     device: torch.device
     warmup: int
     pause: bool  # whether engines with thread pools of their own take part
+    flushes: int  # writes that empty a GPU's L2 cache before each call; see `interleaved`
 
     @property
     def operations(self) -> float:
@@ -147,8 +148,9 @@ def _measure_calls(group: CallGroup, names: Sequence[str], options: Options) -> 
     if built:
         pause = options.pause if group.pause else 0.0
         samples = interleaved(
-            built, options.rounds, warmup=group.warmup, pause=pause, device=group.device, failures=failures
-        )
+            built, options.rounds, warmup=group.warmup, pause=pause, device=group.device, flushes=group.flushes,
+            failures=failures,
+        )  # fmt: skip
     results: dict[str, Result | Exception] = dict(failures)
     expected = group.expected() if samples else ()
     for name, seconds in samples.items():

@@ -35,6 +35,7 @@ class ModelGroup(CallGroup):
 
     bytes_moved = None
     pause = True  # engines bring their own threads
+    flushes = 1  # a small batch's launches are part of the answer
 
     def __init__(self, op: str, shape_name: str, shape: Shape, model: peers.Peers) -> None:
         self.shape, self.model = shape, model

@@ -33,6 +33,7 @@ class OperatorGroup(CallGroup):
 
     pause = False  # every side shares torch's one thread pool
     warmup = 3
+    flushes = 8  # about half a millisecond: a kernel's own time is the question, and autograd takes longer to launch it
 
     def __init__(
         self,

@@ -95,7 +95,8 @@ class Peers:
         # Sub-batches have other lengths every time, so nobody compiles for them.
         rows, columns = batch.ids.shape
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
-        settings = engines.Settings(self.threads, None if parts else (rows, columns), self.device.type, precision)
+        shape, dense = None if parts else (rows, columns), min(batch.lengths) == columns
+        settings = engines.Settings(self.threads, shape, self.device.type, precision, dense)
         calls = [_call(engines.load(side, path, settings), batch, parts) for path in self.files(side)]
         if len(calls) == 1:
             return calls[0]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +17,10 @@ from typing import Any
 import gpu_proofs
 import gpu_suite
 import pytest
-from gpu_part import Part
+from gpu_part import LOST, Part
 from gpu_report import markdown, targets
 
-MEASURED = ("machine", "model", "operators", "training")
+MEASURED = ("machine", "model", "operators", "training", "tiles")
 RECORD = (
     "import json, sys, time, os, signal; open(sys.argv[1], 'a').write(json.dumps({'kind': 'note', 'n': 1}) + '\\n'); "
 )
@@ -29,7 +31,7 @@ def run(tmp_path: Path, code: str, limit: float) -> tuple[gpu_suite.Outcome, lis
     records, published = tmp_path / "records.jsonl", []
     command = [sys.executable, "-c", RECORD + code, str(records)]
     outcome = gpu_suite.run_part(
-        "part", command, limit, tmp_path / "log", records, lambda o: published.append(len(o.records))
+        "part", lambda _: command, limit, tmp_path / "log", records, lambda o: published.append(len(o.records))
     )
     return outcome, published
 
@@ -51,6 +53,59 @@ def test_how_a_part_ends(tmp_path, code, limit, status, why):
     assert outcome.records == [{"kind": "note", "n": 1}]
     assert published[-1] == 1
     assert outcome.seconds < 30
+
+
+@pytest.mark.parametrize("end", ["os._exit(LOST)", "os.kill(os.getpid(), signal.SIGSEGV)"], ids=["lost", "killed"])
+def test_another_process_goes_on_where_one_has_lost_the_gpu(tmp_path, end):
+    code = f"""if True:
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from gpu_part import LOST, Part
+        part = Part("cuda", True, 50.0, __import__("pathlib").Path(sys.argv[1]))
+        part.attempt("first", lambda: part.add("row", id="first"))
+        part.attempt("second", lambda: {end})
+        part.attempt("third", lambda: part.add("row", id="third"))
+        sys.exit(part.failed)"""
+    outcome, _ = run(tmp_path, f"\n{code}", 60)
+    assert [r["id"] for r in outcome.records if r["kind"] == "row"] == ["first", "third"]
+    assert [r["what"] for r in outcome.records if r["kind"] == "failure"] == ["second"]
+    assert outcome.status == "failed"
+
+
+def test_a_broken_context_ends_the_process(tmp_path, monkeypatch):
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    part = Part("cuda", True, 50.0, tmp_path / "records")
+    part.check_gpu("before")
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", synchronize)
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(SystemExit) as raised:
+        part.attempt("attention", lambda: None)
+    assert raised.value.code == LOST
+    assert json.loads((tmp_path / "records").read_text().splitlines()[-1])["what"] == "the GPU after attention"
+
+
+def test_a_test_that_breaks_the_context_takes_no_other_along(tmp_path):
+    pytest.importorskip("xdist")
+    shutil.copy(gpu_proofs.ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text(
+        "import torch\nbroken = []\n"
+        "def synchronize():\n    if broken: raise RuntimeError('an illegal memory access was encountered')\n"
+        "torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize\n"
+        "def test_before(): pass\n"
+        "def test_breaks():\n    broken.append(1)\n    raise ValueError('the reason')\n"
+        "def test_fails(): raise ValueError('something else')\n"
+        "def test_after(): assert not broken\n"
+    )
+    command = [*gpu_proofs.PYTEST, "-q", "-p", "no:cacheprovider", "-n", "1", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "2 failed, 2 passed" in done.stdout, done.stdout
+    assert re.search(r"crashed while running '.*test_breaks", done.stdout)
+    assert "ValueError: the reason" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("session", [False, True], ids=["its group", "a group of their own"])
@@ -92,7 +147,8 @@ def test_what_fails_within_a_part_leaves_the_rest(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
     assert done == ["second"]
     assert part.failed
-    assert [(r["kind"], r["what"]) for r in records] == [("failure", "first"), ("skipped", "third")]
+    told = [(r["kind"], r["what"]) for r in records if r["kind"] != "begun"]
+    assert told == [("failure", "first"), ("skipped", "third")]
     part = Part("cpu", True, 50.0, tmp_path / "others")
     part.fail("hf-sdpa", RuntimeError("out of memory"), "peer failure")
     assert not part.failed
@@ -165,6 +221,21 @@ def test_targets_are_met_or_not():
     assert found["attention bwd bfloat16 64x512", "1.00 x"] == ("1.200 ms (sdpa-cudnn)", "1.20", True)
     assert found["training step base-32x512", "2.00 x"] == ("90.000 ms (hf-sdpa)", "1.80", False)
     assert found["memory of a training step base-32x512", "0.33 at most"][1:] == ("0.25", True)
+
+
+def test_tuned_tiles_stand_beside_the_default_ones():
+    name, tiles = "attention/fwd/bfloat16/64x512/triton", {"BLOCK_M": 128, "num_warps": 8}
+    chosen = {"NVIDIA H100, Triton 3.6.0": {"attention_fwd 64 bf16": tiles}}
+    records = [
+        row(name, True, 1.0),
+        {"kind": "tuned", "id": name, "milliseconds": 0.8},
+        {"kind": "tiles", "chosen": chosen},
+    ]
+    parts = [{"part": "tiles", "records": records, "status": "passed", "seconds": 1.0, "limit": 2.0, "why": ""}]
+    header = {"name": "here", "rehearsal": False, "command": [], "began": "", "seconds": 1.0, "not_run": []}
+    lines = markdown({**header, "parts": parts}).splitlines()
+    assert f"| {name} | 1.00 | 0.800 |" in lines
+    assert "| attention_fwd 64 bf16 | BLOCK_M 128, num_warps 8 |" in lines
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,18 @@ def gpu_inputs(**options):
 
 
 @needs_gpu
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.2}], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("rows", ["many", "wide"])
+def test_tiles_that_a_gpu_takes_for_many_and_for_wide_rows(rows, dtype, options):
+    """In 16 bits 128 tokens at a time where there are so many for each multiprocessor; wide rows do not fit shared memory."""
+    many = 128 * torch.cuda.get_device_properties("cuda").multi_processor_count + 5
+    shape = (many, 64, 96, 300, 128, 2) if rows == "many" else (131, 2100, 200, 50, 40, 2)
+    check_forward(ALL_CASES["embedding_projection"], shape, options, dtype, "cuda")
+    check_backward(ALL_CASES["embedding_projection"], shape, options, dtype, "cuda")
+
+
+@needs_gpu
 def test_gradients_on_a_gpu_repeat_to_the_bit_without_waiting():
     inputs = gpu_inputs(dropout_p=0.1, padding_idx=0)
     leaves = [x.requires_grad_() for x in inputs.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast import ALBERTConfig, reference
-from albert_fast.testing import assert_close_calibrated, poison_empty
+from albert_fast import ALBERTConfig, dispatch, reference
+from albert_fast.testing import ALL_CASES, assert_close_calibrated, poison_empty
+from albert_fast.testing.parity import check_backward, check_forward
 from albert_fast.testing.tolerances import SLACK, largest_error
 from albert_fast.testing.twins import NAMES, OUTPUTS, drawn_inputs, drawn_mask, gradients
 
@@ -40,6 +41,17 @@ GRID = [(size, kind) for size in ("small", "odd") for kind in MASKS] + [
     ("base", "none"),
     ("large", "holes"),
 ]
+# Of every operator with a kernel for GPUs: enough rows that a program walks over many tiles, none of them a whole number.
+TOKENS, LENGTHS = (4099, (512, 509, 1, 128, 31, 512, 77)) if ON_GPU else (41, (17, 1, 23))
+REAL_SHAPES = {
+    "embedding_projection": (TOKENS, 128, 768, 30000, 512, 2),
+    "attention": (LENGTHS, None, 12, 64),
+    "bias_gelu": (TOKENS, 3072),
+    "add_layer_norm": (TOKENS, 768),
+    "gelu_layer_norm": (TOKENS, 128),
+    "linear_cross_entropy": (TOKENS // 4, 128, 30000),
+}
+REAL = [(op, options) for op in REAL_SHAPES for options in ALL_CASES[op].options]
 
 
 def models(name, size, dtype, **fields):
@@ -80,6 +92,20 @@ def assert_gradients_calibrated(exact, same, fast, dtype):
 
 def on_device(inputs):
     return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+def test_every_kernel_for_gpus_has_a_real_shape():
+    assert set(REAL_SHAPES) == {op for op, devices in dispatch.TABLE.items() if devices["cuda"][0] != "reference"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "options"), REAL, ids=["-".join([op, *(f"{k}={v}" for k, v in options.items())]) for op, options in REAL]
+)
+def test_an_operator_on_a_batch_of_real_size(op, options, dtype):
+    backend = dispatch.resolve(op, DEVICE.type, DTYPES[dtype])
+    for check in (check_forward, check_backward):
+        check(ALL_CASES[op], REAL_SHAPES[op], options, DTYPES[dtype], backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

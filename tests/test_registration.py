@@ -109,6 +109,11 @@ def test_a_fall_back_is_said_once_with_the_way_out(monkeypatch):
         dispatch.resolve.cache_clear()
 
 
+def test_a_seed_lies_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert ops.draw_seed().device.type == "cpu"
+
+
 def test_why_not_names_device_and_dtype():
     assert dispatch.why_not("attention", "cpu", "cpp", torch.float16) is not None
     assert "float16" in str(dispatch.why_not("attention", "cpu", "cpp", torch.float16))

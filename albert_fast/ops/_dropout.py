@@ -43,7 +43,7 @@ def draw_seed() -> Tensor:
 
     It stays a tensor, on the CPU, so that torch.compile traces through it and a GPU need not be waited for.
     """
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
 
 
 def seed_value(seed: Tensor | None, p: float) -> int:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 _L2_MULTIPLE = 4  # the flushed buffer in units of the L2 cache: enough under any replacement policy
+_MOST_CALLS = 200  # of a block on a GPU, where the writes in between take longer than a short call
 _SHORT_CALL = 0.1  # seconds; shorter calls are woken by an untimed one after a pause, longer ones wake themselves
 
 
@@ -39,6 +40,7 @@ def interleaved(
     pause: float = 0.25,
     block_seconds: float = 0.05,
     device: torch.device | str = "cpu",
+    flushes: int = 1,
     failures: dict[str, Exception] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each side, one number a round; `result[a][i]` and `result[b][i]` are neighbours in time.
@@ -50,6 +52,8 @@ def interleaved(
         pause: seconds of sleep before every block.
         block_seconds: a block repeats calls until it lasts about this long; a longer call is a block of its own.
         device: where the calls run. On a GPU every call is timed by events, behind a write that empties the L2 cache.
+        flushes: such writes before every call. The GPU is busy with them while the call is being launched: what takes longer
+            to launch (a gradient's way through Python, say) than they last is timed with the gaps in between.
         failures: where given, a side that raises while it warms up is noted here and left out of the result.
 
     Raises:
@@ -57,7 +61,8 @@ def interleaved(
     """
     if not sides or rounds < 1 or warmup < 1:
         raise ValueError(f"interleaved: needs sides and positive counts, got {len(sides)} sides, {rounds=}, {warmup=}")
-    clock = _cuda_clock(torch.device(device)) if torch.device(device).type == "cuda" else _cpu_clock
+    on_gpu = torch.device(device).type == "cuda"
+    clock = _cuda_clock(torch.device(device), flushes) if on_gpu else _cpu_clock
     one_call = {}
     for name, side in sides.items():
         try:
@@ -74,8 +79,9 @@ def interleaved(
             time.sleep(pause)
             if estimate < _SHORT_CALL:
                 clock(sides[name], 1)
+            calls = max(1, math.ceil(block_seconds / estimate))
             with _garbage_collection_off():
-                samples[name].append(clock(sides[name], max(1, math.ceil(block_seconds / estimate))))
+                samples[name].append(clock(sides[name], min(calls, _MOST_CALLS) if on_gpu else calls))
     return samples
 
 
@@ -94,7 +100,7 @@ def _cpu_clock(side: Side, calls: int) -> float:
     return elapsed / calls
 
 
-def _cuda_clock(device: torch.device) -> Callable[[Side, int], float]:
+def _cuda_clock(device: torch.device, flushes: int) -> Callable[[Side, int], float]:
     properties: Any = torch.cuda.get_device_properties(device)
     flushed = torch.empty(_L2_MULTIPLE * properties.L2_cache_size, dtype=torch.uint8, device=device)
 
@@ -103,8 +109,8 @@ def _cuda_clock(device: torch.device) -> Callable[[Side, int], float]:
         for _ in range(calls):
             arguments = side.arguments()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # The write also keeps the GPU busy while the call is being launched, so events see the GPU's time alone.
-            flushed.fill_(1)
+            for _ in range(flushes):
+                flushed.fill_(1)
             start.record()
             side.call(*arguments)
             end.record()

@@ -1,0 +1,60 @@
+"""The models on fake CUDA tensors: the way that a GPU takes from packing to outputs, traced where there is none."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import albert_fast
+from albert_fast import ALBERTConfig
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this torch has no CUDA tensors, not even fake ones"
+)
+
+CONFIG = ALBERTConfig(
+    vocab_size=301, embedding_size=64, hidden_size=192, num_attention_heads=3, intermediate_size=384,
+    num_hidden_layers=3, max_position_embeddings=64, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+)  # fmt: skip
+LAYER = {"embedding_projection_fwd", "attention_fwd", "bias_gelu_fwd", "add_layer_norm_fwd"}
+
+
+@pytest.fixture(autouse=True)
+def default_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def fake(name, dtype=torch.float32):
+    """(model, ids (4, 37), their mode), all of it on a GPU that need not be there."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    torch.set_default_dtype(dtype)
+    with mode, torch.device("cuda"):
+        return getattr(albert_fast, name)(CONFIG), torch.zeros(4, 37, dtype=torch.int64), mode
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("name", ["ALBERTModel", "ALBERTForMaskedLM", "ALBERTForSequenceClassification"])
+def test_eager(name, dtype, training):
+    model, ids, mode = fake(name, dtype)
+    with mode:
+        output = model.train(training)(ids, None, **({"labels": ids} if name == "ALBERTForMaskedLM" else {}))
+    for tensor in output.to_tuple():
+        assert tensor.device.type == "cuda"
+    assert output[-1].dtype == dtype
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_exported(masked):
+    model, ids, mode = fake("ALBERTModel")
+    with mode:
+        mask = torch.ones_like(ids)
+    program = torch.export.export(model.eval(), (ids, mask) if masked else (ids,))
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    names = {str(node.target).removesuffix(".default") for graph in graphs for node in graph.nodes}
+    assert {name.partition(".")[2] for name in names if name.startswith("albert_fast.")} == LAYER | (
+        {"pack_indices"} if masked else set()
+    )
+    # Ragged sequences start in order of their lengths, on a GPU alone.
+    assert any("sort" in name for name in names) == masked
