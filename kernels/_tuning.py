@@ -21,6 +21,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from ._capture import CAPTURE, capturing
+
 Tiles = dict[str, int]
 Launch = Callable[[Tiles], Any]
 # Milliseconds that a call takes.
@@ -44,11 +46,6 @@ def choose(kernel: str, key: Callable[[], str], candidates: Sequence[Tiles], lau
 def asked_for() -> bool:
     """Whether ALBERT_FAST_TUNE=1 was set when the first kernel started; Triton's interpreter is never timed."""
     return os.environ.get("ALBERT_FAST_TUNE", "0") == "1" and not triton.knobs.runtime.interpret
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -82,7 +79,8 @@ class Tuner:
             return winner
         if capturing():  # timing waits for the GPU, which a capture forbids
             return candidates[0]
-        times = [self._time(launch, tiles) for tiles in candidates]
+        with CAPTURE:  # it waits for the whole device, which would end the capture of another thread
+            times = [self._time(launch, tiles) for tiles in candidates]
         self._winners[key] = winner = candidates[times.index(min(times))]
         self._keep(key, winner)
         return winner

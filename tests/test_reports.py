@@ -15,7 +15,7 @@ from torch import Tensor
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTModel, dispatch, ops
 from albert_fast.ops import _reports
-from albert_fast.ops._reports import NOTHING, CapturedReports, Pending, Queue
+from albert_fast.ops._reports import NOTHING, CapturedReports, Pending, Queue, Slot
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 
@@ -24,17 +24,18 @@ class Fake:
     """An event that happens when it is told to, or waited for."""
 
     def __init__(self, arrived: bool = True):
-        self.arrived, self.waited = arrived, 0
+        self.arrived, self.waited, self.asked = arrived, 0, 0
 
     def query(self) -> bool:
+        self.asked += 1
         return self.arrived
 
     def synchronize(self) -> None:
         self.arrived, self.waited = True, self.waited + 1
 
 
-def pending(code: int = NOTHING, event: Fake | None = None) -> Pending:
-    return Pending(event or Fake(), torch.tensor(code), lambda found: IndexError(f"code {found}"))
+def pending(code: int = NOTHING, event: Fake | None = None, stream: int = 0) -> Pending:
+    return Pending(Slot(event or Fake(), torch.tensor(code)), lambda found: IndexError(f"code {found}"), stream)
 
 
 def raised(queue: Queue, device: torch.device = CPU, wait: bool = False) -> str | None:
@@ -55,12 +56,34 @@ def test_errors_come_in_order_and_once():
 def test_nobody_waits_for_what_has_not_arrived():
     queue, late = Queue(), Fake(arrived=False)
     queue.add(CPU, pending(1, late))
-    queue.add(CPU, pending(2))
+    queue.add(CPU, pending(2, stream=7))
     assert raised(queue) == "code 2"
     assert raised(queue) is None
     assert late.waited == 0
     late.arrived = True
     assert raised(queue) == "code 1"
+
+
+def test_behind_a_call_on_its_way_the_stream_s_others_are_not_asked():
+    queue, events = Queue(), [Fake(arrived=False) for _ in range(20)]
+    for event in events:
+        queue.add(CPU, pending(event=event))
+    queue.add(CPU, pending(stream=7))
+    before = [event.asked for event in events]
+    queue.raise_arrived(CPU)
+    assert [event.asked - n for event, n in zip(events, before, strict=True)] == [1] + [0] * 19
+    assert len(queue._pending[CPU]) == 20, "that of the other stream was"
+
+
+def test_what_has_arrived_lends_its_event_and_its_word_to_later_calls():
+    queue, calls = Queue(), [pending(), pending(3), pending(event=Fake(arrived=False))]
+    assert queue.slot(CPU) is None
+    for call in calls:
+        queue.add(CPU, call)
+    assert raised(queue) == "code 3"
+    assert queue.slot(OTHER) is None
+    assert {id(queue.slot(CPU)) for _ in range(2)} == {id(call.slot) for call in calls[:2]}
+    assert queue.slot(CPU) is None, "the third is on its way"
 
 
 def test_waiting_tells_everything_so_far():
@@ -102,7 +125,7 @@ def test_nothing_is_kept_of_a_call_that_went_well():
 
     queue, describe = Queue(), Kept()
     gone = weakref.ref(describe)
-    queue.add(CPU, Pending(Fake(), torch.tensor(NOTHING), describe))
+    queue.add(CPU, Pending(Slot(Fake(), torch.tensor(NOTHING)), describe, 0))
     del describe
     gc.collect()
     assert gone() is not None
@@ -149,7 +172,7 @@ def gpu(monkeypatch):
             first_bad.fill_(bad.flatten().int().argmax())
 
     def on_its_way(flag: Tensor, describe: _reports.Describe) -> Pending:
-        return Pending(state["event"], flag.clone(), describe)
+        return Pending(Slot(state["event"], flag.clone()), describe, 0)
 
     monkeypatch.setattr(dispatch, "resolve", choose)
     monkeypatch.setattr(sys.modules["albert_fast.ops.embedding_projection"], "_launch", launch)

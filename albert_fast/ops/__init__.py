@@ -4,6 +4,7 @@ All work on packed tokens: T rows without padding, sequences delimited by `cu_se
 """
 
 from ._dropout import draw_seed
+from ._graph_inputs import GraphInputs
 from ._reports import CAPTURE, CapturedReports, Describe, placing, raise_pending, synchronize
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
@@ -21,6 +22,7 @@ __all__ = [
     "WEIGHTS",
     "CapturedReports",
     "Describe",
+    "GraphInputs",
     "TokenIndexError",
     "add_layer_norm",
     "add_layer_norm_ref",
