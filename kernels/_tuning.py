@@ -74,16 +74,20 @@ class Tuner:
 
     def choose(self, key: str, candidates: Sequence[Tiles], launch: Launch) -> Tiles:
         """The known winner of `key` if it still is a candidate, else the fastest, timed now and remembered."""
-        winner = self._winners.get(key)
-        if winner is not None and winner in candidates:
+        if (winner := self._known(key, candidates)) is not None:
             return winner
         if capturing():  # timing waits for the GPU, which a capture forbids
             return candidates[0]
-        with CAPTURE:  # it waits for the whole device, which would end the capture of another thread
-            times = [self._time(launch, tiles) for tiles in candidates]
-        self._winners[key] = winner = candidates[times.index(min(times))]
-        self._keep(key, winner)
+        with CAPTURE:  # it waits for the whole device, which would end another thread's capture and spoil its timing
+            if (winner := self._known(key, candidates)) is None:
+                times = [self._time(launch, tiles) for tiles in candidates]
+                self._winners[key] = winner = candidates[times.index(min(times))]
+                self._keep(key, winner)
         return winner
+
+    def _known(self, key: str, candidates: Sequence[Tiles]) -> Tiles | None:
+        winner = self._winners.get(key)
+        return winner if winner in candidates else None
 
     def _time(self, launch: Launch, tiles: Tiles) -> float:
         try:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 import threading
+import types
 import weakref
 
 import pytest
@@ -181,6 +182,28 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_reports, "_QUEUE", Queue())
     monkeypatch.setattr(_reports, "_on_its_way", on_its_way)
     return state
+
+
+def test_calls_in_a_row_share_a_few_words_and_events(monkeypatch):
+    made: list[Slot] = []
+
+    def new_slot() -> Slot:
+        made.append(Slot(Fake(arrived=False), torch.tensor(NOTHING)))
+        made[-1].arrived.record = lambda _stream: None
+        return made[-1]
+
+    monkeypatch.setattr(_reports, "_QUEUE", Queue())
+    monkeypatch.setattr(_reports, "_new_slot", new_slot)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=3))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for call in range(50):
+        _reports.raise_pending(CPU)
+        _reports.report(torch.tensor(NOTHING), IndexError)
+        if call % 2:  # the GPU is two calls behind
+            for slot in made:
+                slot.arrived.arrived = True
+    assert len(made) == 2
+    assert _reports._QUEUE._pending[CPU][-1].stream == 3
 
 
 def embed(ids: Tensor, vocabulary: int = 10) -> Tensor:

@@ -154,13 +154,15 @@ def report(flag: Tensor, describe: Describe) -> None:
 
 
 def _on_its_way(flag: Tensor, describe: Describe) -> Pending:
-    slot = _QUEUE.slot(flag.device)
-    if slot is None:
-        slot = Slot(torch.cuda.Event(), torch.empty((), dtype=torch.int64, pin_memory=True))
+    slot = _QUEUE.slot(flag.device) or _new_slot()
     slot.code.copy_(flag, non_blocking=True)
     stream = torch.cuda.current_stream()
     slot.arrived.record(stream)  # type: ignore[attr-defined]
     return Pending(slot, describe, stream.cuda_stream)
+
+
+def _new_slot() -> Slot:
+    return Slot(torch.cuda.Event(), torch.empty((), dtype=torch.int64, pin_memory=True))
 
 
 def raise_pending(device: torch.device, wait: bool = False) -> None:
