@@ -21,9 +21,9 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -181,11 +181,17 @@ class _CUDAReplay:
         self._reports.replayed(describe)
 
 
-class _Parts:
-    """A model's parts without their root, in one flat list: a look at all of them is an order faster than a walk.
+class _Look(NamedTuple):
+    """What a model's parts are like at the moment."""
 
-    The root would be held in a circle.
-    """
+    training: bool
+    hooked: bool
+    weights: list[tuple[int, torch.dtype]]  # where they are
+
+
+class _Parts:
+    """A model's parts in one flat list: a look at all of them is an order faster than a walk. Without the root, which would
+    be held in a circle."""
 
     def __init__(self, model: ALBERTModel) -> None:
         self._top = tuple(model._modules.values())
@@ -193,26 +199,26 @@ class _Parts:
         self._all = [(module, tuple(module._modules.values())) for module in modules]
         self._plain: bool | None = None
 
-    def unchanged(self, model: ALBERTModel) -> bool:
-        """Whether nothing was replaced since."""
-        known = tuple(model._modules.values()) == self._top
-        return known and all(tuple(module._modules.values()) == children for module, children in self._all)
-
-    def training(self) -> bool:
-        return any(module.training for module, _ in self._all)
+    def look(self, model: ALBERTModel) -> _Look | None:
+        """None where a part was replaced since."""
+        if tuple(model._modules.values()) != self._top:
+            return None
+        training, hooked, weights = model.training, False, []
+        for module, children in self._all:
+            if tuple(module._modules.values()) != children:
+                return None
+            training = training or module.training
+            hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    weights.append((parameter.data_ptr(), parameter.dtype))
+        return _Look(training, hooked or nn.modules.module._has_any_global_hook(), weights)
 
     def plain(self, model: ALBERTModel) -> bool:
-        """Whether the parts compute what they are known for: no hook, no layer with a part replaced."""
-        if any(module._forward_hooks or module._forward_pre_hooks for module, _ in self._all):
-            return False
+        """Whether the layers, which have no hooks, are made of what they are known for."""
         if self._plain is None:
             self._plain = all(layer.is_plain() for layer in model.encoder.distinct())
-        return self._plain and not nn.modules.module._has_any_global_hook()
-
-    def weights(self) -> list[tuple[int, torch.dtype]]:
-        """Where they are."""
-        parameters = (p for module, _ in self._all for p in module._parameters.values() if p is not None)
-        return [(parameter.data_ptr(), parameter.dtype) for parameter in parameters]
+        return self._plain
 
 
 @cache
@@ -245,17 +251,20 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def _parts_of(self, model: ALBERTModel) -> _Parts:
+    def _look(self, model: ALBERTModel) -> _Look:
         parts = self._parts
-        if parts is None or not parts.unchanged(model):
-            parts = self._parts = _Parts(model)
-        return parts
+        if parts is None or (look := parts.look(model)) is None:
+            self._parts = parts = _Parts(model)
+            look = parts.look(model)
+        assert look is not None  # of the parts that were just found
+        return look
 
     def why_not(self, model: ALBERTModel, places: int, device: torch.device) -> str | None:
         """Why a call with so many tokens, padding counted, on such a device, cannot be a graph; None where it can."""
-        return self._beyond(model, places, device) or self._avoidable(model, device)
+        look = self._look(model)
+        return self._beyond(model, look, places, device) or self._avoidable(model, look, device)
 
-    def _beyond(self, model: ALBERTModel, places: int, device: torch.device) -> str | None:
+    def _beyond(self, model: ALBERTModel, look: _Look, places: int, device: torch.device) -> str | None:
         """What graphs are not for."""
         if torch.compiler.is_compiling():
             return "a compiler traces the operators"
@@ -263,7 +272,7 @@ class GraphCache:
             return f"graphs are captured on {self._capture.device_type}, not on {device.type}"
         if device != model.embeddings.word_embeddings.weight.device:
             return "the model is elsewhere"
-        if model.training or self._parts_of(model).training():
+        if look.training:
             return "the model, or a part of it, is in training mode"
         if not 0 < places <= MAX_TOKENS:
             return f"{places} tokens with padding: graphs are for 1 to {MAX_TOKENS}"
@@ -271,13 +280,13 @@ class GraphCache:
             return "the caller captures a graph"
         return None
 
-    def _avoidable(self, model: ALBERTModel, device: torch.device) -> str | None:
+    def _avoidable(self, model: ALBERTModel, look: _Look, device: torch.device) -> str | None:
         """What whoever asked for graphs will want to know."""
         if torch.is_grad_enabled():
             return "a gradient may be asked for: torch.no_grad() says that it is not"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"
-        if not self._parts_of(model).plain(model):
+        if look.hooked or self._parts is None or not self._parts.plain(model):
             return "a part has hooks or was replaced"
         reason: str | None = self._capture.why_not(model)
         return reason
@@ -287,7 +296,7 @@ class GraphCache:
         if reason := self.why_not(model, places, device) or self._refused.get(bucket):
             return f"no CUDA graph: {reason}"
         with self._lock:
-            self._forget_other_weights(model)
+            self._forget_other_weights(self._look(model).weights)
             if bucket in self._graphs:
                 return f"a replay of the CUDA graph for {bucket}"
             met = bucket in self._met
@@ -296,10 +305,10 @@ class GraphCache:
     def run(self, model: ALBERTModel, call: Call) -> Encoded | None:
         """The forward by replay of its bucket's graph; None where there is none, or its bucket is met for the first time: to
         capture it costs as much as many calls."""
-        device = call.ids.device
-        if self._beyond(model, call.ids.numel(), device) or any(t.device != device for t in call.tensors()):
+        device, look = call.ids.device, self._look(model)
+        if self._beyond(model, look, call.ids.numel(), device) or any(t.device != device for t in call.tensors()):
             return None
-        if reason := self._avoidable(model, device):
+        if reason := self._avoidable(model, look, device):
             _say(reason)
             return None
         lengths = None if call.mask is None else call.mask.count_nonzero(1)
@@ -307,7 +316,7 @@ class GraphCache:
         bucket = Bucket.of(tokens, sequences, longest, call.output_tokens, model.backend)
         # Static tensors are the same for callers in every mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._forget_other_weights(model)
+            self._forget_other_weights(look.weights)
             if not tokens or sequences > MAX_TOKENS or bucket in self._refused:
                 return None
             if bucket not in self._graphs and bucket not in self._met:
@@ -346,7 +355,7 @@ class GraphCache:
         rows = tokens if result.output_tokens == "all" else sequences
         if pooled is not None and result.output_tokens == "first":
             rows = 0  # of first tokens the pooled state alone is read
-        return replace(result, packing=packing, hidden=result.hidden[:rows].clone(), pooled=pooled)
+        return type(result)(packing, result.output_tokens, result.hidden[:rows].clone(), pooled, None, None)
 
     def _describe(self, model: ALBERTModel, packing: Packing, call: Call) -> ops.Describe:
         embeddings = model.embeddings
@@ -370,8 +379,7 @@ class GraphCache:
             self._met.clear()
             self._refused.clear()
 
-    def _forget_other_weights(self, model: ALBERTModel) -> None:
-        weights = self._parts_of(model).weights()
+    def _forget_other_weights(self, weights: list[tuple[int, torch.dtype]]) -> None:
         if weights != self._weights:
             if self._graphs or self._inputs is not None:
                 self._capture.wait()

@@ -107,7 +107,8 @@ def test_threads_time_one_after_another_and_never_beside_a_capture(tmp_path):
 
     tuner.timer = timer
     threads = [
-        threading.Thread(target=lambda: found.append(tuner.choose("op D64", CANDIDATES, clock.launch))) for _ in range(4)
+        threading.Thread(target=lambda: found.append(tuner.choose("op D64", CANDIDATES, clock.launch)))
+        for _ in range(4)
     ]
     with CAPTURE:
         for thread in threads:
