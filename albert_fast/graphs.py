@@ -352,10 +352,12 @@ class GraphCache:
     def _copied(self, result: Encoded, packing: Packing, tokens: int, sequences: int) -> Encoded:
         """Copies of the bucket's result, without what is left over: the next replay writes there again."""
         pooled = None if result.pooled is None else result.pooled[:sequences].clone()
-        rows = tokens if result.output_tokens == "all" else sequences
         if pooled is not None and result.output_tokens == "first":
-            rows = 0  # of first tokens the pooled state alone is read
-        return type(result)(packing, result.output_tokens, result.hidden[:rows].clone(), pooled, None, None)
+            # Of first tokens the pooled state alone is read.
+            hidden = result.hidden.new_empty(0, result.hidden.shape[1])
+        else:
+            hidden = result.hidden[: tokens if result.output_tokens == "all" else sequences].clone()
+        return type(result)(packing, result.output_tokens, hidden, pooled, None, None)
 
     def _describe(self, model: ALBERTModel, packing: Packing, call: Call) -> ops.Describe:
         embeddings = model.embeddings
