@@ -9,9 +9,9 @@ replayed one after another, whichever streams and threads the calls come from. W
 moved or converted captures anew. Settings of torch (how float32 multiplies, say) are those of the capture.
 
 A call starts one kernel that writes ids, types, positions and lengths where all graphs read them (`ops.GraphInputs`), the
-graph, a copy of its report of bad ids, and a copy of each result: four launches for hidden states, with three tensors
-allocated or copied by torch. A mask adds three, of which one waits for the GPU: its rows are counted before a bucket is
-chosen. Scattering states back among padding is two more.
+graph, the copy of its report of bad ids, and a copy of hidden states and of pooled ones where there are any: four or five
+launches. A mask adds three, the last of which waits for the GPU: its rows are counted before a bucket is chosen. States are
+put back among padding in two more.
 """
 
 from __future__ import annotations
