@@ -148,7 +148,7 @@ class CUDACapture:
         self._pool = self._stream = self._last = None
 
     def __call__(self, run: Callable[[], Encoded], device: torch.device) -> Replay:
-        # The innermost: a capture that fails leaves its stream the current one.
+        # The stream is set once more because a capture that fails leaves its own the current one.
         with ops.CAPTURE, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             if self._pool is None or self._stream is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -190,8 +190,8 @@ class _Look(NamedTuple):
 
 
 class _Parts:
-    """A model's parts in one flat list: a look at all of them is an order faster than a walk. Without the root, which would
-    be held in a circle."""
+    """A model's parts in one flat list, which a look goes through many times faster than a walk does. Without the root,
+    which would be held in a circle."""
 
     def __init__(self, model: ALBERTModel) -> None:
         self._top = tuple(model._modules.values())
@@ -305,7 +305,10 @@ class GraphCache:
     def run(self, model: ALBERTModel, call: Call) -> Encoded | None:
         """The forward by replay of its bucket's graph; None where there is none, or its bucket is met for the first time: to
         capture it costs as much as many calls."""
-        device, look = call.ids.device, self._look(model)
+        device = call.ids.device
+        if device.type != self._capture.device_type:  # warmed up for a GPU, and called on a CPU
+            return None
+        look = self._look(model)
         if self._beyond(model, look, call.ids.numel(), device) or any(t.device != device for t in call.tensors()):
             return None
         if reason := self._avoidable(model, look, device):

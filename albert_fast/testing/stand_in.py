@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..config import ALBERTConfig
-from ..fast_model import FastModel
 from ..graphs import GraphCache
 from ..modeling import ALBERTModel, Encoded
 from ..ops import Describe
@@ -68,9 +67,9 @@ class Capture:
         return Remembered(run)
 
 
-def graphed(capture: Capture, kind: type[FastModel] = ALBERTModel, **options: Any) -> Any:
+def graphed(capture: Capture, kind: Any = ALBERTModel, **options: Any) -> Any:
     """A model whose graphs are captured by `capture`. The reference takes rows that are in no sequence, as the GPU's kernels."""
-    made: Any = kind(CONFIG, backend="reference").eval().to(DEVICE)
+    made = kind(CONFIG, backend="reference").eval().to(DEVICE)
     made.base._graphs = GraphCache(capture, **options)
     return made
 
