@@ -1,6 +1,8 @@
 """What a call costs beside its graph, and what is said of one that is none: explain, warnings, the switch, refused captures."""
 
+import contextlib
 import gc
+import itertools
 import sys
 import weakref
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from albert_fast import ALBERTForSequenceClassification, ALBERTModel, explain, graphs
+from albert_fast import ALBERTForSequenceClassification, ALBERTModel, explain, graphs, ops
 from albert_fast.graphs import CaptureError, CUDACapture
 from albert_fast.testing import poison_empty
 from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
@@ -201,3 +203,111 @@ def test_a_deleted_model_is_freed_at_once_and_waited_for(capture):
         assert capture.waits == running + 1
     finally:
         gc.enable()
+
+
+class FakeStream:
+    cuda_stream = 7
+
+    def __init__(self, log):
+        self._log = log
+
+    def wait_stream(self, other):
+        self._log.append("wait_stream")
+
+    def wait_event(self, event):
+        self._log.append("wait_event")
+
+
+@pytest.fixture
+def cuda_log(monkeypatch):
+    """What CUDACapture asks torch.cuda for, in order, with nothing behind it."""
+    log = []
+    main, current, pools = FakeStream(log), [], itertools.count()
+
+    class Event:
+        def record(self, stream):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def stream(entered):
+        current.append(entered)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    @contextlib.contextmanager
+    def graph(graph, pool, stream, capture_error_mode):
+        log.append(f"capture into {pool}, {capture_error_mode}")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        try:
+            yield
+        finally:
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    fakes = {
+        "Event": Event, "CUDAGraph": Graph, "stream": stream, "graph": graph, "Stream": lambda: FakeStream(log),
+        "current_stream": lambda _device=None: current[-1] if current else main, "device": contextlib.nullcontext,
+        "graph_pool_handle": lambda: f"pool {next(pools)}",
+        "is_current_stream_capturing": lambda: False,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
+    monkeypatch.setattr(CUDACapture, "device_type", "cpu")
+    monkeypatch.setattr(CUDACapture, "why_not", lambda *_: None)
+    return log
+
+
+CAPTURED = ["wait_stream", "wait_stream", "clear", "capture into pool 0, thread_local", "clear"]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/test_gpu_graphs.py has the real one")
+def test_what_a_capture_and_a_replay_ask_a_gpu_for(capture, cuda_log):
+    model, ids = graphed(None), batch(2, 9)[0]
+    with torch.no_grad():
+        model(ids)
+        assert cuda_log == []
+        model(ids)
+        assert cuda_log == [*CAPTURED, "replay", "record"]
+        cuda_log.clear()
+        model(ids)
+        assert cuda_log == ["wait_event", "replay", "record"]
+        cuda_log.clear()
+        model(batch(1, 60)[0])
+        model(batch(1, 60)[0])
+        assert cuda_log == ["wait_event", *CAPTURED, "replay", "record"], "into the same pool"
+    cuda_log.clear()
+    model.cuda_graphs = False
+    assert cuda_log == ["synchronize"]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/test_gpu_graphs.py has the real one")
+def test_a_capture_that_fails_leaves_its_pool(capture, cuda_log, monkeypatch):
+    model, ids = graphed(None), batch(2, 9)[0]
+    whole = ALBERTModel.compute
+
+    def waits(self, *arguments):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(ALBERTModel, "compute", waits)
+    with torch.no_grad():
+        model(ids)
+        with pytest.warns(UserWarning, match="the capture failed: operation not permitted when stream is capturing$"):
+            model(ids)
+        assert cuda_log == [*CAPTURED, "record"]
+        monkeypatch.setattr(ALBERTModel, "compute", whole)
+        for _ in range(2):
+            model(batch(1, 60)[0])
+    assert "capture into pool 1, thread_local" in cuda_log
+    assert ops.CAPTURE.acquire(blocking=False), "the lock is given back"
+    ops.CAPTURE.release()
