@@ -63,25 +63,42 @@ class FastModel(PretrainedMixin):
         """Do ahead what first calls do: pack weights, compile kernels and, on a GPU, capture CUDA graphs.
 
         From then on calls on a GPU without a gradient are replays of a graph for about their number of tokens, sequences
-        and columns (`graphs.Bucket`), captured now for `shapes`, all of it tokens, and for other sizes when they are met for
-        the second time. Results are as before.
+        and their longest (`graphs.Bucket`), captured now for `shapes`, all of it tokens, and for other sizes when they are
+        met for the second time. Results are as before. `cuda_graphs` = False ends it, `explain` says what becomes of a call.
+        While a graph is captured no other thread may wait for the whole device, but by `albert_fast.synchronize`: a capture
+        that fails is warned of, and its size runs operator by operator.
 
         Args:
             shapes: (B, S) of batches to come.
         """
+        self.cuda_graphs = True
         base = self.base
-        if base._graphs is None:
-            base._graphs = GraphCache()
         device, training = base.embeddings.word_embeddings.weight.device, base.training
+        asked_for = getattr(self, "output_tokens", "all")
         base.eval()
         try:
             with torch.no_grad():
                 for batch, columns in shapes:
                     ids = torch.zeros((batch, columns), dtype=torch.int64, device=device)
-                    for _ in range(2):  # a graph is captured the second time
-                        base(ids, output_tokens=getattr(self, "output_tokens", "all"))
+                    # A graph is captured the second time; a mask's kernels are others.
+                    for mask in (None, None, torch.ones_like(ids)):
+                        base(ids, mask, output_tokens=asked_for)
         finally:
             base.train(training)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether calls on a GPU may be replays of CUDA graphs. `warmup` turns it on; False frees the graphs' memory."""
+        return self.base._graphs is not None
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, wanted: bool) -> None:
+        base = self.base
+        if not wanted and base._graphs is not None:
+            base._graphs.clear()
+            base._graphs = None
+        elif wanted and base._graphs is None:
+            base._graphs = GraphCache()
 
     def repack(self) -> None:
         """Read the layers' weights anew, after writes that torch does not count: through `.data` or numpy into a part of a

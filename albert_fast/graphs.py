@@ -6,21 +6,29 @@ such rows as memory came, NaN or not, and nobody reads them: no other operator l
 
 Graphs are captured when a bucket is met for the second time, or ahead by `model.warmup`, share one pool of memory, and are
 replayed one after another, whichever streams and threads the calls come from. Weights may change in place; a model that was
-moved or converted captures anew.
+moved or converted captures anew. Settings of torch (how float32 multiplies, say) are those of the capture.
+
+A call starts one kernel that writes ids, types, positions and lengths where all graphs read them (`ops.GraphInputs`), the
+graph, the copy of its report of bad ids, and a copy of hidden states and of pooled ones where there are any: four or five
+launches. A mask adds three, the last of which waits for the GPU: its rows are counted before a bucket is chosen. States are
+put back among padding in two more.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import ops
+from . import dispatch, ops
 from .packing import Packing
 
 if TYPE_CHECKING:
@@ -28,8 +36,10 @@ if TYPE_CHECKING:
 
 # Graphs that a model keeps; the one that was not used for longest goes first.
 MAX_GRAPHS = 64
-# Above, a forward's arithmetic takes longer than its launches, and buckets would waste it.
+# With padding. Above, a forward's arithmetic takes longer than its launches, and buckets would waste it.
 MAX_TOKENS = 16384
+# What a forward runs of which the reference would wait for the GPU, to look at lengths and ids.
+_OPERATORS = ("embedding_projection", "attention", "bias_gelu", "add_layer_norm")
 
 
 def _size_class(n: int, least: int) -> int:
@@ -56,6 +66,38 @@ class Bucket:
         longest = 1 << (max(max_seqlen, 16) - 1).bit_length()
         return cls(_size_class(tokens, 16), _size_class(sequences, 1), longest, output_tokens, backend)
 
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens in {self.sequences} sequence(s) of at most {self.max_seqlen}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a forward is asked: ids, types, positions and mask (B, S), or packed (T,) with cu_seqlens (B + 1,) int32."""
+
+    ids: Tensor
+    types: Tensor | None
+    positions: Tensor | None
+    output_tokens: str
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0  # of packed input
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.ids, self.types, self.positions, self.mask, self.cu_seqlens) if t is not None]
+
+    def sizes(self, lengths: Tensor | None) -> tuple[int, int, int]:
+        """Tokens, sequences and the longest of them; `lengths` of a mask's rows are waited for."""
+        if self.cu_seqlens is not None:
+            return len(self.ids), len(self.cu_seqlens) - 1, min(self.max_seqlen, len(self.ids))
+        if lengths is None:
+            return self.ids.numel(), self.ids.shape[0], self.ids.shape[1]
+        counted = lengths.tolist()
+        return sum(counted), len(counted), max(counted, default=0)
+
+
+class CaptureError(RuntimeError):
+    """A graph could not be captured; the forward itself runs."""
+
 
 class Replay(Protocol):
     """A captured forward: `result` is rewritten by `replay`, from what then stands in the tensors it was captured with."""
@@ -76,6 +118,14 @@ class CUDACapture:
         self._stream: torch.cuda.Stream | None = None
         self._last: torch.cuda.Event | None = None  # behind the last replay and what was copied out of it
 
+    def why_not(self, model: ALBERTModel) -> str | None:
+        """Why the model's operators cannot be captured."""
+        dtype = model.embeddings.word_embeddings.weight.dtype
+        for op in _OPERATORS:
+            if dispatch.resolve(op, self.device_type, dtype, model.backend) == "reference":
+                return f"{op} runs on backend 'reference', which waits for the GPU"
+        return None
+
     def begin(self, device: torch.device) -> None:
         """Order this call behind the one before it, which may have been on another stream; raise what that found wrong."""
         ops.raise_pending(device)
@@ -83,20 +133,23 @@ class CUDACapture:
             torch.cuda.current_stream(device).wait_event(self._last)
 
     def end(self, device: torch.device) -> None:
-        self._last = torch.cuda.Event()
+        if self._last is None:
+            self._last = torch.cuda.Event()
         self._last.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
-        """For the last replay: graphs are let go of when nothing runs them."""
-        if self._last is not None:
+        """For the last replay: graphs, and what they read, are let go of when nothing runs them."""
+        # A model that is found dead during a capture would end it.
+        if self._last is not None and not torch.cuda.is_current_stream_capturing():
             self._last.synchronize()
 
     def forget(self) -> None:
         """All graphs are gone, and the pool with them."""
-        self._pool = self._stream = None
+        self._pool = self._stream = self._last = None
 
     def __call__(self, run: Callable[[], Encoded], device: torch.device) -> Replay:
-        with ops.CAPTURE, torch.cuda.device(device):
+        # The stream is set once more because a capture that fails leaves its own the current one.
+        with ops.CAPTURE, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             if self._pool is None or self._stream is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -108,6 +161,9 @@ class CUDACapture:
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 return _CUDAReplay(run, self._pool, self._stream)
+            except RuntimeError as error:
+                self._pool = None  # what the failed capture holds of it is not to be trusted
+                raise CaptureError(str(error).partition("\n")[0]) from error
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
 
@@ -125,13 +181,50 @@ class _CUDAReplay:
         self._reports.replayed(describe)
 
 
-@dataclass
-class _Captured:
-    ids: Tensor  # (tokens,) int64 of the bucket, like types and positions
-    types: Tensor
-    positions: Tensor
-    cu_seqlens: Tensor  # (sequences + 1,) int32
-    graph: Replay
+class _Look(NamedTuple):
+    """What a model's parts are like at the moment."""
+
+    training: bool
+    hooked: bool
+    weights: list[tuple[int, torch.dtype]]  # where they are
+
+
+class _Parts:
+    """A model's parts in one flat list, which a look goes through many times faster than a walk does. Without the root,
+    which would be held in a circle."""
+
+    def __init__(self, model: ALBERTModel) -> None:
+        self._top = tuple(model._modules.values())
+        modules = [module for top in self._top if top is not None for module in top.modules()]
+        self._all = [(module, tuple(module._modules.values())) for module in modules]
+        self._plain: bool | None = None
+
+    def look(self, model: ALBERTModel) -> _Look | None:
+        """None where a part was replaced since."""
+        if tuple(model._modules.values()) != self._top:
+            return None
+        training, hooked, weights = model.training, False, []
+        for module, children in self._all:
+            if tuple(module._modules.values()) != children:
+                return None
+            training = training or module.training
+            hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    weights.append((parameter.data_ptr(), parameter.dtype))
+        return _Look(training, hooked or nn.modules.module._has_any_global_hook(), weights)
+
+    def plain(self, model: ALBERTModel) -> bool:
+        """Whether the layers, which have no hooks, are made of what they are known for."""
+        if self._plain is None:
+            self._plain = all(layer.is_plain() for layer in model.encoder.distinct())
+        return self._plain
+
+
+@cache
+def _say(reason: str) -> None:
+    # Cached, so that each reason is said once a process.
+    warnings.warn(f"albert_fast: no CUDA graphs, although warmup was called: {reason}", stacklevel=2)
 
 
 class GraphCache:
@@ -140,9 +233,14 @@ class GraphCache:
     def __init__(self, capture: Any = None, limit: int = MAX_GRAPHS) -> None:
         self._capture, self._limit = CUDACapture() if capture is None else capture, limit
         self._lock = threading.RLock()
-        self._graphs: OrderedDict[Bucket, _Captured] = OrderedDict()
+        self._graphs: OrderedDict[Bucket, Replay] = OrderedDict()
+        self._inputs: ops.GraphInputs | None = None
         self._met: set[Bucket] = set()
-        self._weights: tuple[int, ...] = ()
+        self._refused: dict[Bucket, str] = {}
+        self._weights: list[tuple[int, torch.dtype]] = []
+        self._parts: _Parts | None = None
+        # A model may be deleted while its last replay runs; at the end of the process nobody is left to care.
+        weakref.finalize(self, self._capture.wait).atexit = False
 
     def __deepcopy__(self, _memo: Any) -> GraphCache:
         return GraphCache()
@@ -153,89 +251,161 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def why_not(self, model: ALBERTModel, tokens: int, device: torch.device) -> str | None:
-        """Why a call with so many tokens, on such a device, cannot be a graph; None where it can."""
+    def _look(self, model: ALBERTModel) -> _Look:
+        parts = self._parts
+        if parts is None or (look := parts.look(model)) is None:
+            self._parts = parts = _Parts(model)
+            look = parts.look(model)
+        assert look is not None  # of the parts that were just found
+        return look
+
+    def why_not(self, model: ALBERTModel, places: int, device: torch.device) -> str | None:
+        """Why a call with so many tokens, padding counted, on such a device, cannot be a graph; None where it can."""
+        look = self._look(model)
+        return self._beyond(model, look, places, device) or self._avoidable(model, look, device)
+
+    def _beyond(self, model: ALBERTModel, look: _Look, places: int, device: torch.device) -> str | None:
+        """What graphs are not for."""
+        if torch.compiler.is_compiling():
+            return "a compiler traces the operators"
         if device.type != self._capture.device_type:
             return f"graphs are captured on {self._capture.device_type}, not on {device.type}"
         if device != model.embeddings.word_embeddings.weight.device:
             return "the model is elsewhere"
-        if torch.compiler.is_compiling():
-            return "a compiler traces the operators"
-        if torch.is_grad_enabled() or any(module.training for module in model.modules()):
-            return "a gradient may be asked for: torch.no_grad() and eval() say that it is not"
-        if torch.is_autocast_enabled(device.type):
-            return "autocast is on"
-        if not 0 < tokens <= MAX_TOKENS:
-            return f"{tokens} tokens: graphs are for 1 to {MAX_TOKENS}"
+        if look.training:
+            return "the model, or a part of it, is in training mode"
+        if not 0 < places <= MAX_TOKENS:
+            return f"{places} tokens with padding: graphs are for 1 to {MAX_TOKENS}"
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "the caller captures a graph"
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in (model.embeddings, model.encoder))
-        if hooked or not all(layer.is_plain() for layer in model.encoder.distinct()):
-            return "a part has hooks or was replaced"
         return None
 
-    def run(self, model: ALBERTModel, packing: Packing, ids: Tensor, types: Tensor | None, positions: Tensor,
-            output_tokens: str) -> Encoded | None:  # fmt: skip
-        """The forward of packed ids, types and positions (T,), by replay of its bucket's graph; None where that is met for
-        the first time: to capture it costs as much as many calls."""
-        device, tokens, sequences = ids.device, len(ids), packing.num_sequences
-        bucket = Bucket.of(tokens, sequences, packing.max_seqlen, output_tokens, model.backend)
+    def _avoidable(self, model: ALBERTModel, look: _Look, device: torch.device) -> str | None:
+        """What whoever asked for graphs will want to know."""
+        if torch.is_grad_enabled():
+            return "a gradient may be asked for: torch.no_grad() says that it is not"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on"
+        if look.hooked or self._parts is None or not self._parts.plain(model):
+            return "a part has hooks or was replaced"
+        reason: str | None = self._capture.why_not(model)
+        return reason
+
+    def forecast(self, model: ALBERTModel, bucket: Bucket, places: int, device: torch.device) -> str:
+        """What becomes of a call of such a bucket, made as `forecast` is, in a sentence."""
+        if reason := self.why_not(model, places, device) or self._refused.get(bucket):
+            return f"no CUDA graph: {reason}"
+        with self._lock:
+            self._forget_other_weights(self._look(model).weights)
+            if bucket in self._graphs:
+                return f"a replay of the CUDA graph for {bucket}"
+            met = bucket in self._met
+        return f"{'captured by this call' if met else 'captured by the call after this one'}: a CUDA graph for {bucket}"
+
+    def run(self, model: ALBERTModel, call: Call) -> Encoded | None:
+        """The forward by replay of its bucket's graph; None where there is none, or its bucket is met for the first time: to
+        capture it costs as much as many calls."""
+        device = call.ids.device
+        if device.type != self._capture.device_type:  # warmed up for a GPU, and called on a CPU
+            return None
+        look = self._look(model)
+        if self._beyond(model, look, call.ids.numel(), device) or any(t.device != device for t in call.tensors()):
+            return None
+        if reason := self._avoidable(model, look, device):
+            _say(reason)
+            return None
+        lengths = None if call.mask is None else call.mask.count_nonzero(1)
+        tokens, sequences, longest = call.sizes(lengths)
+        bucket = Bucket.of(tokens, sequences, longest, call.output_tokens, model.backend)
         # Static tensors are the same for callers in every mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._forget_other_weights(model)
+            self._forget_other_weights(look.weights)
+            if not tokens or sequences > MAX_TOKENS or bucket in self._refused:
+                return None
             if bucket not in self._graphs and bucket not in self._met:
                 self._met.add(bucket)
                 return None
             self._capture.begin(device)
             try:
-                captured = self._graphs.get(bucket) or self._record(model, bucket, device)
+                graph = self._graphs.get(bucket) or self._record(model, bucket, device)
                 self._graphs.move_to_end(bucket)
-                for static, given in ((captured.ids, ids), (captured.types, types), (captured.positions, positions)):
-                    static[:tokens] = 0 if given is None else given
-                    static[tokens:] = 0
-                captured.cu_seqlens[: sequences + 1] = packing.cu_seqlens
-                captured.cu_seqlens[sequences + 1 :] = tokens
-                captured.graph.replay(self._describe(model, packing, ids, types, positions))
-                static_result = captured.graph.result
-                rows, pooled = tokens if output_tokens == "all" else sequences, static_result.pooled
-                # Copies: the next replay writes there again.
-                return replace(
-                    static_result,
-                    packing=packing,
-                    hidden=static_result.hidden[:rows].clone(),
-                    pooled=None if pooled is None else pooled[:sequences].clone(),
-                )
+                packing = self._write(call, lengths, (tokens, longest), bucket)
+                graph.replay(self._describe(model, packing, call))
+                return self._copied(graph.result, packing, tokens, sequences)
+            except CaptureError as error:
+                self._refused[bucket] = f"the capture failed: {error}"
+                _say(self._refused[bucket])
+                return None
             finally:
                 self._capture.end(device)
 
-    def _describe(
-        self, model: ALBERTModel, packing: Packing, ids: Tensor, types: Tensor | None, positions: Tensor
-    ) -> ops.Describe:
+    def _write(self, call: Call, lengths: Tensor | None, sizes: tuple[int, int], bucket: Bucket) -> Packing:
+        """Put the call where graphs read it; how it is packed."""
+        assert self._inputs is not None  # made when the first graph was recorded
+        (tokens, longest), bounds = sizes, (bucket.tokens, bucket.sequences)
+        if call.cu_seqlens is not None:
+            self._inputs.write_packed(call.ids, call.types, call.positions, call.cu_seqlens, longest, bounds)
+            return Packing(None, call.cu_seqlens, call.max_seqlen, None)
+        # Nothing is padding: the mask need not be read.
+        mask = None if tokens == call.ids.numel() else call.mask
+        padded = call.ids, call.types, call.positions, mask, None if mask is None else lengths
+        indices, cu_seqlens = self._inputs.write_padded(*padded, tokens, bounds)
+        return Packing(indices, cu_seqlens, longest, (call.ids.shape[0], call.ids.shape[1]))
+
+    def _copied(self, result: Encoded, packing: Packing, tokens: int, sequences: int) -> Encoded:
+        """Copies of the bucket's result, without what is left over: the next replay writes there again."""
+        pooled = None if result.pooled is None else result.pooled[:sequences].clone()
+        if pooled is not None and result.output_tokens == "first":
+            # Of first tokens the pooled state alone is read.
+            hidden = result.hidden.new_empty(0, result.hidden.shape[1])
+        else:
+            hidden = result.hidden[: tokens if result.output_tokens == "all" else sequences].clone()
+        return type(result)(packing, result.output_tokens, hidden, pooled, None, None)
+
+    def _describe(self, model: ALBERTModel, packing: Packing, call: Call) -> ops.Describe:
         embeddings = model.embeddings
         tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
-        with ops.placing(packing.place):
-            return ops.index_error((ids, types, positions), tuple(table.num_embeddings for table in tables))
+        sizes = tuple(table.num_embeddings for table in tables)
 
-    def _forget_other_weights(self, model: ALBERTModel) -> None:
-        weights = tuple(tensor.data_ptr() for tensor in model.parameters())
+        def describe(code: int) -> Exception:
+            ids = tuple(None if t is None else packing.gather(t) for t in (call.ids, call.types, call.positions))
+            with ops.placing(packing.place):
+                return ops.index_error(ids, sizes)(code)
+
+        return describe
+
+    def clear(self) -> None:
+        """Let go of all graphs and of their memory."""
+        with self._lock:
+            self._capture.wait()
+            self._graphs.clear()
+            self._inputs = None
+            self._capture.forget()
+            self._met.clear()
+            self._refused.clear()
+
+    def _forget_other_weights(self, weights: list[tuple[int, torch.dtype]]) -> None:
         if weights != self._weights:
-            if self._graphs:
+            if self._graphs or self._inputs is not None:
                 self._capture.wait()
                 self._graphs.clear()
+                self._inputs = None
                 self._capture.forget()
+            self._refused.clear()
             self._weights = weights
 
-    def _record(self, model: ALBERTModel, bucket: Bucket, device: torch.device) -> _Captured:
-        ids, types, positions = (torch.zeros(bucket.tokens, dtype=torch.int64, device=device) for _ in range(3))
-        # While it is recorded: ids that are in every table, in sequences of one length, for a tuner to have work.
-        length = min(bucket.tokens // bucket.sequences, bucket.max_seqlen)
-        cu_seqlens = length * torch.arange(bucket.sequences + 1, dtype=torch.int32, device=device)
+    def _record(self, model: ALBERTModel, bucket: Bucket, device: torch.device) -> Replay:
+        if self._inputs is None:
+            self._inputs = ops.GraphInputs(MAX_TOKENS, device)
+        # While it is recorded: ids that are in every table, in sequences of one length.
+        self._inputs.blank(bucket.tokens, bucket.sequences, min(bucket.tokens // bucket.sequences, bucket.max_seqlen))
+        ids, types, positions, cu_seqlens = self._inputs.views(bucket.tokens, bucket.sequences)
         packing = Packing(None, cu_seqlens, bucket.max_seqlen, None)
 
         def run() -> Encoded:
             return model.compute(packing, ids, types, positions, None, False, False, bucket.output_tokens)
 
-        self._graphs[bucket] = _Captured(ids, types, positions, cu_seqlens, self._capture(run, device))
+        self._graphs[bucket] = self._capture(run, device)
         if len(self._graphs) > self._limit:
             self._capture.wait()
             self._graphs.popitem(last=False)

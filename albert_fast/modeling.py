@@ -24,9 +24,9 @@ from .config import ALBERTConfig
 from .encoder import Embeddings, Encoder
 from .fast_model import FastModel
 from .gemm import linear
-from .graphs import GraphCache
+from .graphs import Call, GraphCache
 from .outputs import BaseModelOutput
-from .packing import Packing, blank_empty, first_tokens, pack, packed_already, select, take
+from .packing import Packing, blank_empty, check_mask, first_tokens, pack, packed_already, select, take
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,14 @@ class ALBERTModel(FastModel):
         packing = packed_already(len(given), cu_seqlens, max_seqlen)
         if position_ids is None:
             self._check_length(max_seqlen)
+        call = input_ids, token_type_ids, position_ids, output_tokens, None, packing.cu_seqlens, max_seqlen
+        replayed = None if output_hidden_states else self._replay((len(given),), *call)
+        if replayed is not None:
+            return self._output(replayed, return_dict)
+        if position_ids is None:
             starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=len(given))
             position_ids = torch.arange(len(given), device=given.device) - starts
-        encoded = self._encode_packed(
+        encoded = self.compute(
             packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, False, output_tokens
         )
         return self._output(encoded, return_dict)
@@ -170,33 +175,38 @@ class ALBERTModel(FastModel):
                 f"expected input_ids (B, S) or inputs_embeds (B, S, E), got the shape {tuple(given.shape)}"
             )
         batch, columns = given.shape[:2]
-        packing = pack((batch, columns), attention_mask, given.device)
         if position_ids is None:
             self._check_length(columns)
-            position_ids = torch.arange(columns, device=given.device)[None]
-        if position_ids.shape == (1, columns):
+        elif position_ids.shape == (1, columns):
             position_ids = position_ids.expand(batch, columns)
-        return self._encode_packed(
-            packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, output_attentions,
-            output_tokens,
-        )  # fmt: skip
-
-    def _encode_packed(
-        self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,
-        inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool, output_tokens: Tensor | str,
-    ) -> Encoded:  # fmt: skip
-        if self._graphs is not None and not (inputs_embeds is not None or output_hidden_states or output_attentions):
-            tokens = position_ids.numel() if packing.indices is None else len(packing.indices)
-            if isinstance(output_tokens, str) and self._graphs.why_not(self, tokens, position_ids.device) is None:
-                ids, types, positions, _ = self._packed(packing, input_ids, token_type_ids, position_ids, None)
-                assert ids is not None  # inputs_embeds were not given
-                encoded = self._graphs.run(self, packing, ids, types, positions, output_tokens)
-                if encoded is not None:
-                    return encoded
+        if not (output_hidden_states or output_attentions):
+            call = input_ids, token_type_ids, position_ids, output_tokens, attention_mask
+            if (replayed := self._replay((batch, columns), *call)) is not None:
+                return replayed
+        packing = pack((batch, columns), attention_mask, given.device)
+        if position_ids is None:
+            position_ids = torch.arange(columns, device=given.device)[None].expand(batch, columns)
         return self.compute(
             packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, output_attentions,
             output_tokens,
         )  # fmt: skip
+
+    def _replay(
+        self, shape: tuple[int, ...], input_ids: Tensor | None, token_type_ids: Tensor | None,
+        position_ids: Tensor | None, output_tokens: Tensor | str, attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None, max_seqlen: int = 0,
+    ) -> Encoded | None:  # fmt: skip
+        """The forward as a CUDA graph, see `graphs`; None where it is none. Arguments are checked as without."""
+        graphs = self._graphs  # read once: another thread may turn them off
+        if graphs is None or torch.compiler.is_compiling() or input_ids is None or isinstance(output_tokens, Tensor):
+            return None
+        for name, ids in (("input_ids", input_ids), ("position_ids", position_ids), ("token_type_ids", token_type_ids)):
+            if ids is not None:
+                _check_ids(name, ids, shape)
+        if attention_mask is not None:
+            check_mask((shape[0], shape[1]), attention_mask)
+        call = Call(input_ids, token_type_ids, position_ids, output_tokens, attention_mask, cu_seqlens, max_seqlen)
+        return graphs.run(self, call)
 
     def compute(
         self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,
@@ -288,11 +298,16 @@ def exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tenso
     return given
 
 
-def _packed_ids(name: str, ids: Tensor, packing: Packing, shape: tuple[int, ...]) -> Tensor:
-    """`ids` packed, int64; TypeError where they are not integers, ValueError where their shape is not the batch's."""
+def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
+    """TypeError where `ids` are not integers, ValueError where their shape is not the batch's."""
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise TypeError(f"{name} must be integers, got {ids.dtype}")
     if ids.shape != shape:
         raise ValueError(f"{name} {tuple(ids.shape)} does not fit the batch of {tuple(shape)}")
+
+
+def _packed_ids(name: str, ids: Tensor, packing: Packing, shape: tuple[int, ...]) -> Tensor:
+    """`ids` packed, int64; checked."""
+    _check_ids(name, ids, shape)
     packed = packing.gather(ids)
     return packed if packed.dtype == torch.int64 else packed.long()

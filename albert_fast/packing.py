@@ -42,7 +42,7 @@ class Packing:
 
     def ordered(self) -> Packing:
         """With `order`, on a GPU where lengths may differ; the C++ kernels sort for themselves."""
-        if self.order is not None or self.is_dense or not self.cu_seqlens.is_cuda:
+        if self.order is not None or self.is_dense or self.num_sequences < 2 or not self.cu_seqlens.is_cuda:
             return self
         return replace(self, order=longest_first(self.cu_seqlens))
 
@@ -116,23 +116,24 @@ register("pack_indices(Tensor mask) -> (Tensor, Tensor)", _pack_indices, _pack_i
 register("select_rows(Tensor flags, Tensor cu_seqlens) -> (Tensor, Tensor)", _select_rows, _select_rows_fake)
 
 
+def check_mask(shape: tuple[int, int], attention_mask: Tensor) -> None:
+    """ValueError for a mask of another shape than (B, S), or one with negative elements."""
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit the batch of {tuple(shape)}")
+    if attention_mask.is_floating_point() and not torch.compiler.is_compiling() and bool((attention_mask < 0).any()):
+        raise ValueError(
+            "attention_mask has negative elements: it is 0 at padding and 1 elsewhere, not added to scores"
+        )
+
+
 def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.device) -> Packing:
     """The packing of a (B, S) batch; `attention_mask` (B, S), 0 where padded, in any pattern; None: all tokens are real.
 
     Raises:
         ValueError: a mask of another shape, or one with negative elements.
     """
-    if attention_mask is not None and attention_mask.shape != shape:
-        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit the batch of {tuple(shape)}")
-    if (
-        attention_mask is not None
-        and attention_mask.is_floating_point()
-        and not torch.compiler.is_compiling()
-        and bool((attention_mask < 0).any())
-    ):
-        raise ValueError(
-            "attention_mask has negative elements: it is 0 at padding and 1 elsewhere, not added to scores"
-        )
+    if attention_mask is not None:
+        check_mask(shape, attention_mask)
     batch, columns = shape
     # On a CPU to ask costs less than to pack; on a GPU either waits for it, and one wait is enough.
     asked = attention_mask is not None and not attention_mask.is_cuda and not torch.compiler.is_compiling()

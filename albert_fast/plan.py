@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import dispatch, gemm
 from .encoder import fuses_ffn
+from .graphs import Bucket
 from .modeling import ALBERTModel
 from .packing import pack
 
@@ -57,7 +58,9 @@ def _chosen(op: str, device_type: str, dtype: torch.dtype, backend: str) -> tupl
 
 
 def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Plan:
-    """What `model(input_ids, attention_mask)` would run where, and why.
+    """What `model(input_ids, attention_mask)` would run where, and why; after `warmup` also whether as a CUDA graph.
+
+    That depends on the modes it is asked in: under torch.no_grad() as the call will be.
 
     Args:
         model: an ALBERTModel or a model with a head.
@@ -148,10 +151,16 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     padding = 1 - tokens / (batch * columns) if batch * columns else 0.0
     wanted = "the first token of each sequence" if first_only else "every token"
     precision = f"int{bits} layers" if bits else str(dtype).removeprefix("torch.")
+    graphs = ""
+    if encoder._graphs is not None:
+        longest = int(lengths.max()) if batch else 0
+        bucket = Bucket.of(tokens, batch, longest, getattr(model, "output_tokens", "all"), backend)
+        graphs = f"; {encoder._graphs.forecast(encoder, bucket, batch * columns if tokens else 0, input_ids.device)}"
     summary = (
         f"{type(model).__name__}, {precision} on {device}, backend={backend!r}: {batch} x {columns} "
         f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "
         f"group(s), the last one for {wanted}; {sum(s.gflop for s in steps):.2f} GFLOP"
         + (f"; layers operator by operator: {apart_because}" if apart_because else "")
+        + graphs
     )
     return Plan(summary, steps)

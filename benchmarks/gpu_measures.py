@@ -11,7 +11,8 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from operators import GPU_SHAPES, OperatorGroup
 from shapes import Shape
 from sides import FAST
 
-from albert_fast import dispatch, info
+from albert_fast import ALBERTModel, dispatch, explain, info
 from albert_fast.testing import ALL_CASES
 from albert_fast.testing.timing import Side, interleaved
 
@@ -36,6 +37,9 @@ _MASKED = 0.15  # of the tokens have a label in training
 _LOSS_TOLERANCE = 2e-2  # relative, of two first losses in bfloat16
 # Seconds that a question takes with the compilation of its peers, on the safe side.
 _OPERATOR, _ATTENTION, _COMPILED, _TUNED, _EAGER, _ALONE, _TUNING = 12, 6, 30, 75, 8, 4, 25
+_CALLS = 200  # one at a time
+# At once, fewer than reports of bad ids wait for; and for how long the GPU is busy before them.
+_QUEUED, _BUSY_CYCLES = 32, 40_000_000
 
 
 def _options(part: Part) -> Options:
@@ -209,11 +213,54 @@ def model(part: Part) -> None:
         ask("alone", name, batch, (FAST,), _ALONE)
     for name, batch, names in questions:
         ask("uncompiled", name, batch, names, _EAGER)
+    if part.device == "cuda":
+        part.attempt("latency of 1x128", partial(_latency, part, models["base"], "1x128"), needs=_ALONE)
     dense = questions[0][1]
     for side in all_eager if part.device == "cuda" else ():
         part.attempt(f"memory of {side}", partial(_memory, part, models["base"], dense, side), needs=_EAGER)
     for name, batch, side in compiled:
         ask(side, name, batch, (FAST, side), _TUNED if side == tuned else _COMPILED, peers_alone=True)
+
+
+def _latency(part: Part, model: peers.Peers, name: str) -> None:
+    """Replays of our CUDA graph one at a time, with the weights in the L2 cache: until a call has returned, until its answer
+    is there, and how much of it the GPU works. A mask has the host wait for the GPU first."""
+    batch = model.batch(name)
+    fast = ALBERTModel.from_pretrained(model.files(FAST)[0], precision="bf16", device=part.device)
+    fast.warmup([(batch.ids.shape[0], batch.ids.shape[1])])
+    with torch.inference_mode():
+        for what, given in (("no mask", None), ("mask", batch.mask)):
+            call = partial(fast, batch.ids, given)
+            returned, answered = zip(*(_one_at_a_time(call) for _ in range(_CALLS)), strict=True)
+            part.add(
+                "latency", key=f"latency {name} {what}", batch=name, what=what, plan=explain(fast, batch.ids, given).summary,
+                returned=statistics.median(returned), answered=statistics.median(answered),
+                device=_device_seconds(call) if given is None else None,
+            )  # fmt: skip
+
+
+def _one_at_a_time(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds until `call` returns, and until the GPU is done."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    returned = time.perf_counter()
+    torch.cuda.synchronize()
+    return returned - begin, time.perf_counter() - begin
+
+
+def _device_seconds(call: Callable[[], object]) -> float | None:
+    """Seconds of the GPU's work alone: of calls that were all started while it was kept busy; None where they were not."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_BUSY_CYCLES)
+    start.record()
+    for _ in range(_QUEUED):
+        call()
+    end.record()
+    late = start.query()
+    torch.cuda.synchronize()
+    return None if late else start.elapsed_time(end) / _QUEUED / 1e3
 
 
 def _memory(part: Part, model: peers.Peers, name: str, side: str) -> None:

@@ -139,7 +139,7 @@ class Counts:
 
 
 def parity(part: Part) -> None:
-    """The operators' parity tests on every GPU kernel and tests/test_gpu.py, in this process and those of xdist.
+    """The operators' parity tests on every GPU kernel and tests/test_gpu*.py, in this process and those of xdist.
 
     First a pass over every kernel in bfloat16, on a few shapes of its grid and of a real batch, then all the others.
     """
@@ -156,7 +156,13 @@ def parity(part: Part) -> None:
         for op, devices in dispatch.TABLE.items()
         if set(devices["cuda"]) - {"reference"}
     }
-    files = ["tests/test_gpu.py", "tests/test_large_offsets.py", *(f"tests/test_{op}.py" for op in kernels)]
+    files = [
+        "tests/test_gpu.py",
+        "tests/test_gpu_graphs.py",
+        "tests/test_graph_inputs.py",
+        "tests/test_large_offsets.py",
+        *(f"tests/test_{op}.py" for op in kernels),
+    ]
     selection = _SELECTION
     if part.device == "cpu":
         os.environ |= {"ALBERT_FAST_TEST_DEVICE": "cpu", "TRITON_INTERPRET": "1"}

@@ -12,6 +12,7 @@ PRODUCT_SHARE, OVER_SDPA, OVER_COMPILE = 0.65, 2.0, 1.3
 COPY_SHARE, ATTENTION, RAGGED_ATTENTION = 0.9, 1.0, 1.7
 LENGTHS_WITHIN, SMALL_MICROSECONDS, MEMORY_SHARE = 1.05, 100.0, 1 / 3
 _LISTED = 40  # a broken kernel fails in every test after it
+_LATENCIES = ("returned", "answered", "device")  # of a call: to its return, to its answer, and the GPU's work in it
 MEMORY_BOUND = ("bias_gelu", "add_layer_norm", "gelu_layer_norm", "embedding_projection")
 
 Row = Mapping[str, Any]
@@ -216,7 +217,13 @@ def _figures(part: str, records: Sequence[Row], limits: Mapping[str, float]) -> 
     ]
     lines = [f"## {part.capitalize()}", "", *_table(head, body)] if body else []
     sizes = [[f"{r['batch']} {r['side']}", f"{r['peak_mib']:.0f}"] for r in records if r["kind"] == "memory"]
-    return lines + (_table(["peak memory", "MiB"], sizes) if sizes else [])
+    lines += _table(["peak memory", "MiB"], sizes) if sizes else []
+    times = [
+        [f"{r['batch']} {r['what']}", *(_digits(None if r[n] is None else r[n] * 1e6) for n in _LATENCIES)]
+        for r in records
+        if r["kind"] == "latency"
+    ]
+    return lines + (_table(["ours, one call at a time", *(f"{n}, us" for n in _LATENCIES)], times) if times else [])
 
 
 def _tiles(records: Sequence[Row]) -> list[str]:

@@ -11,12 +11,15 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import gpu_measures
 import gpu_proofs
 import gpu_suite
 import pytest
+import torch
 from gpu_part import LOST, Part
 from gpu_report import markdown, targets
 
@@ -236,6 +239,41 @@ def test_tuned_tiles_stand_beside_the_default_ones():
     lines = markdown({**header, "parts": parts}).splitlines()
     assert f"| {name} | 1.00 | 0.800 |" in lines
     assert "| attention_fwd 64 bf16 | BLOCK_M 128, num_warps 8 |" in lines
+
+
+class Event:
+    """One of CUDA's, of a GPU that is busy until it is waited for."""
+
+    late = False
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.late
+
+    def elapsed_time(self, _other: Event) -> float:
+        return 6.4
+
+
+def test_a_call_is_timed_until_it_returns_until_its_answer_and_on_the_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.05))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _cycles: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    returned, answered = gpu_measures._one_at_a_time(lambda: time.sleep(0.01))
+    assert 0.01 <= returned < answered
+    assert answered >= 0.06
+    calls: list[None] = []
+    assert gpu_measures._device_seconds(lambda: calls.append(None)) == pytest.approx(6.4e-3 / len(calls))
+    monkeypatch.setattr(Event, "late", True)
+    assert gpu_measures._device_seconds(lambda: None) is None, "the GPU had nothing to do for a while"
+    latency = {"kind": "latency", "batch": "1x128", "what": "mask", "returned": 5e-5, "answered": 2e-4, "device": None}
+    part = {"part": "model", "status": "", "seconds": 0.0, "limit": 0.0, "why": "", "records": [latency]}
+    suite = {"name": "", "rehearsal": False, "command": [], "began": "", "seconds": 0.0, "not_run": [], "parts": [part]}
+    assert "| 1x128 mask | 50.0 | 200 |  |" in markdown(suite)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from ._capture import CAPTURE, capturing
+
 Tiles = dict[str, int]
 Launch = Callable[[Tiles], Any]
 # Milliseconds that a call takes.
@@ -44,11 +46,6 @@ def choose(kernel: str, key: Callable[[], str], candidates: Sequence[Tiles], lau
 def asked_for() -> bool:
     """Whether ALBERT_FAST_TUNE=1 was set when the first kernel started; Triton's interpreter is never timed."""
     return os.environ.get("ALBERT_FAST_TUNE", "0") == "1" and not triton.knobs.runtime.interpret
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -77,15 +74,20 @@ class Tuner:
 
     def choose(self, key: str, candidates: Sequence[Tiles], launch: Launch) -> Tiles:
         """The known winner of `key` if it still is a candidate, else the fastest, timed now and remembered."""
-        winner = self._winners.get(key)
-        if winner is not None and winner in candidates:
+        if (winner := self._known(key, candidates)) is not None:
             return winner
         if capturing():  # timing waits for the GPU, which a capture forbids
             return candidates[0]
-        times = [self._time(launch, tiles) for tiles in candidates]
-        self._winners[key] = winner = candidates[times.index(min(times))]
-        self._keep(key, winner)
+        with CAPTURE:  # it waits for the whole device, which would end another thread's capture and spoil its timing
+            if (winner := self._known(key, candidates)) is None:
+                times = [self._time(launch, tiles) for tiles in candidates]
+                self._winners[key] = winner = candidates[times.index(min(times))]
+                self._keep(key, winner)
         return winner
+
+    def _known(self, key: str, candidates: Sequence[Tiles]) -> Tiles | None:
+        winner = self._winners.get(key)
+        return winner if winner in candidates else None
 
     def _time(self, launch: Launch, tiles: Tiles) -> float:
         try:

@@ -1,58 +1,21 @@
-"""The buckets, the static tensors and the order of replays, with a stand-in for the GPU: it captures by remembering what to run."""
+"""The buckets, the numbers, the order of replays and what weights and threads do meanwhile, with a stand-in for the GPU."""
 
 import copy
 import io
 import sys
 import threading
+import warnings
+from functools import partial
 
 import pytest
 import torch
 
-from albert_fast import ALBERTConfig, ALBERTForMultipleChoice, ALBERTForSequenceClassification, ALBERTModel
-from albert_fast.graphs import Bucket, GraphCache
+import albert_fast
+from albert_fast import ALBERTForSequenceClassification, ALBERTModel, graphs
+from albert_fast.graphs import Bucket
+from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
 
-CONFIG = ALBERTConfig(
-    vocab_size=61, embedding_size=12, hidden_size=40, num_attention_heads=4, intermediate_size=56, num_hidden_layers=3,
-    max_position_embeddings=64,
-)  # fmt: skip
-
-
-class Remembered:
-    """A "graph" on the CPU: every replay runs the captured function again and writes where the capture's results stand."""
-
-    def __init__(self, run):
-        self._run, self.result = run, run()
-
-    def replay(self, describe):
-        assert callable(describe)
-        new = self._run()
-        self.result.hidden.copy_(new.hidden)
-        if new.pooled is not None:
-            self.result.pooled.copy_(new.pooled)
-
-
-class Capture:
-    device_type = "cpu"
-
-    def __init__(self):
-        self.captured, self.inside, self.waits = 0, 0, 0
-
-    def begin(self, device):
-        self.inside += 1
-        assert self.inside == 1, "replays of one model never overlap"
-
-    def end(self, device):
-        self.inside -= 1
-
-    def wait(self):
-        self.waits += 1
-
-    def forget(self):
-        assert self.waits > 0
-
-    def __call__(self, run, device):
-        self.captured += 1
-        return Remembered(run)
+pytest.importorskip("triton")
 
 
 @pytest.fixture
@@ -64,21 +27,30 @@ def capture(monkeypatch):
 
 @pytest.fixture
 def model(capture):
-    made = ALBERTModel(CONFIG, backend="reference").eval()  # which, like the GPU's, takes rows that are in no sequence
-    made._graphs = GraphCache(capture)
-    return made
+    return graphed(capture)
 
 
-def plain(model):
-    other = copy.deepcopy(model)
-    other.base._graphs = None
-    return other
+def in_threads(works):
+    """Run each in a thread of its own; their exceptions."""
+    failures = []
+
+    def guarded(work):
+        try:
+            work()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures
 
 
-def batch(rows, columns, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(61, (rows, columns), generator=generator)
-    return ids, (torch.rand(rows, columns, generator=generator) < 0.7).long()
+@pytest.fixture(autouse=True)
+def _say_again():
+    graphs._say.cache_clear()
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 24, 25, 32, 33, 48, 49, 1000, 16384])
@@ -133,7 +105,7 @@ def test_an_answer_is_not_overwritten_by_the_next(model):
 
 
 def test_packed_calls_are_replayed_too(model, capture):
-    ids, cu_seqlens = batch(1, 11)[0][0], torch.tensor([0, 4, 4, 11], dtype=torch.int32)
+    ids, cu_seqlens = batch(1, 11)[0][0], torch.tensor([0, 4, 4, 11], dtype=torch.int32, device=DEVICE)
     with torch.no_grad():
         model.forward_packed(ids, cu_seqlens, 7)
         actual = model.forward_packed(ids, cu_seqlens, 7)
@@ -155,10 +127,17 @@ def test_what_cannot_be_a_graph_runs_as_ever(model, capture):
         assert model(ids[:0]).pooler_output.shape == (0, 40)
         assert not model(ids, mask * 0).pooler_output.isnan().any()
         hook = model.encoder.distinct()[0].register_forward_hook(lambda *_: None)
-        model(ids)
+        with pytest.warns(UserWarning, match="warmup was called: a part has hooks"):
+            model(ids)
         hook.remove()
-    model(ids)
-    model.train()(ids)
+        with torch.autocast(DEVICE.type, torch.bfloat16), pytest.warns(UserWarning, match="autocast is on"):
+            model(ids)
+    with pytest.warns(UserWarning, match="a gradient may be asked for"):
+        model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # each reason once, and none for what graphs are not for
+        model(ids)
+        model.train()(ids)
     assert capture.captured == 0
 
 
@@ -170,15 +149,14 @@ def test_weights_may_change_in_place_and_elsewhere(model, capture):
         model.pooler.weight.mul_(2)
         torch.testing.assert_close(model(ids).pooler_output, plain(model)(ids).pooler_output)
         assert capture.captured == 1
-        model.pooler.weight = torch.nn.Parameter(torch.randn(40, 40))
+        model.pooler.weight = torch.nn.Parameter(torch.randn(40, 40, device=DEVICE))
         torch.testing.assert_close(model(ids).pooler_output, plain(model)(ids).pooler_output)
     assert capture.captured == 2
     assert capture.waits == 1, "graphs are let go of when nothing runs them any more"
 
 
 def test_the_least_used_graphs_go_first(capture):
-    model = ALBERTModel(CONFIG, backend="reference").eval()
-    model._graphs = GraphCache(capture, limit=2)
+    model = graphed(capture, limit=2)
     with torch.no_grad():
         for columns in (4, 4, 20, 20, 4, 40, 40, 4):
             model(batch(1, columns)[0])
@@ -189,31 +167,40 @@ def test_the_least_used_graphs_go_first(capture):
 
 
 def test_calls_of_several_threads_take_turns(model):
-    exact, failures = plain(model), []
+    exact = plain(model)
 
     def work(seed):
-        try:
-            for i in range(10):
-                ids, mask = batch(1 + i % 3, 5 + seed, 100 * seed + i)
-                with torch.no_grad():
-                    torch.testing.assert_close(model(ids, mask)[0], exact(ids, mask)[0])
-        except AssertionError as error:
-            failures.append(error)
+        for i in range(10):
+            ids, mask = batch(1 + i % 3, 5 + seed, 100 * seed + i)
+            with torch.no_grad():
+                torch.testing.assert_close(model(ids, mask)[0], exact(ids, mask)[0])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    assert in_threads([partial(work, seed) for seed in range(4)]) == []
+
+
+def test_graphs_may_be_turned_off_while_others_call(model):
+    ids, start = batch(2, 9)[0], threading.Barrier(3)
+    with torch.no_grad():
+        expected = plain(model)(ids)[0]
+
+    def work():
+        start.wait()
+        for _ in range(20):
+            with torch.no_grad():
+                torch.testing.assert_close(model(ids)[0], expected)
+
+    def turn_off():
+        start.wait()
+        model.cuda_graphs = False
+
+    assert in_threads([work, work, turn_off]) == []
+    assert not model.cuda_graphs
 
 
 def test_a_head_runs_on_graphs_and_copies_have_none(capture):
-    model = ALBERTForSequenceClassification(CONFIG, backend="reference").eval()
-    ids, mask = batch(3, 7)
+    model, (ids, mask) = graphed(capture, ALBERTForSequenceClassification), batch(3, 7)
     with torch.no_grad():
-        expected = model(ids, mask).logits
-        model.albert._graphs = GraphCache(capture)
+        expected = plain(model)(ids, mask).logits
         model(ids, mask)
         torch.testing.assert_close(model(ids, mask).logits, expected)
     assert capture.captured == 1
@@ -226,7 +213,7 @@ def test_a_head_runs_on_graphs_and_copies_have_none(capture):
 
 def test_warmup_on_a_cpu_changes_nothing():
     model = ALBERTModel(CONFIG)
-    ids, mask = batch(2, 9)
+    ids, mask = (tensor.cpu() for tensor in batch(2, 9))
     with torch.no_grad():
         expected = model.eval()(ids, mask).last_hidden_state
         model.train()
@@ -237,9 +224,8 @@ def test_warmup_on_a_cpu_changes_nothing():
 
 
 def test_warmup_captures_what_it_is_told(capture):
-    for model, captured in ((ALBERTForSequenceClassification(CONFIG, backend="reference"), 1),
-                            (ALBERTForMultipleChoice(CONFIG, backend="reference"), 2)):  # fmt: skip
-        model.albert._graphs = GraphCache(capture)
+    for kind, captured in ((ALBERTForSequenceClassification, 1), (albert_fast.ALBERTForMultipleChoice, 2)):
+        model = graphed(capture, kind)
         model.warmup([(6, 7), (6, 8)])
         assert capture.captured == captured, "both batches are of one bucket"
     ids, model = batch(6, 8)[0], model.eval()
@@ -253,3 +239,14 @@ def test_a_bad_id_is_named_at_its_place(model):
     ids[1, 3] = 61
     with torch.no_grad(), pytest.raises(IndexError, match=r"input_ids\[1, 3\] is 61"):
         model(ids)
+
+
+def test_a_converted_model_captures_anew(model, capture):
+    ids = batch(2, 9)[0]
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            model.to(dtype)
+            for _ in range(3):
+                assert model(ids)[0].dtype == dtype
+    assert capture.captured == 3
+    assert capture.waits == 2

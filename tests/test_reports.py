@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 import threading
+import types
 import weakref
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTModel, dispatch, ops
 from albert_fast.ops import _reports
-from albert_fast.ops._reports import NOTHING, CapturedReports, Pending, Queue
+from albert_fast.ops._reports import NOTHING, CapturedReports, Pending, Queue, Slot
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 
@@ -24,17 +25,18 @@ class Fake:
     """An event that happens when it is told to, or waited for."""
 
     def __init__(self, arrived: bool = True):
-        self.arrived, self.waited = arrived, 0
+        self.arrived, self.waited, self.asked = arrived, 0, 0
 
     def query(self) -> bool:
+        self.asked += 1
         return self.arrived
 
     def synchronize(self) -> None:
         self.arrived, self.waited = True, self.waited + 1
 
 
-def pending(code: int = NOTHING, event: Fake | None = None) -> Pending:
-    return Pending(event or Fake(), torch.tensor(code), lambda found: IndexError(f"code {found}"))
+def pending(code: int = NOTHING, event: Fake | None = None, stream: int = 0) -> Pending:
+    return Pending(Slot(event or Fake(), torch.tensor(code)), lambda found: IndexError(f"code {found}"), stream)
 
 
 def raised(queue: Queue, device: torch.device = CPU, wait: bool = False) -> str | None:
@@ -55,12 +57,34 @@ def test_errors_come_in_order_and_once():
 def test_nobody_waits_for_what_has_not_arrived():
     queue, late = Queue(), Fake(arrived=False)
     queue.add(CPU, pending(1, late))
-    queue.add(CPU, pending(2))
+    queue.add(CPU, pending(2, stream=7))
     assert raised(queue) == "code 2"
     assert raised(queue) is None
     assert late.waited == 0
     late.arrived = True
     assert raised(queue) == "code 1"
+
+
+def test_behind_a_call_on_its_way_the_stream_s_others_are_not_asked():
+    queue, events = Queue(), [Fake(arrived=False) for _ in range(20)]
+    for event in events:
+        queue.add(CPU, pending(event=event))
+    queue.add(CPU, pending(stream=7))
+    before = [event.asked for event in events]
+    queue.raise_arrived(CPU)
+    assert [event.asked - n for event, n in zip(events, before, strict=True)] == [1] + [0] * 19
+    assert len(queue._pending[CPU]) == 20, "that of the other stream was"
+
+
+def test_what_has_arrived_lends_its_event_and_its_word_to_later_calls():
+    queue, calls = Queue(), [pending(), pending(3), pending(event=Fake(arrived=False))]
+    assert queue.slot(CPU) is None
+    for call in calls:
+        queue.add(CPU, call)
+    assert raised(queue) == "code 3"
+    assert queue.slot(OTHER) is None
+    assert {id(queue.slot(CPU)) for _ in range(2)} == {id(call.slot) for call in calls[:2]}
+    assert queue.slot(CPU) is None, "the third is on its way"
 
 
 def test_waiting_tells_everything_so_far():
@@ -102,7 +126,7 @@ def test_nothing_is_kept_of_a_call_that_went_well():
 
     queue, describe = Queue(), Kept()
     gone = weakref.ref(describe)
-    queue.add(CPU, Pending(Fake(), torch.tensor(NOTHING), describe))
+    queue.add(CPU, Pending(Slot(Fake(), torch.tensor(NOTHING)), describe, 0))
     del describe
     gc.collect()
     assert gone() is not None
@@ -149,7 +173,7 @@ def gpu(monkeypatch):
             first_bad.fill_(bad.flatten().int().argmax())
 
     def on_its_way(flag: Tensor, describe: _reports.Describe) -> Pending:
-        return Pending(state["event"], flag.clone(), describe)
+        return Pending(Slot(state["event"], flag.clone()), describe, 0)
 
     monkeypatch.setattr(dispatch, "resolve", choose)
     monkeypatch.setattr(sys.modules["albert_fast.ops.embedding_projection"], "_launch", launch)
@@ -158,6 +182,28 @@ def gpu(monkeypatch):
     monkeypatch.setattr(_reports, "_QUEUE", Queue())
     monkeypatch.setattr(_reports, "_on_its_way", on_its_way)
     return state
+
+
+def test_calls_in_a_row_share_a_few_words_and_events(monkeypatch):
+    made: list[Slot] = []
+
+    def new_slot() -> Slot:
+        made.append(Slot(Fake(arrived=False), torch.tensor(NOTHING)))
+        made[-1].arrived.record = lambda _stream: None
+        return made[-1]
+
+    monkeypatch.setattr(_reports, "_QUEUE", Queue())
+    monkeypatch.setattr(_reports, "_new_slot", new_slot)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=3))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for call in range(50):
+        _reports.raise_pending(CPU)
+        _reports.report(torch.tensor(NOTHING), IndexError)
+        if call % 2:  # the GPU is two calls behind
+            for slot in made:
+                slot.arrived.arrived = True
+    assert len(made) == 2
+    assert _reports._QUEUE._pending[CPU][-1].stream == 3
 
 
 def embed(ids: Tensor, vocabulary: int = 10) -> Tensor:

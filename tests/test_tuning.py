@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from albert_fast.kernels import _tuning
+from albert_fast.kernels._capture import CAPTURE
 from triton.runtime.errors import OutOfResources
 
 SLOW, FAST, MIDDLE = CANDIDATES = [{"BLOCK_M": 16}, {"BLOCK_M": 32}, {"BLOCK_M": 64}]
@@ -90,6 +93,32 @@ def test_nothing_is_timed_while_a_graph_is_captured(tmp_path, monkeypatch):
     assert not path.exists()
     path.write_text(json.dumps({"H100": {"op D64": FAST}}))
     assert tuned(path) == (FAST, 0), "a winner that is known already"
+
+
+def test_threads_time_one_after_another_and_never_beside_a_capture(tmp_path):
+    tuner, found, together = _tuning.Tuner(tmp_path / "tiles.json", "H100", None), [], threading.Semaphore(1)
+    clock = Clock()
+
+    def timer(call):
+        assert together.acquire(blocking=False), "two clocks at once"
+        time.sleep(0.01)
+        together.release()
+        return clock(call)
+
+    tuner.timer = timer
+    threads = [
+        threading.Thread(target=lambda: found.append(tuner.choose("op D64", CANDIDATES, clock.launch)))
+        for _ in range(4)
+    ]
+    with CAPTURE:
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        assert clock.launched == []
+    for thread in threads:
+        thread.join()
+    assert found == [FAST] * 4
+    assert clock.launched == CANDIDATES, "timed once for all of them"
 
 
 def test_a_candidate_that_does_not_fit_the_chip_loses(tmp_path):

@@ -3,8 +3,10 @@
 All work on packed tokens: T rows without padding, sequences delimited by `cu_seqlens`.
 """
 
+from ..kernels._capture import CAPTURE
 from ._dropout import draw_seed
-from ._reports import CAPTURE, CapturedReports, Describe, placing, raise_pending, synchronize
+from ._graph_inputs import GraphInputs
+from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
@@ -22,6 +24,7 @@ __all__ = [
     "WEIGHTS",
     "CapturedReports",
     "Describe",
+    "GraphInputs",
     "TokenIndexError",
     "add_layer_norm",
     "add_layer_norm_ref",

@@ -3,7 +3,7 @@
 A kernel answers a bad id with a code in device memory. `report` has it copied to the host behind the kernel and notes an
 event; whoever comes by later raises what has arrived: every embedding_projection on that device before it starts, so every
 forward of a model, without waiting, and `synchronize`, which waits. At most MAX_PENDING calls are kept in mind; a host
-that runs ahead of a GPU by more waits for the oldest.
+that runs ahead of a GPU by more waits for the oldest. Words of host memory and events are used again, call after call.
 
 While a CUDA graph is captured there is nothing to copy yet. Whoever replays it captures inside `CapturedReports`, which
 keeps the flags that the graph writes, and asks it after each replay; in a graph captured without it bad ids are never
@@ -21,9 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..kernels._capture import CAPTURE
+
 NOTHING = torch.iinfo(torch.int64).max
-# Held while a CUDA graph is captured: nobody may wait for the whole device meanwhile.
-CAPTURE = threading.RLock()
 MAX_PENDING = 64
 
 # What makes the error from the code that a kernel left, knowing the call; it may read tensors of the device.
@@ -38,12 +38,20 @@ class Event(Protocol):
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A call whose answer is on its way: when `arrived` has happened, `code` () holds it, in host memory."""
+class Slot:
+    """Where an answer arrives: when `arrived` has happened, `code` () int64 holds it, in host memory."""
 
     arrived: Event
     code: Tensor
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A call whose answer is on its way, on a stream: behind a call of that stream that has not arrived, it has not either."""
+
+    slot: Slot
     describe: Describe
+    stream: int
 
 
 class Queue:
@@ -53,6 +61,13 @@ class Queue:
         self._limit = limit
         self._lock = threading.Lock()
         self._pending: dict[torch.device, list[Pending]] = {}
+        self._free: dict[torch.device, list[Slot]] = {}
+
+    def slot(self, device: torch.device) -> Slot | None:
+        """One that an earlier call has done with, or None."""
+        with self._lock:
+            free = self._free.get(device)
+            return free.pop() if free else None
 
     def add(self, device: torch.device, pending: Pending) -> None:
         with self._lock:
@@ -60,7 +75,7 @@ class Queue:
             waiting.append(pending)
             oldest = waiting[0] if len(waiting) > self._limit else None
         if oldest is not None:
-            oldest.arrived.synchronize()
+            oldest.slot.arrived.synchronize()
             self.raise_arrived(device)
 
     def raise_arrived(self, device: torch.device, wait: bool = False) -> None:
@@ -71,18 +86,23 @@ class Queue:
             with self._lock:
                 last = tuple(self._pending[device])
             for pending in last:
-                pending.arrived.synchronize()
+                pending.slot.arrived.synchronize()
         with self._lock:
             kept: list[Pending] = []
-            bad: Pending | None = None
+            late: set[int] = set()  # streams, of which the rest need not be asked
+            bad: tuple[Pending, int] | None = None
             for pending in self._pending[device]:
-                if bad is not None or not pending.arrived.query():
+                if bad is not None or pending.stream in late or not pending.slot.arrived.query():
                     kept.append(pending)
-                elif int(pending.code) != NOTHING:
-                    bad = pending
+                    late.add(pending.stream)
+                    continue
+                code = int(pending.slot.code)
+                self._free.setdefault(device, []).append(pending.slot)
+                if code != NOTHING:
+                    bad = pending, code
             self._pending[device] = kept
         if bad is not None:
-            raise bad.describe(int(bad.code))
+            raise bad[0].describe(bad[1])
 
 
 class CapturedReports:
@@ -134,10 +154,15 @@ def report(flag: Tensor, describe: Describe) -> None:
 
 
 def _on_its_way(flag: Tensor, describe: Describe) -> Pending:
-    code = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(flag, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return Pending(arrived, code, describe)
+    slot = _QUEUE.slot(flag.device) or _new_slot()
+    slot.code.copy_(flag, non_blocking=True)
+    stream = torch.cuda.current_stream()
+    slot.arrived.record(stream)  # type: ignore[attr-defined]
+    return Pending(slot, describe, stream.cuda_stream)
+
+
+def _new_slot() -> Slot:
+    return Slot(torch.cuda.Event(), torch.empty((), dtype=torch.int64, pin_memory=True))
 
 
 def raise_pending(device: torch.device, wait: bool = False) -> None:
@@ -151,7 +176,8 @@ def synchronize(device: torch.device | str | None = None) -> None:
     """Wait for a GPU, and raise what calls on it found wrong that nobody was told of yet.
 
     A model on a GPU does not wait for its kernels, so an id outside its table is found after the call has returned. It is
-    raised by a later call on that device, or here.
+    raised by a later call on that device, or here. Calls that were captured into a CUDA graph of the caller's own tell
+    nobody: their kernels stay within the tables all the same, and embed a bad id as the projection's bias.
 
     Args:
         device: a GPU, default the current one. On a CPU, where errors are raised at once, there is nothing to wait for.

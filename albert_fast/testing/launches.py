@@ -215,6 +215,23 @@ def _linear_cross_entropy_launches() -> Iterator[Case]:
             yield f"{name} E{width}", partial(run, dtype, width), dtype.itemsize == 2
 
 
+def _graph_inputs_launches() -> Iterator[Case]:
+    from ..kernels._graph_inputs import graph_inputs
+
+    ids, static = torch.empty(2, 16, dtype=torch.int64), torch.empty(3, 64, dtype=torch.int64)
+    ends, sizes = torch.empty(3, dtype=torch.int32), ((2, 16), (48, 4))
+
+    def run(mask: torch.Tensor | None, packed: bool) -> None:
+        rows = (ids, *ids.stride())
+        flags = None if mask is None else (mask, *mask.stride())
+        lengths = None if mask is None else ids[0]
+        written = (None, None) if packed else (lengths, ends)
+        graph_inputs(rows, rows, rows, flags, lengths, ends if packed else None, *written, static, ends, *sizes)
+
+    for label, mask, packed in (("dense", None, False), ("masked", ids, False), ("packed", None, True)):
+        yield f"i64 {label}", partial(run, mask, packed), False
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": _attention_launches,
     "add_layer_norm": _add_layer_norm_launches,
@@ -222,6 +239,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "bias_gelu": _bias_gelu_launches,
     "linear_gelu": _linear_gelu_launches,
     "linear_cross_entropy": _linear_cross_entropy_launches,
+    "graph_inputs": _graph_inputs_launches,
 }
 
 
