@@ -162,7 +162,7 @@ class CUDACapture:
             try:
                 return _CUDAReplay(run, self._pool, self._stream)
             except RuntimeError as error:
-                self._pool = None  # what the failed capture holds of it is not to be trusted
+                self._pool = None  # torch leaves it, like its generator of random numbers, as in a capture
                 raise CaptureError(str(error).partition("\n")[0]) from error
             finally:
                 torch._C._cuda_clearCublasWorkspaces()

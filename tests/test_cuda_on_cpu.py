@@ -263,7 +263,9 @@ def run_operator_on(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(_reports, "_QUEUE", _reports.Queue())
     monkeypatch.setattr(
-        _reports, "_on_its_way", lambda flag, describe: _reports.Pending(Arrived(), flag.clone(), describe)
+        _reports,
+        "_on_its_way",
+        lambda flag, describe: _reports.Pending(_reports.Slot(Arrived(), flag.clone()), describe, stream=0),
     )
 
 
