@@ -138,7 +138,12 @@ def _fwd(
     hidden: Tensor, weights: list[Tensor], order: list[int], cu_seqlens: Tensor, rows: Tensor | None,
     cu_rows: Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str, backend: str,
 ) -> Tensor:  # fmt: skip
-    if dispatch.resolve("encoder", hidden.device.type, hidden.dtype, backend) != "cpp":
+    backend = dispatch.resolve("encoder", hidden.device.type, hidden.dtype, backend)
+    if backend == "triton":
+        from ..kernels.encoder import encoder_fwd
+
+        return encoder_fwd(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act)
+    if backend == "reference":
         return encoder_ref(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act)
     hidden, weights = hidden.contiguous(), [w.contiguous() for w in weights]
     layers = [weights[i : i + _PER_LAYER] for i in range(0, len(weights), _PER_LAYER)]
