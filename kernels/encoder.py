@@ -195,7 +195,7 @@ def encoder_tiles(head_dim: int, dtype: torch.dtype, n_tokens: int) -> Tiles:
     block_m, block_n, block_k, num_stages = _TILES[dtype.itemsize, n_tokens <= FEW_TOKENS]
     return {
         "BLOCK_D": heads["BLOCK_D"], "CHUNK_D": heads["CHUNK_D"], "BLOCK_Q": heads["BLOCK_M"], "BLOCK_S": heads["BLOCK_N"],
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": num_stages,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "maxnreg": 255, "num_warps": 8, "num_stages": num_stages,
     }  # fmt: skip
 
 

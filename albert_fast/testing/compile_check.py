@@ -30,7 +30,7 @@ from . import floors
 from .launches import CASES, Launch, recorded_launches
 
 KERNELS = (
-    "attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "linear_cross_entropy", "embedding_projection"
+    "attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "linear_cross_entropy", "encoder", "embedding_projection"
 )  # fmt: skip
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # Tensor-core products in SASS: of Ampere, of Hopper's warpgroups, of Blackwell's tcgen05.
