@@ -45,6 +45,7 @@ from ._encoder_phases import NO_ACT, attention_phase, barrier, norm_phase, produ
 from ._tuning import Tiles
 from .attention import FEW_QUERIES, LOG2_E, attention_tiles
 
+MAX_HEAD_DIM = 128
 # What products are divided among at most; a constant, so that sums are the same on every chip.
 PROGRAMS = 128
 # Steps of BLOCK_K below which a split of the inner dimension costs more than it saves.
@@ -180,8 +181,8 @@ FEW_TOKENS = 16
 _TILES = {
     (2, True): (16, 32, 128, 4),
     (2, False): (64, 64, 64, 4),
-    (4, True): (16, 32, 16, 3),
-    (4, False): (32, 32, 16, 3),
+    (4, True): (16, 32, 16, 2),
+    (4, False): (32, 32, 16, 2),
 }
 
 
@@ -189,8 +190,10 @@ def encoder_tiles(head_dim: int, dtype: torch.dtype, n_tokens: int) -> Tiles:
     """The kernel's tiles, as keywords.
 
     Raises:
-        ValueError: a head size above 256.
+        ValueError: a head size above 128.
     """
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"encoder: head size {head_dim}; the Triton kernel takes up to {MAX_HEAD_DIM}")
     heads = attention_tiles(head_dim, dtype, FEW_QUERIES)[0]
     block_m, block_n, block_k, num_stages = _TILES[dtype.itemsize, n_tokens <= FEW_TOKENS]
     return {
@@ -274,7 +277,7 @@ def encoder_fwd(
         cu_seqlens: (B + 1,) int32, each sequence's first row, and the end.
         rows, cu_rows: the tokens (Tq,) int64 that the last layer is asked for, and where each sequence's begin among them,
             (B + 1,) int32; None: all.
-        num_heads: H / num_heads is the head size, 1 to 256. softmax_scale: factor on the scores.
+        num_heads: H / num_heads is the head size, 1 to 128. softmax_scale: factor on the scores.
         eps: of every LayerNorm. act: of ACT_CODES.
         step_programs: so many programs in a launch for every phase, with no barrier in it; 0: all phases in one launch.
 
@@ -282,7 +285,7 @@ def encoder_fwd(
         (T, H), or (Tq, H), in hidden's dtype.
 
     Raises:
-        ValueError: a head size above 256.
+        ValueError: a head size above 128.
     """
     hidden, cu_seqlens = hidden.contiguous(), cu_seqlens.contiguous()
     weights = [weight.contiguous() for weight in weights]

@@ -34,7 +34,7 @@ STAGES = (
 )
 # Of the Triton kernel: above so many tokens the operators' kernels, or torch's products, fill a GPU by themselves.
 MAX_KERNEL_TOKENS = 512
-MAX_KERNEL_HEAD_DIM = 256
+MAX_KERNEL_HEAD_DIM = 128
 WEIGHT_NAMES = tuple(WEIGHTS)
 _PER_LAYER = len(WEIGHTS)
 _MATRICES = [i for i, shape in enumerate(WEIGHTS.values()) if " " in shape]
