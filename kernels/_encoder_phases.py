@@ -16,7 +16,7 @@ _MAX_POLLS = tl.constexpr(1 << 22)
 def barrier(counter_ptr, target):
     """Wait until `target` programs, counted over all barriers of the launch, have come."""
     tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
     arrived = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     polls = 0
     while arrived < target:
