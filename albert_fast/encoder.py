@@ -91,7 +91,7 @@ class Encoder(nn.Module):
             return "a compiler traces the operators"
         chosen = dispatch.runnable_on(op, device)[0] if backend == "auto" else backend
         if chosen == "reference" or chosen not in dispatch.runnable_on(op, device):
-            return f"backend={backend!r} was asked for"
+            return f"no kernel runs on {device}" if backend == "auto" else f"backend={backend!r} was asked for"
         if reason := dispatch.why_not(op, device, chosen, hidden.dtype):
             return reason
         if torch.is_autocast_enabled(device):

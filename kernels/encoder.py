@@ -11,25 +11,26 @@ multiprocessors, goes through the phases of every layer, each divided into tiles
 
 and behind the last layer out = LayerNorm(sums). LayerNorms cost no phase: who writes a tile of `attended` or `sums` writes
 each row's mean and sum of squares within the tile too, and who reads a row joins those (Chan et al. 1979). Of the last
-layer only the rows that are asked for are computed, but for phase 0, which has more programs than it takes long.
+layer only the rows that are asked for are computed, from attention on: phase 0 computes their queries among all keys.
 
 Where a product has fewer tiles than PROGRAMS its inner dimension is split: every program writes its partial sums, and the
 one that comes last to a tile adds all of them, in the order of the splits. Tiles and splits follow from the shape alone,
 so a result does not depend on the chip or on timing.
 
 Bytes: the weights once from memory, then from the L2 cache (14 MB of ALBERT-base in 16 bits), where activations stay too.
-A tile of a product reads BLOCK_M + BLOCK_N rows of its inner dimension: at 128 tokens of ALBERT-base 57 MB a layer from
-the L2 cache, 14 MB for qkv, 5 for the attention's output, 19 each for the FFN's two, and 5 MB of partial sums there and back.
+A tile of a product reads BLOCK_M + BLOCK_N rows of its inner dimension: at 128 tokens of ALBERT-base 57 MB a layer
+from the L2 cache, 14 MB for qkv, 5 for the attention's output, 19 for each of the FFN's; partial sums are 7 MB more,
+there and back.
 
-The barrier. `tl.debug_barrier` (bar.sync) orders the stores of all threads of a program before its thread 0, which adds 1
-to a counter with release at the scope of the GPU, and then reads it with acquire, which Triton spells as an addition of 0,
-until all have come; Triton hands what thread 0 has read to the others through shared memory and another bar.sync. Causality is transitive in PTX's memory
-model, so what any thread stored before its barrier is seen by what any thread loads behind it; on the chip the acquire
-empties the L1 cache. It holds for ordinary loads and cp.async, and not for ld.global.nc, which Triton does not emit
-(tests/test_encoder.py reads the PTX). The launch is cooperative: it fails where not all programs can run at once. The
-counter is zeroed in the stream ahead of each launch, so a replayed graph, a launch on another stream and one behind an
-aborted launch each begin with a clean one. A program that has polled 2^22 times, some seconds, traps: a bug ends in a CUDA
-error, not in a GPU that hangs or in a wrong result.
+The barrier. `tl.debug_barrier` (bar.sync) orders the stores of all threads of a program before its thread 0, which
+adds 1 to a counter with release at the scope of the GPU, and then reads it with acquire, which Triton spells as an
+addition of 0, until all have come; Triton hands what thread 0 has read to the others through shared memory and another
+bar.sync. Causality is transitive in PTX's memory model, so what any thread stored before its barrier is seen by what
+any thread loads behind it; on the chip the acquire empties the L1 cache. It holds for ordinary loads and cp.async, and
+not for ld.global.nc, which Triton does not emit (tests/test_encoder.py reads the PTX). The launch is cooperative: it
+fails where not all programs can run at once. The counter is zeroed in the stream ahead of each launch, so a replayed
+graph, a launch on another stream and one behind an aborted launch each begin with a clean one. A program that has
+polled 2^22 times, some seconds, traps: a bug ends in a CUDA error, not in a GPU that hangs or in a wrong result.
 """
 
 from __future__ import annotations
