@@ -25,7 +25,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "gelu_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "linear_cross_entropy": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     # All layers in one call, where no gradient is wanted; elsewhere a model runs them operator by operator.
-    "encoder": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+    "encoder": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "quantized_encoder": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},
 }
 # Models that cannot have these run the others.

@@ -1,11 +1,12 @@
 """Embedding and the shared layer, in operator names: what happens to the T real tokens of a packed batch.
 
-For inference all layers are one operator, `encoder`; for a gradient, dropout or the states in between they run operator by
-operator.
+For inference all layers can be one operator, `encoder` (see `Encoder.in_one_call`); for a gradient, dropout or the states in
+between they run operator by operator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,15 +80,22 @@ class Encoder(nn.Module):
         first: Any = self.distinct()[0].ffn
         return first.bits if isinstance(first, QuantizedLinear) else None
 
-    def in_one_call(self, hidden: Tensor, backend: str) -> str | None:
-        """None where the `encoder` operator can run all layers on such states, else why it cannot."""
+    def in_one_call(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None = None) -> str | None:
+        """None where the `encoder` operator runs all layers on such states (T, H), else why it does not.
+
+        On a CPU it is C++, for "auto" and "cpp". On a GPU it is one persistent Triton kernel for few tokens: for "triton", and
+        for "auto" where ALBERT_FAST_TUNE=1 measured it faster than the operators for about so many tokens. `run` computes
+        the layers on the backend "triton" or "operators", to measure what is not known yet.
+        """
+        device, op = hidden.device.type, "encoder"
         if torch.compiler.is_compiling():
             return "a compiler traces the operators"
-        if backend not in ("auto", "cpp"):
-            return f"backend={backend!r} was asked for"
-        if reason := dispatch.why_not("encoder", hidden.device.type, "cpp", hidden.dtype):
+        chosen = dispatch.runnable_on(op, device)[0] if backend == "auto" else backend
+        if chosen == "reference" or chosen not in dispatch.runnable_on(op, device):
+            return f"no kernel runs on {device}" if backend == "auto" else f"backend={backend!r} was asked for"
+        if reason := dispatch.why_not(op, device, chosen, hidden.dtype):
             return reason
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(device):
             return "autocast is on"
         if self.training:
             return "the model is in training mode"
@@ -96,6 +104,21 @@ class Encoder(nn.Module):
             return "a gradient may be asked for: torch.no_grad() says that it is not"
         if not all(layer.is_plain() for layer in self.distinct()):
             return "a layer has hooks or replaced parts"
+        if chosen == "triton":
+            return self._in_one_kernel(hidden, backend, run)
+        return None
+
+    def _in_one_kernel(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None) -> str | None:
+        """`in_one_call` for what is left to ask of the persistent kernel."""
+        tokens, config = len(hidden), self.config
+        if tokens > ops.MAX_KERNEL_TOKENS:
+            return f"{tokens} tokens: one kernel for all layers is for up to {ops.MAX_KERNEL_TOKENS}"
+        if config.head_dim > ops.MAX_KERNEL_HEAD_DIM:
+            return f"heads of {config.head_dim}: the Triton kernels take up to {ops.MAX_KERNEL_HEAD_DIM}"
+        if backend == "auto":
+            sizes = (config.hidden_size, config.intermediate_size, config.num_attention_heads, len(self.order()))
+            if not ops.kernel_is_faster(hidden.dtype, tokens, sizes, run):
+                return "one kernel was not measured faster: ALBERT_FAST_TUNE=1 measures, backend='triton' takes it"
         return None
 
     def forward(
@@ -103,16 +126,30 @@ class Encoder(nn.Module):
         states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """(T, H) -> (T, H), or (Tq, H) for `queries`; appends every layer's states and probabilities where lists are given."""
-        order, distinct = self.order(), self.distinct()
         if self.bits is not None:
             return self._quantized(hidden, packing, queries, backend, states, attentions)
-        if states is None and attentions is None and self.in_one_call(hidden, backend) is None:
+        if states is not None or attentions is not None:
+            return self._by_operators(hidden, packing, queries, backend, states, attentions)
+
+        def run(by: str) -> Tensor:
+            if by == "operators":
+                return self._by_operators(hidden, packing, queries, backend)
+            distinct = self.distinct()
             first = distinct[0]
             rows, cu_rows = (None, None) if queries is None else (queries.rows, queries.cu_seqlens)
             return ops.encoder(
-                hidden, [weight for layer in distinct for weight in layer.weights()], order, packing.cu_seqlens, rows,
+                hidden, [weight for layer in distinct for weight in layer.weights()], self.order(), packing.cu_seqlens, rows,
                 cu_rows, first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
+                backend=by,
             )  # fmt: skip
+
+        return run(backend if self.in_one_call(hidden, backend, run) is None else "operators")
+
+    def _by_operators(
+        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
+        states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        order, distinct = self.order(), self.distinct()
         if states is not None:
             states.append(hidden)
         for number in order[:-1]:

@@ -126,14 +126,16 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         ]
         by_layer += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
     bits = encoder.encoder.bits
-    apart_because = None if bits else encoder.encoder.in_one_call(weight.detach(), backend)
+    states = weight.detach()[:1].expand(tokens, -1)  # as many, on that device, in that dtype
+    apart_because = None if bits else encoder.encoder.in_one_call(states, backend)
     gflop = sum(s.gflop for s in by_layer)
     if bits:
         chosen, _ = _chosen("quantized_encoder", device, dtype, backend)
         why = f"int{bits} weights, {dispatch.integer_kernels(device)[1]}; softmax and norms in float32"
         steps.append(Step("quantized_encoder", 1, tokens, chosen, gflop, why))
     elif apart_because is None:
-        steps.append(Step("encoder", 1, tokens, "cpp", gflop, "all layers in one call"))
+        chosen, _ = _chosen("encoder", device, dtype, backend)
+        steps.append(Step("encoder", 1, tokens, chosen, gflop, "all layers in one call"))
     else:
         steps += by_layer
     if hasattr(model, "predictions"):

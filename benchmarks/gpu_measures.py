@@ -21,7 +21,7 @@ import lengths
 import peers
 import torch
 from gpu_part import Part
-from gpu_peers import AttentionGroup, LinearGeluGroup, Training, allowed, masked_lm
+from gpu_peers import AttentionGroup, EncoderGroup, LinearGeluGroup, Training, allowed, masked_lm
 from harness import CallGroup, Options, comparison
 from model_group import ModelGroup
 from models import BASE, LARGE, QUICK, RandomModel
@@ -106,7 +106,7 @@ def _ceiling(part: Part, name: str, call: object, amount: float) -> None:
 
 
 def operators(part: Part) -> None:
-    """32,768 tokens of ALBERT-base; every direction in bfloat16, then in float32.
+    """32,768 tokens of ALBERT-base; every direction in bfloat16, then in float32; few tokens in all layers at once.
 
     Ours alone first, so that no peer can take its figures along, then beside what is not compiled, then the others.
     """
@@ -140,8 +140,13 @@ def _operator_groups(part: Part) -> Iterator[tuple[float, OperatorGroup]]:
     if quick:
         batches = {"2x16": (16,) * 2, "real-4": (5, 31, 2, 17)}
     heads, head_dim = (2, 16) if quick else (12, 64)
-    fused = [op for op, devices in dispatch.TABLE.items() if set(devices["cuda"]) - {"reference"} and op != "attention"]
+    apart = ("attention", "encoder")
+    fused = [op for op, devices in dispatch.TABLE.items() if set(devices["cuda"]) - {"reference"} and op not in apart]
     fused.sort(key="embedding_projection".__eq__)  # last, since tuning its product takes the compiler longest
+    few = ((2, 5),) if quick else ((1, 16), (1, 128), (4, 128))
+    sizes = (32, 2, 64, 2) if quick else (768, 12, 3072, 12)
+    for rows, columns in few:
+        yield _OPERATOR, EncoderGroup((columns,) * rows, sizes, device)
     shapes = GPU_SHAPES | {"gelu_layer_norm": (32768, 768)}  # of the width for which there is a target
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
         for name, tokens in batches.items():

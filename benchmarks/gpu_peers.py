@@ -1,8 +1,10 @@
-"""What only a GPU is measured against: torch's kinds of attention, torch.nn.TransformerEncoder, steps of training."""
+"""What only a GPU is measured against: torch's kinds of attention, all layers operator by operator in a CUDA graph,
+torch.nn.TransformerEncoder, steps of training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from operators import OperatorGroup
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ops
 from albert_fast.outputs import BaseModelOutput
 from albert_fast.packing import longest_first
 from albert_fast.testing import ALL_CASES
@@ -160,6 +162,68 @@ def _route_name(route: dict[str, int]) -> str:
     """ "cublaslt_epilogue", or "tile-128x128x64"."""
     sizes = [str(route[size]) for size in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if size in route]
     return f"tile-{'x'.join(sizes)}" if sizes else next(iter(route))
+
+
+# encoder ------------------------------------------------------------------------------------------------------------------
+
+
+class EncoderGroup(OperatorGroup):
+    """encoder on few tokens: its one kernel and the layers' operators, both replayed from a CUDA graph, and plain torch."""
+
+    def __init__(self, lengths: Sequence[int], sizes: tuple[int, int, int, int], device: torch.device) -> None:
+        """sizes: hidden, heads, intermediate, layers."""
+        hidden, heads, middle, steps = sizes
+        shape, name = (tuple(lengths), hidden, heads, middle, 1, steps), f"{len(lengths)}x{max(lengths)}"
+        case, dtype = ALL_CASES["encoder"], torch.float32 if device.type == "cpu" else torch.bfloat16
+        super().__init__(case, case.eager, name, shape, False, dtype, device)
+        self.longest = max(lengths)
+
+    def sides(self) -> tuple[str, ...]:
+        return self.backend, "operators", "eager"
+
+    def build(self, side: str) -> Side:
+        if side == "eager":
+            return super().build(side)
+        function = self.case.function if side == self.backend else partial(by_operators, longest=self.longest)
+        call = torch.inference_mode()(partial(function, **self.inputs))
+        return Side(call if self.device.type == "cpu" else replayed(call))
+
+
+def by_operators(hidden, weights, order, cu_seqlens, num_heads, softmax_scale, eps, act, longest, **_):
+    """encoder by the operators that the models otherwise run; arguments as the OpCase's."""
+    per_layer = len(ops.WEIGHTS)
+    for number in order:
+        w = dict(zip(ops.WEIGHTS, weights[number * per_layer : (number + 1) * per_layer], strict=True))
+        q, k, v = F.linear(hidden, w["qkv"], w["qkv_bias"]).chunk(3, dim=1)
+        context = ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, num_heads, softmax_scale)
+        attended = ops.add_layer_norm(
+            F.linear(context, w["dense"]), w["dense_bias"], hidden, w["norm_weight"], w["norm_bias"], eps
+        )
+        middle = ops.linear_gelu(attended, w["ffn"], w["ffn_bias"], act)
+        hidden = ops.add_layer_norm(
+            F.linear(middle, w["ffn_output"]),
+            w["ffn_output_bias"],
+            attended,
+            w["full_norm_weight"],
+            w["full_norm_bias"],
+            eps,
+        )
+    return hidden
+
+
+def replayed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`call` as a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
 
 
 # the whole model ----------------------------------------------------------------------------------------------------------

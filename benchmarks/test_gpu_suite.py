@@ -310,6 +310,6 @@ def test_every_side_gives_a_row(rehearsal):
     sides = {row.rpartition("/")[2] for row in rows}
     assert sides == {
         "albert_fast", "cpp", "eager", "compile", "hf-eager", "hf-sdpa", "hf-compile", "hf-compile-default", "torch-nested",
-        "sdpa-flash", "sdpa-padded-flash", "sdpa-nested",
+        "sdpa-flash", "sdpa-padded-flash", "sdpa-nested", "operators",
     }  # fmt: skip
     assert [r["what"] for r in records if r["kind"] == "ceiling"] == ["copy", "bf16 product", "fp32 product"]

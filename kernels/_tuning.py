@@ -29,17 +29,25 @@ Launch = Callable[[Tiles], Any]
 Timer = Callable[[Callable[[], Any]], float]
 
 
-def choose(kernel: str, key: Callable[[], str], candidates: Sequence[Tiles], launch: Launch) -> Tiles:
+def choose(
+    kernel: str, key: Callable[[], str], candidates: Sequence[Tiles], launch: Launch, timer: Timer | None = None
+) -> Tiles:
     """The tiles to launch with: `candidates[0]`, or the fastest candidate where tuning is asked for.
 
     Args:
         kernel: its name. key: gives what else the choice depends on: dtype, sizes; called only where tuning is asked for.
         candidates: keywords of the kernel, best guess first; the compile check compiles every one of them.
         launch: starts the kernel with such keywords; it may be called often, and overwrites its outputs each time.
+        timer: in the place of `time_on_gpu`.
     """
     if len(candidates) == 1 or not asked_for():
         return candidates[0]
-    return _tuner(torch.cuda.get_device_name()).choose(f"{kernel} {key()}", candidates, launch)
+    return _tuner(torch.cuda.get_device_name()).choose(f"{kernel} {key()}", candidates, launch, timer)
+
+
+def known(kernel: str, key: str) -> Tiles | None:
+    """What was chosen for the key, in this process or an earlier one; None where nothing was, or nobody tunes."""
+    return _tuner(torch.cuda.get_device_name()).known(f"{kernel} {key}") if asked_for() else None
 
 
 @functools.cache
@@ -61,6 +69,13 @@ def time_on_gpu(call: Callable[[], Any]) -> float:
     return do_bench(call, warmup=10, rep=50, return_mode="median")
 
 
+def time_in_graph(call: Callable[[], Any]) -> float:
+    """Median milliseconds of `call` within a replayed CUDA graph, so that many launches do not wait for the CPU."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(call, rep=50, return_mode="median")
+
+
 class Tuner:
     """The winners of one machine, in memory and in a file that other machines and processes share.
 
@@ -72,26 +87,29 @@ class Tuner:
         self.path, self.machine, self.timer = path, machine, timer
         self._winners = _winners(_read(path), machine)
 
-    def choose(self, key: str, candidates: Sequence[Tiles], launch: Launch) -> Tiles:
+    def known(self, key: str) -> Tiles | None:
+        return self._winners.get(key)
+
+    def choose(self, key: str, candidates: Sequence[Tiles], launch: Launch, timer: Timer | None = None) -> Tiles:
         """The known winner of `key` if it still is a candidate, else the fastest, timed now and remembered."""
-        if (winner := self._known(key, candidates)) is not None:
+        if (winner := self._winner_among(key, candidates)) is not None:
             return winner
         if capturing():  # timing waits for the GPU, which a capture forbids
             return candidates[0]
         with CAPTURE:  # it waits for the whole device, which would end another thread's capture and spoil its timing
-            if (winner := self._known(key, candidates)) is None:
-                times = [self._time(launch, tiles) for tiles in candidates]
+            if (winner := self._winner_among(key, candidates)) is None:
+                times = [self._time(launch, tiles, timer or self.timer) for tiles in candidates]
                 self._winners[key] = winner = candidates[times.index(min(times))]
                 self._keep(key, winner)
         return winner
 
-    def _known(self, key: str, candidates: Sequence[Tiles]) -> Tiles | None:
+    def _winner_among(self, key: str, candidates: Sequence[Tiles]) -> Tiles | None:
         winner = self._winners.get(key)
         return winner if winner in candidates else None
 
-    def _time(self, launch: Launch, tiles: Tiles) -> float:
+    def _time(self, launch: Launch, tiles: Tiles, timer: Timer) -> float:
         try:
-            return self.timer(lambda: launch(tiles))
+            return timer(lambda: launch(tiles))
         except OutOfResources:  # a chip with less shared memory than those of the compile check
             return float("inf")
 

@@ -1,16 +1,27 @@
+import importlib.util
+import itertools
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albert_fast import ops
-from albert_fast.testing import ALL_CASES
-from albert_fast.testing.parity import check_forward, make_inputs, parity_tests
+from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
+from albert_fast.testing import ALL_CASES, poison_empty
+from albert_fast.testing.parity import check_forward, device_of, make_inputs, parity_tests
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+if importlib.util.find_spec("triton") is not None:
+    from albert_fast.kernels import _tuning
+    from albert_fast.kernels import encoder as encoder_kernel
 
 FORWARD, _ = parity_tests("encoder")
 CASE = ALL_CASES["encoder"]
@@ -161,3 +172,240 @@ def test_misshapen_weights_are_named():
     inputs["weights"][2] = torch.zeros(48, 48, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"got \(48, 48\) in torch.bfloat16"):
         ops.encoder(**inputs)
+
+
+# the persistent kernel -------------------------------------------------------------------------------------------------------
+
+# A phase is over before the next one begins in each of these: one launch for all phases, whose programs wait for each other
+# (in the interpreter there is one), and a launch for every phase, divided among so many programs.
+STEP_PROGRAMS = (0, 1, 3, 5)
+# Several tiles of rows, sequences that share a tile of queries, a split inner dimension; heads of 16, 26, 128 and 7.
+KERNEL_SHAPES = [
+    ((40, 0, 3, 29), 32, 2, 400, 1, 2),
+    ((5, 1, 1, 30), 52, 2, 64, 1, 1),
+    ((18,), 128, 1, 48, 1, 1),
+    ((2, 0, 9), 35, 5, 801, 2, 3),
+]
+
+
+def by_kernel(inputs, step_programs=0):
+    with poison_empty():
+        return encoder_kernel.encoder_fwd(**inputs, step_programs=step_programs)
+
+
+@needs_triton
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernel_against_torch(shape, dtype, wanted):
+    check_forward(CASE, shape, {"wanted": wanted}, dtype, "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("wanted", [False, True])
+def test_kernel_is_bitwise_the_same_however_its_tiles_are_divided(wanted):
+    inputs = make_inputs(CASE, KERNEL_SHAPES[0], {"wanted": wanted}, torch.bfloat16, "triton")
+    expected = by_kernel(inputs)
+    for programs in STEP_PROGRAMS:
+        assert torch.equal(by_kernel(inputs, programs), expected), f"{programs} programs"
+
+
+@needs_triton
+def test_no_phase_reads_what_it_writes(monkeypatch):
+    inputs = make_inputs(CASE, KERNEL_SHAPES[0], {"wanted": True}, torch.bfloat16, "triton")
+    expected, kernel = by_kernel(inputs, 2), encoder_kernel._encoder_fwd_kernel
+
+    class Twice:
+        def __getitem__(self, grid):
+            return lambda *args, **options: [kernel[grid](*args, **options) for _ in range(2)]
+
+    monkeypatch.setattr(encoder_kernel, "_encoder_fwd_kernel", Twice())
+    assert torch.equal(by_kernel(inputs, 2), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_kernel_keeps_nan_and_infinity_in_their_sequence(bad):
+    inputs = make_inputs(CASE, ((6, 9, 3), 32, 2, 96, 1, 2), {}, torch.bfloat16, "triton")
+    clean = by_kernel(inputs)
+    inputs["hidden"][8, 5] = float(bad)
+    out = by_kernel(inputs)
+    assert torch.equal(out.isnan().cpu(), CASE.eager(**inputs).isnan().cpu())
+    assert out[6:15].isnan().all()
+    assert torch.equal(out[:6], clean[:6])
+    assert torch.equal(out[15:], clean[15:])
+
+
+@needs_triton
+def test_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_ones():
+    """As graphs have them: their buckets are larger than the batches."""
+    inputs = make_inputs(CASE, ((9, 4), 32, 2, 64, 1, 2), {}, torch.float32, "triton")
+    expected, device = by_kernel(inputs), inputs["hidden"].device
+    more = {**inputs, "hidden": torch.cat([inputs["hidden"], torch.full((11, 32), torch.nan, device=device)])}
+    more["cu_seqlens"] = torch.tensor([0, 9, 13, 13, 13], dtype=torch.int32, device=device)
+    torch.testing.assert_close(by_kernel(more)[:13], expected, atol=1e-5, rtol=1e-5)
+    firsts = {"rows": torch.tensor([0, 9, 13, 13], device=device), "cu_rows": torch.arange(5, device=device).int()}
+    torch.testing.assert_close(by_kernel({**more, **firsts})[:2], expected[[0, 9]], atol=1e-5, rtol=1e-5)
+
+
+@needs_triton
+def test_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
+    inputs = make_inputs(CASE, ((5, 0, 2), 32, 2, 64, 1, 1), {}, torch.float32, "triton")
+    device = inputs["hidden"].device
+    inputs["rows"], inputs["cu_rows"] = (
+        torch.tensor([1, 3, 6], device=device),
+        torch.tensor([0, 1, 2, 3]).int().to(device),
+    )
+    torch.testing.assert_close(by_kernel(inputs), CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("lengths", [(), (0, 0)])
+def test_kernel_of_no_token_at_all(lengths):
+    inputs = make_inputs(CASE, (lengths, 32, 2, 64, 1, 2), {}, torch.float32, "triton")
+    assert by_kernel(inputs).shape == (0, 32)
+    some = make_inputs(CASE, ((3,), 32, 2, 64, 1, 2), {}, torch.float32, "triton")
+    device = some["hidden"].device
+    none = {"rows": torch.zeros(0, dtype=torch.int64, device=device), "cu_rows": torch.zeros(2).int().to(device)}
+    assert by_kernel({**some, **none}).shape == (0, 32)
+
+
+@needs_triton
+@given(st.integers(1, 200), st.integers(1, 10_000), st.sampled_from([16, 64, 128]))
+def test_every_step_of_a_split_product_is_in_one_split(tiles, depth, block_k):
+    splits, steps = encoder_kernel.split_depth(tiles, depth, block_k)
+    assert (splits - 1) * steps * block_k < depth <= splits * steps * block_k, "none is empty, and nothing is left over"
+    assert splits == 1 or splits * tiles <= encoder_kernel.PROGRAMS, "their sums fit the memory that they get"
+
+
+COMPILED = """
+import importlib
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from albert_fast.testing.launches import recorded_launches
+
+launch = next(launch for launch in recorded_launches("encoder") if launch.label.startswith("bf16 T128 D64"))
+function = getattr(importlib.import_module(launch.module), launch.function)
+attributes = {(position,): [["tt.divisibility", 16]] for position in launch.divisible}
+source = ASTSource(function, dict(launch.signature), dict(launch.constants), attributes)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(launch.options))
+assert compiled.metadata.launch_cooperative_grid
+print(compiled.asm["ptx"])
+"""
+
+
+@needs_triton
+def test_barriers_order_memory_as_the_kernel_s_docstring_says():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ptx = [line.strip() for line in done.stdout.splitlines() if not line.strip().startswith(("//", ".loc", "$L__tmp"))]
+    assert not [line for line in ptx if ".nc." in line], "the read-only path does not see what others wrote"
+    atomics = [i for i, line in enumerate(ptx) if re.search(r"\batom\.|\.acquire\b", line)]
+    # The barrier: release, acquire, acquire in the loop. The four products: both in one.
+    kinds = [re.search(r"\.(release|acquire|acq_rel)\b", ptx[i])[1] for i in atomics]
+    assert sorted(kinds) == ["acq_rel"] * 4 + ["acquire"] * 2 + ["release"]
+    assert all(".gpu." in ptx[i] and ".global" in ptx[i] for i in atomics)
+    synchronises = re.compile(r"\b(bar\.sync|barrier\.sync)\b")
+    for i, kind in zip(atomics, kinds, strict=True):
+        between_before = itertools.takewhile(lambda line: not synchronises.search(line), reversed(ptx[:i]))
+        between_after = itertools.takewhile(lambda line: not synchronises.search(line), ptx[i + 1 :])
+        if kind != "acquire":
+            assert not [line for line in between_before if re.search(r"\bst\.global", line)], (
+                "a store escapes the release"
+            )
+        if kind != "release":
+            assert not [line for line in between_after if re.search(r"\bld\.global|cp\.async\.c", line)], (
+                "a load runs ahead"
+            )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_programs_that_wait_for_each_other_give_what_separate_launches_give():
+    for lengths in ((16,), (128,), (100, 1, 0, 200, 35)):
+        inputs = make_inputs(CASE, (lengths, 768, 12, 3072, 1, 12), {}, torch.bfloat16, "triton")
+        expected = by_kernel(inputs, 64)
+        for _ in range(50):
+            assert torch.equal(by_kernel(inputs), expected)
+        graph, out = torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(graph):
+            out = encoder_kernel.encoder_fwd(**inputs)
+        for _ in range(50):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, expected)
+
+
+def small_model(backend):
+    config = ALBERTConfig(
+        vocab_size=61, embedding_size=12, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=3,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    return ALBERTModel(config, backend=backend).eval().requires_grad_(False).to(device_of("triton"))
+
+
+@needs_triton
+@pytest.mark.parametrize("output_tokens", ["all", "first"])
+def test_a_model_takes_the_kernel_by_name(monkeypatch, output_tokens):
+    model, called = small_model("triton"), []
+    kernel = encoder_kernel.encoder_fwd
+    monkeypatch.setattr(encoder_kernel, "encoder_fwd", lambda *a, **k: called.append(1) or kernel(*a, **k))
+    ids = torch.randint(61, (3, 7), device=device_of("triton"))
+    mask = torch.tensor([[1] * 7, [0, 1, 1] * 2 + [1], [1] + [0] * 6], device=ids.device)
+    assert [step.backend for step in explain(model, ids, mask).steps if step.name == "encoder"] == ["triton"]
+    out = model(ids, mask, output_tokens=output_tokens)
+    assert called
+    model.backend = "reference"
+    expected = model(ids, mask, output_tokens=output_tokens)
+    torch.testing.assert_close(out.pooler_output, expected.pooler_output)
+    torch.testing.assert_close(out.last_hidden_state, expected.last_hidden_state)
+
+
+@needs_triton
+def test_why_a_model_does_not_take_the_kernel():
+    encoder = small_model("triton").encoder
+
+    def why(tokens=3, backend="triton"):
+        return encoder.in_one_call(torch.zeros(tokens, 32, device=device_of("triton")), backend)
+
+    assert why() is None
+    assert "513 tokens" in why(513)
+    assert "'cuda'" in why(backend="cuda")
+    encoder.config = replace(encoder.config, hidden_size=258, num_attention_heads=2)
+    assert "heads of 129" in why()
+    encoder.train()
+    assert "training" in why()
+
+
+class Tuner:
+    """In the place of the GPU's: the kernel takes `seconds` of it, the operators 2."""
+
+    def __init__(self, seconds):
+        self.seconds, self.winners, self.launched = seconds, {}, []
+
+    def known(self, key):
+        return self.winners.get(key)
+
+    def choose(self, key, candidates, launch, timer):
+        assert timer is _tuning.time_in_graph
+        for tiles in candidates:
+            launch(tiles)
+        return self.winners.setdefault(key, candidates[self.seconds < 2])
+
+
+@needs_triton
+@pytest.mark.parametrize(("asked", "seconds", "faster"), [(False, 1, False), (True, 3, False), (True, 1, True)])
+def test_by_default_the_kernel_runs_where_it_was_measured_faster(monkeypatch, asked, seconds, faster):
+    tuner, launched = Tuner(seconds), []
+    monkeypatch.setattr(_tuning, "asked_for", lambda: asked)
+    monkeypatch.setattr(_tuning, "_tuner", lambda chip: tuner)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    sizes, run = (768, 3072, 12, 12), launched.append
+    assert not ops.kernel_is_faster(torch.bfloat16, 100, sizes, None), "nothing was measured, and nothing is now"
+    assert ops.kernel_is_faster(torch.bfloat16, 100, sizes, run) == faster
+    assert launched == (["operators", "triton"] if asked else [])
+    assert ops.kernel_is_faster(torch.bfloat16, 128, sizes, None) == faster, "as many tokens, by powers of two"
+    assert not ops.kernel_is_faster(torch.bfloat16, 129, sizes, None)

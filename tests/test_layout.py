@@ -25,8 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_FOLDERS = ("albert_fast", "kernels")
 MAX_LINES = 450
 OPERATORS = sorted(dispatch.TABLE)
-# Where `encoder` has no kernel the model runs the others; integer weights are for CPUs.
-WITHOUT_GPU = {"encoder", "quantized_encoder"}
+WITHOUT_GPU = {"quantized_encoder"}  # integer weights are for CPUs
 # On a CPU its product is a library's and its activation bias_gelu's: there is no source of its own to look for.
 WITHOUT_CPP_SOURCE = {"linear_gelu"}
 # Peers and heavy libraries: never needed to import albert_fast, so never imported where a module is loaded.

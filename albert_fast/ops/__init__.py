@@ -11,7 +11,17 @@ from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref, index_error
-from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, forget_packed, stage_seconds
+from .encoder import (
+    MAX_KERNEL_HEAD_DIM,
+    MAX_KERNEL_TOKENS,
+    STAGES,
+    WEIGHTS,
+    encoder,
+    encoder_ref,
+    forget_packed,
+    kernel_is_faster,
+    stage_seconds,
+)
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .linear_gelu import linear_gelu, linear_gelu_ref
@@ -19,6 +29,8 @@ from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_re
 
 __all__ = [
     "CAPTURE",
+    "MAX_KERNEL_HEAD_DIM",
+    "MAX_KERNEL_TOKENS",
     "PRODUCTS",
     "STAGES",
     "WEIGHTS",
@@ -41,6 +53,7 @@ __all__ = [
     "gelu_layer_norm",
     "gelu_layer_norm_ref",
     "index_error",
+    "kernel_is_faster",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
     "linear_gelu",

@@ -1,13 +1,13 @@
 """encoder: the shared layer num_hidden_layers times in one call, for inference (Lan et al. 2019, section 3.1).
 
 The C++ kernel reads weights that are packed once, on first use; the packed copy lives as long as the weights and is made
-again when they change.
+again when they change. The Triton kernel reads them as they are.
 """
 
 from __future__ import annotations
 
 import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,9 @@ STAGES = (
     *("query, key, value", "attention", "attention output", "add, LayerNorm"),
     *("FFN up, activation", "FFN down", "rounding to integers", "copies", "waiting"),
 )
+# Of the Triton kernel: above so many tokens the operators' kernels, or torch's products, fill a GPU by themselves.
+MAX_KERNEL_TOKENS = 512
+MAX_KERNEL_HEAD_DIM = 128
 WEIGHT_NAMES = tuple(WEIGHTS)
 _PER_LAYER = len(WEIGHTS)
 _MATRICES = [i for i, shape in enumerate(WEIGHTS.values()) if " " in shape]
@@ -134,11 +137,40 @@ def stage_seconds() -> Iterator[Tensor]:
         _profile = None
 
 
+def kernel_is_faster(
+    dtype: torch.dtype, tokens: int, sizes: Sequence[int], run: Callable[[str], Tensor] | None
+) -> bool:
+    """Whether the Triton kernel was measured faster than the layers' operators, both in CUDA graphs, on this GPU.
+
+    False where ALBERT_FAST_TUNE=1 does not ask for it; else what is in the tuner's file, or measured now.
+
+    Args:
+        tokens: up to the next power of two they are alike. sizes: whatever else the time depends on: widths, heads, layers.
+        run: computes the layers on "operators" or "triton"; None: measure nothing, and say False of what is not known.
+    """
+    from ..kernels import _tuning
+
+    by = ("operators", "triton")
+    key = "x".join(map(str, (*sizes, 1 << (tokens - 1).bit_length()))) + f" {dtype}"
+    winner = _tuning.known("encoder", key)
+    if winner is None and run is not None:
+        candidates = [{"ONE_KERNEL": i} for i in range(2)]
+        winner = _tuning.choose(
+            "encoder", lambda: key, candidates, lambda tiles: run(by[tiles["ONE_KERNEL"]]), _tuning.time_in_graph
+        )
+    return winner is not None and winner["ONE_KERNEL"] == 1
+
+
 def _fwd(
     hidden: Tensor, weights: list[Tensor], order: list[int], cu_seqlens: Tensor, rows: Tensor | None,
     cu_rows: Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str, backend: str,
 ) -> Tensor:  # fmt: skip
-    if dispatch.resolve("encoder", hidden.device.type, hidden.dtype, backend) != "cpp":
+    backend = dispatch.resolve("encoder", hidden.device.type, hidden.dtype, backend)
+    if backend == "triton":
+        from ..kernels.encoder import encoder_fwd
+
+        return encoder_fwd(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act)
+    if backend == "reference":
         return encoder_ref(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act)
     hidden, weights = hidden.contiguous(), [w.contiguous() for w in weights]
     layers = [weights[i : i + _PER_LAYER] for i in range(0, len(weights), _PER_LAYER)]
@@ -203,7 +235,8 @@ def encoder(
 ) -> Tensor:  # fmt: skip
     """The embeddings after all layers, without dropout; no gradient.
 
-    A sequence's result is bitwise the same whatever else is in its batch and however many threads run.
+    In C++ a sequence's result is bitwise the same whatever else is in its batch and however many threads run; in Triton a
+    batch's is the same on every chip, and the order of sums depends on how many tokens there are.
 
     Args:
         hidden: (T, H), packed tokens.

@@ -298,7 +298,7 @@ ALL_CASES: dict[str, OpCase] = {
                 ((131, 17, 1), 80, 1, 72, 2, 4),
                 ((37, 2), 256, 4, 1600, 1, 2),
             ),
-            small_shapes=(((3, 0, 2), 26, 1, 40, 2, 2),),
+            small_shapes=(((9, 0, 11), 80, 5, 72, 1, 2), ((3, 0, 2), 26, 1, 40, 2, 2)),
             bench_shapes=(((16,), 768, 12, 3072, 1, 12), ((128,) * 8, 768, 12, 3072, 1, 12)),
             options=({}, {"wanted": True}, {"act": "gelu_erf"}, {"act": "relu"}),
             gradients=(),  # inference only: training runs the other operators

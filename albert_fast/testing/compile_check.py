@@ -33,7 +33,7 @@ from .launches import CASES, Launch, recorded_launches
 
 OPERATORS = (
     "attention", "add_layer_norm", "bias_gelu", "linear_gelu", "gelu_layer_norm", "linear_cross_entropy",
-    "embedding_projection",
+    "encoder", "embedding_projection",
 )  # fmt: skip
 # And what is launched beside them.
 KERNELS = (*OPERATORS, "graph_inputs")

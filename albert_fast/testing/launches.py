@@ -232,6 +232,28 @@ def _graph_inputs_launches() -> Iterator[Case]:
         yield f"i64 {label}", partial(run, mask, packed), False
 
 
+def _encoder_launches() -> Iterator[Case]:
+    from ..kernels.encoder import encoder_fwd
+    from ..ops.encoder import WEIGHTS
+
+    def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, asked: bool) -> None:
+        width = heads * head_dim
+        sizes = {"H": width, "3H": 3 * width, "I": 4 * width}
+        weights = [torch.empty([sizes[name] for name in spelt.split()], dtype=dtype) for spelt in WEIGHTS.values()]
+        cu_seqlens, rows = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+        wanted = (rows, cu_seqlens) if asked else (None, None)
+        encoder_fwd(
+            torch.empty(tokens, width, dtype=dtype), weights, [0], cu_seqlens, *wanted, heads, 0.125, 1e-12, "gelu_tanh"
+        )
+
+    # Every tile of products, with the released models' heads and with the largest, whole and padded; rows asked for.
+    chosen = {"f32": [(16, 64, False), (128, 128, True)], "bf16": [(16, 128, True), (128, 64, False), (128, 80, True)]}
+    for name, cases in chosen.items():
+        for tokens, head_dim, asked in cases:
+            label = f"{name} T{tokens} D{head_dim}" + (" rows" if asked else "")
+            yield label, partial(run, DTYPES[name], tokens, 12 if head_dim == 64 else 8, head_dim, asked), name != "f32"
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": _attention_launches,
     "add_layer_norm": _add_layer_norm_launches,
@@ -240,6 +262,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "linear_gelu": _linear_gelu_launches,
     "linear_cross_entropy": _linear_cross_entropy_launches,
     "graph_inputs": _graph_inputs_launches,
+    "encoder": _encoder_launches,
 }
 
 
