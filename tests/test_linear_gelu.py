@@ -32,7 +32,7 @@ def test_backward(case, shape, options, dtype, backend):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 40), st.integers(1, 70), st.integers(3, 90))
 def test_any_shape(rows, width, middle):
-    # Of one or two columns the gradient of the bias is a handful of sums, and by chance torch may round all of them well.
+    # At least three columns: of fewer, torch may by chance round all sums of the bias's gradient well.
     for check in (check_forward, check_backward):
         check(CASE, (rows, width, middle), {}, torch.float32, "cpp")
 
@@ -114,7 +114,7 @@ def test_bad_input_is_named():
         ops.linear_gelu(x, weight.to("meta"), bias)
 
 
-# the kernel and the libraries -----------------------------------------------------------------------------------------------
+# the kernel and the libraries --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_the_tuner_is_asked_on_a_gpu(kernel, monkeypatch):
     torch.testing.assert_close(out, CASE.eager(x, weight, bias, "gelu_tanh"), rtol=2**-6, atol=2**-6)
 
 
-# in torch, and in the model -------------------------------------------------------------------------------------------------
+# in torch, and in the model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
