@@ -229,7 +229,7 @@ class LayerGroup(nn.Module):
 
 
 class Layer(nn.Module):
-    """attention, add_layer_norm, FFN, add_layer_norm; every bias rides in the fused operator that its product is in or before."""
+    """attention, add_layer_norm, FFN, add_layer_norm; every bias rides in the fused operator with its product or behind it."""
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""linear_gelu, (tokens, hidden size, intermediate size): the FFN up to its activation. Limited by arithmetic: read GFLOPS."""
+"""linear_gelu, (tokens, hidden size, intermediate size): half of the FFN. Limited by arithmetic: read GFLOPS."""
 
 from __future__ import annotations
 

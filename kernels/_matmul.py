@@ -1,16 +1,16 @@
 """x @ weight.T on tensor cores, one tile a program: the walk over K that kernels with an epilogue of their own share.
 
-A program computes BLOCK_M rows by BLOCK_N columns of the product of x (T, K) and weight (N, K), both read along K, so that
-neither is transposed in memory. Rows behind the last one are read as the last one again: no mask stands in the walk but
-where K is no multiple of BLOCK_K, and whoever stores the tile masks it.
+A program computes BLOCK_M rows by BLOCK_N columns of the product of x (T, K) and weight (N, K), both read along K, so
+that neither is transposed in memory. Rows behind the last one are read as the last one again: no mask stands in the
+walk but where K is no multiple of BLOCK_K, and whoever stores the tile masks it.
 
 bfloat16, float16 and float32 give float32 sums (float32 products are exact ones, never TF32), int8 gives int32 sums and
 float8 e4m3 float32 sums. Every element is summed by one program, in an order that follows from BLOCK_K alone.
 
-The operands come by asynchronous copies of words of 16 bytes (cp.async); `in_words` copies the rare rows that do not begin
-at one. The copy engine of newer chips (TMA) would need this path beside its own, for older ones, and has little to save: a
-step of 128 x 256 x 64 keeps Hopper's tensor cores busy for 1024 cycles, and for sm_90 it compiles to 128 instructions a
-warp, of which addresses and copies are most: 256 cycles of its schedulers, beside the products.
+The operands come by asynchronous copies of words of 16 bytes (cp.async); `in_words` copies the rare rows that do not
+begin at one. The copy engine of newer chips (TMA) would need this path beside its own, for older ones, and has little
+to save: a step of 128 x 256 x 64 keeps Hopper's tensor cores busy for 1024 cycles, and for sm_90 it compiles to 128
+instructions a warp, of which addresses and copies are most: 256 cycles of its schedulers, beside the products.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from ._common import product
 _GROUP_M = tl.constexpr(8)
 # Of the H100; a constant, so that the same shape has the same tiles, and sums, on every chip.
 _MULTIPROCESSORS = 132
-# Two programs of it fit a multiprocessor of Hopper: the epilogue of one runs beside the products of the other. A larger tile
-# multiplies faster and leaves the tensor cores idle in its epilogue, so it is a candidate of the tuner and no first guess.
+# Two programs of it fit a multiprocessor of Hopper: the epilogue of one runs beside the products of the other. A larger
+# tile multiplies faster and leaves the tensor cores idle in its epilogue: a candidate of the tuner, and no first guess.
 _LARGEST_GUESS = 128 * 128
 
-# Type of the operands -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small: a larger tile reads less,
-# (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) elements a multiplication, a smaller one fills more multiprocessors. None spills
-# on sm_80, sm_90 or sm_100 with an epilogue that goes by `halves`.
+# Type of the operands -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small: a larger tile reads
+# less, (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) elements a multiplication, a smaller one fills more multiprocessors.
+# None spills on sm_80, sm_90 or sm_100 with an epilogue that goes by `halves`.
 _BYTES = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4))
 _HALVES = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
 _TILES = {
@@ -48,7 +48,7 @@ _TILES = {
 def matmul_tiles(n_rows: int, n_cols: int, dtype: torch.dtype) -> list[dict[str, int]]:
     """Tile sizes and launch options for (n_rows, n_cols) products of such operands, as keywords, best guess first.
 
-    The guess is the largest tile of up to 128 x 128 that still gives every multiprocessor one; then come its neighbours.
+    The guess is the largest tile, up to 128 x 128, that still gives every multiprocessor one; its neighbours follow.
     """
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     tiles = [dict(zip(names, sizes, strict=True)) for sizes in _TILES[dtype]]
@@ -62,9 +62,9 @@ def matmul_tiles(n_rows: int, n_cols: int, dtype: torch.dtype) -> list[dict[str,
 
 
 def in_words(x: torch.Tensor) -> torch.Tensor:
-    """`x` (T, K) with every row a number of whole 16-byte words, K padded with zeros; `x` itself where that is so already.
+    """`x` (T, K) with every row of whole 16-byte words, K padded with zeros; `x` itself where that is so already.
 
-    Smaller words would take more addresses than there are registers, and no asynchronous copy moves single 16-bit numbers.
+    Smaller words take more addresses than there are registers, and no asynchronous copy moves single 16-bit numbers.
     """
     word = 16 // x.itemsize
     width = triton.cdiv(x.shape[1], word) * word

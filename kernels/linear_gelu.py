@@ -1,21 +1,21 @@
 """linear_gelu: act(x @ weight.T + bias), the FFN's first product with its activation, by the fastest of three routes.
 
-1. cuBLASLt with bias and activation in its epilogue: the tanh form of GELU. For inference alone: what a gradient needs, the
-   sums before the activation, is not kept; and in 16 bits alone, since nobody says how exact its tanh is. (It has a relu
-   as well; nobody says what that makes of NaN.)
+1. cuBLASLt with bias and activation in its epilogue: the tanh form of GELU. For inference alone: what a gradient needs,
+   the sums before the activation, is not kept; and in 16 bits alone, since nobody says how exact its tanh is. (It has a
+   relu as well; nobody says what that makes of NaN.)
 2. cuBLASLt with the bias in its epilogue, then the kernel of bias_gelu: any activation, and the sums are there anyway.
 3. The Triton kernel below, with any activation in its epilogue, and for a gradient the sums as a second output.
 
-The sums are kept with the bias, so that they are rounded once: the sign of a small one, which is all that relu's gradient
-depends on, would not outlive a product rounded before its bias is added.
+The sums are kept with the bias, so that they are rounded once: the sign of a small one, which is all that relu's
+gradient depends on, would not outlive a product rounded before its bias is added.
 
-A count for the FFN of ALBERT-base, 32,768 x 768 x 3072 in bfloat16, on an H100 by the rates that a copy (3.0 TB/s) and a large
-product (790 TFLOP/s) reach there; a prediction, no measurement. The product is 155 GFLOP: 196 us. Route 2 reads and writes
-the 201 MB of its output once more: 134 us on top. Route 1 has nothing on top but its epilogue, and nothing can beat it but a
-better product. Route 3 has the same traffic as route 1 and beats route 2 wherever its product comes to more than 60 % of
-cuBLAS's rate. Its two programs a multiprocessor read (128 + 128) x 64 elements of shared memory and write as many, in the
-time of 512 cycles of tensor cores: at 128 bytes a cycle that bounds it to 81 %. In float32 the product takes 2.3 ms and
-the pass 0.27 ms, which a product on plain FMA would have to be within 10 % of cuBLAS's to win back.
+A count for the FFN of ALBERT-base, 32,768 x 768 x 3072 in bfloat16, by the rates of an H100's copies (3.0 TB/s) and
+large products (790 TFLOP/s); a prediction, no measurement. The product is 155 GFLOP: 196 us. Route 2 reads and writes
+the 201 MB of its output once more: 134 us on top. Route 1 has nothing on top but its epilogue, and nothing can beat it
+but a better product. Route 3 has the same traffic as route 1 and beats route 2 wherever its product comes to more than
+60 % of cuBLAS's rate. What bounds it is shared memory: a step of 128 x 128 x 64 writes 32 KB, its two warpgroups read
+48 KB, at 128 bytes a cycle 640 cycles, and the tensor cores need 512: 80 % of their rate. In float32 the product takes
+2.3 ms and the pass 0.27 ms, which a product on plain FMA would have to be within 10 % of cuBLAS's to win back.
 
 So without tuning: 1 where it is allowed; 2 for a gradient and in float32; 3 for the erf form and relu in 16 bits.
 On a CPU, in Triton's interpreter, 3 alone: there torch's function for 1 has the erf form of GELU.
@@ -139,7 +139,7 @@ def linear_gelu_fwd(
 def start_route(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, act: str, keep_sums: bool, route: _tuning.Tiles
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`linear_gelu_fwd` by one of `linear_gelu_routes`: of one element at least; weight, bias and rows of x are dense."""
+    """`linear_gelu_fwd` by one of `linear_gelu_routes`; not empty, and weight, bias and rows of x are dense."""
     if route == CUBLASLT_EPILOGUE:
         # On CUDA the tanh form, also where torch does not hand it to cuBLASLt.
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True), None

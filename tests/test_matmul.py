@@ -65,7 +65,7 @@ def product(x, weight, tile):
     return out
 
 
-# A number alone; rows that are no whole words; more tiles of rows than a group has, the last short, and an odd number of them.
+# A number alone; rows that are no whole words; more tiles of rows than a group has, the last one short.
 @pytest.mark.parametrize("shape", [(1, 1, 1), (37, 53, 31), (300, 64, 80), (70, 256, 144)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_type_of_operand(shape, dtype):

@@ -1,8 +1,8 @@
 """linear_gelu: act(x @ weight^T + bias), the FFN's first product and its activation (Lan et al. 2019, section 3.1).
 
-For a GPU, where the product is worth not writing and reading again: see kernels/linear_gelu.py. On a CPU the product is a
-library's and the rest bias_gelu's; what is fused there is all of `encoder`. The gradient is bias_gelu's, from the sums
-before the activation that the forward keeps for it, and two more products of a library.
+For a GPU, where the product is worth not writing and reading again: see kernels/linear_gelu.py. On a CPU the product is
+a library's and the rest bias_gelu's; what is fused there is all of `encoder`. The gradient is bias_gelu's, from the
+sums before the activation that the forward keeps for it, and two more products of a library.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ register(
     lambda *arguments: (_out_fake(*arguments), _out_fake(*arguments)),
 )
 register(
-    "linear_gelu_bwd(Tensor grad, Tensor x, Tensor weight, Tensor sums, str act, str backend) -> (Tensor, Tensor, Tensor)",
+    "linear_gelu_bwd(Tensor grad, Tensor x, Tensor weight, Tensor sums, str act, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _bwd,
     lambda grad, x, weight, sums, *_: tuple(x.new_empty(shape) for shape in (x.shape, weight.shape, sums.shape[1:])),
 )
