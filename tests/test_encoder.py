@@ -1,4 +1,5 @@
 import importlib.util
+import inspect
 import itertools
 import os
 import re
@@ -194,13 +195,13 @@ def by_kernel(inputs, step_programs=0):
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES)
-def test_kernel_against_torch(shape, dtype, wanted):
+def test_triton_kernel_against_torch(shape, dtype, wanted):
     check_forward(CASE, shape, {"wanted": wanted}, dtype, "triton")
 
 
 @needs_triton
 @pytest.mark.parametrize("wanted", [False, True])
-def test_kernel_is_bitwise_the_same_however_its_tiles_are_divided(wanted):
+def test_triton_kernel_is_bitwise_the_same_however_its_tiles_are_divided(wanted):
     inputs = make_inputs(CASE, KERNEL_SHAPES[0], {"wanted": wanted}, torch.bfloat16, "triton")
     # One launch, whose programs wait for each other, of which the interpreter has one.
     expected = by_kernel(inputs)
@@ -209,22 +210,48 @@ def test_kernel_is_bitwise_the_same_however_its_tiles_are_divided(wanted):
         assert torch.equal(by_kernel(inputs, programs), expected), f"{programs} programs"
 
 
+class Launches:
+    """In the kernel's place: starts it `times` times for each launch, and keeps what it was given."""
+
+    def __init__(self, monkeypatch, times=1):
+        self.kernel, self.times, self.given = encoder_kernel._encoder_fwd_kernel, times, []
+        monkeypatch.setattr(encoder_kernel, "_encoder_fwd_kernel", self)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.given.append((grid[0], inspect.signature(self.kernel.fn).bind(*args, **self.named(options)).arguments))
+            for _ in range(self.times):
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+    def named(self, options):
+        return {name: value for name, value in options.items() if name in self.kernel.arg_names}
+
+
 @needs_triton
-def test_no_phase_reads_what_it_writes(monkeypatch):
+def test_no_phase_of_the_triton_kernel_reads_what_it_writes(monkeypatch):
     inputs = make_inputs(CASE, KERNEL_SHAPES[0], {"wanted": True}, torch.bfloat16, "triton")
-    expected, kernel = by_kernel(inputs, 2), encoder_kernel._encoder_fwd_kernel
-
-    class Twice:
-        def __getitem__(self, grid):
-            return lambda *args, **options: [kernel[grid](*args, **options) for _ in range(2)]
-
-    monkeypatch.setattr(encoder_kernel, "_encoder_fwd_kernel", Twice())
+    expected = by_kernel(inputs, 2)
+    Launches(monkeypatch, times=2)
     assert torch.equal(by_kernel(inputs, 2), expected)
 
 
 @needs_triton
+def test_programs_of_the_triton_kernel_meet_behind_every_phase_and_leave_no_count_of_splits(monkeypatch):
+    inputs = make_inputs(CASE, KERNEL_SHAPES[0], {}, torch.bfloat16, "triton")
+    launches = Launches(monkeypatch)
+    by_kernel(inputs)
+    ((programs, given),) = launches.given
+    assert given["ffn_output_splits"] > 1
+    assert (given["first_phase"], given["end_phase"]) == (0, 5 * 2 + 1)
+    assert given["state_ptr"][0] == programs * 5 * 2, "none is needed behind the last"
+    assert not given["state_ptr"][1:].any()
+
+
+@needs_triton
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_kernel_keeps_nan_and_infinity_in_their_sequence(bad):
+def test_triton_kernel_keeps_nan_and_infinity_in_their_sequence(bad):
     inputs = make_inputs(CASE, ((6, 9, 3), 32, 2, 96, 1, 2), {}, torch.bfloat16, "triton")
     clean = by_kernel(inputs)
     inputs["hidden"][8, 5] = float(bad)
@@ -236,7 +263,7 @@ def test_kernel_keeps_nan_and_infinity_in_their_sequence(bad):
 
 
 @needs_triton
-def test_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_ones():
+def test_triton_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_ones():
     """As graphs have them: their buckets are larger than the batches."""
     inputs = make_inputs(CASE, ((9, 4), 32, 2, 64, 1, 2), {}, torch.float32, "triton")
     expected, device = by_kernel(inputs), inputs["hidden"].device
@@ -248,7 +275,7 @@ def test_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_ones():
 
 
 @needs_triton
-def test_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
+def test_triton_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
     inputs = make_inputs(CASE, ((5, 0, 2), 32, 2, 64, 1, 1), {}, torch.float32, "triton")
     device = inputs["hidden"].device
     inputs["rows"], inputs["cu_rows"] = (
@@ -260,7 +287,7 @@ def test_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
 
 @needs_triton
 @pytest.mark.parametrize("lengths", [(), (0, 0)])
-def test_kernel_of_no_token_at_all(lengths):
+def test_triton_kernel_of_no_token_at_all(lengths):
     inputs = make_inputs(CASE, (lengths, 32, 2, 64, 1, 2), {}, torch.float32, "triton")
     assert by_kernel(inputs).shape == (0, 32)
     some = make_inputs(CASE, ((3,), 32, 2, 64, 1, 2), {}, torch.float32, "triton")
@@ -297,7 +324,7 @@ print(compiled.asm["ptx"])
 
 
 @needs_triton
-def test_barriers_order_memory_as_the_kernel_s_docstring_says():
+def test_barriers_of_the_triton_kernel_order_memory_as_its_docstring_says():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -323,7 +350,7 @@ def test_barriers_order_memory_as_the_kernel_s_docstring_says():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_programs_that_wait_for_each_other_give_what_separate_launches_give():
+def test_on_a_gpu_programs_that_wait_for_each_other_give_what_separate_launches_give():
     for lengths in ((16,), (128,), (100, 1, 0, 200, 35)):
         inputs = make_inputs(CASE, (lengths, 768, 12, 3072, 1, 12), {}, torch.bfloat16, "triton")
         expected = by_kernel(inputs, 64)
