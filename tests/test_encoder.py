@@ -375,7 +375,7 @@ def small_model(backend):
 
 @needs_triton
 @pytest.mark.parametrize("output_tokens", ["all", "first"])
-def test_a_model_takes_the_kernel_by_name(monkeypatch, output_tokens):
+def test_a_model_takes_the_triton_kernel_by_name(monkeypatch, output_tokens):
     model, called = small_model("triton"), []
     kernel = encoder_kernel.encoder_fwd
     monkeypatch.setattr(encoder_kernel, "encoder_fwd", lambda *a, **k: called.append(1) or kernel(*a, **k))
@@ -391,7 +391,7 @@ def test_a_model_takes_the_kernel_by_name(monkeypatch, output_tokens):
 
 
 @needs_triton
-def test_why_a_model_does_not_take_the_kernel():
+def test_why_a_model_does_not_take_the_triton_kernel():
     encoder = small_model("triton").encoder
 
     def why(tokens=3, backend="triton"):
