@@ -155,6 +155,26 @@ def test_two_programs_of_the_tile_that_linear_gelu_starts_with_fit_one_multiproc
 
 
 @needs_triton
+def test_every_tile_of_the_encoder_s_products_is_checked_and_on_each_chips_own_tensor_cores(rows):
+    from albert_fast.kernels.encoder import MAX_HEAD_DIM, encoder_tiles
+
+    shape = "M{BLOCK_M} N{BLOCK_N} K{BLOCK_K} warps{num_warps} stages{num_stages}"
+    for name in ("f32", "bf16"):
+        found = [row["tiles"] for row in rows("encoder") if row["label"].startswith(name)]
+        tiles = [
+            encoder_tiles(d, launches.DTYPES[name], n) for d in range(1, MAX_HEAD_DIM + 1) for n in (1, 16, 17, 512)
+        ]
+        assert {tiles[tiles.index("M") :] for tiles in found} == {shape.format(**choice) for choice in tiles}
+    assert encoder_tiles(64, torch.float16, 99) == encoder_tiles(64, torch.bfloat16, 99)
+    best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+    for row in rows("encoder"):
+        if row["label"].startswith("f32"):
+            assert row["tensor_cores"] == "", "float32 must not be rounded to TF32"
+        else:  # 16 rows are too few for a warpgroup
+            assert ("HMMA" if " T16 " in row["label"] else best[row["chip"]]) in row["tensor_cores"].split(), row
+
+
+@needs_triton
 @pytest.mark.parametrize("kernel", ["add_layer_norm", "gelu_layer_norm"])
 def test_every_tile_of_the_row_kernels_is_checked(rows, kernel):
     from albert_fast.kernels._common import MAX_ROW, bwd_row_tiles, row_tiles

@@ -1,4 +1,5 @@
 import importlib.util
+import inspect
 import itertools
 import os
 import re
@@ -176,15 +177,12 @@ def test_misshapen_weights_are_named():
 
 # the persistent kernel -------------------------------------------------------------------------------------------------------
 
-# A phase is over before the next one begins in each of these: one launch for all phases, whose programs wait for each other
-# (in the interpreter there is one), and a launch for every phase, divided among so many programs.
-STEP_PROGRAMS = (0, 1, 3, 5)
 # Several tiles of rows, sequences that share a tile of queries, a split inner dimension; heads of 16, 26, 128 and 7.
 KERNEL_SHAPES = [
     ((40, 0, 3, 29), 32, 2, 400, 1, 2),
     ((5, 1, 1, 30), 52, 2, 64, 1, 1),
     ((18,), 128, 1, 48, 1, 1),
-    ((2, 0, 9), 35, 5, 801, 2, 3),
+    ((2, 0, 9), 35, 5, 801, 2, 2),
 ]
 
 
@@ -197,35 +195,63 @@ def by_kernel(inputs, step_programs=0):
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES)
-def test_kernel_against_torch(shape, dtype, wanted):
+def test_triton_kernel_against_torch(shape, dtype, wanted):
     check_forward(CASE, shape, {"wanted": wanted}, dtype, "triton")
 
 
 @needs_triton
 @pytest.mark.parametrize("wanted", [False, True])
-def test_kernel_is_bitwise_the_same_however_its_tiles_are_divided(wanted):
+def test_triton_kernel_is_bitwise_the_same_however_its_tiles_are_divided(wanted):
     inputs = make_inputs(CASE, KERNEL_SHAPES[0], {"wanted": wanted}, torch.bfloat16, "triton")
+    # One launch, whose programs wait for each other, of which the interpreter has one.
     expected = by_kernel(inputs)
-    for programs in STEP_PROGRAMS:
+    # A launch for every phase.
+    for programs in (2, 5):
         assert torch.equal(by_kernel(inputs, programs), expected), f"{programs} programs"
 
 
+class Launches:
+    """In the kernel's place: starts it `times` times for each launch, and keeps what it was given."""
+
+    def __init__(self, monkeypatch, times=1):
+        self.kernel, self.times, self.given = encoder_kernel._encoder_fwd_kernel, times, []
+        monkeypatch.setattr(encoder_kernel, "_encoder_fwd_kernel", self)
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.given.append((grid[0], inspect.signature(self.kernel.fn).bind(*args, **self.named(options)).arguments))
+            for _ in range(self.times):
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+    def named(self, options):
+        return {name: value for name, value in options.items() if name in self.kernel.arg_names}
+
+
 @needs_triton
-def test_no_phase_reads_what_it_writes(monkeypatch):
+def test_no_phase_of_the_triton_kernel_reads_what_it_writes(monkeypatch):
     inputs = make_inputs(CASE, KERNEL_SHAPES[0], {"wanted": True}, torch.bfloat16, "triton")
-    expected, kernel = by_kernel(inputs, 2), encoder_kernel._encoder_fwd_kernel
-
-    class Twice:
-        def __getitem__(self, grid):
-            return lambda *args, **options: [kernel[grid](*args, **options) for _ in range(2)]
-
-    monkeypatch.setattr(encoder_kernel, "_encoder_fwd_kernel", Twice())
+    expected = by_kernel(inputs, 2)
+    Launches(monkeypatch, times=2)
     assert torch.equal(by_kernel(inputs, 2), expected)
 
 
 @needs_triton
+def test_programs_of_the_triton_kernel_meet_behind_every_phase_and_leave_no_count_of_splits(monkeypatch):
+    inputs = make_inputs(CASE, KERNEL_SHAPES[0], {}, torch.bfloat16, "triton")
+    launches = Launches(monkeypatch)
+    by_kernel(inputs)
+    ((programs, given),) = launches.given
+    assert given["ffn_output_splits"] > 1
+    assert (given["first_phase"], given["end_phase"]) == (0, 5 * 2 + 1)
+    assert given["state_ptr"][0] == programs * 5 * 2, "none is needed behind the last"
+    assert not given["state_ptr"][1:].any()
+
+
+@needs_triton
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_kernel_keeps_nan_and_infinity_in_their_sequence(bad):
+def test_triton_kernel_keeps_nan_and_infinity_in_their_sequence(bad):
     inputs = make_inputs(CASE, ((6, 9, 3), 32, 2, 96, 1, 2), {}, torch.bfloat16, "triton")
     clean = by_kernel(inputs)
     inputs["hidden"][8, 5] = float(bad)
@@ -237,7 +263,7 @@ def test_kernel_keeps_nan_and_infinity_in_their_sequence(bad):
 
 
 @needs_triton
-def test_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_ones():
+def test_triton_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_ones():
     """As graphs have them: their buckets are larger than the batches."""
     inputs = make_inputs(CASE, ((9, 4), 32, 2, 64, 1, 2), {}, torch.float32, "triton")
     expected, device = by_kernel(inputs), inputs["hidden"].device
@@ -249,7 +275,7 @@ def test_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_ones():
 
 
 @needs_triton
-def test_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
+def test_triton_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
     inputs = make_inputs(CASE, ((5, 0, 2), 32, 2, 64, 1, 1), {}, torch.float32, "triton")
     device = inputs["hidden"].device
     inputs["rows"], inputs["cu_rows"] = (
@@ -261,7 +287,7 @@ def test_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
 
 @needs_triton
 @pytest.mark.parametrize("lengths", [(), (0, 0)])
-def test_kernel_of_no_token_at_all(lengths):
+def test_triton_kernel_of_no_token_at_all(lengths):
     inputs = make_inputs(CASE, (lengths, 32, 2, 64, 1, 2), {}, torch.float32, "triton")
     assert by_kernel(inputs).shape == (0, 32)
     some = make_inputs(CASE, ((3,), 32, 2, 64, 1, 2), {}, torch.float32, "triton")
@@ -298,7 +324,7 @@ print(compiled.asm["ptx"])
 
 
 @needs_triton
-def test_barriers_order_memory_as_the_kernel_s_docstring_says():
+def test_barriers_of_the_triton_kernel_order_memory_as_its_docstring_says():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -324,7 +350,7 @@ def test_barriers_order_memory_as_the_kernel_s_docstring_says():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_programs_that_wait_for_each_other_give_what_separate_launches_give():
+def test_on_a_gpu_programs_that_wait_for_each_other_give_what_separate_launches_give():
     for lengths in ((16,), (128,), (100, 1, 0, 200, 35)):
         inputs = make_inputs(CASE, (lengths, 768, 12, 3072, 1, 12), {}, torch.bfloat16, "triton")
         expected = by_kernel(inputs, 64)
@@ -349,7 +375,7 @@ def small_model(backend):
 
 @needs_triton
 @pytest.mark.parametrize("output_tokens", ["all", "first"])
-def test_a_model_takes_the_kernel_by_name(monkeypatch, output_tokens):
+def test_a_model_takes_the_triton_kernel_by_name(monkeypatch, output_tokens):
     model, called = small_model("triton"), []
     kernel = encoder_kernel.encoder_fwd
     monkeypatch.setattr(encoder_kernel, "encoder_fwd", lambda *a, **k: called.append(1) or kernel(*a, **k))
@@ -365,7 +391,7 @@ def test_a_model_takes_the_kernel_by_name(monkeypatch, output_tokens):
 
 
 @needs_triton
-def test_why_a_model_does_not_take_the_kernel():
+def test_why_a_model_does_not_take_the_triton_kernel():
     encoder = small_model("triton").encoder
 
     def why(tokens=3, backend="triton"):
