@@ -58,5 +58,5 @@ def split_columns(x: Tensor, width: int) -> tuple[Tensor, ...]:
         or not (torch.is_grad_enabled() and x.requires_grad)
     ):
         return x.split(width, dim=1)
-    parts: tuple[Tensor, ...] = _Split.apply(x, width)  # type: ignore[no-untyped-call]
+    parts: tuple[Tensor, ...] = _Split.apply(x, width)
     return parts

@@ -145,7 +145,7 @@ def _attention_bwd_dq_kernel(
     k_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_k_row` elements apart
     v_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
     lse_ptr,  # (num_heads, Tq) float32
-    dq_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_dq_row` elements apart
+    dq_ptr,  # (Tq, num_heads * HEAD_DIM), rows `dq_row_heads` * HEAD_DIM elements apart
     sums_ptr,  # (3, num_heads, Tq) float32: normal, mean, dominant_gap of `_score_gradient`
     cu_seqlens_q_ptr,  # (B + 1,) int32
     cu_seqlens_k_ptr,  # (B + 1,) int32
@@ -154,7 +154,7 @@ def _attention_bwd_dq_kernel(
     stride_q_row,
     stride_k_row,
     stride_v_row,
-    stride_dq_row,
+    dq_row_heads,
     num_heads,
     n_query_blocks,  # blocks of BLOCK_M queries in the longest sequence
     n_queries_total,  # Tq
@@ -230,7 +230,7 @@ def _attention_bwd_dq_kernel(
         dq = product(round_to(ds, k.dtype), k, dq)
 
     row_mask = queries < n_queries
-    dq_ptrs = dq_ptr + packed_queries[:, None] * stride_dq_row + (column + dims)[None, :]
+    dq_ptrs = dq_ptr + packed_queries[:, None] * (dq_row_heads * HEAD_DIM) + (column + dims)[None, :]
     dq_mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(dq_ptrs, round_to(dq * softmax_scale, dq_ptr.dtype.element_ty), mask=dq_mask)
     plane = n_queries_total.to(tl.int64) * num_heads
@@ -299,7 +299,7 @@ def _attention_bwd_dkdv_kernel(
     v_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
     lse_ptr,  # (num_heads, Tq) float32
     sums_ptr,  # (3, num_heads, Tq) float32: normal, mean, dominant_gap of `_score_gradient`
-    dk_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_dkdv_row` elements apart
+    dk_ptr,  # (T, num_heads * HEAD_DIM), rows `dkdv_row_heads` * HEAD_DIM elements apart
     dv_ptr,  # (T, num_heads * HEAD_DIM), likewise
     cu_seqlens_q_ptr,  # (B + 1,) int32
     cu_seqlens_k_ptr,  # (B + 1,) int32
@@ -308,7 +308,7 @@ def _attention_bwd_dkdv_kernel(
     stride_q_row,
     stride_k_row,
     stride_v_row,
-    stride_dkdv_row,
+    dkdv_row_heads,
     num_heads,
     n_key_blocks,  # blocks of BLOCK_N keys in the longest sequence
     n_queries_total,  # Tq
@@ -366,7 +366,7 @@ def _attention_bwd_dkdv_kernel(
             True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
         )  # fmt: skip
 
-    offsets = packed_keys[:, None] * stride_dkdv_row + (column + dims)[None, :]
+    offsets = packed_keys[:, None] * (dkdv_row_heads * HEAD_DIM) + (column + dims)[None, :]
     mask = (keys < n_keys)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(dk_ptr + offsets, round_to(dk * softmax_scale, dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offsets, round_to(dv, dv_ptr.dtype.element_ty), mask=mask)
@@ -402,7 +402,7 @@ def attention_bwd(
         grad: (Tq, H), gradient of its output, in q's dtype; rows may be strided.
         lse: (num_heads, Tq) float32, as it returned it.
         dq, dk, dv: (Tq, H), (T, H) and (T, H) in q's dtype, written as a whole, zeros where a sequence has no keys or no
-            queries; rows may be strided, those of dk and dv alike.
+            queries; rows may be a multiple of the head size apart, those of dk and dv alike.
         The others: as it was given them; the same dropout_p and seed drop the same probabilities again.
 
     Raises:
@@ -419,13 +419,15 @@ def attention_bwd(
     def launch_dq(tiles: Tiles) -> None:
         n_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
         _attention_bwd_dq_kernel[(n_blocks * num_heads * sequences,)](
-            grad, q, k, v, lse, dq, sums, *schedule, dq.stride(0), num_heads, n_blocks, *numbers, **options, **tiles
+            grad, q, k, v, lse, dq, sums, *schedule, dq.stride(0) // head_dim, num_heads, n_blocks, *numbers,
+            **options, **tiles,
         )  # fmt: skip
 
     def launch_dkdv(tiles: Tiles) -> None:
         n_blocks = triton.cdiv(max_seqlen_k, tiles["BLOCK_N"])
         _attention_bwd_dkdv_kernel[(n_blocks * num_heads * sequences,)](
-            grad, q, k, v, lse, sums, dk, dv, *schedule, dk.stride(0), num_heads, n_blocks, *numbers, **options, **tiles
+            grad, q, k, v, lse, sums, dk, dv, *schedule, dk.stride(0) // head_dim, num_heads, n_blocks, *numbers,
+            **options, **tiles,
         )  # fmt: skip
 
     key = functools.partial(choice_key, head_dim, q.dtype, dropout_p, max_seqlen_q, max_seqlen_k)

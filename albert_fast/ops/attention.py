@@ -183,12 +183,12 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad, _grad_lse):
     q, k, v, *others, seed = ctx.saved_tensors
-    arguments = (grad, q, k, v, *others, *ctx.numbers, seed, ctx.backend)
+    arguments = [grad, q, k, v, *others, *ctx.numbers, seed, ctx.backend]
     if needs_dispatcher(grad, q, k, v) or not beside((k, v)):
         gradients = torch.ops.albert_fast.attention_bwd(*arguments)
     else:  # slices of one product, whose gradient is one buffer: see slices.py
         into = empty_beside(k, 3) if beside((q, k, v)) else (torch.empty_like(q), *empty_beside(k, 2))
-        gradients = _bwd(*arguments, into=into)
+        gradients = _bwd(*[*arguments, into])
     return *gradients, *[None] * 10
 
 
