@@ -217,7 +217,8 @@ class GraphCache:
             return ops.index_error((ids, types, positions), tuple(table.num_embeddings for table in tables))
 
     def _forget_other_weights(self, model: ALBERTModel) -> None:
-        weights = tuple(tensor.data_ptr() for tensor in model.parameters())
+        # Rounded weights are buffers.
+        weights = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
         if weights != self._weights:
             if self._graphs:
                 self._capture.wait()

@@ -116,12 +116,13 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
             product("key, value product", 1, tokens, width, 2 * width),
         ]
         by_layer += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
-    bits = encoder.encoder.bits
-    apart_because = None if bits else encoder.encoder.in_one_call(weight.detach(), backend)
+    quantized = encoder.encoder.quantized
+    apart_because = None if quantized else encoder.encoder.in_one_call(weight.detach(), backend)
     gflop = sum(s.gflop for s in by_layer)
-    if bits:
+    if quantized:
         chosen, _ = _chosen("quantized_encoder", device, dtype, backend)
-        why = f"int{bits} weights, {dispatch.integer_kernels(device)[1]}; softmax and norms in float32"
+        by = dispatch.quantized_kernels(quantized, device, chosen)[1]
+        why = f"{quantized} weights, {by}; softmax and norms in float32"
         steps.append(Step("quantized_encoder", 1, tokens, chosen, gflop, why))
     elif apart_because is None:
         steps.append(Step("encoder", 1, tokens, "cpp", gflop, "all layers in one call"))
@@ -141,7 +142,7 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
             steps.append(product(f"head: {name}", 1, last, width, head.out_features))
     padding = 1 - tokens / (batch * columns) if batch * columns else 0.0
     wanted = "the first token of each sequence" if first_only else "every token"
-    precision = f"int{bits} layers" if bits else str(dtype).removeprefix("torch.")
+    precision = f"{quantized} layers" if quantized else str(dtype).removeprefix("torch.")
     summary = (
         f"{type(model).__name__}, {precision} on {device}, backend={backend!r}: {batch} x {columns} "
         f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "
