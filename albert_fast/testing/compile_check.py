@@ -33,8 +33,8 @@ KERNELS = (
     "attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "linear_cross_entropy", "embedding_projection"
 )  # fmt: skip
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-# Tensor-core products in SASS: of Ampere, of Hopper's warpgroups, of Blackwell's tcgen05.
-_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
+# Tensor-core products in SASS (of halves, integers, float8): of Ampere, of Hopper's warpgroups, of Blackwell's tcgen05.
+_TENSOR_CORE = re.compile(r"\b([HIQ]G?MMA|UTC[A-Z]*MMA)\b")
 _LOCAL_MEMORY = re.compile(r"\b(?:STL|LDL)\b")
 # Loads, stores and asynchronous copies of global memory; the bits of one are its last part, 32 where it has none.
 _GLOBAL_MEMORY = re.compile(r"\b(LDG|STG|LDGSTS)\b([\w.]*)")
