@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, product
+from ._common import product
 
 # Tiles that share a block of columns of weight while it is in the L2 cache.
 GROUP_M = 8

@@ -30,7 +30,8 @@ from . import floors
 from .launches import CASES, Launch, recorded_launches
 
 KERNELS = (
-    "attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "linear_cross_entropy", "embedding_projection"
+    "attention", "add_layer_norm", "bias_gelu", "gelu_layer_norm", "linear_cross_entropy", "embedding_projection",
+    "quantized_encoder",
 )  # fmt: skip
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # Tensor-core products in SASS (of halves, integers, float8): of Ampere, of Hopper's warpgroups, of Blackwell's tcgen05.
@@ -197,7 +198,8 @@ def check(triton: Iterable[Launch] = (), cuda: Iterable[Path] = (), processes: i
     workers = processes or len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interpreter) as pool:
         jobs = [pool.submit(compile_cuda, source, chip) for source in cuda for chip in CHIPS]
-        jobs += [pool.submit(compile_triton, launch, chip) for launch in triton for chip in CHIPS]
+        jobs += [pool.submit(compile_triton, launch, chip) for launch in triton for chip in CHIPS
+                 if launch.is_for(chip.capability)]  # fmt: skip
         return [row for job in jobs for row in job.result()]
 
 

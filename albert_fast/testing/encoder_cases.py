@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..ops._dropout import HEAD_STRIDE, keep_scale
-from ..ops.bias_gelu import act_ref
 from ..ops._integers import FORMATS, lay_out, unpack, unpack_channels
+from ..ops.bias_gelu import act_ref
 from ..ops.quantized_encoder import VECTORS
 from ..quantization import QuantizedLinear
 from .case import EPS, Inputs, drawn_seed, randn
@@ -151,8 +151,8 @@ def quantized_encoder_inputs(
         shift = torch.randn(weight.shape[1], generator=generator)
         for key, tensor in zip(lists, (*laid, rescale, shift), strict=True):
             lists[key].append(tensor.to(device))
-    vectors = [(w if "norm" in name else w.float()) for w, name in zip(weights, names * (len(weights) // len(names)))
-               if name not in ops.PRODUCTS]  # fmt: skip
+    named = [(names[i % len(names)], weight) for i, weight in enumerate(weights)]
+    vectors = [w if "norm" in name else w.float() for name, w in named if name not in ops.PRODUCTS]
     return {"vectors": vectors, **lists, **inputs, "precision": precision}
 
 
