@@ -272,7 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
     _leave_interpreter()
     try:
         rows = check_kernels(options.kernel, options.processes)
-        print(floors.table(options.kernel), end="\n\n")
+        # Of whole layers no floor is counted: it is that of their parts.
+        print(floors.table([kernel for kernel in options.kernel if kernel in floors.SHAPES]), end="\n\n")
         return report(rows, options.json)
     except MissingToolError as error:
         print(f"cannot check: {error}", file=sys.stderr)

@@ -210,7 +210,11 @@ def _quantized_encoder_launches() -> Iterator[Case]:
         quantized_product(x, matrix, torch.empty(n) if biased else None)
 
     def rows(dtype: torch.dtype, n: int, rounding: bool = True) -> None:
-        x, norm, vector = (torch.empty(2, n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.bfloat16), torch.empty(n))
+        x, norm, vector = (
+            torch.empty(2, n, dtype=torch.bfloat16),
+            torch.empty(n, dtype=torch.bfloat16),
+            torch.empty(n),
+        )
         rounded = vector if rounding else None
         add_layer_norm_rounded(x, vector, x, norm, norm, 1e-12, rounded, rounded, dtype)
         if rounding:
