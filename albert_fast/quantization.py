@@ -57,7 +57,7 @@ class QuantizedLinear(nn.Module):
 
     def _wants_panels(self) -> bool:
         """Whether the kernels of where this is read panels: those in C++; the others read rows."""
-        return self.bias.device.type == "cpu" and self.precision != "fp8"
+        return self.precision == "int16" or (self.precision == "int8" and self.bias.device.type == "cpu")
 
     def _natural(self) -> tuple[Tensor, Tensor]:
         """weight (N, K) and weight_scale (N,)."""

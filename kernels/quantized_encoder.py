@@ -40,25 +40,24 @@ from .attention import attention_fwd
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _quantized_product_kernel(
-    x_ptr,  # (T, K), contiguous, int8 or float8 e4m3
+    x_ptr,  # (T, D), contiguous, int8 or float8 e4m3
     steps_ptr,  # (T,) float32
     zeros_ptr,  # (T,) int32, or None for float8
-    weight_ptr,  # (N, K), contiguous, in x's dtype
+    weight_ptr,  # (N, D), contiguous, in x's dtype, 0 beyond K
     scales_ptr,  # (N,) float32
     sums_ptr,  # (N,) float32: the integers of each channel, added up
     bias_ptr,  # (N,) float32, or None
     out_ptr,  # (T, N), contiguous
     n_rows,  # T
     n_cols,  # N
-    n_inner,  # K
+    depth,  # D, a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
 ):
     rows, cols = tile_of_program(n_rows, n_cols, BLOCK_M, BLOCK_N, GROUP_M)
-    acc = tile_product(x_ptr, weight_ptr, rows, cols, n_rows, n_cols, n_inner, n_inner, BLOCK_K, EVEN_K)
+    acc = tile_product(x_ptr, weight_ptr, rows, cols, n_rows, n_cols, depth, depth, BLOCK_K, True)
     row_mask, col_mask = rows < n_rows, cols < n_cols
     if zeros_ptr is not None:
         # sum (q - zero) w = sum q w - zero sum w, exact: at most 255 x 127 x 16384, below 2^30.
@@ -76,7 +75,12 @@ def _quantized_product_kernel(
 
 @dataclass(frozen=True)
 class Matrix:
-    """A product's weights: values (N, K) int8 or float8 e4m3, scales and sums (N,), rescale and shift (K,) of its activations."""
+    """A product's weights: values (N, D) int8 or float8 e4m3, 0 beyond K, scales and sums (N,) float32; rescale and shift
+    (K,) of its activations.
+
+    D, the depth, is the next multiple of 128 from K on: so that rows begin at 16 bytes, and no step of a product is partial.
+    Bytes behind a mask would be loaded one by one.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
@@ -90,28 +94,28 @@ class Matrix:
 
 
 def quantized_product(x: Rounded, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The product of rounded rows (T, K) with a matrix (N, K), (T, N) in bfloat16; bias: (N,) float32."""
-    (n_rows, n_inner), n_cols = x.values.shape, len(matrix.values)
+    """The product of rounded rows (T, D) with a matrix (N, D), (T, N) in bfloat16; bias: (N,) float32."""
+    (n_rows, depth), n_cols = x.values.shape, len(matrix.values)
     out = torch.empty((n_rows, n_cols), dtype=torch.bfloat16, device=x.values.device)
     if n_rows == 0:
         return out
 
     def launch(tiles: Tiles) -> None:
         _quantized_product_kernel[(n_tiles(n_rows, n_cols, tiles),)](
-            x.values, x.steps, x.zeros, matrix.values, matrix.scales, matrix.sums, bias, out, n_rows, n_cols, n_inner,
-            GROUP_M=GROUP_M, EVEN_K=n_inner % tiles["BLOCK_K"] == 0, **tiles, **COMPILER_OPTIONS,
+            x.values, x.steps, x.zeros, matrix.values, matrix.scales, matrix.sums, bias, out, n_rows, n_cols, depth,
+            GROUP_M=GROUP_M, **tiles, **COMPILER_OPTIONS,
         )  # fmt: skip
 
-    key = functools.partial(_choice_key, n_rows, n_cols, n_inner, x.values.dtype)
+    key = functools.partial(_choice_key, n_rows, n_cols, depth, x.values.dtype)
     with torch.cuda.device_of(out):
         candidates = matmul_tiles(n_rows, n_cols, x.values.dtype)
         launch(_tuning.choose("quantized_product", key, candidates, launch))
     return out
 
 
-def _choice_key(n_rows: int, n_cols: int, n_inner: int, dtype: torch.dtype) -> str:
+def _choice_key(n_rows: int, n_cols: int, depth: int, dtype: torch.dtype) -> str:
     """What the fastest tiles depend on, beside the chip; rows by their powers of two."""
-    return f"{dtype} T{triton.next_power_of_2(n_rows)} N{n_cols} K{n_inner}"
+    return f"{dtype} T{triton.next_power_of_2(n_rows)} N{n_cols} K{depth}"
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def quantized_encoder_fwd(
     matrices = [Matrix(*tensors) for tensors in lists]
     layers = [_Layer(*matrices[4 * i : 4 * i + 4], vectors[8 * i : 8 * i + 8]) for i in range(len(vectors) // 8)]
     first = layers[order[0]].qkv
-    rounded = round_rows(hidden, first.rescale, first.shift, dtype)
+    narrow, wide = first.values.shape[1], layers[0].ffn_output.values.shape[1]
+    rounded = round_rows(hidden, first.rescale, first.shift, dtype, narrow)
     for step, number in enumerate(order):
         layer, is_last = layers[number], step + 1 == len(order)
         qkv_bias, dense_bias, norm, norm_bias, ffn_bias, output_bias, full_norm, full_norm_bias = layer.vectors
@@ -171,17 +176,18 @@ def quantized_encoder_fwd(
         context, _ = attention_fwd(
             q, k, v, cu_queries, cu_seqlens, schedule, max_queries, max_seqlen, num_heads, softmax_scale
         )
-        rounded = round_rows(context, layer.dense.rescale, layer.dense.shift, dtype)
+        rounded = round_rows(context, layer.dense.rescale, layer.dense.shift, dtype, narrow)
         product = quantized_product(rounded, layer.dense)
         attended, rounded = add_layer_norm_rounded(
-            product, dense_bias, hidden, norm, norm_bias, eps, layer.ffn.rescale, layer.ffn.shift, dtype
+            product, dense_bias, hidden, norm, norm_bias, eps, layer.ffn.rescale, layer.ffn.shift, dtype, narrow
         )
         up = quantized_product(rounded, layer.ffn)
-        rounded = bias_gelu_rounded(up, ffn_bias, act, layer.ffn_output.rescale, layer.ffn_output.shift, dtype)
+        rounded = bias_gelu_rounded(up, ffn_bias, act, layer.ffn_output.rescale, layer.ffn_output.shift, dtype, wide)
         down = quantized_product(rounded, layer.ffn_output)
         following = None if is_last else layers[order[step + 1]].qkv
         hidden, rounded = add_layer_norm_rounded(
             down, output_bias, attended, full_norm, full_norm_bias, eps,
             None if following is None else following.rescale, None if following is None else following.shift, dtype,
+            narrow,
         )  # fmt: skip
     return hidden

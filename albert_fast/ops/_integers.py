@@ -1,7 +1,8 @@
 """Rounded weights and activations: the formats, where a matrix lies in memory, and what each backend computes between.
 
 Every product of `quantized_encoder` is sum_k a_k w_nk with a row of activations a = x * rescale + shift rounded to a step of
-its own. A matrix lies in panels, the layout of csrc/cpu/integer_gemm.h, or in rows (N, K), which Triton's kernels read.
+its own. A matrix lies in panels, the layout of csrc/cpu/integer_gemm.h, or in rows padded with zeros, which Triton's kernels
+read.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .. import dispatch
 
 # A layer's products, in the order of the lists of integers, and the shapes (N, K) of their matrices in H and I.
 PRODUCTS = {"qkv": ("3H", "H"), "dense": ("H", "H"), "ffn": ("I", "H"), "ffn_output": ("H", "I")}
-# Channels of a panel; columns of the FFN's middle that the C++ kernel rounds together.
-PANEL, SLICE = 32, 768
+# Channels of a panel; columns of the FFN's middle that the C++ kernel rounds together; what rows in memory are a multiple of.
+PANEL, SLICE, DEPTH = 32, 768, 128
 
 
 def _to_float8(x: Tensor) -> Tensor:
@@ -101,9 +102,9 @@ def pack(product: str, matrix: Tensor) -> Tensor:
 
 
 def unpack(product: str, packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The matrix (N, K) from panels, or as it is where it lies in rows."""
+    """The matrix (N, K) from panels or rows."""
     if packed.dim() == 2:
-        return packed
+        return packed[:, : shape[1]].contiguous()
     group = 4 // packed.element_size()
     matrix = packed.new_empty(shape)
     for rows, columns in _blocks(product, shape):
@@ -139,14 +140,16 @@ def lay_out(product: str, matrix: Tensor, scale: Tensor, panels: bool) -> tuple[
     """A matrix (N, K) and its channels' steps (N,) as a backend reads them: integers, scales and sums, in panels or rows."""
     if panels:
         return pack(product, matrix), pack_channels(product, scale), channel_sums(product, matrix)
+    # As bytes: torch pads no float8 numbers.
+    padded = F.pad(matrix.view(torch.int8), (0, -matrix.shape[1] % DEPTH)).view(matrix.dtype)
     # Of int8 the sums are exact in float32: 127 x 16384 is below 2^24. float8 has no zero point, and nobody reads them.
-    return matrix.contiguous(), scale.float(), matrix.float().sum(1)
+    return padded, scale.float(), matrix.float().sum(1)
 
 
 def expected_layout(name: str, shape: tuple[int, int], precision: str, panels: bool) -> dict[str, tuple[int, ...]]:
     """The shapes of what `lay_out` gives for a matrix (N, K), by the names of the operator's lists."""
     if not panels:
-        return {"integers": shape, "scales": shape[:1], "sums": shape[:1]}
+        return {"integers": (shape[0], -(-shape[1] // DEPTH) * DEPTH), "scales": shape[:1], "sums": shape[:1]}
     group = FORMATS[precision].group
     blocks = [(-(-(rows.stop - rows.start) // PANEL) * PANEL, columns.stop - columns.start)
               for rows, columns in _blocks(name, shape)]  # fmt: skip
