@@ -20,7 +20,6 @@ from ._common import (
     ACT_CODES,
     COMPILER_OPTIONS,
     INTERPRETED,
-    MAX_ROW,
     activate,
     layer_norm_rows,
     load_row_vector,
@@ -29,6 +28,10 @@ from ._common import (
     row_tiles,
     rows_contiguous,
 )
+from .bias_gelu import bias_gelu_fwd
+
+# Wider ones spill where a program computes an activation and rounds: two kernels then, and 4 T I more bytes.
+FUSED_ROW = 8192
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,6 @@ class Rounded:
         values = self.values.view(torch.int8).index_select(0, rows).view(self.values.dtype)
         zeros = None if self.zeros is None else self.zeros.index_select(0, rows)
         return Rounded(values, self.steps.index_select(0, rows), zeros)
-
-
-def _tiles(n_cols: int) -> tuple[int, int, int]:
-    """`row_tiles`, but 16 elements a thread in the widest rows, too: 32 spill beside what a row is rounded with."""
-    block_m, block_n, num_warps = row_tiles(n_cols)
-    return block_m, block_n, 32 if block_n == MAX_ROW else num_warps
 
 
 @triton.jit
@@ -157,7 +154,7 @@ def round_rows(x: torch.Tensor, rescale: torch.Tensor, shift: torch.Tensor, dtyp
     """
     x = rows_contiguous(x)
     n_rows, n_cols = x.shape
-    block_m, block_n, num_warps = _tiles(n_cols)
+    block_m, block_n, num_warps = row_tiles(n_cols)
     out = Rounded.empty(n_rows, depth, dtype, x.device)
     if n_rows:
         with torch.cuda.device_of(x):
@@ -217,7 +214,7 @@ def add_layer_norm_rounded(
     """
     residual = rows_contiguous(residual)
     n_rows, n_cols = x.shape
-    block_m, block_n, num_warps = _tiles(n_cols)
+    block_m, block_n, num_warps = row_tiles(n_cols)
     out = torch.empty_like(x)
     rounded = None if rescale is None else Rounded.empty(n_rows, depth, dtype, x.device)
     outputs = (None, None, None) if rounded is None else (rounded.values, rounded.steps, rounded.zeros)
@@ -269,7 +266,9 @@ def bias_gelu_rounded(
         ValueError: I above 16384.
     """
     n_rows, n_cols = x.shape
-    block_m, block_n, num_warps = _tiles(n_cols)
+    if n_cols > FUSED_ROW:
+        return round_rows(bias_gelu_fwd(x, bias, act), rescale, shift, dtype, depth)
+    block_m, block_n, num_warps = row_tiles(n_cols)
     out = Rounded.empty(n_rows, depth, dtype, x.device)
     if n_rows:
         with torch.cuda.device_of(x):

@@ -106,6 +106,15 @@ def test_bias_gelu_rounded(precision, act):
 
 
 @PRECISIONS
+def test_rows_too_wide_for_one_kernel_take_two(precision, monkeypatch):
+    x, (bias, rescale, shift) = drawn(3, 200, dtype=torch.bfloat16), (drawn(200) for _ in range(3))
+    monkeypatch.setattr(_rounding, "FUSED_ROW", 128)
+    rounded = _rounding.bias_gelu_rounded(x, bias, "relu", rescale, shift, FORMATS[precision].dtype, 256)
+    middle = (x.float() + bias).relu().bfloat16()
+    assert_rounded(rounded, middle.double() * rescale.double() + shift.double(), precision)
+
+
+@PRECISIONS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_number_takes_its_row_along_and_no_other(precision, value):
     x, ones, zeros = drawn(4, 31, dtype=torch.bfloat16), torch.ones(31, device=DEVICE), torch.zeros(31, device=DEVICE)

@@ -223,11 +223,13 @@ def _quantized_encoder_launches() -> Iterator[Case]:
     for name, dtype in {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.items():
         yield f"{name} N2304 K768 bias", partial(product, dtype, 2304, 768, True), True
         yield f"{name} N768", partial(rows, dtype, 768), False
-        for n in (3072, 16384):
+        for n in (3072, 8192):
             x, vector = torch.empty(2, n, dtype=torch.bfloat16), torch.empty(n)
             yield f"{name} N{n}", partial(bias_gelu_rounded, x, vector, "gelu_tanh", vector, vector, dtype, n), False
     yield "int8 N768 K3072", partial(product, torch.int8, 768, 3072, False), True
     yield "int8 N4096", partial(rows, torch.int8, 4096), False
+    x, vector = torch.empty(2, 16384, dtype=torch.bfloat16), torch.empty(16384)
+    yield "int8 N16384", partial(round_rows, x, vector, vector, torch.int8, 16384), False
     yield "last layer N768", partial(rows, torch.int8, 768, False), False
 
 
