@@ -173,7 +173,8 @@ def quantized_dtype(precision: str, device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "cpu" and precision != "fp8" else torch.bfloat16
 
 
-def _why_not_quantized(precision: str, device: torch.device, backend: str) -> str | None:
+def why_not_quantized(precision: str, device: torch.device, backend: str) -> str | None:
+    """Why a model cannot run in "int8", "int16" or "fp8" there; None where it can."""
     if device.type == "cpu" and precision == "fp8":
         if backend == "reference":  # emulates it
             return None
@@ -198,7 +199,7 @@ def _why_not_quantized(precision: str, device: torch.device, backend: str) -> st
 
 def check_quantized(precision: str, device: torch.device, backend: str) -> None:
     """Raise BackendUnavailableError where a model cannot run in "int8", "int16" or "fp8" there; says what it can."""
-    reason = _why_not_quantized(precision, device, backend)
+    reason = why_not_quantized(precision, device, backend)
     if reason is not None:
         raise BackendUnavailableError(f"precision={precision!r} cannot run here: {reason}")
 

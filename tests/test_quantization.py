@@ -11,7 +11,6 @@ from albert_fast import (
     ALBERTForMaskedLM,
     ALBERTForSequenceClassification,
     ALBERTModel,
-    dispatch,
     reference,
 )
 from albert_fast.dispatch import BackendUnavailableError
@@ -24,7 +23,7 @@ CONFIG = ALBERTConfig(
     intermediate_size=900, max_position_embeddings=64, initializer_range=0.08,
 )  # fmt: skip
 # Relative error of the hidden states of such a random model; the real encoder's bounds stand in test_real_error.
-ALLOWED = {"int8": 0.06, "int16": 4e-3, "fp8": 0.15}
+ALLOWED = {"int8": 0.06, "int16": 4e-3}
 
 
 def batch(rows=5, columns=33):
@@ -292,88 +291,6 @@ def test_integers_are_for_cpus(folder):
         BackendUnavailableError, match=r"precision='int8'.*for CPUs and for GPUs of NVIDIA, not for meta"
     ):
         ALBERTModel.from_pretrained(folder).to("meta").use_backend("auto", "int8")
-
-
-def test_what_a_device_cannot_multiply_is_refused_with_an_alternative(folder, monkeypatch):
-    with pytest.raises(BackendUnavailableError, match=r"precision='fp8'.*no CPU multiplies float8.*take 'int8'"):
-        ALBERTModel.from_pretrained(folder, precision="fp8")
-    gpu = torch.device("cuda")
-    with pytest.raises(BackendUnavailableError, match=r"precision='int16'.*no GPU multiplies integers of 16 bits"):
-        dispatch.check_quantized("int16", gpu, "auto")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    dispatch.check_quantized("int8", gpu, "auto")
-    with pytest.raises(BackendUnavailableError, match=r"compute capability 8\.9, this GPU has 8\.0; take 'int8'"):
-        dispatch.check_quantized("fp8", gpu, "auto")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    dispatch.check_quantized("fp8", gpu, "auto")
-    assert dispatch.quantized_dtype("int8", "cuda") == torch.bfloat16
-
-
-@pytest.mark.filterwarnings("ignore:albert_fast")
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_float8_as_a_gpu_computes_it(folder, tmp_path, calibrated):
-    expected = hidden(ALBERTModel.from_pretrained(folder))
-    calibration = [batch(8, 40)] if calibrated else None
-    options = {"precision": "fp8", "backend": "reference"}
-    with pytest.warns(UserWarning, match="precision='fp8' runs emulated"):
-        model = ALBERTModel.from_pretrained(folder, calibration=calibration, **options)
-    out = hidden(model)
-    assert out.dtype == torch.bfloat16
-    assert relative_error(out.float(), expected) < ALLOWED["fp8"]
-    assert "fp8 layers on cpu" in str(albert_fast.explain(model, *batch()))
-    model.save_pretrained(tmp_path / "saved")
-    key = "encoder.albert_layer_groups.0.albert_layers.0.attention.query.weight"
-    assert load_file(tmp_path / "saved/model.safetensors")[key].dtype == torch.float8_e4m3fn
-    assert torch.equal(hidden(ALBERTModel.from_pretrained(tmp_path / "saved", **options)), out)
-    with pytest.raises(ValueError, match="holds fp8 weights: load it with precision='fp8'"):
-        ALBERTModel.from_pretrained(tmp_path / "saved", precision="int8")
-
-
-@pytest.mark.filterwarnings("ignore:albert_fast")
-def test_the_triton_kernels_run_a_model(folder):
-    pytest.importorskip("triton")
-    if reason := dispatch.why_not("quantized_encoder", "cpu", "triton"):
-        pytest.skip(reason)
-    ids, mask = batch(3, 7)
-    models = [ALBERTModel.from_pretrained(folder, precision="fp8", backend=name) for name in ("triton", "reference")]
-    with torch.no_grad():
-        for options in ({}, {"output_tokens": "first"}, {"output_hidden_states": True}):
-            outputs = [model(ids, mask, **options) for model in models]
-            actual, expected = (output.pooler_output.float() for output in outputs)
-            assert relative_error(actual, expected) < 0.05
-            if options != {"output_tokens": "first"}:
-                actual, expected = (output.last_hidden_state.float() for output in outputs)
-                assert relative_error(actual, expected) < 0.05
-
-
-@pytest.mark.filterwarnings("ignore:albert_fast")
-def test_int8_as_a_gpu_computes_it(folder):
-    """The same checkpoint: whole rows, attention and everything between in bfloat16."""
-    expected = hidden(ALBERTModel.from_pretrained(folder))
-    model = ALBERTModel.from_pretrained(folder, precision="int8", backend="reference")
-    on_cpu = hidden(model)
-    on_gpu = hidden(model.bfloat16())
-    assert on_gpu.dtype == torch.bfloat16
-    assert relative_error(on_gpu.float(), expected) < ALLOWED["int8"]
-    assert not torch.equal(on_gpu.float(), on_cpu)
-
-
-def test_the_layout_follows_the_device(folder, monkeypatch):
-    model = ALBERTModel.from_pretrained(folder, precision="int8")
-    linears = [linear for layer in model.encoder.distinct() for linear in layer.products()]
-    state, before = model.state_dict(), [linear.tensors() for linear in linears]
-    with monkeypatch.context() as patch:  # as if this were a GPU
-        patch.setattr(QuantizedLinear, "_wants_panels", lambda self: False)
-        model.bfloat16()
-        shapes = {tuple(linear.integers.shape) for linear in linears}
-        assert shapes == {(240, 128), (80, 128), (900, 128), (80, 1024)}
-        moved = model.state_dict()
-        for key in (key for key in state if "albert_layers" in key and "orm" not in key):
-            assert torch.equal(moved[key], state[key]), key
-        model.load_state_dict(state)
-    model.float()
-    for linear, tensors in zip(linears, before, strict=True):
-        assert all(map(torch.equal, linear.tensors(), tensors))
 
 
 def test_integers_stay_what_they_are(folder):
