@@ -27,7 +27,8 @@ _MOST_PROCESSES = 14  # each has a CUDA context and compiles Triton kernels
 # Beside the grid of every kernel: tests that are there for a GPU, without a backend in their names.
 _SELECTION = (
     "triton or cuda or gpu or test_quantized_kernels or test_large_offsets or test_a_replayed_graph_tells_a_bad_id "
-    "or test_every_candidate_of_the_tuner or test_a_label_outside_the_vocabulary_is_nan or test_a_gradient_compiles_with_its_forward"
+    "or test_every_candidate_of_the_tuner or test_a_label_outside_the_vocabulary_is_nan "
+    "or test_a_gradient_compiles_with_its_forward"
 )
 _FIRST_SHAPES = 2  # of every kernel's grid: what the quick pass takes
 _FALL_BACK = 20  # seconds kept for an install without the extension
