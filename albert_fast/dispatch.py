@@ -39,7 +39,7 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 # Operators that know fewer.
-_OP_DTYPES = {(op, "cpp"): (torch.float32,) for op in WHOLE_ENCODERS}
+_OP_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {(op, "cpp"): (torch.float32,) for op in WHOLE_ENCODERS}
 # Of its hidden states: they tell whose arithmetic it is.
 _OP_DTYPES["quantized_encoder", "triton"] = (torch.bfloat16,)
 _OP_DTYPES["quantized_encoder", "reference"] = (torch.float32, torch.bfloat16)

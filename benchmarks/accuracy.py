@@ -192,7 +192,8 @@ def encoder_errors(sequences: int, names: Sequence[str]) -> dict[str, Any]:
     """Of our sides, the relative error of the real encoder's hidden states against float32: norm of all errors over that
     of all states, and the largest error; calibrated on half as many sequences. Prints their table."""
     encoder = PLBERT()
-    folder, rows = data_dir() / "plbert", [torch.tensor([row]) for row in encoder.rows(str(sequences))]
+    folder = data_dir() / "plbert"
+    batch = Batch.of(encoder.rows(str(sequences)), encoder.config.pad_token_id or 0, torch.device("cpu"))
     calibration = [(ids, torch.ones_like(ids)) for ids in map(torch.tensor, ([row] for row in
                    encoder.calibration(max(1, sequences // 2))))]  # fmt: skip
     found: dict[str, dict[str, float]] = {}
@@ -201,7 +202,7 @@ def encoder_errors(sequences: int, names: Sequence[str]) -> dict[str, Any]:
         if sides.engine(name) != sides.FAST:
             continue
         model = fast_model(ALBERTModel, folder, name, calibration)
-        states = torch.cat([model(ids).last_hidden_state[0].double() for ids in rows])
+        states = batch.real(model(batch.ids, batch.mask).last_hidden_state).double()
         exact = states if exact is None else exact
         errors = (states - exact).abs()
         relative = float(errors.norm() / exact.norm())
@@ -209,7 +210,7 @@ def encoder_errors(sequences: int, names: Sequence[str]) -> dict[str, Any]:
         print(name, found[name], file=sys.stderr, flush=True)
     body = [[name, f"{e['relative_error']:.4f}", f"{e['max_abs_error']:.2f}"] for name, e in found.items()]
     head = ["side", "relative error", "largest error"]
-    title = f"plbert, hidden states of {sequences} sequences, {sum(ids.numel() for ids in rows)} tokens"
+    title = f"plbert, hidden states of {sequences} sequences, {sum(batch.lengths)} tokens"
     print(f"\n{title}\n\n{tabulate(body, head, tablefmt='github', disable_numparse=True)}", flush=True)
     return {"sequences": sequences, "calibration_sequences": len(calibration), "sides": found}
 

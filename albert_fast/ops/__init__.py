@@ -4,6 +4,7 @@ All work on packed tokens: T rows without padding, sequences delimited by `cu_se
 """
 
 from ._dropout import draw_seed
+from ._integers import PRODUCTS
 from ._reports import CAPTURE, CapturedReports, Describe, placing, raise_pending, synchronize
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
@@ -12,7 +13,7 @@ from .embedding_projection import TokenIndexError, embedding_projection, embeddi
 from .encoder import STAGES, WEIGHTS, encoder, encoder_ref, forget_packed, stage_seconds
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
+from .quantized_encoder import quantized_encoder, quantized_encoder_ref
 
 __all__ = [
     "CAPTURE",

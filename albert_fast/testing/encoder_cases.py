@@ -228,8 +228,8 @@ def quantized_encoder_eager(
         context = kept(attend(q, k, v, cu_q.tolist(), cu_seqlens.tolist(), num_heads, softmax_scale))
         x = kept(product(context, at + 1)) + w["dense_bias"] + hidden
         x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
-        middle = act_ref(kept(product(x, at + 2)) + w["ffn_bias"], act)
-        y = kept(product(middle, at + 3)) + w["ffn_output_bias"] + kept(x)
+        activated = act_ref(kept(product(x, at + 2)) + w["ffn_bias"], act)
+        y = kept(product(activated, at + 3)) + w["ffn_output_bias"] + kept(x)
         hidden = F.layer_norm(y, y.shape[1:], w["full_norm_weight"], w["full_norm_bias"], eps)
     return hidden.to(dtype)
 
