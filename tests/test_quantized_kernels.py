@@ -194,6 +194,18 @@ def test_a_sequence_is_the_same_in_any_batch(precision):
         assert torch.equal(alone, together[begin:end])
 
 
+@pytest.mark.parametrize("width", [100, 128])
+def test_rows_are_padded_and_contiguous_whatever_the_matrix_was(width):
+    matrix = torch.randint(-127, 128, (width, 40), dtype=torch.int8).t()
+    values, scales, sums = lay_out("dense", matrix, torch.rand(40), panels=False)
+    assert values.is_contiguous()
+    assert values.shape == (40, 128)
+    assert torch.equal(values[:, :width], matrix)
+    assert not values[:, width:].any()
+    assert torch.equal(sums.long(), matrix.long().sum(1))
+    assert scales.dtype == torch.float32
+
+
 def test_panels_are_for_the_cpu_kernel_and_rows_for_the_gpu():
     inputs = make_inputs(CASE, ((3,), 48, 2, 96, 1, 1), {}, torch.float32)
     rows = make_inputs(CASE, ((3,), 48, 2, 96, 1, 1), {}, torch.bfloat16)

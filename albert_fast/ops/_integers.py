@@ -141,7 +141,7 @@ def lay_out(product: str, matrix: Tensor, scale: Tensor, panels: bool) -> tuple[
     if panels:
         return pack(product, matrix), pack_channels(product, scale), channel_sums(product, matrix)
     # As bytes: torch pads no float8 numbers.
-    padded = F.pad(matrix.view(torch.int8), (0, -matrix.shape[1] % DEPTH)).view(matrix.dtype)
+    padded = F.pad(matrix.view(torch.int8), (0, -matrix.shape[1] % DEPTH)).view(matrix.dtype).contiguous()
     # Of int8 the sums are exact in float32: 127 x 16384 is below 2^24. float8 has no zero point, and nobody reads them.
     return padded, scale.float(), matrix.float().sum(1)
 
