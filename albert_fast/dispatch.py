@@ -26,7 +26,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "linear_cross_entropy": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     # All layers in one call, where no gradient is wanted; elsewhere a model runs them operator by operator.
     "encoder": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    "quantized_encoder": {"cpu": ("cpp", "reference"), "cuda": ("reference",)},
+    "quantized_encoder": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 }
 # Models that cannot have these run the others.
 WHOLE_ENCODERS = ("encoder", "quantized_encoder")
@@ -40,8 +40,12 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 # Operators that know fewer.
-_OP_DTYPES = {(op, "cpp"): (torch.float32,) for op in WHOLE_ENCODERS}
-_OP_DTYPES["quantized_encoder", "reference"] = (torch.float32,)
+_OP_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {(op, "cpp"): (torch.float32,) for op in WHOLE_ENCODERS}
+# Of its hidden states: they tell whose arithmetic it is.
+_OP_DTYPES["quantized_encoder", "triton"] = (torch.bfloat16,)
+_OP_DTYPES["quantized_encoder", "reference"] = (torch.float32, torch.bfloat16)
+# What multiplies float8 numbers: Ada, Hopper and later.
+_FLOAT8_CAPABILITY = (8, 9)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -165,11 +169,51 @@ def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
             resolve(op, device_type, dtype, backend)
 
 
-def integer_kernels(device_type: str) -> tuple[bool, str]:
-    """Whether this CPU has instructions for products of integers, and what runs them, in a few words."""
+def quantized_dtype(precision: str, device_type: str) -> torch.dtype:
+    """The dtype of everything but the rounded weights and their scales in an "int8", "int16" or "fp8" model."""
+    return torch.float32 if device_type == "cpu" and precision != "fp8" else torch.bfloat16
+
+
+def why_not_quantized(precision: str, device: torch.device, backend: str) -> str | None:
+    """Why a model cannot run in "int8", "int16" or "fp8" there; None where it can."""
+    if device.type == "cpu" and precision == "fp8":
+        if backend == "reference":  # emulates it
+            return None
+        if backend == "triton":
+            return _why_not("quantized_encoder", "cpu", "triton")
+        return "no CPU multiplies float8 numbers; take 'int8', or backend='reference' for what a GPU would compute"
+    if device.type == "cpu":
+        if backend in ("cuda", "triton"):
+            return f"integer kernels for CPUs are in C++, not in {backend}; take backend='auto'"
+        return None
+    if device.type != "cuda":
+        return f"there are kernels for CPUs and for GPUs of NVIDIA, not for {device.type}; take 'bf16' or 'fp32'"
+    if precision == "int16":
+        return "no GPU multiplies integers of 16 bits, CPUs do; take 'bf16', 'int8' or 'fp8'"
+    if precision == "fp8" and backend != "reference":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _FLOAT8_CAPABILITY:
+            found, least = (".".join(map(str, c)) for c in (capability, _FLOAT8_CAPABILITY))
+            return f"float8 products need compute capability {least}, this GPU has {found}; take 'int8' or 'bf16'"
+    return None
+
+
+def check_quantized(precision: str, device: torch.device, backend: str) -> None:
+    """Raise BackendUnavailableError where a model cannot run in "int8", "int16" or "fp8" there; says what it can."""
+    reason = why_not_quantized(precision, device, backend)
+    if reason is not None:
+        raise BackendUnavailableError(f"precision={precision!r} cannot run here: {reason}")
+
+
+def quantized_kernels(precision: str, device_type: str, backend: str) -> tuple[bool, str]:
+    """Whether instructions for such products are used, and which, or what instead, in a few words."""
+    if device_type == "cuda" and backend != "reference":
+        return True, "tensor cores"
+    if precision == "fp8":
+        return False, "emulated in float64: slow, for the numbers that a GPU would give"
     module, reason = _load_extension()
     if device_type != "cpu" or module is None:
-        return False, f"no integer kernels: {reason or f'they run on CPUs, not on {device_type}'}"
+        return False, f"no integer kernels: {reason or 'the reference was asked for'}"
     isa = module.build_info()["isa"]
     if isa == "avx512_vnni":
         return True, "AVX512-VNNI"

@@ -75,10 +75,10 @@ class Encoder(nn.Module):
         return [layer for group in self.albert_layer_groups for layer in group.albert_layers]  # type: ignore[union-attr]
 
     @property
-    def bits(self) -> int | None:
-        """Of the layers' weights where those are integers; None where they are floats."""
+    def quantized(self) -> str | None:
+        """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
         first: Any = self.distinct()[0].ffn
-        return first.bits if isinstance(first, QuantizedLinear) else None
+        return first.precision if isinstance(first, QuantizedLinear) else None
 
     def in_one_call(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None = None) -> str | None:
         """None where the `encoder` operator runs all layers on such states (T, H), else why it does not.
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
         states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """(T, H) -> (T, H), or (Tq, H) for `queries`; appends every layer's states and probabilities where lists are given."""
-        if self.bits is not None:
+        if self.quantized is not None:
             return self._quantized(hidden, packing, queries, backend, states, attentions)
         if states is not None or attentions is not None:
             return self._by_operators(hidden, packing, queries, backend, states, attentions)
@@ -185,9 +185,14 @@ class Encoder(nn.Module):
             raise ValueError("output_attentions: integer layers run as a whole; load the model in fp32 for these")
         if self.training:
             raise RuntimeError("integer weights cannot be trained: load the model in fp32, or call eval()")
-        if hidden.dtype != torch.float32:
-            raise TypeError(f"integer layers run in float32, the model was converted to {hidden.dtype}: load it again")
         distinct, order = self.distinct(), self.order()
+        precision = distinct[0].products()[0].precision
+        expected = dispatch.quantized_dtype(precision, hidden.device.type)
+        # The reference has the arithmetic of either device.
+        if hidden.dtype != expected and not (backend == "reference" and hidden.dtype == torch.bfloat16):
+            raise TypeError(
+                f"{precision} layers run in {expected} here, the model was converted to {hidden.dtype}: load it again"
+            )
         if not all(layer.is_plain() for layer in distinct):
             raise RuntimeError(
                 "integer layers run as a whole: hooks on their parts and replaced parts would not be seen"
@@ -203,19 +208,22 @@ class Encoder(nn.Module):
             list, zip(*(linear.tensors() for linear in linears), strict=True)
         )
 
-        def run(hidden: Tensor, order: list[int], rows: Tensor | None, cu_rows: Tensor | None) -> Tensor:
+        def run(hidden: Tensor, order: list[int], queries: Queries | None) -> Tensor:
+            rows, cu_rows, max_rows = (None, None, None) if queries is None else (
+                queries.rows, queries.cu_seqlens, queries.max_seqlen
+            )  # fmt: skip
             return ops.quantized_encoder(
                 hidden, vectors, integers, scales, sums, rescales, shifts, order, packing.cu_seqlens, rows, cu_rows,
                 first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
-                bits=linears[0].bits, backend=backend,
+                precision=precision, schedule=packing.order, max_seqlen=packing.max_seqlen, max_rows=max_rows,
+                backend=backend,
             )  # fmt: skip
 
         if states is None:
-            rows, cu_rows = (None, None) if queries is None else (queries.rows, queries.cu_seqlens)
-            return run(hidden, order, rows, cu_rows)
+            return run(hidden, order, queries)
         states.append(hidden)
         for number in order:
-            hidden = run(hidden, [number], None, None)
+            hidden = run(hidden, [number], None)
             states.append(hidden)
         return hidden if queries is None else take(hidden, queries.rows)
 
@@ -269,10 +277,10 @@ class Layer(nn.Module):
         out = _add_norm(down, self.ffn_output.bias, attended, norm, self, 0.0, "auto")
         return [hidden, context, attended, middle], out
 
-    def quantize(self, bits: int, inputs: list[Tensor | None], representative: bool) -> None:
+    def quantize(self, precision: str, inputs: list[Tensor | None], representative: bool) -> None:
         """Put integers in the place of the four Linears; `inputs` are what each was given: see `QuantizedLinear.rounded`."""
         linears = zip(ops.PRODUCTS, self.products(), inputs, strict=True)
-        self.place([QuantizedLinear.rounded(name, old, bits, x, representative) for name, old, x in linears])
+        self.place([QuantizedLinear.rounded(name, old, precision, x, representative) for name, old, x in linears])
 
     def place(self, linears: list[Any]) -> None:
         self.attention.qkv, self.attention.dense, self.ffn, self.ffn_output = linears

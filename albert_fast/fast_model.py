@@ -13,7 +13,7 @@ from .encoder import RECOMPUTE
 from .graphs import GraphCache
 from .packing import pack
 from .pretrained import PRECISIONS, Calibration, PretrainedMixin
-from .quantization import PRECISIONS as INTEGERS
+from .quantization import PRECISIONS as QUANTIZED
 from .quantization import QuantizedLinear, Rows, calibration_batches, random_batches
 
 if TYPE_CHECKING:
@@ -29,34 +29,32 @@ class FastModel(PretrainedMixin):
     def check_backend(cls, backend: str, precision: str) -> None:
         if backend not in ("auto", *dispatch.BACKENDS):
             raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
-        if precision not in (*PRECISIONS, *INTEGERS):
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*PRECISIONS, *INTEGERS))}")
+        if precision not in (*PRECISIONS, *QUANTIZED):
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*PRECISIONS, *QUANTIZED))}")
 
     def use_backend(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Run on `backend` in `precision`; BackendUnavailableError, with the reason, where this device cannot."""
-        device, bits = next(self.parameters()).device.type, self.integer_bits
-        if bits is not None and precision != f"int{bits}":
-            raise ValueError(
-                f"the layers hold int{bits} weights: load the checkpoint again for precision={precision!r}"
-            )
-        if precision in INTEGERS and (device != "cpu" or backend in ("cuda", "triton")):
-            other = device if device != "cpu" else backend
-            raise dispatch.BackendUnavailableError(
-                f"precision={precision!r} cannot run here: integer kernels run on CPUs, not on {other}; take 'bf16' or 'fp32'"
-            )
-        dispatch.check_backend(backend, device, PRECISIONS.get(precision, torch.float32))
-        if precision in INTEGERS:
-            self._use_integers(precision, calibration)
+        device, held = next(self.parameters()).device, self.quantized
+        if held is not None and precision != held:
+            raise ValueError(f"the layers hold {held} weights: load the checkpoint again for precision={precision!r}")
+        if precision in QUANTIZED:
+            dispatch.check_quantized(precision, device, backend)
+            dtype = dispatch.quantized_dtype(precision, device.type)
         else:
-            self.to(PRECISIONS[precision])
+            dtype = PRECISIONS[precision]
+        dispatch.check_backend(backend, device.type, dtype)
+        if precision in QUANTIZED:
+            self._use_quantized(precision, backend, calibration)
+        self.to(dtype)
         self.backend = backend
 
-    def _use_integers(self, precision: str, calibration: Calibration | None) -> None:
-        fast, reason = dispatch.integer_kernels("cpu")
+    def _use_quantized(self, precision: str, backend: str, calibration: Calibration | None) -> None:
+        device = next(self.parameters()).device.type
+        fast, reason = dispatch.quantized_kernels(precision, device, backend)
         if not fast:
             warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
-        if self.integer_bits is None:
-            quantize(self.base, INTEGERS[precision], calibration)
+        if self.quantized is None:
+            quantize(self.base, precision, calibration)
         self.requires_grad_(False)
 
     def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
@@ -103,7 +101,7 @@ class FastModel(PretrainedMixin):
     def repack(self) -> None:
         """Read the layers' weights anew, after writes that torch does not count: through `.data` or numpy into a part of a
         weight, or under inference_mode. All other changes are noticed."""
-        if self.integer_bits is None:
+        if self.quantized is None:
             for layer in self.base.encoder.distinct():
                 ops.forget_packed(layer.weights())
 
@@ -130,31 +128,34 @@ class FastModel(PretrainedMixin):
         return self.albert  # type: ignore[return-value]
 
     @property
-    def integer_bits(self) -> int | None:
-        return self.base.encoder.bits
+    def quantized(self) -> str | None:
+        return self.base.encoder.quantized
 
-    def expect_integers(self, bits: int) -> None:
+    def expect_quantized(self, precision: str) -> None:
         config = self.config
         sizes = {"H": config.hidden_size, "3H": 3 * config.hidden_size, "I": config.intermediate_size}
         for layer in self.base.encoder.distinct():
-            layer.place([QuantizedLinear(name, (sizes[n], sizes[k]), bits) for name, (n, k) in ops.PRODUCTS.items()])
+            layer.place(
+                [QuantizedLinear(name, (sizes[n], sizes[k]), precision) for name, (n, k) in ops.PRODUCTS.items()]
+            )
 
 
-def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = None) -> None:
+def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None = None) -> None:
     """Round the weights of all layers in place, calibrated on batches, for int8 by default on random ids."""
-    encoder = model.encoder
-    if encoder.bits is not None:
-        raise ValueError(f"the layers hold int{encoder.bits} weights already")
+    encoder, device = model.encoder, model.embeddings.word_embeddings.weight.device
+    if encoder.quantized is not None:
+        raise ValueError(f"the layers hold {encoder.quantized} weights already")
     distinct = encoder.distinct()
     seen = [[Rows() for _ in ops.PRODUCTS] for _ in distinct]
     representative = calibration is not None
     if calibration is None:
-        calibration = random_batches(model.config) if bits == 8 else []
+        calibration = random_batches(model.config) if precision == "int8" else []
     with torch.no_grad():
         for ids, mask in calibration_batches(calibration):
             model._check_length(ids.shape[1])
-            packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
-            positions = torch.arange(ids.shape[1])[None].expand(ids.shape)
+            ids, mask = ids.to(device), None if mask is None else mask.to(device)
+            packing = pack((ids.shape[0], ids.shape[1]), mask, device)
+            positions = torch.arange(ids.shape[1], device=device)[None].expand(ids.shape)
             hidden = model.embed(packing, ids, None, positions, None)
             for number in encoder.order():
                 inputs, hidden = distinct[number].inputs(hidden, packing)
@@ -163,4 +164,4 @@ def quantize(model: ALBERTModel, bits: int, calibration: Calibration | None = No
         if representative and seen[0][0].gathered() is None:
             raise ValueError("calibration: there is no token in it; leave it out to have none")
         for layer, products in zip(distinct, seen, strict=True):
-            layer.quantize(bits, [rows.gathered() for rows in products], representative)
+            layer.quantize(precision, [rows.gathered() for rows in products], representative)

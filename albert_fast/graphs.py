@@ -39,7 +39,7 @@ MAX_GRAPHS = 64
 # With padding. Above, a forward's arithmetic takes longer than its launches, and buckets would waste it.
 MAX_TOKENS = 16384
 # What a forward runs of which the reference would wait for the GPU, to look at lengths and ids.
-_OPERATORS = ("embedding_projection", "attention", "bias_gelu", "add_layer_norm")
+_OPERATORS = ("embedding_projection", "attention", "linear_gelu", "add_layer_norm")
 
 
 def _size_class(n: int, least: int) -> int:
@@ -121,7 +121,7 @@ class CUDACapture:
     def why_not(self, model: ALBERTModel) -> str | None:
         """Why the model's operators cannot be captured."""
         dtype = model.embeddings.word_embeddings.weight.dtype
-        for op in _OPERATORS:
+        for op in ("quantized_encoder", *_OPERATORS) if model.encoder.quantized else _OPERATORS:
             if dispatch.resolve(op, self.device_type, dtype, model.backend) == "reference":
                 return f"{op} runs on backend 'reference', which waits for the GPU"
         return None
@@ -209,9 +209,9 @@ class _Parts:
                 return None
             training = training or module.training
             hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    weights.append((parameter.data_ptr(), parameter.dtype))
+            for tensor in (*module._parameters.values(), *module._buffers.values()):  # rounded weights are buffers
+                if tensor is not None:
+                    weights.append((tensor.data_ptr(), tensor.dtype))
         return _Look(training, hooked or nn.modules.module._has_any_global_hook(), weights)
 
     def plain(self, model: ALBERTModel) -> bool:

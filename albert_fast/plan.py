@@ -125,13 +125,14 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
             product("key, value product", 1, tokens, width, 2 * width),
         ]
         by_layer += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
-    bits = encoder.encoder.bits
+    quantized = encoder.encoder.quantized
     states = weight.detach()[:1].expand(tokens, -1)  # as many, on that device, in that dtype
-    apart_because = None if bits else encoder.encoder.in_one_call(states, backend)
+    apart_because = None if quantized else encoder.encoder.in_one_call(states, backend)
     gflop = sum(s.gflop for s in by_layer)
-    if bits:
+    if quantized:
         chosen, _ = _chosen("quantized_encoder", device, dtype, backend)
-        why = f"int{bits} weights, {dispatch.integer_kernels(device)[1]}; softmax and norms in float32"
+        by = dispatch.quantized_kernels(quantized, device, chosen)[1]
+        why = f"{quantized} weights, {by}; softmax and norms in float32"
         steps.append(Step("quantized_encoder", 1, tokens, chosen, gflop, why))
     elif apart_because is None:
         chosen, _ = _chosen("encoder", device, dtype, backend)
@@ -152,7 +153,7 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
             steps.append(product(f"head: {name}", 1, last, width, head.out_features))
     padding = 1 - tokens / (batch * columns) if batch * columns else 0.0
     wanted = "the first token of each sequence" if first_only else "every token"
-    precision = f"int{bits} layers" if bits else str(dtype).removeprefix("torch.")
+    precision = f"{quantized} layers" if quantized else str(dtype).removeprefix("torch.")
     graphs = ""
     if encoder._graphs is not None:
         longest = int(lengths.max()) if batch else 0

@@ -18,6 +18,9 @@ from .weights import config_path, load_checkpoint, load_into, rename_old_names, 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How config.json names checkpoints with integer layers, which only this library reads.
 QUANT_METHOD = "albert_fast"
+_QUANTIZED: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8}, "int16": {"bits": 16}, "fp8": {"bits": 8, "format": "float8_e4m3fn"}
+}  # fmt: skip
 
 
 def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
@@ -25,21 +28,21 @@ def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
     values = model.config.to_dict()
     values.pop("torch_dtype", None)
     values.pop("quantization_config", None)
-    if model.integer_bits is not None:
-        values["quantization_config"] = {"quant_method": QUANT_METHOD, "bits": model.integer_bits}
+    if model.quantized is not None:
+        values["quantization_config"] = {"quant_method": QUANT_METHOD, **_QUANTIZED[model.quantized]}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {**values, "architectures": [type(model).__name__.replace("ALBERT", "Albert")], "dtype": dtype}
 
 
-def _integer_bits(config: ALBERTConfig, path: Path) -> int | None:
-    """Of the weights beside a config.json, where they are integers of ours."""
+def _quantized(config: ALBERTConfig, path: Path) -> str | None:
+    """The precision of the weights beside a config.json, where they were rounded by us."""
     values = config.extra.get("quantization_config")
     if values is None:
         return None
-    method, bits = (values.get(key) for key in ("quant_method", "bits")) if isinstance(values, dict) else (None, None)
-    if method != QUANT_METHOD or bits not in (8, 16):
-        raise ValueError(f"{path}: quantization_config {values!r} is not one of this library's")
-    return int(bits)
+    for precision, how in _QUANTIZED.items():
+        if values == {"quant_method": QUANT_METHOD, **how}:
+            return precision
+    raise ValueError(f"{path}: quantization_config {values!r} is not one of this library's")
 
 
 Model = TypeVar("Model", bound="PretrainedMixin")
@@ -96,13 +99,13 @@ class PretrainedMixin(nn.Module):
         self.to(PRECISIONS[precision])
 
     @property
-    def integer_bits(self) -> int | None:
-        """Of the layers' weights where those are integers; None where they are floats."""
+    def quantized(self) -> str | None:
+        """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
         return None
 
-    def expect_integers(self, bits: int) -> None:
-        """Make room for the integer weights of a checkpoint."""
-        raise ValueError(f"{type(self).__name__} is plain PyTorch and does not run integer weights")
+    def expect_quantized(self, precision: str) -> None:
+        """Make room for the rounded weights of a checkpoint."""
+        raise ValueError(f"{type(self).__name__} is plain PyTorch and does not run {precision} weights")
 
     @classmethod
     def from_pretrained(
@@ -122,10 +125,11 @@ class PretrainedMixin(nn.Module):
         pooler if the checkpoint has one. `allow_missing_head` starts a new task: see `load_into`. `config_overrides`
         are fields of ALBERTConfig.
 
-        "int8" and "int16" round the layers' weights on the way in. `calibration`, a list of (input_ids, attention_mask)
-        (B, S) or of what a tokenizer returns, as the model will see them, decides how; without it int8 is calibrated on
-        random ids, int16 not at all. What `save_pretrained` makes of such a model loads again in the same precision, as it
-        is.
+        "int8", "int16" (on a CPU) and "fp8" (on a GPU from the H100 on) round the layers' weights on the way in.
+        `calibration`, a list of (input_ids, attention_mask) (B, S) or of what a tokenizer returns, as the model will see
+        them, decides how; without it int8 is calibrated on random ids, the others not at all. On a GPU the rest of such a
+        model is bfloat16. What `save_pretrained` makes of it loads again in the same precision, as it is, on any device
+        that has it.
 
         Raises:
             FileNotFoundError: no such checkpoint.
@@ -135,25 +139,23 @@ class PretrainedMixin(nn.Module):
         """
         cls.check_backend(backend, precision)
         dispatch.check_device(device)
-        if calibration is not None and not precision.startswith("int"):
-            raise ValueError(f"calibration is for precision='int8' and 'int16', not for {precision!r}")
+        if calibration is not None and precision not in _QUANTIZED:
+            raise ValueError(f"calibration is for precision='int8', 'int16' and 'fp8', not for {precision!r}")
         path = resolve(path_or_hub_id)
         config_file = config_path(path if path.is_dir() else path.parent)
         config = ALBERTConfig.from_json_file(config_file).replace(**config_overrides)
-        bits = _integer_bits(config, config_file)
-        if bits is not None and precision != f"int{bits}":
-            raise ValueError(f"{path}: holds int{bits} weights: load it with precision='int{bits}', not {precision!r}")
-        if bits is not None and calibration is not None:
-            raise ValueError(
-                f"{path}: holds int{bits} weights, which were rounded already: there is nothing to calibrate"
-            )
+        held = _quantized(config, config_file)
+        if held is not None and precision != held:
+            raise ValueError(f"{path}: holds {held} weights: load it with precision={held!r}, not {precision!r}")
+        if held is not None and calibration is not None:
+            raise ValueError(f"{path}: holds {held} weights, which were rounded already: there is nothing to calibrate")
         state = rename_old_names(load_checkpoint(path), cls.prefix)
         arguments = () if cls.prefix else ("pooler.weight" in state,)
         # A head that the checkpoint may lack starts from random weights, and so does all of such a model at first.
         with contextlib.nullcontext() if allow_missing_head else _Undrawn():
             model = cls(config, *arguments)
-        if bits is not None:
-            model.expect_integers(bits)
+        if held is not None:
+            model.expect_quantized(held)
         load_into(model, state, allow_missing_head=allow_missing_head)
         model.to(device)
         model.use_backend(backend, precision, calibration)

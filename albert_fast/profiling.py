@@ -63,9 +63,12 @@ def profile(
         raise TypeError(f"expected an ALBERTModel or a model with a head of albert_fast, got {type(model).__name__}")
     packing = pack((input_ids.shape[0], input_ids.shape[1]), attention_mask, input_ids.device)
     with torch.inference_mode():
-        bits = encoder.encoder.bits
-        reason = encoder.encoder.in_one_call(encoder.embeddings.word_embeddings.weight.detach(), encoder.backend)
-        if reason is not None and bits is None:
+        states, quantized = encoder.embeddings.word_embeddings.weight.detach(), encoder.encoder.quantized
+        if quantized is None:
+            reason = encoder.encoder.in_one_call(states, encoder.backend)
+        else:
+            reason = dispatch.why_not("quantized_encoder", states.device.type, "cpp", states.dtype)
+        if reason is not None:
             raise BackendUnavailableError(f"no profile by stage: layers run operator by operator, as {reason}")
         encoder(input_ids, attention_mask)
         samples = []
@@ -86,12 +89,12 @@ def profile(
     # Two a layer, each reads the product and the residual and writes the sum's LayerNorm.
     moved = {"add, LayerNorm": 2 * 3 * 4 * tokens * width}
     memory = _add_rate(int(tokens), width)
-    products = _product_rate() if bits is None else _integer_rate(bits)
-    attention = products if bits is None else _integer_rate(16)
+    products = _product_rate() if quantized is None else _integer_rate(int(quantized.removeprefix("int")))
+    attention = products if quantized is None else _integer_rate(16)
     stages = []
     for name, seconds in zip(ops.STAGES, medians, strict=True):
         if name in operations:
-            unit, limit = "GFLOPS" if bits is None else "GOPS", attention if name == "attention" else products
+            unit, limit = "GFLOPS" if quantized is None else "GOPS", attention if name == "attention" else products
             stages.append(StageTime(name, seconds, layers * operations[name], unit, limit))
         elif name in moved:
             stages.append(StageTime(name, seconds, layers * moved[name], "GB/s", memory))

@@ -1,10 +1,11 @@
-"""Integer weights for the integer kernels of a CPU: how they are rounded, and the module that holds them.
+"""Weights of fewer bits for the kernels that multiply such: how they are rounded, and the module that holds them.
 
 A product W x + b is computed as (W / r) ((x - c) r) + (b + W c), which is exact for any factor r and shift c of each channel
 of x. With c the mean of calibration inputs, channels that are large and hardly vary vanish before x is rounded, and weights'
 rounding errors have no mean effect; r moves what range is left from activations into weights; the integers of W / r are
 chosen one column after another, each later column making up for the errors before it (GPTQ, Frantar et al. 2022,
-arXiv 2210.17323). The layer is shared, so all of its applications calibrate one set of integers.
+arXiv 2210.17323). The layer is shared, so all of its applications calibrate one set of integers. Numbers of float8 carry
+exponents of their own: for these r is 1.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ALBERTConfig
-from .ops.quantized_encoder import FORMATS, SLICE, channel_sums, pack, pack_channels, unpack, unpack_channels
+from .ops._integers import FORMATS, SLICE, Format, lay_out, slices, unpack, unpack_channels
 
-PRECISIONS = {"int16": 16, "int8": 8}
+PRECISIONS = ("int16", "int8", "fp8")
 # Elements of a row whose products int16 adds up in 32 bits: kRun steps of csrc/cpu/integer_gemm.h.
 RUN = 256
 
 
 class QuantizedLinear(nn.Module):
-    """Stands where a Linear (K -> N) of a layer stood: integers in the kernel's layout, one copy, and float32 around them.
+    """Stands where a Linear (K -> N) of a layer stood: integers (or float8 numbers) in the layout of the kernels of its
+    device, one copy, and float32 around them.
 
-    state_dict has `weight` (N, K) in int8 or int16, `weight_scale` (N,), `rescale` and `shift` (K,), and `bias` (N,):
-    W x + b = weight_scale * (weight (x * rescale + shift)) + bias. Conversions to another float type leave it as it is.
+    state_dict has `weight` (N, K) in the dtype of `precision`, `weight_scale` (N,), `rescale` and `shift` (K,), and `bias`
+    (N,), the same on every device: W x + b = weight_scale * (weight (x * rescale + shift)) + bias. Conversions to another
+    float type leave it as it is.
     """
 
     integers: Tensor
@@ -38,9 +41,9 @@ class QuantizedLinear(nn.Module):
     rescale: Tensor
     shift: Tensor
 
-    def __init__(self, product: str, shape: tuple[int, int], bits: int) -> None:
+    def __init__(self, product: str, shape: tuple[int, int], precision: str) -> None:
         super().__init__()
-        self.product, self.shape, self.bits = product, shape, bits
+        self.product, self.shape, self.precision = product, shape, precision
         n, k = shape
         self.bias = nn.Parameter(torch.zeros(n), requires_grad=False)
         self.register_buffer("rescale", torch.ones(k))
@@ -49,39 +52,52 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
     def _set(self, integers: Tensor, scale: Tensor) -> None:
-        self.integers = pack(self.product, integers)
-        self.scales, self.sums = pack_channels(self.product, scale), channel_sums(self.product, integers)
+        integers, scale = integers.to(self.bias.device), scale.to(self.bias.device)
+        self.integers, self.scales, self.sums = lay_out(self.product, integers, scale, self._wants_panels())
+
+    def _wants_panels(self) -> bool:
+        """Whether the kernels of where this is read panels: those in C++; the others read rows."""
+        return self.precision == "int16" or (self.precision == "int8" and self.bias.device.type == "cpu")
+
+    def _natural(self) -> tuple[Tensor, Tensor]:
+        """weight (N, K) and weight_scale (N,)."""
+        return (
+            unpack(self.product, self.integers, self.shape),
+            unpack_channels(self.product, self.scales, self.shape[0]),
+        )
 
     @classmethod
     def rounded(
-        cls, product: str, linear: nn.Linear, bits: int, inputs: Tensor | None, representative: bool
+        cls, product: str, linear: nn.Linear, precision: str, inputs: Tensor | None, representative: bool
     ) -> QuantizedLinear:
-        """`linear` in integers.
+        """`linear` in integers or float8.
 
         `inputs` (T, K) are what it was given in float32; None: neither shift nor factor. Where they are representative of
-        what it will be given, the integers of int8 are fitted to them; fitted to random ids they err more than the nearest.
+        what it will be given, weights of 8 bits are fitted to them; fitted to random ids they err more than the nearest.
         """
+        form = FORMATS[precision]
         weight, bias = linear.weight.detach().float(), linear.bias.detach().float()
-        module = cls(product, (weight.shape[0], weight.shape[1]), bits)
-        shift, rescale = torch.zeros(weight.shape[1]), torch.ones(weight.shape[1])
+        module = cls(product, (weight.shape[0], weight.shape[1]), precision).to(weight.device)
+        shift, rescale = weight.new_zeros(weight.shape[1]), weight.new_ones(weight.shape[1])
         if inputs is not None:
             shift = inputs.mean(0)
             inputs = inputs - shift
-            rescale = balanced(weight, inputs)
-            if bits == 8:
+            if precision != "fp8":
+                rescale = balanced(weight, inputs)
+            if precision == "int8":
+                # Slices are the C++ kernel's: whole rows, as on a GPU, would give other factors to the same checkpoint.
+                parts = slices(product, weight.shape[1], SLICE)
                 with torch.inference_mode(False):  # the caller's mode has no gradients, not even for copies made in it
-                    rescale = rescaling(
-                        weight.clone(), inputs.clone(), _slices(product, weight.shape[1]), rescale.clone()
-                    )
+                    rescale = rescaling(weight.clone(), inputs.clone(), parts, rescale.clone())
             inputs = inputs * rescale
         rescaled = weight / rescale
-        scale = rescaled.abs().amax(1) / FORMATS[8].weight_levels if bits == 8 else int16_scale(rescaled)
+        scale = int16_scale(rescaled) if precision == "int16" else rescaled.abs().amax(1) / form.weight_levels
         scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
-        if inputs is not None and representative and bits == 8:
-            integers = gptq(rescaled, inputs.t() @ inputs, scale)
+        if inputs is not None and representative and precision != "int16":
+            integers = gptq(rescaled, inputs.t() @ inputs, scale, form)
         else:
-            integers = torch.round(rescaled / scale[:, None])
-        module._set(integers.to(FORMATS[bits].dtype), scale)
+            integers = form.nearest(rescaled / scale[:, None])
+        module._set(integers.to(form.dtype), scale)
         module.rescale.copy_(rescale)
         module.shift.copy_(-shift * rescale)
         module.bias.data.copy_(bias + weight @ shift)
@@ -93,22 +109,25 @@ class QuantizedLinear(nn.Module):
         return [buffers[name] for name in ("integers", "scales", "sums", "rescale", "shift")]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, bits={self.bits}"
+        return f"in_features={self.shape[1]}, out_features={self.shape[0]}, precision={self.precision!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)
+        if len(self.integers) and (self.integers.dim() == 1) != self._wants_panels():
+            self._set(*self._natural())
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         n, k = self.shape
         if len(self.integers):
-            weight, scale = unpack(self.product, self.integers, (n, k)), unpack_channels(self.product, self.scales, n)
+            weight, scale = self._natural()
         else:  # a checkpoint is being loaded, and asks what it must hold
-            weight = torch.empty((n, k), dtype=FORMATS[self.bits].dtype, device="meta")
+            weight = torch.empty((n, k), dtype=FORMATS[self.precision].dtype, device="meta")
             scale = torch.empty(n, device="meta")
         destination[prefix + "weight"], destination[prefix + "weight_scale"] = weight, scale
 
@@ -126,10 +145,11 @@ class QuantizedLinear(nn.Module):
                 for (name, shape), found in shaped
                 if found.shape != shape
             ]
-            if weight.dtype != FORMATS[self.bits].dtype or not scale.is_floating_point():
+            expected = FORMATS[self.precision].dtype
+            if weight.dtype != expected or not scale.is_floating_point():
                 dtypes = f"{weight.dtype} with scales in {scale.dtype}"
-                problems.append(f"{prefix}weight: {dtypes}, expected {FORMATS[self.bits].dtype} with scales in floats")
-            if not problems and self.bits == 16 and not fits_sums(weight):
+                problems.append(f"{prefix}weight: {dtypes}, expected {expected} with scales in floats")
+            if not problems and self.precision == "int16" and not fits_sums(weight):
                 problems.append(f"{prefix}weight: its sums do not fit the 32 bits in which they are added up")
             if problems:  # nor the rest, which belongs to other integers
                 errors += problems
@@ -142,12 +162,6 @@ class QuantizedLinear(nn.Module):
         raise RuntimeError("a quantised layer runs as a whole: see ops.quantized_encoder")
 
 
-def _slices(product: str, k: int) -> list[slice]:
-    """Columns of the activations that are rounded together."""
-    width = SLICE if product == "ffn_output" else k
-    return [slice(i, min(i + width, k)) for i in range(0, k, width)]
-
-
 def _run_sums(weight: Tensor) -> Tensor:
     """(N, K) -> (N, runs): sums of magnitudes over runs of RUN columns."""
     magnitude = F.pad(weight.double().abs(), (0, -weight.shape[1] % RUN))
@@ -156,14 +170,14 @@ def _run_sums(weight: Tensor) -> Tensor:
 
 def int16_scale(weight: Tensor) -> Tensor:
     """(N, K) -> (N,): the finest steps at which no run of products with activations can leave 32 bits."""
-    form = FORMATS[16]
+    form = FORMATS["int16"]
     limit = (2**31 - 1) / form.activation_levels - RUN / 2  # rounding adds half a step a column at most
     return torch.maximum(weight.abs().amax(1).double() / form.weight_levels, _run_sums(weight).amax(1) / limit).float()
 
 
 def fits_sums(integers: Tensor) -> bool:
     """Whether int16 weights (N, K) keep what `int16_scale` promises."""
-    return float(_run_sums(integers).amax()) * FORMATS[16].activation_levels < 2**31
+    return float(_run_sums(integers).amax()) * FORMATS["int16"].activation_levels < 2**31
 
 
 def balanced(weight: Tensor, inputs: Tensor) -> Tensor:
@@ -183,7 +197,7 @@ def rescaling(
     inputs = inputs[:: max(1, len(inputs) // 512)]
     energy, magnitude = inputs.square().mean(0), weight.abs()
     column_energy = magnitude.square().sum(0)
-    weight_levels, activation_levels = FORMATS[8].weight_levels, FORMATS[8].activation_levels
+    weight_levels, activation_levels = FORMATS["int8"].weight_levels, FORMATS["int8"].activation_levels
     log_r = start.log().requires_grad_()
     mean, square = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(steps):
@@ -217,28 +231,32 @@ def _floored(x: Tensor) -> Tensor:
     return x.clamp(min=1e-5 * float(x.max()) + 1e-30)
 
 
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, damp: float = 0.01, block: int = 128) -> Tensor:
-    """W (N, K), X^T X (K, K), steps (N,) -> integers (N, K), as floats: those of W / step for which W X errs least.
+def gptq(
+    weight: Tensor, hessian: Tensor, scale: Tensor, form: Format = FORMATS["int8"], damp: float = 0.01, block: int = 128
+) -> Tensor:
+    """W (N, K), X^T X (K, K), steps (N,) -> numbers of `form` (N, K), as floats: those near W / step for which W X errs least.
 
     Columns are rounded in the order of their energy; what a column's error does to the product is made up for by those that
     are still floats, through the Cholesky factor of the inverse Hessian (algorithm 1 of the paper). Blocks only gather
     updates into larger products.
     """
-    levels, order = FORMATS[8].weight_levels, hessian.diagonal().argsort(descending=True, stable=True)
+    levels, order = form.weight_levels, hessian.diagonal().argsort(descending=True, stable=True)
     h = hessian.double()[order][:, order]
     h.diagonal().add_(damp * h.diagonal().mean() + 1e-30)
     # The upper R with R^T R = H^-1: H = U U^T with U upper, from the factor of H with its order reversed; R = U^-1.
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if failed or not lower.isfinite().all():
-        return (weight / scale[:, None]).round().clamp(-levels, levels)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype), upper=True).float()
+        return form.nearest((weight / scale[:, None]).clamp(-levels, levels))
+    factor = torch.linalg.solve_triangular(
+        lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
+    ).float()
     left = (weight / scale[:, None]).t()[order]  # (K, N): a column of W is a row here, and contiguous
     integers = torch.empty_like(left)
     for begin in range(0, len(left), block):
         end = min(begin + block, len(left))
         errors = left.new_empty(end - begin, left.shape[1])
         for i in range(begin, end):
-            integers[i] = left[i].round().clamp(-levels, levels)
+            integers[i] = form.nearest(left[i].clamp(-levels, levels))
             errors[i - begin] = (left[i] - integers[i]) / factor[i, i]
             left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin], alpha=-1)
         left[end:] -= factor[begin:end, end:].t() @ errors

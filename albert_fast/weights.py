@@ -230,7 +230,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
             if tuple(tensor.shape) != shape:
                 problem(key, f"has the shape {tuple(tensor.shape)}, expected {shape}")
             elif not _fits(tensor.dtype, expected[key].dtype) or tensor.layout != torch.strided or tensor.is_meta:
-                wanted = "floats" if expected[key].is_floating_point() else expected[key].dtype
+                wanted = "floats" if expected[key].dtype in FLOATS else expected[key].dtype
                 problem(key, f"is no dense tensor of {wanted} but {tensor.dtype}")
             complete[key] = tensor
         elif head is None or heads[head]:
@@ -265,8 +265,8 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
 
 
 def _fits(found: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether a checkpoint's tensor may fill the model's: any floats for floats, the very integers for integers."""
-    return found in FLOATS if wanted.is_floating_point else found == wanted
+    """Whether a checkpoint's tensor may fill the model's: any floats for floats, else (integers, float8) the very dtype."""
+    return found in FLOATS if wanted in FLOATS else found == wanted
 
 
 def _head(key: str) -> str | None:

@@ -1,9 +1,11 @@
-"""What integer arithmetic does to a classifier's answers: accuracy and logits on a whole test set, side by side.
+"""What fewer bits do to a classifier's answers: accuracy and logits on a whole test set, side by side.
 
     python benchmarks/accuracy.py
     python benchmarks/accuracy.py --model DIR --data imdb --limit 2000 --output results.json
+    python benchmarks/accuracy.py --encoder 16 --side albert_fast-int8-emulated --side albert_fast-fp8-emulated
 
-Every side reads the same tokens in the same padded batches and is compared with albert_fast in float32. Sides that
+Sides that end in `emulated` compute on the CPU what the GPU's kernels compute: their arithmetic, not their speed. Every
+side reads the same tokens in the same padded batches and is compared with albert_fast in float32. Sides that
 calibrate see the same texts of the training set. Speed is not measured here.
 """
 
@@ -29,11 +31,12 @@ import artifacts
 import engines
 import sides
 import torch
+from models import PLBERT
 from shapes import Batch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.dispatch import BackendUnavailableError
 from albert_fast.info import describe
 from albert_fast.testing import data_dir
@@ -43,6 +46,9 @@ from albert_fast.training.metrics import confidence_interval
 from albert_fast.weights import config_path, resolve, shipped_model
 
 EXACT = sides.FAST
+# In bfloat16 the GPU kernels' yardstick; each is asked for by name.
+_BF16 = f"{sides.FAST}-bf16"
+_EMULATED = tuple(f"{sides.FAST}-{precision}-{sides.EMULATED}" for precision in (sides.INT8, sides.FP8))
 # Side -> the modules that it needs beside torch.
 SIDES: Mapping[str, tuple[str, ...]] = {
     EXACT: (),
@@ -51,7 +57,10 @@ SIDES: Mapping[str, tuple[str, ...]] = {
     "onnxruntime-int8": ("transformers", "onnx", "onnxruntime"),
     "openvino": ("transformers", "onnx", "openvino"),
     "openvino-int8": ("transformers", "onnx", "openvino", "nncf"),
+    _BF16: (),
+    **dict.fromkeys(_EMULATED, ()),
 }
+_DEFAULT = [side for side in SIDES if side not in (_BF16, *_EMULATED)]
 _SEED = 0
 _OPSET = 17
 Logits = Callable[[Batch], Tensor]
@@ -135,13 +144,12 @@ class Classifiers:
     def load(self, side: str) -> Logits:
         """A batch -> logits (B, C). BackendUnavailableError where albert_fast cannot run such a model here."""
         if sides.engine(side) == sides.FAST:
-            return self._albert_fast(sides.precision(side))
+            return self._albert_fast(side)
         bind = engines.load(side, self._file(side), engines.Settings(self.threads))
         return lambda batch: torch.tensor(bind(batch.ids, batch.mask)())
 
-    def _albert_fast(self, precision: str) -> Logits:
-        options = {} if precision == sides.FLOAT else {"precision": precision, "calibration": self.calibration}
-        model = ALBERTForSequenceClassification.from_pretrained(self.folder, **options)
+    def _albert_fast(self, side: str) -> Logits:
+        model = fast_model(ALBERTForSequenceClassification, self.folder, side, self.calibration)
 
         @torch.no_grad()
         def logits(batch: Batch) -> Tensor:
@@ -167,6 +175,44 @@ class Classifiers:
         place.mkdir()
         model = AlbertForSequenceClassification.from_pretrained(self.folder, attn_implementation="eager")
         return export_logits(model, place / "model.onnx")
+
+
+def fast_model(kind: Any, folder: Path, side: str, calibration: Sequence[tuple[Tensor, Tensor]]) -> Any:
+    """Our own model of class `kind` as `side` names it."""
+    precision = sides.precision(side)
+    if precision == sides.FLOAT:
+        return kind.from_pretrained(folder, precision="bf16" if side == _BF16 else "fp32")
+    backend = "reference" if side in _EMULATED else "auto"
+    model = kind.from_pretrained(folder, precision=precision, calibration=calibration, backend=backend)
+    return model.bfloat16() if side in _EMULATED else model
+
+
+@torch.no_grad()
+def encoder_errors(sequences: int, names: Sequence[str]) -> dict[str, Any]:
+    """Of our sides, the relative error of the real encoder's hidden states against float32: norm of all errors over that
+    of all states, and the largest error; calibrated on half as many sequences. Prints their table."""
+    encoder = PLBERT()
+    folder = data_dir() / "plbert"
+    batch = Batch.of(encoder.rows(str(sequences)), encoder.config.pad_token_id or 0, torch.device("cpu"))
+    calibration = [(ids, torch.ones_like(ids)) for ids in map(torch.tensor, ([row] for row in
+                   encoder.calibration(max(1, sequences // 2))))]  # fmt: skip
+    found: dict[str, dict[str, float]] = {}
+    exact: Tensor | None = None
+    for name in dict.fromkeys((EXACT, *names)):
+        if sides.engine(name) != sides.FAST:
+            continue
+        model = fast_model(ALBERTModel, folder, name, calibration)
+        states = batch.real(model(batch.ids, batch.mask).last_hidden_state).double()
+        exact = states if exact is None else exact
+        errors = (states - exact).abs()
+        relative = float(errors.norm() / exact.norm())
+        found[name] = {"relative_error": relative, "max_abs_error": float(errors.max())}
+        print(name, found[name], file=sys.stderr, flush=True)
+    body = [[name, f"{e['relative_error']:.4f}", f"{e['max_abs_error']:.2f}"] for name, e in found.items()]
+    head = ["side", "relative error", "largest error"]
+    title = f"plbert, hidden states of {sequences} sequences, {sum(batch.lengths)} tokens"
+    print(f"\n{title}\n\n{tabulate(body, head, tablefmt='github', disable_numparse=True)}", flush=True)
+    return {"sequences": sequences, "calibration_sequences": len(calibration), "sides": found}
 
 
 class _LogitsOf(nn.Module):
@@ -293,7 +339,7 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     unavailable: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         models = Classifiers(folder, config, texts.calibration, torch.get_num_threads(), Path(scratch))
-        for result in evaluate(models, texts, options.side or list(SIDES)):
+        for result in evaluate(models, texts, options.side or _DEFAULT):
             print(result, file=sys.stderr, flush=True)  # making the engines' files may take minutes
             if isinstance(result, Row):
                 rows.append(result)
@@ -329,16 +375,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--calibration", type=Path, help="training texts, columns as in --data (default: imdb's for imdb, else sst2's)"
     )
     parser.add_argument("--calibration-texts", type=int, default=300, help="so many of them (default: %(default)s)")
-    parser.add_argument("--side", action="append", choices=SIDES, help="beside float32; repeatable (default: all)")
+    parser.add_argument(
+        "--side", action="append", choices=SIDES, help="beside float32; repeatable (default: all that are not emulated)"
+    )
+    parser.add_argument("--encoder", type=int, metavar="N", help="hidden states of N sequences of plbert, too")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, help="of every side (default: torch's)")
     parser.add_argument("--output", type=Path, help="JSON: the machine and all figures")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if any(side in _EMULATED for side in options.side or ()):
+        print(f"{sides.EMULATED}: on a CPU, the arithmetic of the GPU kernels, not their speed")
+    encoder = None if options.encoder is None else encoder_errors(options.encoder, options.side or _DEFAULT)
     measured = [run(folder, options) for folder in (shipped_model(), *map(resolve, options.model))]
     if options.output is not None:
-        options.output.write_text(json.dumps({"machine": describe(), "runs": measured}, indent=1) + "\n")
+        options.output.write_text(
+            json.dumps({"machine": describe(), "encoder": encoder, "runs": measured}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import lengths
 import peers
+import sides
 import torch
 from gpu_part import Part
 from gpu_peers import AttentionGroup, EncoderGroup, LinearGeluGroup, Training, allowed, masked_lm
@@ -93,6 +94,33 @@ def machine(part: Part) -> None:
     for name, dtype in (("bf16 product", torch.bfloat16), ("fp32 product", torch.float32)):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         part.attempt(name, partial(_ceiling, part, name, partial(torch.matmul, a, b), 2.0 * size**3))
+    if device.type == "cuda":
+        for precision in (sides.INT8, sides.FP8):
+            if reason := dispatch.why_not_quantized(precision, device, "auto"):
+                part.add("skipped", what=f"{precision} product", why=reason)
+                continue
+            for name, call in _quantized_products(precision, device):
+                what = f"{precision} product, FFN up, {name}"
+                part.attempt(what, partial(_ceiling, part, what, call, 2.0 * 32768 * 768 * 3072))
+
+
+def _quantized_products(precision: str, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The FFN's first product of 32,768 tokens of base on operands of 8 bits: torch's, without scales of rows in int8, and
+    ours, in bfloat16 with all that belongs to it."""
+    from albert_fast.kernels._rounding import round_rows
+    from albert_fast.kernels.quantized_encoder import Matrix, quantized_product
+
+    dtype = {sides.INT8: torch.int8, sides.FP8: torch.float8_e4m3fn}[precision]
+    ones, zeros = torch.ones(768, device=device), torch.zeros(768, device=device)
+    x, weight = (round_rows(torch.randn(n, 768, device=device), ones, zeros, dtype, 768) for n in (32768, 3072))
+    sums = weight.values.float().sum(1)
+    yield "ours", partial(quantized_product, x, Matrix(weight.values, weight.steps, sums, ones, zeros))
+    if precision == sides.INT8:
+        yield "torch._int_mm", partial(torch._int_mm, x.values, weight.values.t())
+    else:
+        scales = {"scale_a": x.steps[:, None], "scale_b": weight.steps[None, :]}
+        operands = x.values, weight.values.t()
+        yield "torch._scaled_mm", partial(torch._scaled_mm, *operands, **scales, out_dtype=torch.bfloat16)
 
 
 def _ceiling(part: Part, name: str, call: object, amount: float) -> None:
@@ -140,7 +168,7 @@ def _operator_groups(part: Part) -> Iterator[tuple[float, OperatorGroup]]:
     if quick:
         batches = {"2x16": (16,) * 2, "real-4": (5, 31, 2, 17)}
     heads, head_dim = (2, 16) if quick else (12, 64)
-    apart = ("attention", "encoder")
+    apart = {"attention", *dispatch.WHOLE_ENCODERS}  # whole layers are the model's part, but for few tokens
     fused = [op for op, devices in dispatch.TABLE.items() if set(devices["cuda"]) - {"reference"} and op not in apart]
     fused.sort(key="embedding_projection".__eq__)  # last, since tuning its product takes the compiler longest
     few = ((2, 5),) if quick else ((1, 16), (1, 128), (4, 128))
@@ -220,6 +248,12 @@ def model(part: Part) -> None:
         ask("uncompiled", name, batch, names, _EAGER)
     if part.device == "cuda":
         part.attempt("latency of 1x128", partial(_latency, part, models["base"], "1x128"), needs=_ALONE)
+    for precision in (sides.INT8, sides.FP8):
+        if reason := dispatch.why_not_quantized(precision, device, "auto"):
+            part.add("skipped", what=f"model in {precision}", why=reason)
+            continue
+        for name, batch, _ in questions[:2]:
+            ask(precision, name, batch, (FAST, f"{FAST}-{precision}"), _EAGER, peers_alone=True)
     dense = questions[0][1]
     for side in all_eager if part.device == "cuda" else ():
         part.attempt(f"memory of {side}", partial(_memory, part, models["base"], dense, side), needs=_EAGER)

@@ -26,8 +26,9 @@ _PYTEST_OPTIONS = ("-q", "-p", "no:cacheprovider")
 _MOST_PROCESSES = 14  # each has a CUDA context and compiles Triton kernels
 # Beside the grid of every kernel: tests that are there for a GPU, without a backend in their names.
 _SELECTION = (
-    "triton or cuda or gpu or test_large_offsets or test_a_replayed_graph_tells_a_bad_id or test_every_candidate_of_the_tuner "
-    "or test_a_label_outside_the_vocabulary_is_nan or test_a_gradient_compiles_with_its_forward"
+    "triton or cuda or gpu or test_quantized_kernels or test_large_offsets or test_a_replayed_graph_tells_a_bad_id "
+    "or test_every_candidate_of_the_tuner or test_a_label_outside_the_vocabulary_is_nan "
+    "or test_a_gradient_compiles_with_its_forward"
 )
 _REAL_SIZE = "tests/test_gpu.py::test_an_operator_on_a_batch_of_real_size"
 _FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: what the quick pass takes
@@ -161,6 +162,7 @@ def parity(part: Part) -> None:
         "tests/test_gpu_graphs.py",
         "tests/test_graph_inputs.py",
         "tests/test_large_offsets.py",
+        "tests/test_quantized_kernels.py",
         *(f"tests/test_{op}.py" for op in kernels),
     ]
     selection = _SELECTION

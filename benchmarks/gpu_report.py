@@ -10,6 +10,7 @@ OURS = "albert_fast"
 # Which target a figure is held against, as a factor of the peer's or of the machine's own rate.
 PRODUCT_SHARE, OVER_SDPA, OVER_COMPILE = 0.65, 2.0, 1.3
 COPY_SHARE, ATTENTION, RAGGED_ATTENTION = 0.9, 1.0, 1.7
+QUANTIZED = 1.5
 LENGTHS_WITHIN, SMALL_MICROSECONDS, MEMORY_SHARE = 1.05, 100.0, 1 / 3
 _LISTED = 40  # a broken kernel fails in every test after it
 _LATENCIES = ("returned", "answered", "device")  # of a call: to its return, to its answer, and the GPU's work in it
@@ -86,7 +87,9 @@ def targets(records: Sequence[Row]) -> list[Target]:
         ours = next((row for row in sides.values() if row["ours"]), None)
         if ours is None:
             continue
-        peers = {side: row for side, row in sides.items() if row is not ours}
+        peers = {side: row for side, row in sides.items() if not row["ours"]}
+        for side in [side for side, row in sides.items() if row["ours"] and row is not ours]:
+            found += _over(f"{op} {shape} {side} over {OURS}", sides[side], {OURS: ours}, "", QUANTIZED)
         if op == "model" and shape.startswith("base"):
             found += _model_targets(shape, ours, peers, groups, rates)
         elif op == "attention":

@@ -118,7 +118,9 @@ class Peers:
         """Our own integers, rounded anew in every run: by the code that is measured, whatever version it calls itself."""
         folder = Path(self._scratch.name) / precision
         if not folder.exists():
-            model = ALBERTModel.from_pretrained(self._checkpoint, precision=precision, calibration=self.calibration)
+            model = ALBERTModel.from_pretrained(
+                self._checkpoint, precision=precision, calibration=self.calibration, device=self.device
+            )
             model.save_pretrained(folder)
         return folder
 

@@ -1,7 +1,7 @@
 """What a side's name says: `<engine>-<option>-...`, as in hf-sdpa, albert_fast-int8 or openvino-int8-sorted.
 
-A side without int16 or int8 in its name computes with floats. What a figure means depends on that alone, so it is read
-from the name in one place.
+A side without int16, int8 or fp8 in its name computes with floats. What a figure means depends on that alone, so it is
+read from the name in one place.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 FAST = "albert_fast"
-FLOAT, INT16, INT8 = "float", "int16", "int8"
-PRECISIONS = (FLOAT, INT16, INT8)
+FLOAT, INT16, INT8, FP8 = "float", "int16", "int8", "fp8"
+PRECISIONS = (FLOAT, INT16, INT8, FP8)
+# The numbers of the GPU's kernels, computed by the reference on a CPU.
+EMULATED = "emulated"
 
 
 def options(side: str) -> tuple[str, ...]:
@@ -24,7 +26,7 @@ def engine(side: str) -> str:
 
 def precision(side: str) -> str:
     """One of PRECISIONS."""
-    return next((option for option in options(side) if option in (INT16, INT8)), FLOAT)
+    return next((option for option in options(side) if option in PRECISIONS), FLOAT)
 
 
 def ours(side: str) -> str:

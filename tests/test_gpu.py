@@ -296,3 +296,74 @@ def test_a_bad_id_raises_and_the_device_stays_usable(bad):
         with pytest.raises(IndexError, match=rf"input_ids\[1, 0\] is {bad}"):
             until_reported(fast, wrong, ids, mask)
         assert torch.equal(fast(ids, mask).last_hidden_state, expected)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint in float32."""
+    folder = tmp_path_factory.mktemp("saved")
+    models("ALBERTModel", "small", torch.float32)[0].float().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU has other integers, and no float8")
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("output_tokens", ["all", "first"])
+def test_quantized_layers_err_as_their_reference_does(saved, precision, output_tokens, tmp_path):
+    if reason := dispatch.why_not_quantized(precision, DEVICE, "auto"):
+        pytest.skip(reason)
+    ids, mask = (
+        torch.randint(301, (ROWS, COLUMNS), device=DEVICE),
+        drawn_mask("right", ROWS, COLUMNS, seed=2).to(DEVICE),
+    )
+    options = {"precision": precision, "calibration": [(ids, mask)]}
+    made = albert_fast.ALBERTModel.from_pretrained(saved, device=DEVICE, **options)
+    made.save_pretrained(tmp_path)
+    exact = reference.ALBERTModel.from_pretrained(saved)
+    with torch.no_grad(), poison_empty():
+        expected = exact(ids.cpu(), mask.cpu()).pooler_output
+        found = {
+            backend: albert_fast.ALBERTModel.from_pretrained(
+                tmp_path, device=DEVICE, precision=precision, backend=backend
+            )(ids, mask, output_tokens=output_tokens)
+            .pooler_output.cpu()
+            .float()
+            for backend in ("auto", "reference")
+        }
+        again = made(ids, mask, output_tokens=output_tokens).pooler_output.cpu().float()
+    assert torch.equal(again, found["auto"])
+    errors = {backend: float((output - expected).norm() / expected.norm()) for backend, output in found.items()}
+    assert errors["auto"] <= 1.25 * errors["reference"] + 2**-8
+    assert errors["reference"] < (0.1 if precision == "int8" else 0.2)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are a GPU's")
+@pytest.mark.parametrize("output_tokens", ["all", "first"])
+def test_quantized_layers_are_replayed(saved, output_tokens):
+    fast = albert_fast.ALBERTModel.from_pretrained(saved, device=DEVICE, precision="int8")
+    graphed = copy.deepcopy(fast)
+    graphed.warmup([(ROWS, COLUMNS)])
+    ids, mask = (
+        torch.randint(301, (ROWS, COLUMNS), device=DEVICE),
+        drawn_mask("right", ROWS, COLUMNS, seed=2).to(DEVICE),
+    )
+    with torch.no_grad():
+        for _ in range(3):  # before its bucket is captured, and after
+            actual, expected = (model(ids, mask, output_tokens=output_tokens) for model in (graphed, fast))
+            assert torch.equal(actual.pooler_output, expected.pooler_output)
+            assert torch.equal(actual.last_hidden_state, expected.last_hidden_state) or output_tokens == "first"
+    assert len(graphed._graphs) >= 2
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the layout of a CPU is another")
+def test_integers_move_between_devices(saved):
+    model = albert_fast.ALBERTModel.from_pretrained(saved, precision="int8")
+    state = model.encoder.state_dict()
+    model.to(DEVICE)
+    moved = model.encoder.state_dict()
+    assert all(torch.equal(moved[key].cpu(), state[key]) for key in state)
+    assert {linear.integers.dim() for layer in model.encoder.distinct() for linear in layer.products()} == {2}
+    model.use_backend("auto", "int8")
+    with torch.no_grad():
+        ids = torch.randint(301, (2, 9), device=DEVICE)
+        assert model(ids).last_hidden_state.dtype == torch.bfloat16

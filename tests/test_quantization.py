@@ -6,7 +6,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import albert_fast
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, reference
+from albert_fast import (
+    ALBERTConfig,
+    ALBERTForMaskedLM,
+    ALBERTForSequenceClassification,
+    ALBERTModel,
+    reference,
+)
 from albert_fast.dispatch import BackendUnavailableError
 from albert_fast.fast_model import quantize
 from albert_fast.quantization import QuantizedLinear, Rows, fits_sums, gptq, int16_scale, rescaling
@@ -180,7 +186,7 @@ def test_outliers_that_hardly_vary_cost_nothing(folder):
     exact = linear(inputs).detach()
     errors = {}
     for name, given in (("calibrated", inputs), ("not", None)):
-        q = QuantizedLinear.rounded("dense", linear, 8, given, True)
+        q = QuantizedLinear.rounded("dense", linear, "int8", given, True)
         x = inputs * q.rescale + q.shift
         step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
         weight = q.state_dict()["weight"].float() * q.state_dict()["weight_scale"][:, None]
@@ -255,7 +261,7 @@ def test_calibration_that_is_no_list_of_batches_is_named(folder, error, message,
 
 
 def test_calibration_where_nothing_is_rounded_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="calibration is for precision='int8' and 'int16', not for 'fp32'"):
+    with pytest.raises(ValueError, match="calibration is for precision='int8', 'int16' and 'fp8', not for 'fp32'"):
         ALBERTModel.from_pretrained(folder, calibration=[batch()])
     ALBERTModel.from_pretrained(folder, precision="int16").save_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="there is nothing to calibrate"):
@@ -279,9 +285,11 @@ def test_weights_that_are_nan_give_nan(folder):
 
 
 def test_integers_are_for_cpus(folder):
-    with pytest.raises(BackendUnavailableError, match=r"precision='int8'.*run on CPUs, not on cuda"):
+    with pytest.raises(BackendUnavailableError, match=r"precision='int8'.*for CPUs are in C\+\+, not in cuda"):
         ALBERTModel.from_pretrained(folder, precision="int8", backend="cuda")
-    with pytest.raises(BackendUnavailableError, match=r"precision='int8'.*run on CPUs, not on meta"):
+    with pytest.raises(
+        BackendUnavailableError, match=r"precision='int8'.*for CPUs and for GPUs of NVIDIA, not for meta"
+    ):
         ALBERTModel.from_pretrained(folder).to("meta").use_backend("auto", "int8")
 
 
@@ -292,7 +300,7 @@ def test_integers_stay_what_they_are(folder):
             model.use_backend("auto", precision)
     model.use_backend("auto", "int8")
     with pytest.raises(ValueError, match="hold int8 weights already"):
-        quantize(model, 8)
+        quantize(model, "int8")
 
 
 def test_conversions_do_not_touch_integers(folder):
@@ -359,7 +367,7 @@ def test_a_state_dict_that_does_not_fit_is_named(folder, precision):
 
 
 def test_without_vnni_the_user_is_told(folder, monkeypatch):
-    monkeypatch.setattr("albert_fast.dispatch.integer_kernels", lambda device: (False, "without AVX512-VNNI"))
+    monkeypatch.setattr("albert_fast.dispatch.quantized_kernels", lambda *_: (False, "without AVX512-VNNI"))
     with pytest.warns(UserWarning, match="precision='int8' runs without AVX512-VNNI"):
         ALBERTModel.from_pretrained(folder, precision="int8")
 

@@ -21,6 +21,7 @@ class Precision(str, Enum):
     fp16 = "fp16"
     int16 = "int16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 class InputFormat(str, Enum):

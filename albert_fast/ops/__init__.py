@@ -6,6 +6,7 @@ All work on packed tokens: T rows without padding, sequences delimited by `cu_se
 from ..kernels._capture import CAPTURE
 from ._dropout import draw_seed
 from ._graph_inputs import GraphInputs
+from ._integers import PRODUCTS
 from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
@@ -25,7 +26,7 @@ from .encoder import (
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .linear_gelu import linear_gelu, linear_gelu_ref
-from .quantized_encoder import PRODUCTS, quantized_encoder, quantized_encoder_ref
+from .quantized_encoder import quantized_encoder, quantized_encoder_ref
 
 __all__ = [
     "CAPTURE",

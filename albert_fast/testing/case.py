@@ -24,6 +24,7 @@ class OpCase:
     make_inputs(shape, dtype, device, generator, **options): random keyword arguments of `function`.
     shapes: odd, prime, tiny and real sizes; small_shapes: a few for Triton's interpreter; bench_shapes: ALBERT-base's.
     options: keyword sets for make_inputs that tests go through (activations, dropout, ...).
+    takes(options, dtype): whether they go together.
     gradients: names of the inputs that are differentiated.
     slack(inputs): what the largest error may be beyond the calibrated tolerance, relative to the largest value.
     bytes_moved(inputs): each input read once and each output written once. operations(inputs): floating-point operations.
@@ -43,6 +44,7 @@ class OpCase:
     options: tuple[dict[str, Any], ...]
     gradients: tuple[str, ...]
     operations: Callable[[Inputs], float]
+    takes: Callable[[dict[str, Any], torch.dtype], bool] = lambda options, dtype: True
     slack: Callable[[Inputs], float] = lambda inputs: 0.0
     backward_ratio: float = 2.0
     backward_extra: Callable[[Inputs], float] = lambda inputs: 0.0

@@ -22,6 +22,7 @@ from .encoder_cases import (
     quantized_encoder_eager,
     quantized_encoder_inputs,
     quantized_encoder_operations,
+    quantized_encoder_takes,
 )
 
 # bias_gelu ----------------------------------------------------------------------------------------------------------------
@@ -319,12 +320,15 @@ ALL_CASES: dict[str, OpCase] = {
             small_shapes=(((3, 0, 2), 26, 1, 40, 2, 2),),
             bench_shapes=(((16,), 768, 12, 3072, 1, 12), ((128,) * 8, 768, 12, 3072, 1, 12)),
             options=tuple(
-                {"bits": bits, **more} for bits in (8, 16) for more in ({}, {"wanted": True}, {"act": "relu"})
+                {"precision": precision, **more}
+                for precision in ("int8", "int16", "fp8")
+                for more in ({}, {"wanted": True}, {"act": "relu"})
             ),
+            takes=quantized_encoder_takes,
             gradients=(),  # inference only
             operations=quantized_encoder_operations,
             # An activation between two integers may go either way: what one step of it does to a row.
-            slack=lambda i: 1e-2 if i["bits"] == 8 else 3e-4,
+            slack=lambda i: {"int8": 1e-2, "int16": 3e-4, "fp8": 1e-2}[i["precision"]],
         ),
     )
 }

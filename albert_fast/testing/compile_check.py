@@ -33,7 +33,7 @@ from .launches import CASES, Launch, recorded_launches
 
 OPERATORS = (
     "attention", "add_layer_norm", "bias_gelu", "linear_gelu", "gelu_layer_norm", "linear_cross_entropy",
-    "encoder", "embedding_projection",
+    "encoder", "quantized_encoder", "embedding_projection",
 )  # fmt: skip
 # And what is launched beside them.
 KERNELS = (*OPERATORS, "graph_inputs")
@@ -182,12 +182,13 @@ def _judged(row: Row, chip: Chip, wants_tensor_cores: bool) -> Row:
 
 
 def compile_triton(launches: list[Launch], chip: Chip) -> list[Row]:
-    """Compile launches for one chip and read the results, a row each."""
+    """Compile those of the launches that are for this chip and read the results, a row each."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     target = GPUTarget("cuda", chip.capability, 32)
+    launches = [launch for launch in launches if launch.is_for(chip.capability)]
     compiled: list[Any] = []
     for launch in launches:
         function = getattr(importlib.import_module(launch.module), launch.function)
@@ -255,9 +256,7 @@ def check(triton: Iterable[Launch] = (), cuda: Iterable[Path] = (), processes: i
         cuda_jobs = [pool.submit(compile_cuda, source, chip) for source in cuda for chip in CHIPS]
         triton_jobs = [[pool.submit(compile_triton, batch, chip) for chip in CHIPS] for batch in batches]
         rows = [row for job in cuda_jobs for row in job.result()]
-        for jobs in triton_jobs:  # a launch's rows for all chips are neighbours
-            rows += itertools.chain(*zip(*(job.result() for job in jobs), strict=True))
-        return rows
+        return rows + [row for jobs in triton_jobs for job in jobs for row in job.result()]
 
 
 def check_kernels(kernels: Iterable[str] = KERNELS, processes: int | None = None) -> list[Row]:
@@ -329,7 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     _leave_interpreter()
     try:
         rows = check_kernels(options.kernel, options.processes)
-        print(floors.table([kernel for kernel in options.kernel if kernel in OPERATORS]), end="\n\n")
+        # Of whole layers no floor is counted: it is that of their parts.
+        print(floors.table([kernel for kernel in options.kernel if kernel in floors.SHAPES]), end="\n\n")
         return report(rows, options.json)
     except MissingToolError as error:
         print(f"cannot check: {error}", file=sys.stderr)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .. import ops
 from ..ops._dropout import HEAD_STRIDE, keep_scale
+from ..ops._integers import FORMATS, lay_out, unpack, unpack_channels
 from ..ops.bias_gelu import act_ref
-from ..ops.quantized_encoder import VECTORS, unpack, unpack_channels
+from ..ops.quantized_encoder import VECTORS
 from ..quantization import QuantizedLinear
 from .case import EPS, Inputs, drawn_seed, randn
 
@@ -127,8 +128,13 @@ def encoder_operations(inputs: Inputs) -> float:
 # quantized_encoder: shapes as of encoder -------------------------------------------------------------------------------------
 
 
+def quantized_encoder_takes(options, dtype) -> bool:
+    """Integers are for the C++ kernel's float32, what has 8 bits for the Triton kernels' bfloat16."""
+    return dtype in FORMATS[options.get("precision", "int8")].hidden
+
+
 def quantized_encoder_inputs(
-    shape, dtype, device="cpu", generator=None, bits=8, act="gelu_tanh", wanted=False
+    shape, dtype, device="cpu", generator=None, precision="int8", act="gelu_tanh", wanted=False
 ) -> Inputs:
     inputs = encoder_inputs(shape, dtype, device, generator, act, wanted)
     weights, names = inputs.pop("weights"), list(ops.WEIGHTS)
@@ -139,20 +145,26 @@ def quantized_encoder_inputs(
             continue
         rescale = torch.rand(weight.shape[1], generator=generator) * 1.5 + 0.5
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
-        linear.weight.data = weight / rescale
-        rounded = QuantizedLinear.rounded(name, linear, bits, None, False)
+        linear.weight.data = weight.float().cpu() / rescale
+        state = QuantizedLinear.rounded(name, linear, precision, None, False).state_dict()
+        laid = lay_out(name, state["weight"], state["weight_scale"], panels=dtype == torch.float32)
         shift = torch.randn(weight.shape[1], generator=generator)
-        for key, tensor in zip(lists, (rounded.integers, rounded.scales, rounded.sums, rescale, shift), strict=True):
-            lists[key].append(tensor)
-    vectors = [w for i, w in enumerate(weights) if names[i % len(names)] not in ops.PRODUCTS]
-    return {"vectors": vectors, **lists, **inputs, "bits": bits}
+        for key, tensor in zip(lists, (*laid, rescale, shift), strict=True):
+            lists[key].append(tensor.to(device))
+    named = [(names[i % len(names)], weight) for i, weight in enumerate(weights)]
+    vectors = [w if "norm" in name else w.float() for name, w in named if name not in ops.PRODUCTS]
+    return {"vectors": vectors, **lists, **inputs, "precision": precision}
 
 
-def _rounded(x: Tensor, bits: int) -> Tensor:
-    """x (T, K), every row rounded to the nearest of 256 steps between its ends, or of 8191 on either side of zero."""
+def _rounded(x: Tensor, precision: str) -> Tensor:
+    """x (T, K), every row rounded to the nearest of 256 steps between its ends, of 8191 on either side of zero, or to
+    float8 numbers times a step."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    if bits == 16:
+    if precision == "int16":
         return _symmetric(x, 8191)
+    if precision == "fp8":
+        step = torch.maximum(high, -low) / 448
+        return torch.where(step > 0, (x / step).to(torch.float8_e4m3fn).to(x.dtype) * step, 0.0)
     step = (high - low) / 255
     zero = (-low / step).round()
     return torch.where(step > 0, ((x / step + zero).round().clamp(0, 255) - zero) * step, 0.0)
@@ -177,35 +189,49 @@ def _rounded_attention(q, k, v, cu_q, cu_k, num_heads, softmax_scale):
     return out
 
 
+def _attention(q, k, v, cu_q, cu_k, num_heads, softmax_scale):
+    return attention_eager(q, k, v, torch.tensor(cu_q), torch.tensor(cu_k), 0, 0, num_heads, softmax_scale, 0.0, None)
+
+
 def quantized_encoder_eager(
     hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale,
-    eps, act, bits,
+    eps, act, precision,
 ):  # fmt: skip
-    width, middle = hidden.shape[1], len(vectors[4])
+    """Panels are the C++ kernel's, which rounds in slices and multiplies integers in attention; rows the Triton kernels'."""
+    dtype, width, middle = hidden.dtype, hidden.shape[1], len(vectors[4])
+    panels, wide = integers[0].dim() == 1, torch.promote_types(dtype, torch.float32)
+    attend = _rounded_attention if panels else _attention
     shapes = {"qkv": (3 * width, width), "dense": (width, width), "ffn": (middle, width), "ffn_output": (width, middle)}
     matrices = []
     for i, (packed, scale) in enumerate(zip(integers, scales, strict=True)):
         name = list(ops.PRODUCTS)[i % 4]
-        matrix = unpack(name, packed, shapes[name]).to(hidden.dtype)
+        matrix = unpack(name, packed, shapes[name]).to(wide)
         matrices.append(matrix * unpack_channels(name, scale, shapes[name][0])[:, None])
 
     def product(x: Tensor, at: int) -> Tensor:
         x = x * rescales[at] + shifts[at]
-        parts = x.split(768, dim=1) if at % 4 == 3 else [x]
-        return torch.cat([_rounded(part, bits) for part in parts], dim=1) @ matrices[at].t()
+        parts = x.split(768, dim=1) if at % 4 == 3 and panels else [x]
+        return torch.cat([_rounded(part, precision) for part in parts], dim=1) @ matrices[at].t()
 
+    def kept(x: Tensor) -> Tensor:
+        return x.to(dtype).to(wide)
+
+    hidden = hidden.to(wide)
     for step, number in enumerate(order):
-        w, at = dict(zip(VECTORS, vectors[8 * number : 8 * number + 8], strict=True)), 4 * number
-        q, k, v = (product(hidden, at) + w["qkv_bias"]).chunk(3, dim=1)
+        own = [vector.to(wide) for vector in vectors[8 * number : 8 * number + 8]]
+        w, at = dict(zip(VECTORS, own, strict=True)), 4 * number
+        q, k, v = kept(product(hidden, at) + w["qkv_bias"]).chunk(3, dim=1)
+        hidden = kept(hidden)
         cu_q = cu_seqlens
         if step + 1 == len(order) and rows is not None:
             q, hidden, cu_q = q[rows], hidden[rows], cu_rows
-        context = _rounded_attention(q, k, v, cu_q.tolist(), cu_seqlens.tolist(), num_heads, softmax_scale)
-        x = product(context, at + 1) + w["dense_bias"] + hidden
+        context = kept(attend(q, k, v, cu_q.tolist(), cu_seqlens.tolist(), num_heads, softmax_scale))
+        x = kept(product(context, at + 1)) + w["dense_bias"] + hidden
         x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
-        y = product(act_ref(product(x, at + 2) + w["ffn_bias"], act), at + 3) + w["ffn_output_bias"] + x
+        activated = act_ref(kept(product(x, at + 2)) + w["ffn_bias"], act)
+        y = kept(product(activated, at + 3)) + w["ffn_output_bias"] + kept(x)
         hidden = F.layer_norm(y, y.shape[1:], w["full_norm_weight"], w["full_norm_bias"], eps)
-    return hidden
+    return hidden.to(dtype)
 
 
 def quantized_encoder_operations(inputs: Inputs) -> float:

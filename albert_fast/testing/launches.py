@@ -26,6 +26,8 @@ _TYPE_NAMES = {
     torch.float16: "fp16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 
@@ -47,6 +49,10 @@ class Launch:
     divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
     options: tuple[tuple[str, int], ...]  # num_warps, num_stages
     wants_tensor_cores: bool = False
+
+    def is_for(self, capability: int) -> bool:
+        """Whether chips of such a compute capability (89 is 8.9) have the numbers that it computes with."""
+        return capability >= 89 or not any("fp8" in kind for _, kind in self.signature)
 
 
 class _Recorder:
@@ -254,6 +260,39 @@ def _encoder_launches() -> Iterator[Case]:
             yield label, partial(run, DTYPES[name], tokens, 12 if head_dim == 64 else 8, head_dim, asked), name != "f32"
 
 
+def _quantized_encoder_launches() -> Iterator[Case]:
+    from ..kernels._rounding import Rounded, add_layer_norm_rounded, bias_gelu_rounded, round_rows
+    from ..kernels.quantized_encoder import Matrix, quantized_product
+
+    def product(dtype: torch.dtype, n: int, k: int, biased: bool) -> None:
+        x = Rounded.empty(77, k, dtype, torch.device("cpu"))
+        matrix = Matrix(torch.empty(n, k, dtype=dtype), torch.empty(n), torch.empty(n), torch.empty(k), torch.empty(k))
+        quantized_product(x, matrix, torch.empty(n) if biased else None)
+
+    def rows(dtype: torch.dtype, n: int, rounding: bool = True) -> None:
+        x, norm, vector = (
+            torch.empty(2, n, dtype=torch.bfloat16),
+            torch.empty(n, dtype=torch.bfloat16),
+            torch.empty(n),
+        )
+        rounded = vector if rounding else None
+        add_layer_norm_rounded(x, vector, x, norm, norm, 1e-12, rounded, rounded, dtype, n)
+        if rounding:
+            round_rows(x, vector, vector, dtype, n)
+
+    for name, dtype in {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.items():
+        yield f"{name} N2304 K768 bias", partial(product, dtype, 2304, 768, True), True
+        yield f"{name} N768", partial(rows, dtype, 768), False
+        for n in (3072, 8192):
+            x, vector = torch.empty(2, n, dtype=torch.bfloat16), torch.empty(n)
+            yield f"{name} N{n}", partial(bias_gelu_rounded, x, vector, "gelu_tanh", vector, vector, dtype, n), False
+    yield "int8 N768 K3072", partial(product, torch.int8, 768, 3072, False), True
+    yield "int8 N4096", partial(rows, torch.int8, 4096), False
+    x, vector = torch.empty(2, 16384, dtype=torch.bfloat16), torch.empty(16384)
+    yield "int8 N16384", partial(round_rows, x, vector, vector, torch.int8, 16384), False
+    yield "last layer N768", partial(rows, torch.int8, 768, False), False
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": _attention_launches,
     "add_layer_norm": _add_layer_norm_launches,
@@ -263,6 +302,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "linear_cross_entropy": _linear_cross_entropy_launches,
     "graph_inputs": _graph_inputs_launches,
     "encoder": _encoder_launches,
+    "quantized_encoder": _quantized_encoder_launches,
 }
 
 
