@@ -49,13 +49,13 @@ def _linear_cross_entropy_labelled_kernel(
     n_rows,  # N
     n_words,  # V
     BLOCK_M: tl.constexpr,  # labels of a program
-    BLOCK_N: tl.constexpr,  # labels that it counts at a time
+    COUNT_M: tl.constexpr,  # labels that it counts at a time
 ):
     """A program counts the labelled rows before its own again: faster than to wait for those of other programs."""
     first_own = tl.program_id(0) * BLOCK_M
-    before = tl.zeros([BLOCK_N], dtype=tl.int32)
-    for first_row in range(0, first_own, BLOCK_N):
-        rows = first_row + tl.arange(0, BLOCK_N)
+    before = tl.zeros([COUNT_M], dtype=tl.int32)
+    for first_row in range(0, first_own, COUNT_M):
+        rows = first_row + tl.arange(0, COUNT_M)
         before += (tl.load(labels_ptr + rows, mask=rows < first_own, other=_IGNORED) != _IGNORED).to(tl.int32)
     count = tl.sum(before, axis=0)
 
@@ -352,7 +352,7 @@ def _find_labelled(labels: torch.Tensor, n_words: int, slots: int) -> tuple[torc
     count = torch.empty(1, dtype=torch.int32, device=labels.device)
     _linear_cross_entropy_labelled_kernel[(triton.cdiv(n_rows, _LABEL_ROWS),)](
         labels, rows, targets, count, n_rows, n_words,
-        BLOCK_M=_LABEL_ROWS, BLOCK_N=_COUNT_ROWS, num_warps=8, **COMPILER_OPTIONS,
+        BLOCK_M=_LABEL_ROWS, COUNT_M=_COUNT_ROWS, num_warps=8, **COMPILER_OPTIONS,
     )  # fmt: skip
     return rows, targets, count
 
