@@ -16,7 +16,7 @@ from torch.nn import Parameter
 def beside(tensors: tuple[Tensor, ...]) -> bool:
     """Whether (T, N) tensors are neighbouring columns of one buffer, in this order."""
     first = tensors[0]
-    return first.stride(1) == 1 and all(
+    return first.stride(1) == 1 and first.stride(0) >= len(tensors) * first.shape[1] and all(
         t.shape == first.shape
         and t.dtype == first.dtype
         and t.stride() == first.stride()
