@@ -16,13 +16,17 @@ from torch.nn import Parameter
 def beside(tensors: tuple[Tensor, ...]) -> bool:
     """Whether (T, N) tensors are neighbouring columns of one buffer, in this order."""
     first = tensors[0]
-    return first.stride(1) == 1 and first.stride(0) >= len(tensors) * first.shape[1] and all(
-        t.shape == first.shape
-        and t.dtype == first.dtype
-        and t.stride() == first.stride()
-        and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and t.storage_offset() == first.storage_offset() + number * first.shape[1]
-        for number, t in enumerate(tensors)
+    return (
+        first.stride(1) == 1
+        and first.stride(0) >= len(tensors) * first.shape[1]
+        and all(
+            t.shape == first.shape
+            and t.dtype == first.dtype
+            and t.stride() == first.stride()
+            and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and t.storage_offset() == first.storage_offset() + number * first.shape[1]
+            for number, t in enumerate(tensors)
+        )
     )
 
 
