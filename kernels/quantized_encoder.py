@@ -23,6 +23,7 @@ operations a cycle, less what a separate pass over attention's output costs (3 H
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,8 +90,8 @@ class Matrix:
     shift: torch.Tensor
 
     def channels(self, begin: int, end: int) -> Matrix:
-        own = (t[begin:end] for t in (self.values, self.scales, self.sums))
-        return Matrix(*own, self.rescale, self.shift)
+        values, scales, sums = (t[begin:end] for t in (self.values, self.scales, self.sums))
+        return Matrix(values, scales, sums, self.rescale, self.shift)
 
 
 def quantized_product(x: Rounded, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -122,11 +123,11 @@ def _choice_key(n_rows: int, n_cols: int, depth: int, dtype: torch.dtype) -> str
 class _Layer:
     """The four products of a layer and its vectors: biases (3H,), (H,), (I,), (H,) and norms (H,)."""
 
+    vectors: Sequence[torch.Tensor]
     qkv: Matrix
     dense: Matrix
     ffn: Matrix
     ffn_output: Matrix
-    vectors: Sequence[torch.Tensor]
 
 
 def quantized_encoder_fwd(
@@ -157,12 +158,13 @@ def quantized_encoder_fwd(
     """
     width, dtype = hidden.shape[1], integers[0].dtype
     lists = zip(integers, scales, sums, rescales, shifts, strict=True)
-    matrices = [Matrix(*tensors) for tensors in lists]
-    layers = [_Layer(*matrices[4 * i : 4 * i + 4], vectors[8 * i : 8 * i + 8]) for i in range(len(vectors) // 8)]
+    matrices = list(itertools.starmap(Matrix, lists))
+    layers = [_Layer(vectors[8 * i : 8 * i + 8], *matrices[4 * i : 4 * i + 4]) for i in range(len(vectors) // 8)]
     first = layers[order[0]].qkv
     narrow, wide = first.values.shape[1], layers[0].ffn_output.values.shape[1]
-    rounded = round_rows(hidden, first.rescale, first.shift, dtype, narrow)
+    rounded: Rounded | None = round_rows(hidden, first.rescale, first.shift, dtype, narrow)
     for step, number in enumerate(order):
+        assert rounded is not None  # by the layer before it
         layer, is_last = layers[number], step + 1 == len(order)
         qkv_bias, dense_bias, norm, norm_bias, ffn_bias, output_bias, full_norm, full_norm_bias = layer.vectors
         if is_last and rows is not None and cu_rows is not None:
@@ -181,6 +183,7 @@ def quantized_encoder_fwd(
         attended, rounded = add_layer_norm_rounded(
             product, dense_bias, hidden, norm, norm_bias, eps, layer.ffn.rescale, layer.ffn.shift, dtype, narrow
         )
+        assert rounded is not None  # since there was a factor
         up = quantized_product(rounded, layer.ffn)
         rounded = bias_gelu_rounded(up, ffn_bias, act, layer.ffn_output.rescale, layer.ffn_output.shift, dtype, wide)
         down = quantized_product(rounded, layer.ffn_output)

@@ -48,10 +48,10 @@ class GraphInputs:
         cu_seqlens = torch.empty(len(ids) + 1, dtype=torch.int32, device=ids.device)
         indices = None if mask is None else torch.empty(tokens, dtype=torch.int64, device=ids.device)
         graph_inputs(
-            (ids, *ids.stride()),
-            (self._columns, 0, 0) if types is None else (types, *types.stride()),
-            (self._columns, 0, 1) if positions is None else (positions, *positions.stride()),
-            None if mask is None else (mask, *mask.stride()),
+            _strided(ids),
+            (self._columns, 0, 0) if types is None else _strided(types),
+            (self._columns, 0, 1) if positions is None else _strided(positions),
+            None if mask is None else _strided(mask),
             lengths, None, indices, cu_seqlens, self._static, self._cu_seqlens, (ids.shape[0], ids.shape[1]), bounds,
         )  # fmt: skip
         return indices, cu_seqlens
@@ -64,8 +64,13 @@ class GraphInputs:
         from ..kernels._graph_inputs import graph_inputs
 
         graph_inputs(
-            (ids, *2 * ids.stride()),
-            (self._columns, 0, 0) if types is None else (types, *2 * types.stride()),
-            (self._columns, 0, 1) if positions is None else (positions, *2 * positions.stride()),
+            _strided(ids),
+            (self._columns, 0, 0) if types is None else _strided(types),
+            (self._columns, 0, 1) if positions is None else _strided(positions),
             None, None, cu_seqlens, None, None, self._static, self._cu_seqlens, (len(cu_seqlens) - 1, max_seqlen), bounds,
         )  # fmt: skip
+
+
+def _strided(x: Tensor) -> tuple[Tensor, int, int]:
+    """A batch (B, S), or packed (T,), as the kernel takes it: packed, its sequences begin as many strides in as tokens do."""
+    return x, x.stride(0), x.stride(-1)

@@ -228,11 +228,10 @@ def _graph_inputs_launches() -> Iterator[Case]:
     ends, sizes = torch.empty(3, dtype=torch.int32), ((2, 16), (48, 4))
 
     def run(mask: torch.Tensor | None, packed: bool) -> None:
-        rows = (ids, *ids.stride())
-        flags = None if mask is None else (mask, *mask.stride())
-        lengths = None if mask is None else ids[0]
-        written = (None, None) if packed else (lengths, ends)
-        graph_inputs(rows, rows, rows, flags, lengths, ends if packed else None, *written, static, ends, *sizes)
+        rows, lengths = (ids, 16, 1), None if mask is None else ids[0]
+        flags = None if mask is None else (mask, 16, 1)
+        given, places, written = (ends, None, None) if packed else (None, lengths, ends)
+        graph_inputs(rows, rows, rows, flags, lengths, given, places, written, static, ends, *sizes)
 
     for label, mask, packed in (("dense", None, False), ("masked", ids, False), ("packed", None, True)):
         yield f"i64 {label}", partial(run, mask, packed), False
@@ -247,10 +246,9 @@ def _encoder_launches() -> Iterator[Case]:
         sizes = {"H": width, "3H": 3 * width, "I": 4 * width}
         weights = [torch.empty([sizes[name] for name in spelt.split()], dtype=dtype) for spelt in WEIGHTS.values()]
         cu_seqlens, rows = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-        wanted = (rows, cu_seqlens) if asked else (None, None)
-        encoder_fwd(
-            torch.empty(tokens, width, dtype=dtype), weights, [0], cu_seqlens, *wanted, heads, 0.125, 1e-12, "gelu_tanh"
-        )
+        asked_rows, cu_rows = (rows, cu_seqlens) if asked else (None, None)
+        hidden = torch.empty(tokens, width, dtype=dtype)
+        encoder_fwd(hidden, weights, [0], cu_seqlens, asked_rows, cu_rows, heads, 0.125, 1e-12, "gelu_tanh")
 
     # Every tile of products, with the released models' heads and with the largest, whole and padded; rows asked for.
     chosen = {"f32": [(16, 64, False), (128, 128, True)], "bf16": [(16, 128, True), (128, 64, False), (128, 80, True)]}
