@@ -1,10 +1,12 @@
-"""bias_gelu: act(x + bias), one pass over memory, and its gradient, one pass too.
+"""bias_gelu: dropout(act(x + bias)), one pass over memory, and its gradient, one pass too.
 
 The forward moves 2 T I elements and nothing else: a program covers BLOCK_M rows of BLOCK_N columns, so that the bias is
 read once for all of its rows.
 
 The backward moves 3 T I elements, and 8 P I bytes for the sums of the bias's gradient, P being at most 512 over I's blocks
 of columns: at 32,768 x 3072 in bfloat16 604 MB, and 2 MB of sums.
+
+Dropout moves nothing: its mask is computed, and in the backward computed again.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from ._common import (
     activation_grad,
     bwd_stages,
     column_sums,
+    dropout_arguments,
+    dropout_keep,
     group_rows,
     load_row_vector,
     round_to,
@@ -33,7 +37,7 @@ from ._common import (
 BLOCK_N, NUM_WARPS = 512, 4
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "seed_lo", "seed_hi", "dropout_threshold"])
 def _bias_gelu_fwd_kernel(
     x_ptr,  # (T, I), rows `stride_x_row` elements apart
     bias_ptr,  # (I,)
@@ -41,7 +45,12 @@ def _bias_gelu_fwd_kernel(
     n_rows,  # T
     n_cols,  # I
     stride_x_row,
+    seed_lo,  # int32 halves of the dropout seed
+    seed_hi,
+    dropout_threshold,  # int32 holding floor(p * 2^32)
+    dropout_scale,  # 1 / (1 - p)
     ACT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -57,18 +66,27 @@ def _bias_gelu_fwd_kernel(
     x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
     out = activate(x + bias[None, :], ACT)
+    if HAS_DROPOUT:
+        keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[:, None], cols[None, :])
+        # A product, not a choice: a dropped NaN or infinity stays NaN, as in torch.
+        out *= tl.where(keep, dropout_scale, 0.0)
     tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
 
 
-def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, act: str) -> torch.Tensor:
-    """act(x + bias), (T, I) in x's dtype.
+def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, act: str, dropout_p: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """dropout(act(x + bias)), (T, I) in x's dtype.
 
     Args:
         x: (T, I).
         bias: (I,), in x's dtype.
         act: "gelu_tanh", "gelu_erf" or "relu".
+        dropout_p, seed: element (row, col) survives where hash32(seed, row, col) >= floor(dropout_p * 2^32).
+
+    Raises:
+        ValueError: dropout_p outside [0, 1).
     """
     x = rows_contiguous(x)
+    dropout = dropout_arguments(dropout_p, seed)
     n_rows, n_cols = x.shape
     out = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -77,13 +95,13 @@ def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, act: str) -> torch.Tensor
     grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, BLOCK_N),)
     with torch.cuda.device_of(x):
         _bias_gelu_fwd_kernel[grid](
-            x, bias.contiguous(), out, n_rows, n_cols, x.stride(0),
-            ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **COMPILER_OPTIONS,
+            x, bias.contiguous(), out, n_rows, n_cols, x.stride(0), *dropout, ACT=ACT_CODES[act],
+            HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **COMPILER_OPTIONS,
         )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "seed_lo", "seed_hi", "dropout_threshold"])
 def _bias_gelu_bwd_kernel(
     grad_ptr,  # (T, I), rows `stride_grad_row` elements apart
     x_ptr,  # (T, I), rows `stride_x_row` elements apart
@@ -94,7 +112,12 @@ def _bias_gelu_bwd_kernel(
     n_cols,  # I
     stride_grad_row,
     stride_x_row,
+    seed_lo,  # int32 halves of the dropout seed
+    seed_hi,
+    dropout_threshold,  # int32 holding floor(p * 2^32)
+    dropout_scale,  # 1 / (1 - p)
     ACT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,  # tiles in flight
@@ -110,7 +133,11 @@ def _bias_gelu_bwd_kernel(
         grad = tl.load(grad_ptr + rows[:, None] * stride_grad_row + cols[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0)
 
-        dx = activation_grad(grad.to(tl.float32), x.to(tl.float32) + bias, ACT)
+        grad = grad.to(tl.float32)
+        if HAS_DROPOUT:
+            keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[:, None], cols[None, :])
+            grad *= tl.where(keep, dropout_scale, 0.0)  # a product, as in the forward
+        dx = activation_grad(grad, x.to(tl.float32) + bias, ACT)
         # An infinite bias makes NaN of the zeros beyond the last row.
         dbias += tl.where(mask, dx, 0.0)
         tl.store(dx_ptr + rows[:, None] * n_cols + cols[None, :], round_to(dx, dx_ptr.dtype.element_ty), mask=mask)
@@ -118,19 +145,24 @@ def _bias_gelu_bwd_kernel(
 
 
 def bias_gelu_bwd(
-    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, act: str
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, act: str, dropout_p: float = 0.0, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of act(x + bias).
+    """Gradients of dropout(act(x + bias)).
 
     Args:
         grad, x: (T, I), of one dtype.
         bias: (I,), in x's dtype.
         act: "gelu_tanh", "gelu_erf" or "relu".
+        dropout_p, seed: of the forward.
 
     Returns:
         dx (T, I) and dbias (I,) in x's dtype; dbias is summed in float32, in one order everywhere.
+
+    Raises:
+        ValueError: dropout_p outside [0, 1).
     """
     grad, x = rows_contiguous(grad), rows_contiguous(x)
+    dropout = dropout_arguments(dropout_p, seed)
     n_rows, n_cols = x.shape
     dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
@@ -141,8 +173,9 @@ def bias_gelu_bwd(
     partials = torch.empty((groups, 1, n_cols), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(col_blocks, groups)](
-            grad, x, bias.contiguous(), dx, partials, n_rows, n_cols, grad.stride(0), x.stride(0),
-            ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=BLOCK_N, STAGES=bwd_stages(x), num_warps=NUM_WARPS, **BWD_OPTIONS,
+            grad, x, bias.contiguous(), dx, partials, n_rows, n_cols, grad.stride(0), x.stride(0), *dropout,
+            ACT=ACT_CODES[act], HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N, STAGES=bwd_stages(x),
+            num_warps=NUM_WARPS, **BWD_OPTIONS,
         )  # fmt: skip
     (dbias,) = column_sums(partials, x.dtype)
     return dx, dbias

@@ -202,7 +202,12 @@ def test_every_tile_of_the_row_kernels_is_checked(rows, kernel):
 @needs_triton
 @pytest.mark.parametrize(
     ("kernel", "case"),
-    [("add_layer_norm", "bf16 N768"), ("add_layer_norm", "bf16 N1024 dropout"), ("bias_gelu", "bf16 N3072 gelu_tanh")],
+    [
+        ("add_layer_norm", "bf16 N768"),
+        ("add_layer_norm", "bf16 N1024 dropout"),
+        ("bias_gelu", "bf16 N3072 gelu_tanh"),
+        ("bias_gelu", "bf16 N3072 gelu_erf dropout"),
+    ],
 )
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_rows_move_in_words_of_16_bytes(rows, kernel, case, direction):

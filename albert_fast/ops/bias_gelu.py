@@ -1,4 +1,8 @@
-"""bias_gelu: act(x + bias), the FFN's middle, in one pass over memory (Hendrycks & Gimpel 2016; act of Lan et al. 2019)."""
+"""bias_gelu: dropout(act(x + bias)), the FFN's middle, in one pass over memory (Hendrycks & Gimpel 2016, GELU).
+
+Dropout stands behind the activation, as in torch.nn.TransformerEncoderLayer. ALBERT (Lan et al. 2019) and Hugging Face's
+model have none there: our models call with dropout_p = 0.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from ..registration import (
     register_autograd,
     rows,
 )
+from ._dropout import keep_scale_2d, seed_value
 
 # The order is the numbering that the C++ and Triton kernels share.
 ACTS = ("gelu_tanh", "gelu_erf", "relu")
@@ -41,60 +46,71 @@ def act_grad_ref(u: Tensor, act: str) -> Tensor:
     return 0.5 * (1.0 + t) + 0.5 * u * (1.0 - t * t) * _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * u * u)
 
 
-def bias_gelu_ref(x: Tensor, bias: Tensor, act: str) -> Tensor:
+def _dropped_ref(u: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """dropout(u), float32 (T, I); of a gradient just as of what it is the gradient of."""
+    number = seed_value(seed, dropout_p)
+    return u * keep_scale_2d(number, u.shape, dropout_p, u.device) if dropout_p else u
+
+
+def bias_gelu_ref(x: Tensor, bias: Tensor, act: str, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """Eager reference, float32 inside."""
-    return act_ref(x.float() + bias.float(), act).to(x.dtype)
+    return _dropped_ref(act_ref(x.float() + bias.float(), act), dropout_p, seed).to(x.dtype)
 
 
-def bias_gelu_bwd_ref(grad: Tensor, x: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    dx = grad.float() * act_grad_ref(x.float() + bias.float(), act)
+def bias_gelu_bwd_ref(
+    grad: Tensor, x: Tensor, bias: Tensor, act: str, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    dx = _dropped_ref(grad.float(), dropout_p, seed) * act_grad_ref(x.float() + bias.float(), act)
     return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
-def _fwd(x: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
+def _fwd(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None, backend: str) -> Tensor:
     backend = dispatch.resolve("bias_gelu", x.device.type, x.dtype, backend)
     if backend == "cpp":
         x, bias = rows(x), rows(bias)
         out = torch.empty_like(x)
         dispatch.extension().bias_gelu_fwd_cpu(
-            x.data_ptr(), bias.data_ptr(), out.data_ptr(), *x.shape, ACTS.index(act),
-            dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+            x.data_ptr(), bias.data_ptr(), out.data_ptr(), *x.shape, ACTS.index(act), dropout_p,
+            seed_value(seed, dropout_p), dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return out
     if backend == "triton":
         from ..kernels.bias_gelu import bias_gelu_fwd
 
-        return bias_gelu_fwd(x, bias, act)
-    return bias_gelu_ref(x, bias, act)
+        return bias_gelu_fwd(x, bias, act, dropout_p, seed_value(seed, dropout_p))
+    return bias_gelu_ref(x, bias, act, dropout_p, seed)
 
 
-def _bwd(grad: Tensor, x: Tensor, bias: Tensor, act: str, backend: str) -> tuple[Tensor, Tensor]:
+def _bwd(
+    grad: Tensor, x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
     backend = dispatch.resolve("bias_gelu", x.device.type, x.dtype, backend)
     if backend == "triton":
         from ..kernels.bias_gelu import bias_gelu_bwd
 
-        return bias_gelu_bwd(grad, x, bias, act)
+        return bias_gelu_bwd(grad, x, bias, act, dropout_p, seed_value(seed, dropout_p))
     if backend == "reference":
-        return bias_gelu_bwd_ref(grad, x, bias, act)
+        return bias_gelu_bwd_ref(grad, x, bias, act, dropout_p, seed)
     grad, x, bias = rows(grad), rows(x), rows(bias)
     dx = torch.empty_like(x)
     dbias = torch.empty(x.shape[1], dtype=torch.float32)
     dispatch.extension().bias_gelu_bwd_cpu(
         grad.data_ptr(), x.data_ptr(), bias.data_ptr(), dx.data_ptr(), dbias.data_ptr(), *x.shape, ACTS.index(act),
-        dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        dropout_p, seed_value(seed, dropout_p), dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return dx, dbias.to(bias.dtype)
 
 
+_ARGUMENTS = "Tensor x, Tensor bias, str act, float dropout_p, Tensor? seed, str backend"
 register(
-    "bias_gelu_fwd(Tensor x, Tensor bias, str act, str backend) -> Tensor",
+    f"bias_gelu_fwd({_ARGUMENTS}) -> Tensor",
     _fwd,
-    lambda x, bias, act, backend: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 register(
-    "bias_gelu_bwd(Tensor grad, Tensor x, Tensor bias, str act, str backend) -> (Tensor, Tensor)",
+    f"bias_gelu_bwd(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)",
     _bwd,
-    lambda grad, x, bias, act, backend: (
+    lambda grad, x, bias, *_: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(bias),
     ),
@@ -102,35 +118,42 @@ register(
 
 
 def _setup(ctx, inputs, output):
-    x, bias, ctx.act, ctx.backend = inputs
-    ctx.save_for_backward(x, bias)
+    x, bias, ctx.act, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.save_for_backward(x, bias, seed)
 
 
 def _backward(ctx, grad):
-    return *torch.ops.albert_fast.bias_gelu_bwd(grad, *ctx.saved_tensors, ctx.act, ctx.backend), None, None
+    x, bias, seed = ctx.saved_tensors
+    gradients = torch.ops.albert_fast.bias_gelu_bwd(grad, x, bias, ctx.act, ctx.dropout_p, seed, ctx.backend)
+    return *gradients, None, None, None, None
 
 
 register_autograd("bias_gelu_fwd", _backward, _setup)
 forbid_second_derivative("bias_gelu_bwd")
 
 
-def bias_gelu(x: Tensor, bias: Tensor, act: str = "gelu_tanh", *, backend: str = "auto") -> Tensor:
-    """act(x + bias).
+def bias_gelu(
+    x: Tensor, bias: Tensor, act: str = "gelu_tanh", dropout_p: float = 0.0, seed: Tensor | None = None,
+    *, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """dropout(act(x + bias)).
 
     Args:
         x: (T, I), the FFN's first product without its bias.
         bias: (I,).
         act: "gelu_tanh", "gelu_erf" or "relu".
+        dropout_p, seed: replayable dropout; `seed` from `albert_fast.ops.draw_seed()`.
         backend: "auto", or the name of one.
 
     Returns:
         (T, I), in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation.
+        ValueError: shapes that do not fit, an unknown activation, dropout_p outside [0, 1) or above 0 without a seed.
     """
     check_rows("bias_gelu", x, bias=(bias, x.shape[-1]))
     if act not in ACTS:
         raise ValueError(f"bias_gelu: unknown act {act!r}; known: {', '.join(ACTS)}")
     (bias,) = as_dtype(x, bias)
-    return (torch.ops.albert_fast.bias_gelu_fwd if needs_dispatcher(x, bias) else _fwd)(x, bias, act, backend)
+    call = torch.ops.albert_fast.bias_gelu_fwd if needs_dispatcher(x, bias) else _fwd
+    return call(x, bias, act, dropout_p, seed, backend)

@@ -73,7 +73,8 @@ def _bwd(
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
             return _bwd_ref(grad, x, weight, sums, act)
-        du, dbias = torch.ops.albert_fast.bias_gelu_bwd(grad, sums, sums.new_zeros(sums.shape[1]), act, backend)
+        zeros = sums.new_zeros(sums.shape[1])
+        du, dbias = torch.ops.albert_fast.bias_gelu_bwd(grad, sums, zeros, act, 0.0, None, backend)
         return linear(du, weight.t()), linear(du.t(), x.t()), dbias
 
 

@@ -28,16 +28,16 @@ from .encoder_cases import (
 # bias_gelu ----------------------------------------------------------------------------------------------------------------
 
 
-def _bias_gelu_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh") -> Inputs:
+def _bias_gelu_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh", dropout_p=0.0) -> Inputs:
     return {
         "x": randn(shape, dtype, device, generator) * 2,
         "bias": randn(shape[1:], dtype, device, generator),
-        "act": act,
-    }
+        "act": act, "dropout_p": dropout_p, "seed": drawn_seed(dropout_p, generator),
+    }  # fmt: skip
 
 
-def _bias_gelu_eager(x, bias, act):
-    return act_ref(x + bias, act)
+def _bias_gelu_eager(x, bias, act, dropout_p, seed):
+    return dropped(act_ref(x + bias, act), dropout_p, seed)
 
 
 # linear_gelu: shapes are (tokens, K, N) -------------------------------------------------------------------------------------
@@ -83,8 +83,8 @@ def _add_layer_norm_eager(x, bias, residual, weight, ln_bias, eps, dropout_p, se
 
 def _gelu_layer_norm_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh") -> Inputs:
     weight, ln_bias = norm_weights(shape[1], dtype, device, generator)
-    inputs = _bias_gelu_inputs(shape, dtype, device, generator, act)
-    return {**inputs, "weight": weight, "ln_bias": ln_bias, "eps": EPS}
+    x, bias = randn(shape, dtype, device, generator) * 2, randn(shape[1:], dtype, device, generator)
+    return {"x": x, "bias": bias, "act": act, "weight": weight, "ln_bias": ln_bias, "eps": EPS}
 
 
 def _gelu_layer_norm_eager(x, bias, weight, ln_bias, eps, act):
@@ -222,7 +222,7 @@ ALL_CASES: dict[str, OpCase] = {
             shapes=_ROWS,
             small_shapes=_SMALL_ROWS,
             bench_shapes=((128, 3072), (1024, 3072)),
-            options=_ACTS,
+            options=tuple({**act, **dropout} for dropout in _DROPOUT for act in _ACTS),
             gradients=("x", "bias"),
             operations=lambda i: 10.0 * i["x"].numel(),
         ),

@@ -42,13 +42,13 @@ void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Addres
                        std::int64_t v_stride, std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride,
                        double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
-// out (T,N) = act(x (T,N) + bias (N)); out may be x.
-void bias_gelu_fwd_cpu(Address x, Address bias, Address out, std::int64_t T, std::int64_t N, int act, int dtype,
-                       int num_threads);
+// out (T,N) = dropout(act(x (T,N) + bias (N))); out may be x.
+void bias_gelu_fwd_cpu(Address x, Address bias, Address out, std::int64_t T, std::int64_t N, int act, double dropout_p,
+                       std::int64_t seed, int dtype, int num_threads);
 
 // dx (T,N) and dbias (N) f32 from grad (T,N); dx may be grad.
 void bias_gelu_bwd_cpu(Address grad, Address x, Address bias, Address dx, Address dbias, std::int64_t T, std::int64_t N,
-                       int act, int dtype, int num_threads);
+                       int act, double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
 // out (T,N) = LayerNorm(dropout(x (T,N) + bias (N)) + residual (T,N)) with weight, ln_bias (N); mean, rstd (T) f32.
 void add_layer_norm_fwd_cpu(Address x, Address bias, Address residual, Address weight, Address ln_bias, Address out,
