@@ -133,11 +133,11 @@ def _bias_gelu_bwd_kernel(
         grad = tl.load(grad_ptr + rows[:, None] * stride_grad_row + cols[None, :], mask=mask, other=0.0)
         x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0)
 
-        grad = grad.to(tl.float32)
+        dx = activation_grad(grad.to(tl.float32), x.to(tl.float32) + bias, ACT)
         if HAS_DROPOUT:
+            # A product, as in the forward, and after the slope, whose registers are free by then.
             keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[:, None], cols[None, :])
-            grad *= tl.where(keep, dropout_scale, 0.0)  # a product, as in the forward
-        dx = activation_grad(grad, x.to(tl.float32) + bias, ACT)
+            dx *= tl.where(keep, dropout_scale, 0.0)
         # An infinite bias makes NaN of the zeros beyond the last row.
         dbias += tl.where(mask, dx, 0.0)
         tl.store(dx_ptr + rows[:, None] * n_cols + cols[None, :], round_to(dx, dx_ptr.dtype.element_ty), mask=mask)

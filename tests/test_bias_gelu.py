@@ -85,20 +85,16 @@ def test_what_is_kept_is_the_plain_activation_scaled(act, backend):
 
 
 @BACKENDS
-def test_a_dropped_nan_or_infinity_stays_nan_as_in_torch(backend):
-    inf, nan = float("inf"), float("nan")
-    kept = keep_scale_2d(SEED, (8, 50), 0.5, torch.device("cpu"))
-    for value in (nan, inf):
-        x = torch.full((8, 50), value)
-        out = ops.bias_gelu(
-            x.to(device_of(backend)),
-            torch.zeros(50, device=device_of(backend)),
-            "relu",
-            0.5,
-            torch.tensor(SEED),
-            backend=backend,
-        )
-        torch.testing.assert_close(out.cpu(), x * kept, equal_nan=True)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_dropped_nan_or_infinity_becomes_nan_as_in_torch(value, backend):
+    device, seed = device_of(backend), torch.tensor(SEED)
+    expected = torch.full((8, 50), value) * keep_scale_2d(SEED, (8, 50), 0.5, torch.device("cpu"))
+    x, bias = torch.ones(8, 50, device=device, requires_grad=True), torch.zeros(50, device=device)
+    out = ops.bias_gelu(x.detach() * value, bias, "relu", 0.5, seed, backend=backend)
+    torch.testing.assert_close(out.cpu(), expected, equal_nan=True)
+    out = ops.bias_gelu(x, bias, "relu", 0.5, seed, backend=backend)
+    (gradient,) = torch.autograd.grad(out, x, torch.full_like(out, value))
+    torch.testing.assert_close(gradient.cpu(), expected, equal_nan=True)
 
 
 def test_dropout_where_a_program_walks_over_several_tiles(monkeypatch):
