@@ -47,7 +47,7 @@ def act_grad_ref(u: Tensor, act: str) -> Tensor:
 
 
 def _dropped_ref(u: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """dropout(u), float32 (T, I); of a gradient just as of what it is the gradient of."""
+    """dropout(u), float32 (T, I); its gradient is the same product."""
     number = seed_value(seed, dropout_p)
     return u * keep_scale_2d(number, u.shape, dropout_p, u.device) if dropout_p else u
 
