@@ -11,7 +11,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import albert_fast
 from albert_fast import ALBERTConfig
 
-
 CONFIG = ALBERTConfig(
     vocab_size=301, embedding_size=64, hidden_size=192, num_attention_heads=3, intermediate_size=384,
     num_hidden_layers=3, max_position_embeddings=64, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
@@ -25,8 +24,11 @@ def device_guard():
     if torch.backends.cuda.is_built():
         yield  # torch has such a guard for fake tensors itself
         return
+    path = Path(torch.__file__).parent / "lib" / "libc10.so"
+    if not path.exists():
+        pytest.skip("neither CUDA tensors nor a libc10.so to lend them a guard in")
     cuda, meta = (getattr(torch._C._autograd.DeviceType, name).value for name in ("CUDA", "Meta"))
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    library = ctypes.CDLL(str(path))
     guards = (ctypes.c_void_p * (meta + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     guards[cuda] = guards[meta]
     yield
