@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
+from albert_fast import ALBERTConfig, ALBERTModel, dispatch, explain, ops
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import check_forward, device_of, make_inputs, parity_tests
 
@@ -404,6 +404,15 @@ def test_why_a_model_does_not_take_the_triton_kernel():
     assert "heads of 129" in why()
     encoder.train()
     assert "training" in why()
+
+
+@needs_triton
+def test_where_nobody_compares_kernels_a_call_looks_at_no_part_of_the_layers(monkeypatch):
+    encoder = small_model("auto").encoder
+    monkeypatch.setattr(dispatch, "runnable_on", lambda *_: ("triton",))  # as on a GPU
+    monkeypatch.setattr(type(encoder.distinct()[0]), "is_plain", lambda layer: pytest.fail("the layers were looked at"))
+    hidden = torch.zeros(3, 32, device=device_of("triton"))
+    assert "ALBERT_FAST_TUNE" in encoder.in_one_call(hidden, "auto")
 
 
 class Tuner:
