@@ -278,11 +278,13 @@ def test_triton_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_o
 def test_triton_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
     inputs = make_inputs(CASE, ((5, 0, 2), 32, 2, 64, 1, 1), {}, torch.float32, "triton")
     device = inputs["hidden"].device
-    inputs["rows"], inputs["cu_rows"] = (
-        torch.tensor([1, 3, 6], device=device),
-        torch.tensor([0, 1, 2, 3]).int().to(device),
-    )
+    inputs["rows"], inputs["cu_rows"] = torch.tensor([1, 3, 6], device=device), torch.arange(4, device=device).int()
     torch.testing.assert_close(by_kernel(inputs), CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
+    # Keys whose scores are all minus infinity are others than none: there torch has NaN.
+    inputs["weights"][1][:32], inputs["weights"][1][32:64] = 1e25, -1e25
+    expected = CASE.run(inputs, "reference").isnan()
+    assert torch.equal(by_kernel(inputs).isnan(), expected)
+    assert expected.all(1).tolist() == [True, False, True]
 
 
 @needs_triton
