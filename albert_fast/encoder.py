@@ -23,6 +23,7 @@ from .slices import split_columns
 # What a backward computes again instead of finding it kept: nothing; the FFN's activations, one of a layer's two largest
 # arrays (T, I) at the price of a pass over memory; or layers as a whole, of which the input (T, H) alone is kept.
 RECOMPUTE = ("nothing", "activations", "layers")
+_NOT_FASTER = "one kernel was not measured faster: ALBERT_FAST_TUNE=1 measures, backend='triton' takes it"
 
 
 class Embeddings(nn.Module):
@@ -102,24 +103,24 @@ class Encoder(nn.Module):
         weights = (parameter for layer in self.distinct() for parameter in layer.parameters())
         if torch.is_grad_enabled() and (hidden.requires_grad or any(weight.requires_grad for weight in weights)):
             return "a gradient may be asked for: torch.no_grad() says that it is not"
+        # What costs nothing to ask comes first: most calls on a GPU end here.
+        if chosen == "triton" and (reason := self._beyond_one_kernel(len(hidden), backend)):
+            return reason
         if not all(layer.is_plain() for layer in self.distinct()):
             return "a layer has hooks or replaced parts"
-        if chosen == "triton":
-            return self._in_one_kernel(hidden, backend, run)
+        if chosen == "triton" and backend == "auto":
+            config = self.config
+            sizes = (config.hidden_size, config.intermediate_size, config.num_attention_heads, len(self.order()))
+            return None if ops.kernel_is_faster(hidden.dtype, len(hidden), sizes, run) else _NOT_FASTER
         return None
 
-    def _in_one_kernel(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None) -> str | None:
-        """`in_one_call` for what is left to ask of the persistent kernel."""
-        tokens, config = len(hidden), self.config
+    def _beyond_one_kernel(self, tokens: int, backend: str) -> str | None:
+        """What the persistent kernel is not for."""
         if tokens > ops.MAX_KERNEL_TOKENS:
             return f"{tokens} tokens: one kernel for all layers is for up to {ops.MAX_KERNEL_TOKENS}"
-        if config.head_dim > ops.MAX_KERNEL_HEAD_DIM:
-            return f"heads of {config.head_dim}: the Triton kernels take up to {ops.MAX_KERNEL_HEAD_DIM}"
-        if backend == "auto":
-            sizes = (config.hidden_size, config.intermediate_size, config.num_attention_heads, len(self.order()))
-            if not ops.kernel_is_faster(hidden.dtype, tokens, sizes, run):
-                return "one kernel was not measured faster: ALBERT_FAST_TUNE=1 measures, backend='triton' takes it"
-        return None
+        if self.config.head_dim > ops.MAX_KERNEL_HEAD_DIM:
+            return f"heads of {self.config.head_dim}: the Triton kernels take up to {ops.MAX_KERNEL_HEAD_DIM}"
+        return _NOT_FASTER if backend == "auto" and not ops.kernels_are_compared() else None
 
     def forward(
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,

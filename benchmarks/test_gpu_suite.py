@@ -303,8 +303,8 @@ def test_every_measuring_part_runs_without_a_gpu(rehearsal):
 def test_every_side_gives_a_row(rehearsal):
     records = [record for part in rehearsal["parts"] for record in part["records"]]
     assert [r for r in records if r["kind"] in ("failure", "peer failure")] == []
-    skipped = [r["what"] for r in records if r["kind"] == "skipped"]
-    assert skipped in (["compute-sanitizer"], [])
+    skipped = {r["what"] for r in records if r["kind"] == "skipped"}
+    assert skipped - {"compute-sanitizer"} == {"model in fp8"}, "no CPU multiplies float8 numbers"
     rows = [record["id"] for record in records if record["kind"] == "row"]
     assert len(rows) == len(set(rows)), "what is measured again replaces its row"
     sides = {row.rpartition("/")[2] for row in rows}

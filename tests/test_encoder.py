@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
+from albert_fast import ALBERTConfig, ALBERTModel, dispatch, explain, ops
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import check_forward, device_of, make_inputs, parity_tests
 
@@ -278,11 +278,13 @@ def test_triton_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_o
 def test_triton_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
     inputs = make_inputs(CASE, ((5, 0, 2), 32, 2, 64, 1, 1), {}, torch.float32, "triton")
     device = inputs["hidden"].device
-    inputs["rows"], inputs["cu_rows"] = (
-        torch.tensor([1, 3, 6], device=device),
-        torch.tensor([0, 1, 2, 3]).int().to(device),
-    )
+    inputs["rows"], inputs["cu_rows"] = torch.tensor([1, 3, 6], device=device), torch.arange(4, device=device).int()
     torch.testing.assert_close(by_kernel(inputs), CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
+    # Keys whose scores are all minus infinity are others than none: there torch has NaN.
+    inputs["weights"][1][:32], inputs["weights"][1][32:64] = 1e25, -1e25
+    expected = CASE.run(inputs, "reference").isnan()
+    assert torch.equal(by_kernel(inputs).isnan(), expected)
+    assert expected.all(1).tolist() == [True, False, True]
 
 
 @needs_triton
@@ -404,6 +406,15 @@ def test_why_a_model_does_not_take_the_triton_kernel():
     assert "heads of 129" in why()
     encoder.train()
     assert "training" in why()
+
+
+@needs_triton
+def test_where_nobody_compares_kernels_a_call_looks_at_no_part_of_the_layers(monkeypatch):
+    encoder = small_model("auto").encoder
+    monkeypatch.setattr(dispatch, "runnable_on", lambda *_: ("triton",))  # as on a GPU
+    monkeypatch.setattr(type(encoder.distinct()[0]), "is_plain", lambda layer: pytest.fail("the layers were looked at"))
+    hidden = torch.zeros(3, 32, device=device_of("triton"))
+    assert "ALBERT_FAST_TUNE" in encoder.in_one_call(hidden, "auto")
 
 
 class Tuner:

@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albert_fast import ALBERTConfig, ALBERTModel, encoder, explain, ops, plan
+from albert_fast.gemm import linear
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import check_backward, check_forward, device_of, make_inputs, parity_tests
 from albert_fast.testing.tolerances import assert_close_calibrated
@@ -69,6 +71,37 @@ def test_strided_rows(backend):
         found = torch.autograd.grad(out, leaves, out.detach())
         for actual, same in zip((out, found[0][:, first : first + 24], *found[1:]), expected, strict=True):
             torch.testing.assert_close(actual, same)
+
+
+@BACKENDS
+def test_strided_weights(backend):
+    x, weight, bias = tensors((37, 24, 48), backend=backend)
+    expected = ops.linear_gelu(x, weight, bias, backend=backend)
+    wide = torch.stack([weight, weight], dim=1).flatten(1)[:, :24]  # rows 48 elements apart
+    for strided in (wide, weight.t().contiguous().t()):
+        actual = ops.linear_gelu(x, strided, torch.stack([bias, -bias], dim=1)[:, 0], backend=backend)
+        torch.testing.assert_close(actual, expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize("needed", ["x", "weight", "bias"])
+def test_a_gradient_alone_is_that_of_all_and_costs_no_other_product(backend, needed, monkeypatch):
+    x, weight, bias = tensors((37, 24, 48), backend=backend)
+    run = partial(ops.linear_gelu, backend=backend)
+    names = ("x", "weight", "bias")
+    expected = dict(zip(names, gradients(run, x, weight, bias)[1:], strict=True))[needed]
+    leaves = {"x": x, "weight": weight, "bias": bias}
+    leaves[needed] = leaves[needed].clone().requires_grad_()
+    out = run(*leaves.values())
+    products = []
+
+    def counted(*arguments):
+        products.append(arguments)
+        return linear(*arguments)
+
+    monkeypatch.setattr(sys.modules[ops.linear_gelu.__module__], "linear", counted)
+    torch.testing.assert_close(torch.autograd.grad(out, leaves[needed], out.detach())[0], expected)
+    assert len(products) == (needed != "bias" and backend != "reference")
 
 
 @BACKENDS
@@ -158,6 +191,7 @@ def test_what_runs_without_tuning(kernel):
         for act in ACTS:
             assert first(torch.float32, act, keep_sums) == kernel.CUBLASLT_THEN_BIAS_GELU
     assert kernel.linear_gelu_routes(7, 517, torch.bfloat16, "gelu_erf", False) == [kernel.CUBLASLT_THEN_BIAS_GELU]
+    assert kernel.linear_gelu_routes(7, 520, torch.bfloat16, "gelu_erf", False) == [kernel.CUBLASLT_THEN_BIAS_GELU]
 
 
 def test_fewer_rows_take_smaller_tiles(kernel):

@@ -73,9 +73,19 @@ def test_round_rows(shape, precision):
 
 
 @PRECISIONS
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_is_among_the_numbers_of_a_row_of_one_sign(precision, sign):
+    # As wide as a program: there are no zeros behind the row.
+    x = sign * (drawn(3, 128, dtype=torch.bfloat16).abs() + 1)
+    ones, zeros = torch.ones(128, device=DEVICE), torch.zeros(128, device=DEVICE)
+    rounded = _rounding.round_rows(x, ones, zeros, FORMATS[precision].dtype, 128)
+    assert_rounded(rounded, x.double(), precision)
+
+
+@PRECISIONS
 @SHAPES
 def test_add_layer_norm_rounded(shape, precision):
-    x, residual = (drawn(*shape, dtype=torch.bfloat16) for _ in range(2))
+    x, residual = drawn(*shape, dtype=torch.bfloat16), drawn(*shape, 2, dtype=torch.bfloat16).flatten(1)[:, : shape[1]]
     weight, ln_bias = (drawn(shape[1], dtype=torch.bfloat16) for _ in range(2))
     bias, rescale, shift = (drawn(shape[1]) for _ in range(3))
     dtype = FORMATS[precision].dtype
@@ -129,8 +139,8 @@ def test_what_is_no_number_takes_its_row_along_and_no_other(precision, value):
 
 
 @PRECISIONS
-@pytest.mark.parametrize("value", [0.0, 1e-44])
-def test_rows_of_zeros_and_of_denormals_round_to_zero(precision, value):
+@pytest.mark.parametrize("value", [0.0, 1e-44, 1e-37])
+def test_rows_of_zeros_and_of_steps_without_an_inverse_round_to_zero(precision, value):
     ones, zeros = torch.ones(9, device=DEVICE), torch.full((9,), value, device=DEVICE)
     x = torch.zeros(2, 9, dtype=torch.bfloat16, device=DEVICE)
     rounded = _rounding.round_rows(x, ones, zeros, FORMATS[precision].dtype, 128)
@@ -181,6 +191,15 @@ def test_layers_err_as_the_reference_does(precision, wanted):
     exact, reference = CASE.exact(inputs), CASE.run(inputs, "reference").double()
     assert (actual - exact).norm() <= 1.25 * (reference - exact).norm()
     assert (reference - exact).norm() <= 0.1 * exact.norm()
+
+
+@PRECISIONS
+def test_rows_that_are_asked_for_are_those_of_all(precision):
+    options = {"precision": precision, "wanted": True}
+    inputs = make_inputs(CASE, ((9, 0, 7), 64, 2, 96, 2, 3), options, torch.bfloat16, "triton")
+    assert 0 < len(inputs["rows"]) < 16
+    every = CASE.run({**inputs, "rows": None, "cu_rows": None}, "triton")
+    assert torch.equal(CASE.run(inputs, "triton"), every[inputs["rows"]])
 
 
 @PRECISIONS

@@ -22,7 +22,8 @@ def fwd_arguments(name, backend, **options):
         if isinstance(inputs.get(key), torch.Tensor):
             inputs[key] = inputs[key].detach().clone().requires_grad_()
     schema = getattr(torch.ops.albert_fast, f"{name}_fwd").default._schema
-    values = {**inputs, "backend": backend}
+    bounds = dict.fromkeys(("max_seqlen", "max_rows"), len(inputs.get("hidden", ())))
+    values = {**bounds, **inputs, "backend": backend}
     return tuple(values.get(argument.name) for argument in schema.arguments)
 
 

@@ -21,6 +21,7 @@ from .encoder import (
     encoder_ref,
     forget_packed,
     kernel_is_faster,
+    kernels_are_compared,
     stage_seconds,
 )
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
@@ -55,6 +56,7 @@ __all__ = [
     "gelu_layer_norm_ref",
     "index_error",
     "kernel_is_faster",
+    "kernels_are_compared",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
     "linear_gelu",

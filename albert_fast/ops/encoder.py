@@ -137,6 +137,13 @@ def stage_seconds() -> Iterator[Tensor]:
         _profile = None
 
 
+def kernels_are_compared() -> bool:
+    """Whether ALBERT_FAST_TUNE=1 asks for measurements on this GPU, so that `kernel_is_faster` may say True."""
+    from ..kernels import _tuning
+
+    return _tuning.asked_for()
+
+
 def kernel_is_faster(
     dtype: torch.dtype, tokens: int, sizes: Sequence[int], run: Callable[[str], Tensor] | None
 ) -> bool:

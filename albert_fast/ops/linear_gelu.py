@@ -31,9 +31,13 @@ def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor
     return act_ref(F.linear(*map(widened, (x, weight, bias))), act).to(x.dtype)
 
 
-def _bwd_ref(grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+def _bwd_ref(
+    grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, act: str, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     du = widened(grad) * act_grad_ref(widened(sums), act)
-    return (du @ widened(weight)).to(x.dtype), (du.t() @ widened(x)).to(weight.dtype), du.sum(0).to(x.dtype)
+    dx = (du @ widened(weight)).to(x.dtype) if need_x else x.new_empty(0)
+    dweight = (du.t() @ widened(x)).to(weight.dtype) if need_weight else weight.new_empty(0)
+    return dx, dweight, du.sum(0).to(x.dtype)
 
 
 def _inference(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
@@ -65,17 +69,23 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> tup
 
 
 def _bwd(
-    grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, act: str, backend: str
+    grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, act: str, backend: str, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
+    """Gradients of x, weight and bias; empty, and no product, where they are not needed (of frozen weights, say)."""
     backend = dispatch.resolve("linear_gelu", x.device.type, x.dtype, backend)
     # As in the forward, also where a backward is called under autocast.
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
-            return _bwd_ref(grad, x, weight, sums, act)
+            return _bwd_ref(grad, x, weight, sums, act, need_x, need_weight)
         zeros = sums.new_zeros(sums.shape[1])
         du, dbias = torch.ops.albert_fast.bias_gelu_bwd(grad, sums, zeros, act, 0.0, None, backend)
-        return linear(du, weight.t()), linear(du.t(), x.t()), dbias
+        dx = linear(du, weight.t()) if need_x else x.new_empty(0)
+        return dx, linear(du.t(), x.t()) if need_weight else weight.new_empty(0), dbias
+
+
+def _bwd_fake(grad, x, weight, sums, act, backend, need_x, need_weight):
+    shapes = x.shape if need_x else (0,), weight.shape if need_weight else (0,), sums.shape[1:]
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 def _out_fake(x, weight, *_):
@@ -90,10 +100,10 @@ register(
     lambda *arguments: (_out_fake(*arguments), _out_fake(*arguments)),
 )
 register(
-    "linear_gelu_bwd(Tensor grad, Tensor x, Tensor weight, Tensor sums, str act, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "linear_gelu_bwd(Tensor grad, Tensor x, Tensor weight, Tensor sums, str act, str backend, bool need_x, "
+    "bool need_weight) -> (Tensor, Tensor, Tensor)",
     _bwd,
-    lambda grad, x, weight, sums, *_: tuple(x.new_empty(shape) for shape in (x.shape, weight.shape, sums.shape[1:])),
+    _bwd_fake,
 )
 
 
@@ -104,7 +114,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    return *torch.ops.albert_fast.linear_gelu_bwd(grad, *ctx.saved_tensors, ctx.act, ctx.backend), None, None
+    needed = ctx.needs_input_grad[:3]
+    gradients = torch.ops.albert_fast.linear_gelu_bwd(grad, *ctx.saved_tensors, ctx.act, ctx.backend, *needed[:2])
+    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None
 
 
 register_autograd("linear_gelu_fwd", _backward, _setup)
