@@ -17,7 +17,9 @@ def fwd_arguments(name, backend, **options):
     """Positional arguments of `albert_fast::<name>_fwd` for a small case."""
     case = ALL_CASES[name]
     shape = case.small_shapes[1] if len(case.small_shapes) > 1 else case.small_shapes[0]
-    inputs = make_inputs(case, shape, options, torch.float32)
+    dtypes = (torch.float32, torch.bfloat16)
+    dtype = next(dtype for dtype in dtypes if dispatch.why_not(name, "cpu", backend, dtype) is None)
+    inputs = make_inputs(case, shape, options, dtype)
     for key in case.gradients:
         if isinstance(inputs.get(key), torch.Tensor):
             inputs[key] = inputs[key].detach().clone().requires_grad_()
