@@ -30,8 +30,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def row_tiles(n_cols: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, num_warps) for kernels whose programs hold whole rows of `n_cols` elements in registers.
 
-    16 elements a thread, up to 32 for wide rows: two 16-byte loads in flight per operand, and float32 copies of the
-    operands fit the registers under every compiler that is checked (32 everywhere spilt in float32 for sm_80).
+    16 elements a thread, 32 in rows of 4096: two 16-byte loads in flight per operand, and float32 copies of the operands
+    fit the registers under every compiler that is checked (32 elsewhere spilt for sm_80 or sm_90, under Triton 3.6 or 3.7).
 
     Raises:
         ValueError: a row wider than MAX_ROW does not fit one program.
@@ -40,7 +40,7 @@ def row_tiles(n_cols: int) -> tuple[int, int, int]:
         raise ValueError(f"rows of {n_cols} elements: the Triton kernels take up to {MAX_ROW}; use backend='reference'")
     block_n = max(128, triton.next_power_of_2(n_cols))
     block_m = max(1, 2048 // block_n)
-    return block_m, block_n, min(16, max(4, block_m * block_n // 1024))
+    return block_m, block_n, max(4, block_n // (512 if block_n > 4096 else 1024))
 
 
 def bwd_row_tiles(n_cols: int) -> tuple[int, int, int]:

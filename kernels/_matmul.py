@@ -35,7 +35,7 @@ _LARGEST_GUESS = 128 * 128
 _BYTES = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4))
 _HALVES = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
 _TILES = {
-    torch.int8: ((128, 256, 128, 8, 3), *_BYTES),
+    torch.int8: ((128, 256, 64, 8, 4), *_BYTES),
     # In the large tile the second set of sums that `accumulate` keeps would spill.
     torch.float8_e4m3fn: _BYTES,
     torch.bfloat16: _HALVES,

@@ -25,8 +25,9 @@ LOG2_E = 1.4426950408889634
 FEW_QUERIES, _SOME_QUERIES = 16, 64
 # (bytes an element, padded head size) -> candidates (BLOCK_M, BLOCK_N, CHUNK_D, num_warps, num_stages) for long query
 # ranges, the default first: the largest tile of queries, since keys and values are read once for each.
-# Bounded by registers (no spill on any of sm_80, sm_90, sm_100, dropout included) and by the 163 KiB of shared memory
-# of sm_80. A float32 product runs on plain FMA, with all its operands in registers: hence small tiles and chunks.
+# Bounded by registers (no spill on any of sm_80, sm_90, sm_100, under Triton 3.6 or 3.7, dropout included) and by the
+# 163 KiB of shared memory of sm_80. A float32 product runs on plain FMA, with all its operands in registers: hence small
+# tiles and chunks.
 _TILES = {
     (2, 16): ((128, 32, 16, 8, 3),),
     (2, 32): ((64, 64, 32, 4, 3),),
@@ -39,6 +40,8 @@ _TILES = {
     (4, 128): ((32, 32, 16, 4, 1),),
     (4, 256): ((16, 32, 16, 4, 1),),
 }
+# The one that holds too much for a mask beside it: 8 spills under Triton 3.6 for sm_80.
+_NOT_WITH_DROPOUT = {"BLOCK_D": 64, "BLOCK_M": 128, "BLOCK_N": 128}
 
 
 def tile_candidates(
@@ -56,7 +59,7 @@ def tile_candidates(
     return [{"BLOCK_D": block_d, **dict(zip(names, row, strict=True))} for row in table[dtype.itemsize, block_d]]
 
 
-def attention_tiles(head_dim: int, dtype: torch.dtype, max_seqlen_q: int) -> list[Tiles]:
+def attention_tiles(head_dim: int, dtype: torch.dtype, max_seqlen_q: int, dropout: bool = False) -> list[Tiles]:
     """Candidates for queries of at most `max_seqlen_q` tokens a sequence, the default first.
 
     Raises:
@@ -65,12 +68,15 @@ def attention_tiles(head_dim: int, dtype: torch.dtype, max_seqlen_q: int) -> lis
     candidates = tile_candidates(_TILES, head_dim, dtype)
     default = candidates[0]
     if max_seqlen_q <= FEW_QUERIES:
-        # Larger key tiles hide the loads of few queries; float32 heads of 128 would spill.
-        block_n = 16 if (dtype.itemsize, default["BLOCK_D"]) == (4, 128) else max(default["BLOCK_N"], 32)
-        return [default | {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4}]
+        # Larger key tiles hide the loads of few queries; float32 heads of 128 would spill, and so would those of 32 where
+        # ptxas is told no limit and aims at one more program.
+        kind = (dtype.itemsize, default["BLOCK_D"])
+        block_n = 16 if kind == (4, 128) else max(default["BLOCK_N"], 32)
+        limit = {"maxnreg": 255} if kind == (4, 32) else {}
+        return [default | {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4} | limit]
     if max_seqlen_q <= _SOME_QUERIES and default["BLOCK_M"] > 64:
         return [default | {"BLOCK_M": 64, "num_warps": 4}]
-    return candidates
+    return [tiles for tiles in candidates if not (dropout and _NOT_WITH_DROPOUT.items() <= tiles.items())]
 
 
 def choice_key(head_dim: int, dtype: torch.dtype, dropout_p: float, max_seqlen_q: int, max_seqlen_k: int) -> str:
@@ -288,7 +294,7 @@ def attention_fwd(
     head_dim, sequences = width // num_heads, len(cu_seqlens_q) - 1
     out = torch.empty((n_queries_total, width), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, n_queries_total), dtype=torch.float32, device=q.device)
-    candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q)
+    candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q, dropout_p > 0.0)
     dropout = dropout_arguments(dropout_p, seed)
     if n_queries_total == 0:
         return out, lse

@@ -51,7 +51,7 @@ _DQ_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
     (2, 16): ((64, 64, 16, 4, 2),),
     (2, 32): ((64, 64, 32, 4, 2),),
     (2, 64): ((128, 64, 64, 8, 2), (64, 32, 64, 4, 2), (64, 64, 64, 8, 2)),
-    (2, 128): ((64, 64, 128, 8, 2),),
+    (2, 128): ((64, 64, 64, 8, 2),),
     (2, 256): ((64, 16, 64, 8, 1),),
     (4, 16): ((32, 16, 16, 4, 1),),
     (4, 32): ((32, 16, 32, 8, 1),),
@@ -60,8 +60,8 @@ _DQ_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
     (4, 256): ((16, 16, 16, 8, 1),),
 }
 _DKDV_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
-    (2, 16): ((64, 64, 16, 4, 2),),
-    (2, 32): ((64, 64, 32, 4, 2),),
+    (2, 16): ((32, 64, 16, 4, 2),),
+    (2, 32): ((32, 64, 32, 4, 2),),
     (2, 64): ((32, 128, 64, 8, 2), (32, 64, 64, 4, 2)),
     (2, 128): ((32, 64, 64, 8, 2),),
     (2, 256): ((16, 64, 128, 8, 1),),
@@ -71,6 +71,8 @@ _DKDV_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
     (4, 128): ((16, 32, 16, 8, 1),),
     (4, 256): ((16, 16, 16, 8, 1),),
 }
+# Of a thread, in tiles of more than few queries: told no limit, ptxas spills some of them to fit one program more.
+_DQ_REGISTERS = {(2, 32): 255, (4, 64): 128}
 # Where one key holds more of a row than this, its dP - mean is a sum over the other keys, not a difference of two numbers
 # that agree. Known by its probability alone, in either kernel; the lower bound leaves room for their different roundings.
 _DOMINANT = tl.constexpr(0.9)
@@ -381,10 +383,14 @@ def attention_bwd_tiles(
         ValueError: a head size above 256.
     """
     dq, dkdv = (tile_candidates(table, head_dim, dtype) for table in (_DQ_TILES, _DKDV_TILES))
+    kind = (dtype.itemsize, dq[0]["BLOCK_D"])
     if max_seqlen_q <= FEW_QUERIES:
-        # Float32 and wide heads keep their warps: with fewer they would spill.
+        # Float32 and wide heads keep their warps: with fewer they would spill, float32 heads of 64 in short chunks too.
         fewer = {"num_warps": 4} if dtype.itemsize == 2 and head_dim <= 128 else {}
-        dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
+        chunk = {"CHUNK_D": 32} if kind == (4, 64) else {}
+        dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer | chunk], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
+    elif kind in _DQ_REGISTERS:
+        dq = [tiles | {"maxnreg": _DQ_REGISTERS[kind]} for tiles in dq]
     # Of short sequences, no more rows than the smallest tile has.
     dq = [tiles for tiles in dq if max_seqlen_q > 64 or tiles["BLOCK_M"] <= 64]
     return dq, [tiles for tiles in dkdv if max_seqlen_k > 64 or tiles["BLOCK_N"] <= 64]

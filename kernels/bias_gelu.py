@@ -93,10 +93,12 @@ def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, act: str, dropout_p: floa
         return out
     block_m = 16 // x.itemsize  # four 16-byte loads in flight in every thread
     grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, BLOCK_N),)
+    # Rows that are not made of whole words take more addresses: told no limit, ptxas spills some of them.
+    options = BWD_OPTIONS if n_cols % 16 else COMPILER_OPTIONS
     with torch.cuda.device_of(x):
         _bias_gelu_fwd_kernel[grid](
             x, bias.contiguous(), out, n_rows, n_cols, x.stride(0), *dropout, ACT=ACT_CODES[act],
-            HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **COMPILER_OPTIONS,
+            HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **options,
         )  # fmt: skip
     return out
 
