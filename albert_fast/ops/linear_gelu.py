@@ -158,9 +158,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu_tanh",
     check_devices("linear_gelu", x, weight, bias)
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return _call(x, *as_dtype(x, weight, bias), act, backend)
+        weight, bias = as_dtype(x, weight, bias)
+        return _call(x, weight, bias, act, backend)
     if x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     # Everything has its dtype: nothing inside is autocast's to change.
     with torch.autocast(device, enabled=False):
-        return _call(x, *as_dtype(x, weight, bias), act, backend)
+        weight, bias = as_dtype(x, weight, bias)
+        return _call(x, weight, bias, act, backend)
