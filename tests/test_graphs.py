@@ -118,7 +118,6 @@ def test_packed_calls_are_replayed_too(model, capture):
 def test_what_cannot_be_a_graph_runs_as_ever(model, capture):
     ids, mask = batch(2, 9)
     exact = plain(model)
-    hook = None
     with torch.no_grad():
         for options in ({"output_hidden_states": True}, {"output_attentions": True}, {"output_tokens": mask.bool()}):
             assert torch.equal(model(ids, **options)[0], exact(ids, **options)[0])
@@ -126,7 +125,12 @@ def test_what_cannot_be_a_graph_runs_as_ever(model, capture):
         torch.testing.assert_close(model(inputs_embeds=embeds)[0], exact(ids)[0])
         assert model(ids[:0]).pooler_output.shape == (0, 40)
         assert not model(ids, mask * 0).pooler_output.isnan().any()
-        hook = model.encoder.distinct()[0].register_forward_hook(lambda *_: None)
+        layer = model.encoder.distinct()[0]
+        for register in (layer.register_forward_pre_hook, torch.nn.modules.module.register_module_forward_hook):
+            hook = register(lambda *_: None)
+            assert model._graphs.why_not(model, ids.numel(), ids.device) == "a part has hooks or was replaced"
+            hook.remove()
+        hook = layer.register_forward_hook(lambda *_: None)
         with pytest.warns(UserWarning, match="warmup was called: a part has hooks"):
             model(ids)
         hook.remove()
