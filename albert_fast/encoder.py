@@ -284,7 +284,10 @@ class Layer(nn.Module):
         self.place([QuantizedLinear.rounded(name, old, precision, x, representative) for name, old, x in linears])
 
     def place(self, linears: list[Any]) -> None:
-        self.attention.qkv, self.attention.dense, self.ffn, self.ffn_output = linears
+        # In the layer's mode: of a new module it is training, which graphs are not for.
+        self.attention.qkv, self.attention.dense, self.ffn, self.ffn_output = (
+            linear.train(self.training) for linear in linears
+        )
 
     def is_plain(self) -> bool:
         """Whether the layer computes just what the encoder operators do: no hook, no part replaced or parametrised."""

@@ -12,6 +12,7 @@ import torch
 
 import albert_fast
 from albert_fast import ALBERTForSequenceClassification, ALBERTModel, graphs
+from albert_fast.fast_model import quantize
 from albert_fast.graphs import Bucket
 from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
 
@@ -21,7 +22,8 @@ pytest.importorskip("triton")
 @pytest.fixture
 def capture(monkeypatch):
     # On a CPU operators insist that sequences hold all tokens, which on a GPU they cannot see without waiting for it.
-    monkeypatch.setattr(sys.modules["albert_fast.ops.attention"], "check_ranges", lambda *_: None)
+    for op in ("attention", "encoder"):
+        monkeypatch.setattr(sys.modules[f"albert_fast.ops.{op}"], "check_ranges", lambda *_: None)
     return Capture()
 
 
@@ -243,6 +245,18 @@ def test_a_bad_id_is_named_at_its_place(model):
     ids[1, 3] = 61
     with torch.no_grad(), pytest.raises(IndexError, match=r"input_ids\[1, 3\] is 61"):
         model(ids)
+
+
+def test_rounded_weights_that_are_elsewhere_are_captured_anew(model, capture):
+    quantize(model, "int8")
+    ids, ffn = batch(2, 9)[0], model.encoder.distinct()[0].ffn
+    with torch.no_grad():
+        for captured in (1, 2):
+            for _ in range(3):
+                found = model(ids).last_hidden_state
+            assert capture.captured == captured
+            torch.testing.assert_close(found, plain(model)(ids).last_hidden_state)
+            ffn.integers = ffn.integers.flip(0)  # other weights, in other memory
 
 
 def test_a_converted_model_captures_anew(model, capture):

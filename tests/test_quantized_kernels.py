@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from albert_fast import dispatch
 from albert_fast.ops import bias_gelu_ref
 from albert_fast.ops._integers import FORMATS, PRODUCTS, lay_out, round_rows
 from albert_fast.testing import ALL_CASES, poison_empty
@@ -19,7 +20,9 @@ from albert_fast.kernels.quantized_encoder import Matrix, quantized_product
 
 DEVICE = device_of("triton")
 CASE = ALL_CASES["quantized_encoder"]
-PRECISIONS = pytest.mark.parametrize("precision", ["int8", "fp8"])
+NO_FP8 = dispatch.why_not_quantized("fp8", DEVICE, "triton")
+FP8 = pytest.param("fp8", marks=pytest.mark.skipif(NO_FP8 is not None, reason=str(NO_FP8)))
+PRECISIONS = pytest.mark.parametrize("precision", ["int8", FP8])
 SHAPES = pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 312), (37, 31), (2, 1023)])
 
 

@@ -149,6 +149,8 @@ def _machine_code(cubin: bytes) -> dict[str, bytes]:
 
 def _disassembled(codes: list[bytes], chip: Chip) -> list[str]:
     """The instructions of each piece of code as text, all from one call: the tool takes 0.3 s to start, however short they are."""
+    if not codes:  # a chip that none of the launches is for
+        return []
     with tempfile.NamedTemporaryFile() as file:
         file.write(b"".join(codes))
         file.flush()
