@@ -258,7 +258,11 @@ def check(triton: Iterable[Launch] = (), cuda: Iterable[Path] = (), processes: i
         cuda_jobs = [pool.submit(compile_cuda, source, chip) for source in cuda for chip in CHIPS]
         triton_jobs = [[pool.submit(compile_triton, batch, chip) for chip in CHIPS] for batch in batches]
         rows = [row for job in cuda_jobs for row in job.result()]
-        return rows + [row for jobs in triton_jobs for job in jobs for row in job.result()]
+        for batch, jobs in zip(batches, triton_jobs, strict=True):
+            found = [(chip, iter(job.result())) for chip, job in zip(CHIPS, jobs, strict=True)]
+            # A launch's rows for all of its chips are neighbours.
+            rows += [next(of_chip) for launch in batch for chip, of_chip in found if launch.is_for(chip.capability)]
+        return rows
 
 
 def check_kernels(kernels: Iterable[str] = KERNELS, processes: int | None = None) -> list[Row]:
