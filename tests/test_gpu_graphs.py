@@ -15,6 +15,7 @@ import torch
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.testing import poison_empty
+from albert_fast.testing.stand_in import in_threads
 from albert_fast.testing.twins import drawn_mask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -39,24 +40,6 @@ def encoder(kind=ALBERTModel, dtype=torch.float32):
 
 def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-
-
-def in_threads(*works):
-    """Run each in a thread of its own; their exceptions."""
-    failures = []
-
-    def guarded(work):
-        try:
-            work()
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return failures
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "left", "holes", "empty row"])

@@ -14,7 +14,7 @@ import albert_fast
 from albert_fast import ALBERTForSequenceClassification, ALBERTModel, graphs
 from albert_fast.fast_model import quantize
 from albert_fast.graphs import Bucket
-from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
+from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, in_threads, plain
 
 pytest.importorskip("triton")
 
@@ -30,24 +30,6 @@ def capture(monkeypatch):
 @pytest.fixture
 def model(capture):
     return graphed(capture)
-
-
-def in_threads(works):
-    """Run each in a thread of its own; their exceptions."""
-    failures = []
-
-    def guarded(work):
-        try:
-            work()
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return failures
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +163,7 @@ def test_calls_of_several_threads_take_turns(model):
             with torch.no_grad():
                 torch.testing.assert_close(model(ids, mask)[0], exact(ids, mask)[0])
 
-    assert in_threads([partial(work, seed) for seed in range(4)]) == []
+    assert in_threads(*(partial(work, seed) for seed in range(4))) == []
 
 
 def test_graphs_may_be_turned_off_while_others_call(model):
@@ -199,7 +181,7 @@ def test_graphs_may_be_turned_off_while_others_call(model):
         start.wait()
         model.cuda_graphs = False
 
-    assert in_threads([work, work, turn_off]) == []
+    assert in_threads(work, work, turn_off) == []
     assert not model.cuda_graphs
 
 

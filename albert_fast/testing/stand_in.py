@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -86,3 +87,10 @@ def batch(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(61, (rows, columns), generator=generator)
     return ids.to(DEVICE), (torch.rand(rows, columns, generator=generator) < 0.7).long().to(DEVICE)
+
+
+def in_threads(*works: Callable[[], Any]) -> list[BaseException]:
+    """Run all at once, each in a thread of its own; their exceptions."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        done = [pool.submit(work) for work in works]
+    return [error for future in done if (error := future.exception()) is not None]
