@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpu_part import Part
+from processes import end
 
 ROOT = Path(__file__).resolve().parents[1]
 # pytest without the root on sys.path, where our folder `kernels` would pass for the package of that name.
@@ -58,9 +57,7 @@ def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, 
             error.output = _log(said)
             raise
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
         return process.returncode, _log(said)
 
 

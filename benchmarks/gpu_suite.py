@@ -28,6 +28,7 @@ from typing import Any
 
 from gpu_part import LOST
 from gpu_report import markdown
+from processes import end
 
 ROOT = Path(__file__).resolve().parents[1]
 # Part -> its share of the time; what one leaves over goes to those after it.
@@ -133,28 +134,7 @@ def _run_process(
                     publish(outcome)
             return process.poll()
         finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and whatever it left running: compilers' workers keep a GPU's memory."""
-    for group in (process.pid, *_descendants(process.pid)):  # a part's commands lead groups of their own
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-    process.wait()
-
-
-def _descendants(pid: int) -> list[int]:
-    """The processes that `pid` and those that it started have started and that still run."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found = [pid]
-    for one in found:
-        found += children.get(one, [])
-    return found[1:]
+            end(process)
 
 
 def _last_line(log: Path) -> str:
