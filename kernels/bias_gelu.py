@@ -40,7 +40,7 @@ BLOCK_N, NUM_WARPS = 512, 4
 @triton.jit(do_not_specialize=["n_rows", "seed_lo", "seed_hi", "dropout_threshold"])
 def _bias_gelu_fwd_kernel(
     x_ptr,  # (T, I), rows `stride_x_row` elements apart
-    bias_ptr,  # (I,)
+    bias_ptr,  # (I,), or None for zeros
     out_ptr,  # (T, I), contiguous
     n_rows,  # T
     n_cols,  # I
@@ -64,8 +64,9 @@ def _bias_gelu_fwd_kernel(
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
 
     x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
-    out = activate(x + bias[None, :], ACT)
+    if bias_ptr is not None:
+        x += load_row_vector(bias_ptr, cols, n_cols)
+    out = activate(x, ACT)
     if HAS_DROPOUT:
         keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[:, None], cols[None, :])
         # A product, not a choice: a dropped NaN or infinity stays NaN, as in torch.
@@ -73,12 +74,14 @@ def _bias_gelu_fwd_kernel(
     tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
 
 
-def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, act: str, dropout_p: float = 0.0, seed: int = 0) -> torch.Tensor:
+def bias_gelu_fwd(
+    x: torch.Tensor, bias: torch.Tensor | None, act: str, dropout_p: float = 0.0, seed: int = 0
+) -> torch.Tensor:
     """dropout(act(x + bias)), (T, I) in x's dtype.
 
     Args:
         x: (T, I).
-        bias: (I,), in x's dtype.
+        bias: (I,), in x's dtype; None: zeros.
         act: "gelu_tanh", "gelu_erf" or "relu".
         dropout_p, seed: element (row, col) survives where hash32(seed, row, col) >= floor(dropout_p * 2^32).
 
@@ -97,7 +100,7 @@ def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, act: str, dropout_p: floa
     options = BWD_OPTIONS if n_cols % 16 else COMPILER_OPTIONS
     with torch.cuda.device_of(x):
         _bias_gelu_fwd_kernel[grid](
-            x, bias.contiguous(), out, n_rows, n_cols, x.stride(0), *dropout, ACT=ACT_CODES[act],
+            x, None if bias is None else bias.contiguous(), out, n_rows, n_cols, x.stride(0), *dropout, ACT=ACT_CODES[act],
             HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **options,
         )  # fmt: skip
     return out
@@ -107,7 +110,7 @@ def bias_gelu_fwd(x: torch.Tensor, bias: torch.Tensor, act: str, dropout_p: floa
 def _bias_gelu_bwd_kernel(
     grad_ptr,  # (T, I), rows `stride_grad_row` elements apart
     x_ptr,  # (T, I), rows `stride_x_row` elements apart
-    bias_ptr,  # (I,)
+    bias_ptr,  # (I,), or None for zeros
     dx_ptr,  # (T, I), contiguous
     partials_ptr,  # (P, 1, I) float32: each group's part of the bias's gradient
     n_rows,  # T
@@ -126,16 +129,19 @@ def _bias_gelu_bwd_kernel(
 ):
     # One block of columns of every P-th tile of rows.
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    bias = load_row_vector(bias_ptr, cols, n_cols)
+    if bias_ptr is not None:
+        bias = load_row_vector(bias_ptr, cols, n_cols)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     n_tiles = tl.cdiv(n_rows, BLOCK_M)
     for tile in tl.range(tl.program_id(1), n_tiles, tl.num_programs(1), num_stages=STAGES):
         rows, row_mask = group_rows(tile, n_rows, BLOCK_M)
         mask = row_mask[:, None] & (cols < n_cols)[None, :]
         grad = tl.load(grad_ptr + rows[:, None] * stride_grad_row + cols[None, :], mask=mask, other=0.0)
-        x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            x += bias
 
-        dx = activation_grad(grad.to(tl.float32), x.to(tl.float32) + bias, ACT)
+        dx = activation_grad(grad.to(tl.float32), x, ACT)
         if HAS_DROPOUT:
             # A product, as in the forward, and after the slope, whose registers are free by then.
             keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[:, None], cols[None, :])
@@ -147,13 +153,13 @@ def _bias_gelu_bwd_kernel(
 
 
 def bias_gelu_bwd(
-    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor, act: str, dropout_p: float = 0.0, seed: int = 0
+    grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, act: str, dropout_p: float = 0.0, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of dropout(act(x + bias)).
 
     Args:
         grad, x: (T, I), of one dtype.
-        bias: (I,), in x's dtype.
+        bias: (I,), in x's dtype; None: zeros.
         act: "gelu_tanh", "gelu_erf" or "relu".
         dropout_p, seed: of the forward.
 
@@ -168,16 +174,16 @@ def bias_gelu_bwd(
     n_rows, n_cols = x.shape
     dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
-        return dx, torch.zeros_like(bias)
+        return dx, x.new_zeros(n_cols)
     block_m = 4  # 16 elements a thread
     col_blocks = triton.cdiv(n_cols, BLOCK_N)
     groups = row_groups(n_rows, block_m, col_blocks)
     partials = torch.empty((groups, 1, n_cols), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _bias_gelu_bwd_kernel[(col_blocks, groups)](
-            grad, x, bias.contiguous(), dx, partials, n_rows, n_cols, grad.stride(0), x.stride(0), *dropout,
-            ACT=ACT_CODES[act], HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N, STAGES=bwd_stages(x),
-            num_warps=NUM_WARPS, **BWD_OPTIONS,
+            grad, x, None if bias is None else bias.contiguous(), dx, partials, n_rows, n_cols, grad.stride(0),
+            x.stride(0), *dropout, ACT=ACT_CODES[act], HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
+            STAGES=bwd_stages(x), num_warps=NUM_WARPS, **BWD_OPTIONS,
         )  # fmt: skip
     (dbias,) = column_sums(partials, x.dtype)
     return dx, dbias

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from albert_fast import ALBERTConfig, ALBERTModel, encoder, explain, ops, plan
 from albert_fast.gemm import linear
@@ -179,6 +180,53 @@ def test_every_candidate_of_the_tuner_computes_the_same(kernel, shape, dtype, ac
         assert (sums is not None) == keep_sums
         if sums is not None:
             assert_close_calibrated(sums, F.linear(x, weight, bias), exact_sums, f"sums of {route}")
+
+
+class Launches(TorchDispatchMode):
+    """Notes the operators that torch is asked for, views and uninitialised memory aside, and our kernels."""
+
+    def __init__(self, monkeypatch, *modules):
+        super().__init__()
+        self.names = []
+        for module in modules:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, self._noted(name, getattr(module, name)))
+
+    def _noted(self, name, kernel):
+        def start(grid, *arguments, **options):
+            self.names.append(name)
+            with _disable_current_modes():  # the interpreter asks torch for more
+                kernel[grid](*arguments, **options)
+
+        return _ByGrid(start)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view and not function.overloadpacket.__name__.startswith(("empty", "new_empty")):
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class _ByGrid:
+    def __init__(self, start):
+        self._start = start
+
+    def __getitem__(self, grid):
+        return partial(self._start, grid)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_product_of_the_library_and_its_activation_are_two_launches(kernel, monkeypatch, act):
+    from albert_fast.kernels import _common, bias_gelu
+
+    x, weight, bias = tensors((37, 24, 48), torch.bfloat16, "triton")
+    launches = Launches(monkeypatch, _common, bias_gelu)
+    with launches:
+        out, sums = kernel.start_route(x, weight, bias, act, True, kernel.CUBLASLT_THEN_BIAS_GELU)
+    assert launches.names == ["addmm", "_bias_gelu_fwd_kernel"]
+    launches.names.clear()
+    with launches:
+        sys.modules[ops.linear_gelu.__module__]._bwd(out, x, weight, sums, act, "triton", True, True)
+    assert launches.names == ["_bias_gelu_bwd_kernel", "_column_sums_kernel", "mm", "mm"]
 
 
 def test_what_runs_without_tuning(kernel):

@@ -77,8 +77,13 @@ def _bwd(
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
             return _bwd_ref(grad, x, weight, sums, act, need_x, need_weight)
-        zeros = sums.new_zeros(sums.shape[1])
-        du, dbias = torch.ops.albert_fast.bias_gelu_bwd(grad, sums, zeros, act, 0.0, None, backend)
+        if backend == "triton":
+            from ..kernels.bias_gelu import bias_gelu_bwd
+
+            du, dbias = bias_gelu_bwd(grad, sums, None, act)
+        else:
+            zeros = sums.new_zeros(sums.shape[1])
+            du, dbias = torch.ops.albert_fast.bias_gelu_bwd(grad, sums, zeros, act, 0.0, None, backend)
         dx = linear(du, weight.t()) if need_x else x.new_empty(0)
         return dx, linear(du.t(), x.t()) if need_weight else weight.new_empty(0), dbias
 

@@ -185,6 +185,9 @@ def _bias_gelu_launches() -> Iterator[Case]:
             label = f"{name} N{n} {act}" + (" dropout" if p else "")
             yield label, partial(bias_gelu_fwd, x, bias, act, p, 1), False
             yield label, partial(bias_gelu_bwd, x, x, bias, act, p, 1), False
+    x = torch.empty(2, 3072, dtype=torch.bfloat16)  # behind linear_gelu's product, which has the bias
+    yield "bf16 N3072 gelu_tanh no bias", partial(bias_gelu_fwd, x, None, "gelu_tanh"), False
+    yield "bf16 N3072 gelu_tanh no bias", partial(bias_gelu_bwd, x, x, None, "gelu_tanh"), False
 
 
 def _linear_gelu_launches() -> Iterator[Case]:
