@@ -100,6 +100,12 @@ def test_which_tensors_are_neighbours(tokens):
     assert not beside((b, a))
     assert not beside((a, b.clone()))
     assert not beside((a, whole[:, 4:6]))
+    assert not beside((a, whole.view(torch.int32)[:, 4:8]))
+    rows = torch.randn(2 * tokens, 12)
+    assert not beside((rows[:tokens, :4], rows[::2, 4:8])), "of every other row"
+    assert not beside((rows[:tokens, 0:8:2], rows[:tokens, 4:12:2])), "of every other column"
+    narrow = torch.randn(8 + 4 * tokens)
+    assert not beside(tuple(narrow[first:].as_strided((tokens, 4), (4, 1)) for first in (0, 4, 8))), "rows overlap"
 
 
 def test_a_compiled_graph_has_the_same_gradients():
