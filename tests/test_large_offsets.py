@@ -9,6 +9,11 @@ from albert_fast import ops
 from albert_fast.testing.parity import device_of
 
 pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from albert_fast.kernels._matmul import tile_product
+
 pytestmark = pytest.mark.xdist_group("large offsets")  # one after another: each takes up to 12 GiB of a GPU
 
 DEVICE = device_of("triton")
@@ -65,6 +70,35 @@ def test_linear_gelu():
     assert_same(
         ops.linear_gelu, far_rows(), weight, bias, "gelu_erf"
     )  # the form that is a kernel of ours on a GPU, too
+
+
+@triton.jit
+def _last_columns_kernel(
+    x_ptr,  # (T, K), contiguous
+    weight_ptr,  # (N, K), contiguous
+    out_ptr,  # (T, BLOCK) float32
+    n_rows,  # T
+    n_cols,  # N
+    n_inner,  # K
+    BLOCK: tl.constexpr,
+):
+    rows, columns = tl.arange(0, BLOCK).to(tl.int64), tl.arange(0, BLOCK)
+    cols = n_cols - BLOCK + columns
+    acc = tile_product(x_ptr, weight_ptr, rows, cols, n_rows, n_cols, n_inner, n_inner, BLOCK, True)
+    tl.store(out_ptr + rows[:, None] * BLOCK + columns[None, :], acc, mask=(rows < n_rows)[:, None])
+
+
+def test_weights_of_the_last_columns_of_a_product():
+    block, n_cols = 16, 2**27 + 16
+    try:
+        weight = torch.empty((n_cols, block), dtype=torch.bfloat16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for a tensor of 2^31 elements: {error}")
+    last = weight[-block:].copy_(torch.randn(block, block, device=DEVICE))
+    x = torch.randn(ROWS, block, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.empty(ROWS, block, device=DEVICE)
+    _last_columns_kernel[(1,)](x, weight, out, ROWS, n_cols, block, BLOCK=block)
+    torch.testing.assert_close(out, x.float() @ last.float().t())
 
 
 def test_gelu_layer_norm():
