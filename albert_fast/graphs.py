@@ -398,7 +398,7 @@ class GraphCache:
         if self._inputs is None:
             self._inputs = ops.GraphInputs(MAX_TOKENS, device)
         # While it is recorded: ids that are in every table, in sequences of one length.
-        self._inputs.blank(bucket.tokens, bucket.sequences, min(bucket.tokens // bucket.sequences, bucket.max_seqlen))
+        self._inputs.blank(bucket.tokens, bucket.sequences, bucket.tokens // bucket.sequences)
         ids, types, positions, cu_seqlens = self._inputs.views(bucket.tokens, bucket.sequences)
         packing = Packing(None, cu_seqlens, bucket.max_seqlen, None)
 

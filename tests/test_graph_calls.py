@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from albert_fast import ALBERTForSequenceClassification, ALBERTModel, explain, graphs, ops
 from albert_fast.graphs import CaptureError, CUDACapture
+from albert_fast.ops import _reports
 from albert_fast.testing import poison_empty
 from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
 
@@ -109,7 +110,8 @@ def test_integers_and_masks_of_other_types_and_strides(model, dtype):
 def test_wrong_arguments_are_told_as_without_graphs(model):
     ids, mask = batch(2, 9)
     wrong = [((ids.float(),), {}), ((ids, mask[:1]), {}), ((ids, -mask.float()), {}), ((ids, mask, ids[:1]), {}),
-             ((ids, mask), {"position_ids": ids[:, :3]}), ((ids,), {"output_tokens": "none"})]  # fmt: skip
+             ((ids, mask), {"position_ids": ids[:, :3]}), ((ids,), {"output_tokens": "none"}),
+             ((ids, None, ids.to("meta")), {})]  # fmt: skip
     exact = plain(model)
     with torch.no_grad():
         for arguments, options in wrong:
@@ -291,6 +293,26 @@ def test_what_a_capture_and_a_replay_ask_a_gpu_for(capture, cuda_log):
     cuda_log.clear()
     model.cuda_graphs = False
     assert cuda_log == ["synchronize"]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/test_gpu_graphs.py has the real one")
+def test_a_replay_is_not_started_before_an_earlier_call_s_error_is_raised(capture, cuda_log, monkeypatch):
+    class Arrived:
+        def query(self):
+            return True
+
+    model, ids, queue = graphed(None), batch(2, 9)[0], _reports.Queue()
+    monkeypatch.setattr(_reports, "_QUEUE", queue)
+    with torch.no_grad():
+        for _ in range(2):
+            model(ids)
+        cuda_log.clear()
+        queue.add(DEVICE, _reports.Pending(_reports.Slot(Arrived(), torch.tensor(3)), IndexError, 0))
+        with pytest.raises(IndexError, match="3"):
+            model(ids)
+        assert cuda_log == []
+        model(ids)
+    assert cuda_log == ["wait_event", "replay", "record"]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/test_gpu_graphs.py has the real one")

@@ -129,6 +129,73 @@ def test_what_cannot_be_a_graph_runs_as_ever(model, capture):
     assert capture.captured == 0
 
 
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "longest"), [(16, 1, 16), (17, 1, 17), (80, 5, 16), (99, 9, 11), (1, 40, 1), (97, 2, 64)]
+)
+def test_sequences_of_one_length_fit_a_bucket(tokens, sequences, longest):
+    bucket = Bucket.of(tokens, sequences, longest, "all")
+    assert bucket.tokens // bucket.sequences <= bucket.max_seqlen, "a graph is captured with such"
+
+
+def test_more_sequences_than_there_is_room_for_are_no_graph(model, capture, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 64)
+    ids = batch(1, 11)[0][0]
+    with torch.no_grad():
+        for empty, captured in ((60, 1), (64, 1)):
+            cu_seqlens = torch.tensor([0, 4] + [11] * (empty + 1), dtype=torch.int32, device=DEVICE)
+            for _ in range(3):
+                actual = model.forward_packed(ids, cu_seqlens, 7).last_hidden_state
+            torch.testing.assert_close(actual, plain(model).forward_packed(ids, cu_seqlens, 7).last_hidden_state)
+            assert capture.captured == captured
+
+
+def test_a_bound_beyond_all_tokens_takes_the_bucket_of_these(model):
+    ids, cu_seqlens = batch(1, 11)[0][0], torch.tensor([0, 11], dtype=torch.int32, device=DEVICE)
+    with torch.no_grad():
+        for _ in range(2):
+            model.forward_packed(ids, cu_seqlens, 60)
+    assert [bucket.max_seqlen for bucket in model._graphs._graphs] == [16]
+
+
+def test_a_part_in_training_mode_is_no_graph(model, capture):
+    ids = batch(2, 9)[0]
+    for part in (model.pooler, model.encoder.distinct()[0].attention.LayerNorm):
+        part.train()
+        assert (
+            model._graphs.why_not(model, ids.numel(), ids.device) == "the model, or a part of it, is in training mode"
+        )
+        with torch.no_grad():
+            for _ in range(3):
+                model(ids)
+        part.eval()
+    assert capture.captured == 0
+
+
+def test_a_model_that_is_elsewhere_is_no_graph(model):
+    assert model.to("meta")._graphs.why_not(model, 18, DEVICE) == "the model is elsewhere"
+
+
+def test_parts_that_were_replaced_are_seen(model, capture):
+    ids, layer = batch(2, 9)[0], model.encoder.distinct()[0]
+
+    def linear(old):
+        return torch.nn.Linear(old.in_features, old.out_features, device=DEVICE).eval().requires_grad_(False)
+
+    with torch.no_grad():
+        for captured in (1, 2, 3):
+            for _ in range(3):
+                actual = model(ids)
+            torch.testing.assert_close(actual.pooler_output, plain(model)(ids).pooler_output)
+            assert capture.captured == captured
+            if captured == 1:
+                model.pooler = linear(model.pooler)
+            else:
+                layer.ffn = linear(layer.ffn)
+        layer.ffn = type("Other", (torch.nn.Linear,), {})(40, 56, device=DEVICE).eval()
+        with pytest.warns(UserWarning, match="a part has hooks or was replaced"):
+            model(ids)
+
+
 def test_weights_may_change_in_place_and_elsewhere(model, capture):
     ids, _ = batch(2, 9)
     with torch.no_grad():
