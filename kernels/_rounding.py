@@ -101,7 +101,8 @@ def store_rounded(
     if zeros_ptr is None:
         extent, levels = tl.maximum(high, -low), 448.0
     else:
-        extent, levels = high - low, 255.0
+        # Halves of both: the extent of a finite row may pass float32's largest number.
+        extent, levels = high * 0.5 - low * 0.5, 127.5
     inverse = levels / tl.where(extent > 0.0, extent, 1.0)
     # Rows of zeros, and of denormals whose step has no inverse.
     inverse = tl.where((extent > 0.0) & (inverse < float("inf")), inverse, 0.0)

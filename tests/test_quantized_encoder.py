@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albert_fast import ops
+from albert_fast import dispatch, ops
 from albert_fast.ops import attention_ref
 from albert_fast.ops._integers import channel_sums, pack, pack_channels, round_rows, unpack, unpack_channels
 from albert_fast.ops.quantized_encoder import integer_attention_ref
 from albert_fast.quantization import fits_sums
 from albert_fast.testing import ALL_CASES, poison_empty
-from albert_fast.testing.parity import check_forward, make_inputs, parity_tests
+from albert_fast.testing.parity import check_forward, device_of, make_inputs, parity_tests
 
 FORWARD, _ = parity_tests("quantized_encoder")
 CASE = ALL_CASES["quantized_encoder"]
@@ -89,6 +89,32 @@ def test_nan_and_infinity_stay_in_their_sequence(precision):
         out = CASE.run({**inputs, "hidden": hidden}, "cpp")
         assert torch.equal(out[:6], clean[:6])
         assert torch.equal(out[15:], clean[15:])
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", F32), ("cpp", F32), ("reference", BF16), ("triton", BF16)]
+)
+def test_rows_whose_extent_is_no_float32_are_rounded_as_those_of_others(backend, dtype):
+    if reason := dispatch.why_not("quantized_encoder", device_of(backend).type, backend, dtype):
+        pytest.skip(reason)
+    inputs = make_inputs(CASE, ((5, 3), 48, 2, 96, 1, 1), {"precision": "int8"}, dtype, backend)
+    hidden = torch.rand(8, 48) * 3.7 - 1.8
+    hidden[:, 0], hidden[:, 47] = 1.9, -1.8
+    inputs["hidden"] = hidden.to(inputs["hidden"])
+    inputs["shifts"][0].zero_()
+
+    def run(factor):  # a power of two, which changes no integer
+        inputs["rescales"][0].fill_(factor)
+        rest = [scale * 2.0**12 / factor if i == 0 else scale for i, scale in enumerate(inputs["scales"])]
+        return CASE.run({**inputs, "scales": rest}, backend)
+
+    expected = run(1.0)
+    assert expected.isfinite().all()
+    assert expected.std() > 0.1
+    assert torch.equal(run(2.0**127), expected)
 
 
 @pytest.mark.parametrize(

@@ -163,14 +163,17 @@ def round_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers of x (T, K), as floats, and the scale and zero point (T, 1) of each row: x ~ scale * (integers - zero)."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    extent = torch.maximum(high, -low) if signed else high - low
-    inverse = levels / extent
+    # Halves of both: the extent of a finite row may pass its type's largest number.
+    extent, steps = (torch.maximum(high, -low), levels) if signed else (high / 2 - low / 2, levels / 2)
+    inverse = (
+        torch.full_like(extent, steps) / extent
+    )  # a number / a tensor is its product with a reciprocal, a denormal
     inverse = torch.where((extent > 0) & (inverse < torch.finfo(torch.float32).max), inverse, 0.0)
     zero = torch.zeros_like(low) if signed else torch.round(-low * inverse)
     integers = nearest(x * inverse + zero)
     integers = integers if signed else integers.clamp(0, levels)
     damage = (x * 0.0).sum(1, keepdim=True)  # NaN where the row has a NaN or an infinity
-    return integers, torch.where(inverse > 0, extent / levels, 0.0) + damage, zero
+    return integers, torch.where(inverse > 0, extent / steps, 0.0) + damage, zero
 
 
 def product_ref(x: Tensor, integers: Tensor, scale: Tensor, precision: str, parts: list[slice]) -> Tensor:

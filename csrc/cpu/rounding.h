@@ -56,7 +56,9 @@ template <class Row>
 static inline RowScale round_row(const Row& row, float levels, std::uint8_t* to) {
     typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
     const Extent extent(row);
-    const float range = extent.high - extent.low, inverse = inverse_step(range, levels);
+    // Halves of both: the range of a finite row may pass float's largest number.
+    const float range = 0.5f * extent.high - 0.5f * extent.low, steps = 0.5f * levels;
+    const float inverse = inverse_step(range, steps);
     const float zero = __builtin_rintf(-extent.low * inverse), shift = kRoundToInteger + zero;
     for_vectors(row.n, [&](std::int64_t i, auto lanes) {
         const Vec x = row.at(i, lanes) * inverse + shift;
@@ -64,7 +66,7 @@ static inline RowScale round_row(const Row& row, float levels, std::uint8_t* to)
         const Bytes bytes = __builtin_convertvector(bits_of(within) & 0xFFu, Bytes);
         __builtin_memcpy(to + i, &bytes, sizeof bytes);
     });
-    return {(inverse > 0.0f ? range / levels : 0.0f) + extent.damage, zero};
+    return {(inverse > 0.0f ? range / steps : 0.0f) + extent.damage, zero};
 }
 
 // Likewise for integers with a sign in [-levels, levels], without a zero point.
