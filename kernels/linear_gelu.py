@@ -96,10 +96,17 @@ def _store_activated(
     tl.store(out_ptr + at, round_to(activate(sums, ACT), out_ptr.dtype.element_ty), mask=mask)
 
 
+def has_tiles(n_cols: int) -> bool:
+    """Whether the kernel is for so many columns.
+
+    Rows of the output that do not begin at whole words would be stored number by number, and the largest tile spill.
+    """
+    return n_cols % 16 == 0
+
+
 def linear_gelu_routes(n_rows: int, n_cols: int, dtype: torch.dtype, act: str, keep_sums: bool) -> list[_tuning.Tiles]:
     """What can compute (n_rows, n_cols) outputs on a GPU, best guess first: library routes, and tiles of the kernel."""
-    # Rows of the output that do not begin at whole words would be stored number by number, and the largest tile spill.
-    tiles = matmul_tiles(n_rows, n_cols, dtype) if n_cols % 16 == 0 else []
+    tiles = matmul_tiles(n_rows, n_cols, dtype) if has_tiles(n_cols) else []
     if keep_sums or dtype == torch.float32:
         return [CUBLASLT_THEN_BIAS_GELU, *tiles]
     if act == "gelu_tanh":

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -360,6 +361,15 @@ def test_explain_shows_it(model):
     assert not {"FFN up", "bias_gelu"} & set(steps)
     model.recompute = "activations"
     assert {"FFN up", "bias_gelu"} < {step.name for step in explain(model, ids).steps}
+
+
+@pytest.mark.parametrize(("middle", "said"), [(48, False), (44, True)])
+def test_explain_says_where_the_library_multiplies(kernel, model, middle, said):
+    model = ALBERTModel(replace(model.config, intermediate_size=middle), backend="triton").eval()
+    (step,) = (step for step in explain(model, torch.randint(0, 61, (3, 7))).steps if step.name == "linear_gelu")
+    assert ("44 columns are no multiple of 16: cuBLASLt's product, no Triton tile" in step.why) == said
+    routes = kernel.linear_gelu_routes(21, middle, torch.bfloat16, "gelu_erf", False)
+    assert any("BLOCK_M" in route for route in routes) != said
 
 
 def test_the_ffn_is_fused_on_a_gpu_without_autocast(monkeypatch):
