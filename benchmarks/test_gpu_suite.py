@@ -33,9 +33,12 @@ def run(tmp_path: Path, code: str, limit: float) -> tuple[gpu_suite.Outcome, lis
     """The outcome of a part that records once and then runs `code`; how many records each publication had."""
     records, published = tmp_path / "records.jsonl", []
     command = [sys.executable, "-c", RECORD + code, str(records)]
-    outcome = gpu_suite.run_part(
-        "part", lambda _: command, limit, tmp_path / "log", records, lambda o: published.append(len(o.records))
-    )
+
+    def publish(outcome: gpu_suite.Outcome) -> None:
+        published.append(len(outcome.records))
+        (tmp_path / "published").write_text(json.dumps(outcome.records))
+
+    outcome = gpu_suite.run_part("part", lambda _: command, limit, tmp_path / "log", records, publish)
     return outcome, published
 
 
@@ -46,7 +49,7 @@ def run(tmp_path: Path, code: str, limit: float) -> tuple[gpu_suite.Outcome, lis
         ("print('the reason'); sys.exit(3)", 60, "failed", "exit status 3; the reason"),
         ("raise ValueError('no such thing')", 60, "failed", "exit status 1; ValueError: no such thing"),
         ("os.kill(os.getpid(), signal.SIGKILL)", 60, "killed", "by SIGKILL"),
-        ("time.sleep(100)", 1, "timed out", "it was ended after its limit of 1 s"),
+        ("time.sleep(100)", 5, "timed out", "it was ended after its limit of 5 s"),
     ],
     ids=["passes", "fails", "raises", "killed", "hangs"],
 )
@@ -55,7 +58,7 @@ def test_how_a_part_ends(tmp_path, code, limit, status, why):
     assert (outcome.status, outcome.why) == (status, why)
     assert outcome.records == [{"kind": "note", "n": 1}]
     assert published[-1] == 1
-    assert outcome.seconds < 30
+    assert outcome.seconds < 90
 
 
 @pytest.mark.parametrize("end", ["os._exit(LOST)", "os.kill(os.getpid(), signal.SIGSEGV)"], ids=["lost", "killed"])
@@ -114,7 +117,7 @@ def test_a_test_that_breaks_the_context_takes_no_other_along(tmp_path):
 @pytest.mark.parametrize("session", [False, True], ids=["its group", "a group of their own"])
 def test_a_part_that_hangs_takes_its_children_along(tmp_path, session):
     child = f"import subprocess; p = subprocess.Popen(['sleep', '100'], start_new_session={session}); "
-    run(tmp_path, f"{child}open('{tmp_path / 'child'}', 'w').write(str(p.pid)); time.sleep(100)", 2)
+    run(tmp_path, f"{child}open('{tmp_path / 'child'}', 'w').write(str(p.pid)); time.sleep(100)", 8)
     pid = int((tmp_path / "child").read_text())
     stat = Path(f"/proc/{pid}/stat")
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
@@ -123,7 +126,7 @@ def test_a_part_that_hangs_takes_its_children_along(tmp_path, session):
 def test_a_command_that_takes_too_long_ends_with_its_children_and_its_output_is_kept(tmp_path, capsys):
     command = ["bash", "-c", f"echo so far; sleep 100 & echo $! > {tmp_path / 'child'}; wait"]
     with pytest.raises(subprocess.TimeoutExpired, match="timed out") as raised:
-        gpu_proofs.run(command, 1)
+        gpu_proofs.run(command, 4)
     assert raised.value.output == "so far\n"
     assert "so far" in capsys.readouterr().out
     stat = Path(f"/proc/{int((tmp_path / 'child').read_text())}/stat")
@@ -132,13 +135,17 @@ def test_a_command_that_takes_too_long_ends_with_its_children_and_its_output_is_
 
 
 def test_records_are_published_while_the_part_runs_and_a_key_is_replaced(tmp_path):
-    more = "".join(
-        f"open(sys.argv[1], 'a').write(json.dumps(dict(kind='tests', key='t', n={n})) + '\\n'); time.sleep(0.6); "
-        for n in (2, 3)
-    )
-    outcome, published = run(tmp_path, more + "open(sys.argv[1], 'a').write('{\"half a li')", 60)
+    # The part goes on once what it wrote was published.
+    code = f"""if True:
+        for n in 2, 3:
+            open(sys.argv[1], "a").write(json.dumps(dict(kind="tests", key="t", n=n)) + chr(10))
+            while f'"n": {{n}}' not in open({str(tmp_path / "published")!r}).read():
+                time.sleep(0.01)
+        open(sys.argv[1], "a").write('{{"half a li')"""
+    outcome, published = run(tmp_path, f"\n{code}", 60)
+    assert outcome.status == "passed"
     assert outcome.records == [{"kind": "note", "n": 1}, {"kind": "tests", "key": "t", "n": 3}]
-    assert len(published) >= 3
+    assert published[-1] == 2
 
 
 def test_what_fails_within_a_part_leaves_the_rest(tmp_path):

@@ -79,10 +79,7 @@ def test_changed_weights_are_packed_again():
 
 
 def test_packed_weights_go_with_the_weights():
-    from albert_fast.ops import encoder as module
-
-    packed = __import__("sys").modules["albert_fast.ops.encoder"]._PACKED
-    assert module is ops.encoder
+    packed = sys.modules["albert_fast.ops.encoder"]._PACKED
     inputs = drawn(((4,), 26, 1, 40, 1, 1))
     before = len(packed)
     CASE.run(inputs, "cpp")
@@ -131,10 +128,12 @@ def test_threads_rest_after_a_call(threads):
     threads(2)
     inputs = drawn(((130, 60), 64, 2, 200, 1, 2))
     CASE.run(inputs, "cpp")
-    time.sleep(0.3)  # OpenMP's threads look for more work for some milliseconds
-    before = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - before < 0.1
+    for _ in range(10):  # OpenMP's threads look for more work for some milliseconds, which may last on a busy machine
+        before = time.process_time()
+        time.sleep(0.5)
+        if time.process_time() - before < 0.1:
+            return
+    pytest.fail("threads are busy")
 
 
 def test_nan_stays_in_its_sequence():
@@ -299,6 +298,7 @@ def test_triton_kernel_of_no_token_at_all(lengths):
 
 
 @needs_triton
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 10_000), st.sampled_from([16, 64, 128]))
 def test_every_step_of_a_split_product_is_in_one_split(tiles, depth, block_k):
     splits, steps = encoder_kernel.split_depth(tiles, depth, block_k)
@@ -333,6 +333,7 @@ def test_barriers_of_the_triton_kernel_order_memory_as_its_docstring_says():
     ptx = [line.strip() for line in done.stdout.splitlines() if not line.strip().startswith(("//", ".loc", "$L__tmp"))]
     assert not [line for line in ptx if ".nc." in line], "the read-only path does not see what others wrote"
     atomics = [i for i, line in enumerate(ptx) if re.search(r"\batom\.|\.acquire\b", line)]
+    assert "trap;" in ptx, "a program that waits in vain ends its launch"
     # The barrier: release, acquire, acquire in the loop. The four products: both in one.
     kinds = [re.search(r"\.(release|acquire|acq_rel)\b", ptx[i])[1] for i in atomics]
     assert sorted(kinds) == ["acq_rel"] * 4 + ["acquire"] * 2 + ["release"]
