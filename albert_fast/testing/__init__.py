@@ -34,14 +34,29 @@ def require_data(name: str) -> Path:
     return path
 
 
+# Bytes on either side of poisoned memory, and what stands there.
+_MARGIN, _UNTOUCHED = 4096, 0xA5
+
+
 @contextmanager
 def poison_empty() -> Iterator[None]:
     """Inside, torch.empty and its relatives return NaN (floats) or the lowest number (integers), so that what a kernel
-    forgets to write cannot pass for a result."""
+    forgets to write cannot pass for a result; and nobody may write beside them.
+
+    Raises:
+        AssertionError: behind the block, where something was written ahead of such memory or behind it.
+    """
+    whole: list[torch.Tensor] = []
+    empty = torch.empty
 
     def poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def call(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor = create(*args, **kwargs)
+            if type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda") and not tensor.is_pinned():
+                size = tensor.untyped_storage().nbytes()
+                whole.append(empty(size + 2 * _MARGIN, dtype=torch.uint8, device=tensor.device).fill_(_UNTOUCHED))
+                at = _MARGIN // tensor.itemsize, tensor.size(), tensor.stride()
+                tensor.set_(whole[-1].untyped_storage(), *at)
             if tensor.is_floating_point():
                 return tensor.fill_(float("nan"))
             return tensor.fill_(torch.iinfo(tensor.dtype).min) if tensor.dtype != torch.bool else tensor
@@ -54,3 +69,6 @@ def poison_empty() -> Iterator[None]:
         mock.patch("torch.Tensor.new_empty", poisoned(torch.Tensor.new_empty)),
     ):
         yield
+    for memory in whole:
+        assert bool((memory[:_MARGIN] == _UNTOUCHED).all()), "something was written ahead of a tensor"
+        assert bool((memory[-_MARGIN:] == _UNTOUCHED).all()), "something was written behind a tensor"
