@@ -67,7 +67,7 @@ def _to_integer(x):
 
 @triton.jit
 def _to_float8(x):
-    """float32 |x| <= 448 rounded to the nearest float8 e4m3, ties to even."""
+    """float32 |x| <= 448, but for its own rounding, to the nearest float8 e4m3, ties to even."""
     if INTERPRETED:
         # The interpreter would cut the lower bits off: leave 3 of the mantissa, and multiples of 2^-9 among denormals.
         bits = x.to(tl.uint32, bitcast=True)
@@ -87,14 +87,14 @@ def store_rounded(
     rows,
     cols,
     row_mask,
-    mask,
     n_cols,  # K
     depth,  # D, K to BLOCK_N
 ):
     """Round whole rows y * rescale + shift and write them, their steps and their zero points; beyond K what 0 becomes."""
+    # Beyond K all three are 0.
     y = y * load_row_vector(rescale_ptr, cols, n_cols) + load_row_vector(shift_ptr, cols, n_cols)
-    y = tl.where(mask, y, 0.0)
     damage = tl.sum(y * 0.0, axis=1)
+    # What is no number has no integer.
     y = tl.where(tl.abs(y) < float("inf"), y, 0.0)
     high = tl.maximum(tl.max(y, axis=1), 0.0)
     low = tl.minimum(tl.min(y, axis=1), 0.0)
@@ -107,7 +107,7 @@ def store_rounded(
     # Rows of zeros, and of denormals whose step has no inverse.
     inverse = tl.where((extent > 0.0) & (inverse < float("inf")), inverse, 0.0)
     if zeros_ptr is None:
-        values = _to_float8(tl.minimum(tl.maximum(y * inverse[:, None], -448.0), 448.0))
+        values = _to_float8(y * inverse[:, None])
     else:
         zero = _to_integer(-low * inverse)
         levelled = _to_integer(y * inverse[:, None] + zero[:, None])
@@ -138,9 +138,7 @@ def _round_rows_kernel(
 ):
     rows, cols, row_mask, mask = program_rows(n_rows, n_cols, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_rounded(
-        x, rescale_ptr, shift_ptr, values_ptr, steps_ptr, zeros_ptr, rows, cols, row_mask, mask, n_cols, depth
-    )
+    store_rounded(x, rescale_ptr, shift_ptr, values_ptr, steps_ptr, zeros_ptr, rows, cols, row_mask, n_cols, depth)
 
 
 def round_rows(x: torch.Tensor, rescale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, depth: int) -> Rounded:
@@ -196,7 +194,7 @@ def _add_layer_norm_rounded_kernel(
     tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
     if rescale_ptr is not None:
         store_rounded(
-            out, rescale_ptr, shift_ptr, values_ptr, steps_ptr, zeros_ptr, rows, cols, row_mask, mask, n_cols, depth
+            out, rescale_ptr, shift_ptr, values_ptr, steps_ptr, zeros_ptr, rows, cols, row_mask, n_cols, depth
         )
 
 
@@ -248,9 +246,7 @@ def _bias_gelu_rounded_kernel(
     rows, cols, row_mask, mask = program_rows(n_rows, n_cols, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     y = activate(x + load_row_vector(bias_ptr, cols, n_cols), ACT)
-    store_rounded(
-        y, rescale_ptr, shift_ptr, values_ptr, steps_ptr, zeros_ptr, rows, cols, row_mask, mask, n_cols, depth
-    )
+    store_rounded(y, rescale_ptr, shift_ptr, values_ptr, steps_ptr, zeros_ptr, rows, cols, row_mask, n_cols, depth)
 
 
 def bias_gelu_rounded(

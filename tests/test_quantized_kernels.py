@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import device_of, make_inputs
 
 pytest.importorskip("triton")
-from albert_fast.kernels import _rounding
+from albert_fast.kernels import _rounding, _tuning
 from albert_fast.kernels.quantized_encoder import Matrix, quantized_product
 
 DEVICE = device_of("triton")
@@ -104,6 +105,9 @@ def test_add_layer_norm_rounded(shape, precision):
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5)
     assert nothing is None
     assert torch.equal(alone, out)
+    columns = residual.t().contiguous().t()
+    strided, _ = _rounding.add_layer_norm_rounded(x, bias, columns, weight, ln_bias, 1e-12, None, None, dtype, 0)
+    assert torch.equal(strided, out)
     if shape[1] > 1:  # of one element the norm is what rounding leaves of zero
         assert_rounded(rounded, exact * rescale.double() + shift.double(), precision)
 
@@ -133,7 +137,10 @@ def test_what_is_no_number_takes_its_row_along_and_no_other(precision, value):
     x, ones, zeros = drawn(4, 31, dtype=torch.bfloat16), torch.ones(31, device=DEVICE), torch.zeros(31, device=DEVICE)
     clean = _rounding.round_rows(x, ones, zeros, FORMATS[precision].dtype, 128)
     x[2, 5] = value
-    rounded = _rounding.round_rows(x, ones, zeros, FORMATS[precision].dtype, 128)
+    with warnings.catch_warnings():
+        # What the interpreter says where that becomes an integer, which no chip promises anything of.
+        warnings.filterwarnings("error", "invalid value encountered in cast")
+        rounded = _rounding.round_rows(x, ones, zeros, FORMATS[precision].dtype, 128)
     assert rounded.steps.isnan().tolist() == [False, False, True, False]
     others = torch.tensor([0, 1, 3], device=DEVICE)
     found, expected = rounded.take(others), clean.take(others)
@@ -149,6 +156,14 @@ def test_rows_of_zeros_and_of_steps_without_an_inverse_round_to_zero(precision, 
     rounded = _rounding.round_rows(x, ones, zeros, FORMATS[precision].dtype, 128)
     zero = 0 if rounded.zeros is None else rounded.zeros[:, None]
     assert torch.equal(rounded.steps[:, None] * (rounded.values.float() - zero), torch.zeros(2, 128, device=DEVICE))
+
+
+def test_a_row_whose_ends_and_zero_point_are_rounded_up_stays_within_its_levels():
+    # Steps of 1: the zero point -1.5 to 2, and 253.5 + 2 to 256.
+    x, ends = torch.ones(1, 2, dtype=torch.bfloat16, device=DEVICE), torch.tensor([253.5, -1.5], device=DEVICE)
+    rounded = _rounding.round_rows(x, ends, torch.zeros(2, device=DEVICE), torch.int8, 128)
+    assert rounded.steps.item() == 1
+    assert rounded.values[0, :3].tolist() == [127, -128, 2 - 128]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (70, 33, 130), (5, 200, 256), (0, 16, 16)])
@@ -172,6 +187,19 @@ def test_a_product_of_integers_is_exact(shape, precision):
         channels = quantized_product(x, matrix.channels(1, n_cols), None).cpu()
     torch.testing.assert_close(biased.float(), (expected + bias).bfloat16().float(), rtol=2**-7, atol=1e-6)
     assert torch.equal(channels, expected.bfloat16()[:, 1:])
+
+
+def test_the_tuner_is_asked_by_type_and_sizes_rows_by_powers_of_two(monkeypatch):
+    asked = []
+
+    def choose(name, key, candidates, launch):
+        asked.append((name, key(), len(candidates)))
+        return candidates[-1]
+
+    monkeypatch.setattr(_tuning, "choose", choose)
+    x = rounded_of(torch.zeros(5, 130, dtype=torch.int8), torch.ones(5), torch.zeros(5, dtype=torch.int32))
+    quantized_product(x, matrix_of(torch.zeros(33, 130, dtype=torch.int8), torch.ones(33)))
+    assert asked == [("quantized_product", "torch.int8 T8 N33 K256", 4)]
 
 
 def test_the_largest_sums_do_not_overflow():
