@@ -238,3 +238,19 @@ def test_overrides_of_the_configuration(module: ModuleType, saved: Path) -> None
         module.ALBERTModel.from_pretrained(saved, hidden_dropout=0.25)
     with pytest.raises(ValueError, match=r"model.safetensors: 'encoder.*query.*' has the shape \(48,.*expected \(96,"):
         module.ALBERTModel.from_pretrained(saved, hidden_size=96)
+
+
+def test_query_key_and_value_of_a_state_dict_are_named_one_by_one() -> None:
+    model = albert_fast.ALBERTModel(albert_fast.ALBERTConfig(**SMALL))
+    query, value = (
+        f"encoder.albert_layer_groups.0.albert_layers.0.attention.{name}.weight" for name in ("query", "value")
+    )
+    state = model.state_dict()
+    missing = {name: tensor for name, tensor in state.items() if name != value}
+    with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{value}"'):
+        model.load_state_dict(missing)
+    assert model.load_state_dict(missing, strict=False).missing_keys == [value]
+    for part in (state[query][:-1], state[query][:, :-1]):
+        with pytest.raises(RuntimeError, match=rf"size mismatch for {query}: \({len(part)}, {part.shape[1]}\)"):
+            model.load_state_dict({**state, query: part})
+    assert_same_bits(model.state_dict(), state)

@@ -137,6 +137,17 @@ def test_linear_cross_entropy():
     torch.testing.assert_close(actual.float(), exact.float(), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("far", ["rows", "columns"])
+def test_what_graphs_read(far):
+    ids, inputs = far_rows(torch.uint8), ops.GraphInputs(128, DEVICE)
+    ids.copy_(torch.randint(1, 100, ids.shape))
+    batch = ids[:, :7] if far == "rows" else ids[:, :2].t()
+    mask = torch.ones_like(batch, dtype=torch.int64)
+    inputs.write_padded(batch, batch, batch, mask, mask.sum(1), batch.numel(), (32, 8))
+    for written in inputs.views(batch.numel(), 8)[:3]:
+        assert torch.equal(written, batch.flatten().long())
+
+
 @pytest.mark.parametrize("far", range(3), ids=["q", "k", "v"])
 def test_attention(far):
     x = [torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]

@@ -308,8 +308,10 @@ def test_all_layers_in_one_call_only_where_that_computes_the_same():
         return encoder.in_one_call(torch.zeros(1, 40), "auto")
 
     assert "torch.no_grad()" in why()
+    encoder.requires_grad_(False)
+    assert why() is None
+    assert "torch.no_grad()" in encoder.in_one_call(torch.zeros(1, 40, requires_grad=True), "auto")
     with torch.no_grad():
-        assert why() is None
         assert_same(fast(ids).last_hidden_state, slow(ids).last_hidden_state)
         assert "backend='reference'" in encoder.in_one_call(torch.zeros(1, 40), "reference")
         assert "bfloat16" in encoder.in_one_call(torch.zeros(1, 40).bfloat16(), "auto")
@@ -322,6 +324,8 @@ def test_all_layers_in_one_call_only_where_that_computes_the_same():
             assert "hooks" in why()
             fast(ids)
         assert seen
+        with encoder.distinct()[3].attention.register_forward_pre_hook(lambda *_: None):
+            assert "hooks" in why()
         assert why() is None
 
         class Doubled(torch.nn.Linear):

@@ -232,6 +232,11 @@ def test_a_captured_graph_reports_what_its_replays_find(gpu):
         ):
             embed(torch.tensor([1]))
         flag.fill_(NOTHING)
+    flag.fill_(4)
+    reports.replayed(lambda code: KeyError(f"code {code}, as the replay's caller tells it"))
+    with pytest.raises(KeyError, match="code 4, as the replay's caller tells it"):
+        embed(torch.tensor([1]))
+    flag.fill_(NOTHING)
     embed(torch.tensor([1]))
 
 
@@ -290,6 +295,19 @@ def test_synchronize_waits_and_tells(gpu, monkeypatch):
         assert event.waited == 1
         albert_fast.synchronize(device)
     assert waited == [cuda] * 8
+
+
+def test_a_whole_device_is_not_waited_for_while_a_graph_is_captured(gpu, monkeypatch):
+    free: list[bool] = []
+
+    def from_another_thread(_device: torch.device) -> None:
+        thread = threading.Thread(target=lambda: free.append(ops.CAPTURE.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", from_another_thread)
+    albert_fast.synchronize("cuda:1")
+    assert free == [False], "nobody can begin a capture meanwhile"
 
 
 def test_on_a_cpu_there_is_nothing_to_wait_for():
