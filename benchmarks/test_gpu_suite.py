@@ -288,7 +288,7 @@ def rehearsal(tmp_path_factory) -> dict[str, Any]:
     """The JSON of the measuring parts and the sanitizer, as the command line runs them."""
     out = tmp_path_factory.mktemp("rehearsal")
     command = [sys.executable, gpu_suite.__file__, "--device", "cpu", "--quick", "--out", str(out), "--name", "here"]
-    command += ["--only", *MEASURED, "sanitizer", "--minutes", "4"]
+    command += ["--only", *MEASURED, "sanitizer", "--minutes", "20"]
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr + (out / "here.log").read_text()[-3000:]
