@@ -300,6 +300,13 @@ def test_nan_travels_and_stays_in_its_sequence():
     assert not actual[[0, 2]].isnan().any()
 
 
+def test_training_without_dropout_draws_no_number():
+    _, fast = pair(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    before = torch.get_rng_state()
+    fast.train()(torch.randint(0, 61, (3, 9), generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_all_layers_in_one_call_only_where_that_computes_the_same():
     slow, fast = pair(num_hidden_groups=3, inner_group_num=2)
     encoder, ids = fast.encoder, torch.randint(0, 61, (3, 9))
