@@ -350,6 +350,9 @@ def test_the_model_computes_the_same_through_it(model, monkeypatch):
     model.recompute = "activations"
     apart = results()
     assert len(calls) == 2, "what is computed again starts from the product"
+    with torch.no_grad():
+        model(ids, output_hidden_states=True)  # operator by operator
+    assert len(calls) == 4, "nothing is computed again where no gradient is asked for"
     for actual, expected in zip(fused, apart, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
