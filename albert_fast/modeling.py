@@ -23,10 +23,10 @@ from . import ops
 from .config import ALBERTConfig
 from .encoder import Embeddings, Encoder
 from .fast_model import FastModel
-from .gemm import linear
 from .graphs import Call, GraphCache
 from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, check_mask, first_tokens, pack, packed_already, select, take
+from .parts import project
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class ALBERTModel(FastModel):
                 first = blank_empty(take(hidden, first_tokens(packing, hidden.shape[0]).rows), packing)
             else:
                 first = blank_empty(hidden, packing)
-            pooled = torch.tanh(linear(first, self.pooler.weight, self.pooler.bias))
+            pooled = torch.tanh(project(self.pooler, first))
         return Encoded(
             packing, output_tokens, hidden, pooled,
             None if states is None else tuple(packing.scatter(state) for state in states),
