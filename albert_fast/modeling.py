@@ -288,13 +288,17 @@ class ALBERTModel(FastModel):
     def _check_length(self, columns: int) -> None:
         limit = self.config.max_position_embeddings
         if columns > limit:
-            raise ValueError(f"a sequence of {columns} tokens is longer than max_position_embeddings = {limit}")
+            raise ValueError(f"a sequence of {columns} tokens is longer than max_position_embeddings = {limit}: cut it")
 
 
 def exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if not isinstance(given, Tensor):
+        raise TypeError(f"expected a tensor, got {type(given).__name__}: torch.as_tensor makes one")
+    if given.is_meta:
+        raise ValueError("tensors on meta hold no ids: load the model and its input on the CPU or a GPU")
     return given
 
 
