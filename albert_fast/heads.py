@@ -74,6 +74,7 @@ class _HeadModel(FastModel):
 
     prefix = "albert."
     output_tokens = "all"
+    accepts_loss_kwargs = False  # asked by transformers' Trainer: the loss is the batch's own mean
     head: Callable[..., Any]
     takes: frozenset[str]  # what `head` names
 

@@ -401,3 +401,12 @@ def test_arguments_of_transformers_name_ours(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json in .*, where a checkpoint has it"):
         albert_fast.ALBERTModel.from_pretrained(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["ALBERTForSequenceClassification", "ALBERTForQuestionAnswering"])
+def test_transformers_trainer_passes_no_count_of_items(name):
+    # Where a forward takes any argument the Trainer adds num_items_in_batch, unless the model says that it must not.
+    for model in pair(name):
+        assert model.accepts_loss_kwargs is False
+        with pytest.raises(TypeError, match="num_items_in_batch"):
+            model(torch.zeros(1, 3, dtype=torch.long), num_items_in_batch=3)
