@@ -42,7 +42,7 @@ def find(folder: Path) -> Path:
     for name in FILES:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"no vocabulary in {folder}: looked for {', '.join(FILES)}")
+    raise FileNotFoundError(f"no vocabulary in {folder}: looked for {', '.join(FILES)}; Tokenizer.save writes one")
 
 
 def read(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

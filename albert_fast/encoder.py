@@ -17,6 +17,7 @@ from . import dispatch, ops
 from .config import ALBERTConfig
 from .gemm import linear
 from .packing import Packing, Queries, take
+from .parts import check_read, is_hooked, is_linear, product, project
 from .quantization import QuantizedLinear
 from .slices import split_columns
 
@@ -47,6 +48,9 @@ class Embeddings(nn.Module):
         backend: str,
     ) -> Tensor:
         words, norm = self.word_embeddings, self.LayerNorm
+        for name, table in self.named_children():
+            check_read(table, nn.LayerNorm if table is norm else nn.Embedding, f"embeddings.{name}")
+        check_read(projection, nn.Linear, "encoder.embedding_hidden_mapping_in")
         p, seed = _dropout(self, self.dropout_p)
         return ops.embedding_projection(
             ids, types, positions, words.weight, self.token_type_embeddings.weight, self.position_embeddings.weight,
@@ -292,8 +296,7 @@ class Layer(nn.Module):
     def is_plain(self) -> bool:
         """Whether the layer computes just what the encoder operators do: no hook, no part replaced or parametrised."""
         return all(
-            type(module) in (Layer, Attention, nn.Linear, QuantizedLinear, nn.LayerNorm)
-            and not (module._forward_hooks or module._forward_pre_hooks)
+            type(module) in (Layer, Attention, nn.Linear, QuantizedLinear, nn.LayerNorm) and not is_hooked(module)
             for module in self.modules()
         )
 
@@ -308,19 +311,18 @@ class Layer(nn.Module):
     ) -> Tensor:
         attended = self.attention(hidden, packing, queries, backend, attentions)
         if recompute_activations:
-            up = linear(attended, self.ffn.weight)
-            down = checkpoint(self._down, up, backend, use_reentrant=False, preserve_rng_state=False)
-        elif fuses_ffn(hidden.device.type):
+            up = product(self.ffn, attended)
+            down, bias = checkpoint(self._down, *up, backend, use_reentrant=False, preserve_rng_state=False)
+        elif fuses_ffn(hidden.device.type) and is_linear(self.ffn):
             middle = ops.linear_gelu(attended, self.ffn.weight, self.ffn.bias, self.act, backend=backend)
-            down = linear(middle, self.ffn_output.weight)
+            down, bias = product(self.ffn_output, middle)
         else:
-            down = self._down(linear(attended, self.ffn.weight), backend)
-        norm = self.full_layer_layer_norm
-        return _add_norm(down, self.ffn_output.bias, attended, norm, self, self.dropout_p, backend)
+            down, bias = self._down(*product(self.ffn, attended), backend)
+        return _add_norm(down, bias, attended, self.full_layer_layer_norm, self, self.dropout_p, backend)
 
-    def _down(self, up: Tensor, backend: str) -> Tensor:
-        """The FFN behind its first product, without the last bias."""
-        return linear(ops.bias_gelu(up, self.ffn.bias, self.act, backend=backend), self.ffn_output.weight)
+    def _down(self, up: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        """The FFN behind its first product, and the bias that is still to be added."""
+        return product(self.ffn_output, ops.bias_gelu(up, bias, self.act, backend=backend))
 
 
 def fuses_ffn(device_type: str) -> bool:
@@ -355,14 +357,16 @@ class Attention(nn.Module):
         backend: str,
         attentions: list[Tensor] | None = None,
     ) -> Tensor:
-        width, weight, bias = hidden.shape[1], self.qkv.weight, self.qkv.bias
+        width, residual = hidden.shape[1], hidden
         cu_seqlens_q, max_seqlen_q = packing.cu_seqlens, packing.max_seqlen
-        if queries is None:
-            residual = hidden
-            q, k, v = split_columns(linear(hidden, weight, bias), width)
-        else:
+        if queries is not None:
             residual = take(hidden, queries.rows)
             cu_seqlens_q, max_seqlen_q = queries.cu_seqlens, queries.max_seqlen
+        if queries is None or not is_linear(self.qkv):
+            q, k, v = split_columns(project(self.qkv, hidden), width)
+            q = q if queries is None else take(q, queries.rows)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
             q = linear(residual, weight[:width], bias[:width])
             k, v = split_columns(linear(hidden, weight[width:], bias[width:]), width)
         if attentions is not None:
@@ -372,15 +376,15 @@ class Attention(nn.Module):
             q, k, v, cu_seqlens_q, packing.cu_seqlens, max_seqlen_q, packing.max_seqlen, self.num_heads, self.scale, p, seed,
             order=packing.order, backend=backend,
         )  # fmt: skip
-        product = linear(context, self.dense.weight)
-        return _add_norm(product, self.dense.bias, residual, self.LayerNorm, self, self.dropout_p, backend)
+        return _add_norm(*product(self.dense, context), residual, self.LayerNorm, self, self.dropout_p, backend)
 
 
 def _add_norm(
-    product: Tensor, bias: Tensor, residual: Tensor, norm: nn.LayerNorm, module: nn.Module, dropout_p: float, backend: str
+    x: Tensor, bias: Tensor, residual: Tensor, norm: nn.LayerNorm, module: nn.Module, dropout_p: float, backend: str
 ) -> Tensor:  # fmt: skip
+    check_read(norm, nn.LayerNorm, "a layer's LayerNorm")
     p, seed = _dropout(module, dropout_p)
-    return ops.add_layer_norm(product, bias, residual, norm.weight, norm.bias, norm.eps, p, seed, backend=backend)
+    return ops.add_layer_norm(x, bias, residual, norm.weight, norm.bias, norm.eps, p, seed, backend=backend)
 
 
 def _dropout(module: nn.Module, p: float) -> tuple[float, Tensor | None]:
@@ -407,6 +411,8 @@ def _qkv_kinds(module: nn.Module) -> tuple[str, ...]:
 
 
 def _split_qkv(module: nn.Module, state: dict[str, Tensor], prefix: str, _local_metadata: Any) -> None:
+    if f"{prefix}qkv.weight" not in state:  # an adapter's or a parametrisation's names, which stay as they are
+        return
     for kind in _qkv_kinds(module):
         parts = state.pop(f"{prefix}qkv.{kind}").chunk(3)
         state.update({f"{prefix}{name}.{kind}": part for name, part in zip(_QKV, parts, strict=True)})
@@ -418,6 +424,8 @@ def _merge_qkv(
 ) -> None:  # fmt: skip
     expected: dict[str, Tensor] = {}
     module.qkv._save_to_state_dict(expected, "", False)  # type: ignore[union-attr]
+    if "weight" not in expected:
+        return
     for kind in _qkv_kinds(module):
         names = [f"{prefix}{name}.{kind}" for name in _QKV]
         current = expected[kind]

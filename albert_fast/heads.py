@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from . import ops
 from .config import ALBERTConfig
 from .fast_model import FastModel
-from .gemm import linear
 from .losses import cross_entropy, position_loss, row_loss
 from .modeling import ALBERTModel, Encoded, exactly_one
 from .outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
+from .parts import check_read, product, project
 
 
 def _classifier_dropout(config: ALBERTConfig) -> nn.Dropout:
@@ -37,16 +37,18 @@ class MLMHead(nn.Module):
             self.decoder.weight, self.decoder.bias = word_embeddings.weight, self.bias
 
     def forward(self, hidden: Tensor, backend: str) -> Tensor:
-        return linear(self.transform(hidden, backend), self.decoder.weight, self.decoder.bias)
+        return project(self.decoder, self.transform(hidden, backend))
 
     def transform(self, hidden: Tensor, backend: str) -> Tensor:
         """(N, H) -> (N, E), what the decoder takes."""
         norm = self.LayerNorm
-        x = linear(hidden, self.dense.weight)
-        return ops.gelu_layer_norm(x, self.dense.bias, norm.weight, norm.bias, norm.eps, self.act, backend=backend)
+        check_read(norm, nn.LayerNorm, "predictions.LayerNorm")
+        x, bias = product(self.dense, hidden)
+        return ops.gelu_layer_norm(x, bias, norm.weight, norm.bias, norm.eps, self.act, backend=backend)
 
     def loss(self, hidden: Tensor, labels: Tensor, backend: str) -> Tensor:
         """The cross-entropy of the scores of `hidden` (N, H) and labels (N,); the scores never stand in memory."""
+        check_read(self.decoder, nn.Linear, "predictions.decoder")
         x, decoder = self.transform(hidden, backend), self.decoder
         return ops.linear_cross_entropy(x, decoder.weight, decoder.bias, labels, backend=backend)
 
@@ -72,6 +74,7 @@ class _HeadModel(FastModel):
 
     prefix = "albert."
     output_tokens = "all"
+    accepts_loss_kwargs = False  # asked by transformers' Trainer: the loss is the batch's own mean
     head: Callable[..., Any]
     takes: frozenset[str]  # what `head` names
 

@@ -23,10 +23,10 @@ from . import ops
 from .config import ALBERTConfig
 from .encoder import Embeddings, Encoder
 from .fast_model import FastModel
-from .gemm import linear
 from .graphs import Call, GraphCache
 from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, check_mask, first_tokens, pack, packed_already, select, take
+from .parts import project
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class ALBERTModel(FastModel):
                 first = blank_empty(take(hidden, first_tokens(packing, hidden.shape[0]).rows), packing)
             else:
                 first = blank_empty(hidden, packing)
-            pooled = torch.tanh(linear(first, self.pooler.weight, self.pooler.bias))
+            pooled = torch.tanh(project(self.pooler, first))
         return Encoded(
             packing, output_tokens, hidden, pooled,
             None if states is None else tuple(packing.scatter(state) for state in states),
@@ -288,13 +288,17 @@ class ALBERTModel(FastModel):
     def _check_length(self, columns: int) -> None:
         limit = self.config.max_position_embeddings
         if columns > limit:
-            raise ValueError(f"a sequence of {columns} tokens is longer than max_position_embeddings = {limit}")
+            raise ValueError(f"a sequence of {columns} tokens is longer than max_position_embeddings = {limit}: cut it")
 
 
 def exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None or (input_ids is not None and inputs_embeds is not None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if not isinstance(given, Tensor):
+        raise TypeError(f"expected a tensor, got {type(given).__name__}: torch.as_tensor makes one")
+    if given.is_meta:
+        raise ValueError("tensors on meta hold no ids: load the model and its input on the CPU or a GPU")
     return given
 
 

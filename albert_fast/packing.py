@@ -117,7 +117,9 @@ register("select_rows(Tensor flags, Tensor cu_seqlens) -> (Tensor, Tensor)", _se
 
 
 def check_mask(shape: tuple[int, int], attention_mask: Tensor) -> None:
-    """ValueError for a mask of another shape than (B, S), or one with negative elements."""
+    """ValueError for a mask of another shape than (B, S), or one with negative elements; TypeError for no tensor."""
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != shape:
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit the batch of {tuple(shape)}")
     if attention_mask.is_floating_point() and not torch.compiler.is_compiling() and bool((attention_mask < 0).any()):
@@ -155,7 +157,7 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
         longer than max_seqlen.
     """
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}: cu_seqlens.int() is that")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens must have the shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     if not torch.compiler.is_compiling():

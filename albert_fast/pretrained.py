@@ -16,6 +16,15 @@ from .config import ALBERTConfig
 from .weights import config_path, load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What transformers' from_pretrained takes under another name, or not at all.
+_ELSEWHERE = {
+    "dtype": "take precision='bf16' or the like",
+    "torch_dtype": "take precision='bf16' or the like",
+    "device_map": "take device='cuda'",
+    "attn_implementation": "take backend='reference' for plain attention",
+    "output_attentions": "it is an argument of forward",
+    "output_hidden_states": "it is an argument of forward",
+}
 # How config.json names checkpoints with integer layers, which only this library reads.
 QUANT_METHOD = "albert_fast"
 _QUANTIZED: dict[str, dict[str, Any]] = {
@@ -70,6 +79,11 @@ class PretrainedMixin(nn.Module):
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
+        if not isinstance(config, ALBERTConfig):
+            kind = type(config).__name__
+            raise TypeError(
+                f"config must be an ALBERTConfig, got {kind}: ALBERTConfig.from_dict(config.to_dict()) is one"
+            )
         self.config = config
 
     def init_weights(self) -> None:
@@ -139,10 +153,16 @@ class PretrainedMixin(nn.Module):
         """
         cls.check_backend(backend, precision)
         dispatch.check_device(device)
+        for name in config_overrides.keys() & _ELSEWHERE:
+            raise TypeError(f"from_pretrained takes no {name!r}: {_ELSEWHERE[name]}")
         if calibration is not None and precision not in _QUANTIZED:
             raise ValueError(f"calibration is for precision='int8', 'int16' and 'fp8', not for {precision!r}")
         path = resolve(path_or_hub_id)
         config_file = config_path(path if path.is_dir() else path.parent)
+        if not config_file.is_file():
+            raise FileNotFoundError(
+                f"{path}: no config.json in {config_file.parent.resolve()}, where a checkpoint has it"
+            )
         config = ALBERTConfig.from_json_file(config_file).replace(**config_overrides)
         held = _quantized(config, config_file)
         if held is not None and precision != held:

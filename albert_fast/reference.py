@@ -288,6 +288,7 @@ class HeadModel(PretrainedMixin):
     forward: ALBERTModel's arguments and the task's labels. Labels of -100 are ignored, a mean over no label is 0.
     """
 
+    accepts_loss_kwargs = False  # asked by transformers' Trainer: the loss is the batch's own mean
     head: Callable[..., Any]
 
     def __init__(self, config: ALBERTConfig, add_pooling_layer: bool) -> None:

@@ -387,3 +387,37 @@ def test_a_classifier_takes_no_output_tokens():
     _, fast = pair("ALBERTForSequenceClassification")
     with pytest.raises(ValueError, match="output_tokens"):
         fast(torch.zeros(1, 2, dtype=torch.long), output_tokens=torch.ones(1, 2) > 0)
+
+
+def test_what_is_no_tensor_or_config_is_named_with_a_remedy():
+    _, fast = pair("ALBERTModel")
+    ids = torch.randint(0, 61, (2, 5))
+    for wrong in (ids.tolist(), ids.numpy(), "A film."):
+        with pytest.raises(TypeError, match=rf"got {type(wrong).__name__}: torch\.as_tensor"):
+            fast(wrong)
+    with pytest.raises(TypeError, match="attention_mask must be a tensor, got list"):
+        fast(ids, ids.tolist())
+    with pytest.raises(ValueError, match="tensors on meta hold no ids"):
+        fast.to("meta")(ids.to("meta"))
+    with pytest.raises(TypeError, match=r"got dict: ALBERTConfig\.from_dict"):
+        albert_fast.ALBERTModel(fast.config.to_dict())
+
+
+def test_arguments_of_transformers_name_ours(tmp_path):
+    _, fast = pair("ALBERTModel")
+    fast.save_pretrained(tmp_path)
+    for name, ours in (("torch_dtype", "precision='bf16'"), ("device_map", "device='cuda'")):
+        with pytest.raises(TypeError, match=f"from_pretrained takes no '{name}': take {ours}"):
+            albert_fast.ALBERTModel.from_pretrained(tmp_path, **{name: "auto"})
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in .*, where a checkpoint has it"):
+        albert_fast.ALBERTModel.from_pretrained(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["ALBERTForSequenceClassification", "ALBERTForQuestionAnswering"])
+def test_transformers_trainer_passes_no_count_of_items(name):
+    # Where a forward takes any argument the Trainer adds num_items_in_batch, unless the model says that it must not.
+    for model in pair(name):
+        assert model.accepts_loss_kwargs is False
+        with pytest.raises(TypeError, match="num_items_in_batch"):
+            model(torch.zeros(1, 3, dtype=torch.long), num_items_in_batch=3)

@@ -83,7 +83,9 @@ def fit(
         raise ValueError("config is for a new model, init_from for one that has its sizes; give one of them")
     folder = Path(output_dir)
     if not resume and any((folder / name).exists() for name in (STATE_NAME, "model.safetensors")):
-        raise FileExistsError(f"{folder} holds a model or an unfinished run; resume it or choose another folder")
+        raise FileExistsError(
+            f"{folder} holds a model or an unfinished run; resume it (--resume, resume=True) or choose another"
+        )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     examples = read_examples(train_file, label_names=label_names, **columns)

@@ -1,0 +1,170 @@
+"""What a user puts in a Linear's place is computed: adapters, other forwards, hooks; what cannot be is refused."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel
+from albert_fast.parts import check_read
+
+CONFIG = ALBERTConfig(
+    vocab_size=61, embedding_size=12, hidden_size=40, num_attention_heads=5, intermediate_size=56, num_hidden_layers=3
+)
+LAYER = "encoder.albert_layer_groups.0.albert_layers.0."
+LINEARS = [LAYER + name for name in ("attention.qkv", "attention.dense", "ffn", "ffn_output")] + ["pooler"]
+
+
+class Adapter(nn.Module):
+    """x W' + b + x A' B', as peft's LoRA layer does it: the names of the Linear inside pass through."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.a = nn.Linear(base.in_features, 3, bias=False)
+        self.b = nn.Linear(3, base.out_features, bias=False)
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.b(self.a(x))
+
+    def merged(self) -> nn.Linear:
+        base = copy.deepcopy(self.base_layer)
+        base.weight.data += self.b.weight @ self.a.weight
+        return base
+
+
+def put(model: nn.Module, name: str, part: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, part)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ALBERTModel(CONFIG).eval()
+
+
+@pytest.fixture
+def batch():
+    ids, mask = torch.randint(0, 61, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "activations"])
+@pytest.mark.parametrize("tokens", ["all", "first"])
+@pytest.mark.parametrize("name", LINEARS)
+def test_an_adapter_computes_as_when_merged(model, batch, name, tokens, recompute):
+    adapter = Adapter(model.get_submodule(name))
+    merged = copy.deepcopy(model)
+    put(model, name, adapter)
+    put(merged, name, adapter.merged())
+    model.recompute = recompute
+    expected = merged(*batch, output_tokens=tokens).pooler_output
+    got = model(*batch, output_tokens=tokens).pooler_output
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(*batch, output_tokens=tokens).pooler_output, expected, rtol=1e-5, atol=1e-5)
+    got.sum().backward()
+    assert adapter.a.weight.grad.abs().max() > 0
+    assert adapter.b.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("change", ["adapter", "parametrisation"])
+def test_the_state_of_a_changed_qkv_comes_back(model, batch, change):
+    qkv = model.get_submodule(LINEARS[0])
+    if change == "adapter":
+        put(model, LINEARS[0], Adapter(qkv))
+    else:
+        parametrize.register_parametrization(qkv, "weight", nn.ReLU())
+    other = copy.deepcopy(model)
+    nn.init.zeros_(next(other.get_submodule(LINEARS[0]).parameters()))
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(*batch).last_hidden_state, model(*batch).last_hidden_state)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", LINEARS)
+def test_hooks_of_a_linear_run_and_are_heard(model, batch, name, grad):
+    with torch.set_grad_enabled(grad):
+        plain = model(*batch).pooler_output
+        with model.get_submodule(name).register_forward_hook(lambda _module, _given, out: 2 * out):
+            assert not torch.allclose(model(*batch).pooler_output, plain)
+        assert torch.equal(model(*batch).pooler_output, plain)
+
+
+def test_a_forward_set_on_the_linear_is_called(model, batch):
+    with torch.no_grad():
+        plain = model(*batch).pooler_output
+        ffn = model.get_submodule(LAYER + "ffn")
+        ffn.forward = lambda x: 2 * nn.Linear.forward(ffn, x)
+        assert not torch.allclose(model(*batch).pooler_output, plain)
+
+
+def test_a_pruned_weight_follows_its_training(model, batch):
+    dense, ffn = copy.deepcopy(model), model.get_submodule(LAYER + "ffn")
+    prune.l1_unstructured(ffn, "weight", amount=0.5)
+    for _ in range(2):  # its hook makes the weight anew before each call
+        model(*batch).pooler_output.sum().backward()
+        with torch.no_grad():
+            ffn.weight_orig += 0.1
+    dense.get_submodule(LAYER + "ffn").weight.data = (ffn.weight_orig * ffn.weight_mask).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(*batch).pooler_output, dense(*batch).pooler_output, rtol=1e-5, atol=1e-5)
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "name", ["embeddings.LayerNorm", LAYER + "full_layer_layer_norm", LAYER + "attention.LayerNorm"]
+)
+def test_a_replaced_norm_is_refused(model, batch, name):
+    put(model, name, Doubled(model.get_submodule(name).normalized_shape))
+    with pytest.raises(RuntimeError, match=r"LayerNorm was replaced by Doubled.*albert_fast\.reference"):
+        model(*batch)
+
+
+def test_a_replaced_projection_or_decoder_is_refused(batch):
+    model = ALBERTForMaskedLM(CONFIG).eval()
+    model.predictions.decoder = Adapter(model.predictions.decoder)
+    assert model(*batch).logits.shape == (3, 7, 61)
+    with pytest.raises(RuntimeError, match=r"predictions\.decoder was replaced by Adapter"):
+        model(*batch, labels=batch[0], output_logits=False)
+    encoder = model.albert.encoder
+    encoder.embedding_hidden_mapping_in = Adapter(encoder.embedding_hidden_mapping_in)
+    with pytest.raises(RuntimeError, match="embedding_hidden_mapping_in was replaced by Adapter"):
+        model(*batch)
+
+
+def test_hooks_that_cannot_run_are_warned_of_once():
+    norm = nn.LayerNorm(4)
+    norm.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="hooks on a norm of this test do not run"):
+        check_read(norm, nn.LayerNorm, "a norm of this test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_read(norm, nn.LayerNorm, "a norm of this test")
+
+
+def test_an_adapter_is_compiled_too(model, batch):
+    put(model, LAYER + "ffn", Adapter(model.get_submodule(LAYER + "ffn")))
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*batch).pooler_output
+        torch.testing.assert_close(compiled, model(*batch).pooler_output, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_around_the_classifier_computes(batch):
+    model = ALBERTForSequenceClassification(CONFIG).eval()
+    plain = model(*batch).logits
+    model.classifier = Adapter(model.classifier)
+    assert not torch.allclose(model(*batch).logits, plain)
