@@ -6,6 +6,7 @@
 // fragment layouts of the PTX manual. Blocks run one after another.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -75,8 +76,10 @@ struct Copy {
     int valid;
 };
 struct Fiber {
-    ucontext_t context;
     std::unique_ptr<char[]> stack;
+    ucontext_t start;
+    jmp_buf barrier;  // where it waits, once it has started: swapcontext would make a system call at every barrier
+    bool started = false;
     dim3 thread;
     Waiting waiting = Waiting::kNot;
     std::vector<std::vector<Copy>> copies{1};  // the last group is still open
@@ -86,7 +89,7 @@ constexpr int kWarp = 32;
 constexpr std::size_t kStackBytes = 256 * 1024;
 inline std::vector<Fiber> fibers;
 inline Fiber* current = nullptr;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;
 inline const char* failure = nullptr;
 inline std::uint64_t warp_slots[1024][8];  // what each thread offers its warp
@@ -99,19 +102,33 @@ struct Device {
 };
 inline Device device;
 
+// What the emulation leaves out, so that a test can see that it would be noticed.
+enum class Omitted { kNothing, kBarriers, kWaiting };
+inline Omitted omitted = Omitted::kNothing;
+
 inline void fail(const char* message) {
     if (failure == nullptr) failure = message;
 }
 
 inline void wait(Waiting where) {
     current->waiting = where;
-    Fiber* self = current;
-    swapcontext(&self->context, &scheduler);
+    if (_setjmp(current->barrier) == 0) _longjmp(scheduler, 1);
 }
 
 inline void enter() {
     body();
     current->waiting = Waiting::kDone;
+    _longjmp(scheduler, 1);
+}
+
+// Runs one thread up to its next barrier.
+inline __attribute__((noinline)) void run_thread(Fiber& fiber) {
+    if (_setjmp(scheduler) != 0) return;
+    current = &fiber;
+    threadIdx = fiber.thread;
+    if (fiber.started) _longjmp(fiber.barrier, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
 }
 
 // Lets those go on whose barrier is complete; false if nobody can.
@@ -133,14 +150,17 @@ inline bool release() {
 
 inline void run_block(unsigned threads) {
     std::memset(albert_fast::cuda::shared_memory, 0xFF, sizeof albert_fast::cuda::shared_memory);
-    fibers = std::vector<Fiber>(threads);
+    fibers.resize(threads);
     for (unsigned i = 0; i < threads; ++i) {
-        fibers[i].thread = dim3(i, 0, 0);
-        fibers[i].stack.reset(new char[kStackBytes]);
-        getcontext(&fibers[i].context);
-        fibers[i].context.uc_stack = {fibers[i].stack.get(), 0, kStackBytes};
-        fibers[i].context.uc_link = &scheduler;
-        makecontext(&fibers[i].context, enter, 0);
+        Fiber fiber;
+        fiber.thread = dim3(i, 0, 0);
+        fiber.stack = std::move(fibers[i].stack);  // of the block before
+        if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
+        getcontext(&fiber.start);
+        fiber.start.uc_stack = {fiber.stack.get(), 0, kStackBytes};
+        fiber.start.uc_link = nullptr;
+        fibers[i] = std::move(fiber);
+        makecontext(&fibers[i].start, enter, 0);
     }
     std::vector<unsigned> order(threads);
     std::iota(order.begin(), order.end(), 0u);
@@ -149,10 +169,7 @@ inline void run_block(unsigned threads) {
     do {
         if (device.order == 2) std::shuffle(order.begin(), order.end(), random);
         for (const unsigned i : order) {
-            if (fibers[i].waiting != Waiting::kNot) continue;
-            current = &fibers[i];
-            threadIdx = current->thread;
-            swapcontext(&scheduler, &current->context);
+            if (fibers[i].waiting == Waiting::kNot) run_thread(fibers[i]);
         }
     } while (failure == nullptr && release());
     for (const Fiber& fiber : fibers) {
@@ -173,9 +190,7 @@ inline std::uint64_t* slot(int of_lane) { return warp_slots[threadIdx.x / kWarp 
 }  // namespace emulation
 
 inline void __syncthreads() {
-#if !defined(EMULATE_WITHOUT_BARRIERS)
-    emulation::wait(emulation::Waiting::kBlock);
-#endif
+    if (emulation::omitted != emulation::Omitted::kBarriers) emulation::wait(emulation::Waiting::kBlock);
 }
 inline void __syncwarp() { emulation::wait(emulation::Waiting::kWarp); }
 
@@ -220,12 +235,11 @@ inline void commit_copies() { emulation::current->copies.emplace_back(); }
 template <int kPending>
 void wait_for_copies() {
     auto& copies = emulation::current->copies;
-#if !defined(EMULATE_WITHOUT_WAITING)
+    if (emulation::omitted == emulation::Omitted::kWaiting) return;
     while (copies.size() > kPending + 1) {
         emulation::arrive(copies.front());
         copies.erase(copies.begin());
     }
-#endif
 }
 
 inline void load_matrices(std::uint32_t (&words)[4], const void* shared) {
@@ -312,6 +326,10 @@ extern "C" inline __attribute__((used, visibility("default"))) void emulate_devi
     emulation::device.multiprocessors = multiprocessors;
     emulation::device.shared_bytes = shared_bytes;
     emulation::device.order = order;
+}
+// 0 for nothing, else a place in `Omitted`; until it is called again.
+extern "C" inline __attribute__((used, visibility("default"))) void emulate_without(int what) {
+    emulation::omitted = static_cast<emulation::Omitted>(what);
 }
 // (blocks of tokens, blocks of columns, bytes of shared memory) of the last launch.
 extern "C" inline __attribute__((used, visibility("default"))) void emulated_launch(std::int64_t* found) {

@@ -169,10 +169,10 @@ def test_misshapen_weights_are_named():
 
 # Several tiles of rows, sequences that share a tile of queries, a split inner dimension; heads of 16, 26, 128 and 7.
 KERNEL_SHAPES = [
-    ((40, 0, 3, 29), 32, 2, 400, 1, 2),
+    ((40, 0, 3, 24), 32, 2, 328, 1, 2),
     ((5, 1, 1, 30), 52, 2, 64, 1, 1),
     ((18,), 128, 1, 48, 1, 1),
-    ((2, 0, 9), 35, 5, 801, 2, 2),
+    ((2, 0, 9), 35, 5, 645, 2, 2),
 ]
 
 

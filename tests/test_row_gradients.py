@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from albert_fast.testing import ALL_CASES, assert_close_calibrated, poison_empty
-from albert_fast.testing.parity import DTYPES, check_backward, make_inputs
+from albert_fast.testing.parity import DTYPES, check_backward, device_of, make_inputs
 
 common = pytest.importorskip("albert_fast.kernels._common", reason="triton is not installed")
 
@@ -33,10 +33,18 @@ def drawn(op, shape, dtype=torch.float32):
     return inputs, torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
-@EVERY
-def test_several_thousand_narrow_rows(op):
+def test_several_thousand_narrow_rows():
     """More than 256 programs, so that the sums of their sums take a second step."""
-    check_backward(ALL_CASES[op], (2203, 17), OPTIONS[op], torch.float32, "triton")
+    check_backward(ALL_CASES["gelu_layer_norm"], (2203, 17), OPTIONS["gelu_layer_norm"], torch.float32, "triton")
+
+
+@pytest.mark.parametrize("n_sums", [1, 2, 3])
+@pytest.mark.parametrize("n_partials", [1, 255, 256, 257, 513])
+def test_the_sums_of_any_number_of_programs_are_added(n_partials, n_sums):
+    partials = torch.randn(n_partials, n_sums, 67, device=device_of("triton"))
+    with poison_empty():
+        found = torch.stack(common.column_sums(partials, torch.float32))
+    torch.testing.assert_close(found.double(), partials.double().sum(0), atol=1e-4, rtol=0)
 
 
 @EVERY
