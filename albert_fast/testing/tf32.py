@@ -1,4 +1,4 @@
-"""TF32 in tests: torch asked for it, and what torch's own products would then be on a GPU, where a test runs on a CPU."""
+"""TF32 in tests: torch asked for it, and torch's own products made of factors that are cut as tensor cores cut them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def cut_to_tf32(x: Tensor) -> Tensor:
 
 
 class TF32Products(TorchDispatchMode):
-    """Inside, torch's float32 products on a CPU, in a backward too, cut their factors to TF32: the yardstick of a kernel's
-    errors there. On a GPU cuBLAS does, where it is asked to."""
+    """Inside, torch's float32 products, in a backward too, have their factors cut: the yardstick of a kernel's errors.
+
+    On a GPU also: nobody says whether cuBLAS cuts or rounds, which errs half as much; what is cut already it leaves.
+    """
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
             added = len(args) - 2  # what addmm and baddbmm add to the product is no factor
-            factors = (cut_to_tf32(x) if x.dtype == torch.float32 and x.is_cpu else x for x in args[added:])
+            factors = (cut_to_tf32(x) if x.dtype == torch.float32 else x for x in args[added:])
             args = (*args[:added], *factors)
         return func(*args, **(kwargs or {}))
