@@ -6,7 +6,8 @@ such rows as memory came, NaN or not, and nobody reads them: no other operator l
 
 Graphs are captured when a bucket is met for the second time, or ahead by `model.warmup`, share one pool of memory, and are
 replayed one after another, whichever streams and threads the calls come from. Weights may change in place; a model that was
-moved or converted captures anew. Settings of torch (how float32 multiplies, say) are those of the capture.
+moved or converted captures anew. A bucket is of one way to multiply float32, exactly or as TF32: who asks torch for the
+other meets other buckets. Further settings of torch are those of the capture.
 
 A call starts one kernel that writes ids, types, positions and lengths where all graphs read them (`ops.GraphInputs`), the
 graph, the copy of its report of bad ids, and a copy of hidden states and of pooled ones where there are any: four or five
@@ -21,7 +22,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -59,6 +60,7 @@ class Bucket:
     max_seqlen: int
     output_tokens: str
     backend: str = "auto"
+    tf32: bool = field(default_factory=ops.tf32_asked_for)  # how float32 multiplies, in cuBLAS and in our kernels
 
     @classmethod
     def of(cls, tokens: int, sequences: int, max_seqlen: int, output_tokens: str, backend: str = "auto") -> Bucket:

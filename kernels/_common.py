@@ -96,12 +96,21 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def product(a, b, acc):
-    """a @ b + acc with float32 sums."""
+def product(a, b, acc, TF32: tl.constexpr):
+    """a @ b + acc with float32 sums; float32 operands are multiplied exactly, or on tensor cores if TF32."""
     if INTERPRETED:
         # The interpreter keeps bfloat16 as bare bits and would multiply those.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        if TF32:
+            a, b = _cut_to_tf32(a), _cut_to_tf32(b)
+    precision: tl.constexpr = "tf32" if TF32 else "ieee"
+    return tl.dot(a, b, acc, input_precision=precision)
+
+
+@triton.jit
+def _cut_to_tf32(x):
+    """What a tensor core reads of float32 `x`: it is handed all bits and ignores the lower 13 of the mantissa."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -95,6 +95,7 @@ def product_phase(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCKS: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """out = act(LayerNorm(z) weight^T + bias), or x weight^T + bias + LayerNorm(z) with the statistics of its rows."""
     dtype = out_ptr.dtype.element_ty
@@ -126,7 +127,7 @@ def product_phase(
                 z = tl.load(z_ptr + z_rows[:, None] * depth + inner[None, :], mask=mask, other=0.0)
                 a = _normalised(z, mean, rstd, norm_weight_ptr, norm_bias_ptr, inner, depth, is_sum)
                 a = round_to(a, dtype)
-            acc = product(a, tl.trans(b), acc)
+            acc = product(a, tl.trans(b), acc, TF32)
 
         is_last = splits == 1
         if splits > 1:
@@ -180,6 +181,7 @@ def attention_phase(
     CHUNK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    TF32: tl.constexpr,
 ):
     """context = attention(qkv), a head of BLOCK_Q queries at a time, which may belong to several sequences."""
     dims = tl.arange(0, BLOCK_D)
@@ -216,7 +218,7 @@ def attention_phase(
                 new_acc, new_max, new_sum = _attend(
                     acc, row_max, row_sum, q, q_rows, k_base, k_base + width, 3 * width, 3 * width, first_key, n_keys, rows,
                     n_rows, scale_log2, rows, 0, 0, 0, 1.0,
-                    True, False, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_S, CHUNK_D,
+                    True, False, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_S, CHUNK_D, TF32,
                 )  # fmt: skip
                 acc = tl.where(here[:, None], new_acc, acc)
                 row_max = tl.where(here, new_max, row_max)

@@ -4,8 +4,8 @@ A program computes BLOCK_M rows by BLOCK_N columns of the product of x (T, K) an
 that neither is transposed in memory. Rows behind the last one are read as the last one again: no mask stands in the
 walk but where K is no multiple of BLOCK_K, and whoever stores the tile masks it.
 
-bfloat16, float16 and float32 give float32 sums (float32 products are exact ones, never TF32), int8 gives int32 sums and
-float8 e4m3 float32 sums. Every element is summed by one program, in an order that follows from BLOCK_K alone.
+bfloat16, float16 and float32 give float32 sums (float32 products are exact, or TF32 where that is asked for), int8 gives
+int32 sums and float8 e4m3 float32 sums. Every element is summed by one program, in an order that follows from BLOCK_K alone.
 
 The operands come by asynchronous copies of words of 16 bytes (cp.async); `in_words` copies the rare rows that do not
 begin at one. The copy engine of newer chips (TMA) would need this path beside its own, for older ones, and has little
@@ -29,29 +29,31 @@ _MULTIPROCESSORS = 132
 # tile multiplies faster and leaves the tensor cores idle in its epilogue: a candidate of the tuner, and no first guess.
 _LARGEST_GUESS = 128 * 128
 
-# Type of the operands -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small: a larger tile reads
+# Type of the operands, or "tf32" -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small: a larger tile reads
 # less, (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) elements a multiplication, a smaller one fills more multiprocessors.
 # None spills on sm_80, sm_90 or sm_100 with an epilogue that goes by `halves`.
 _BYTES = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4))
 _HALVES = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
-_TILES = {
+_TILES: dict[torch.dtype | str, tuple[tuple[int, ...], ...]] = {
     torch.int8: ((128, 256, 64, 8, 4), *_BYTES),
     # In the large tile the second set of sums that `accumulate` keeps would spill.
     torch.float8_e4m3fn: _BYTES,
     torch.bfloat16: _HALVES,
     torch.float16: _HALVES,
-    # A float32 product runs on plain FMA, with its operands in registers: hence short steps along K.
+    # Steps of as many bytes as in 16 bits; behind the large tile of those, stores of twice the bytes would spill.
+    "tf32": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4)),
+    # An exact float32 product runs on plain FMA, with its operands in registers: hence short steps along K.
     torch.float32: ((128, 128, 16, 8, 3), (64, 64, 16, 8, 3), (32, 32, 16, 4, 3)),
 }
 
 
-def matmul_tiles(n_rows: int, n_cols: int, dtype: torch.dtype) -> list[dict[str, int]]:
+def matmul_tiles(n_rows: int, n_cols: int, dtype: torch.dtype, tf32: bool = False) -> list[dict[str, int]]:
     """Tile sizes and launch options for (n_rows, n_cols) products of such operands, as keywords, best guess first.
 
     The guess is the largest tile, up to 128 x 128, that still gives every multiprocessor one; its neighbours follow.
     """
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    tiles = [dict(zip(names, sizes, strict=True)) for sizes in _TILES[dtype]]
+    tiles = [dict(zip(names, sizes, strict=True)) for sizes in _TILES["tf32" if tf32 else dtype]]
     guesses = [
         number
         for number, tile in enumerate(tiles)
@@ -109,6 +111,7 @@ def tile_product(
     stride_x_row,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
+    TF32: tl.constexpr = False,  # whether float32 is multiplied so
 ):
     """The tile's sums (BLOCK_M, BLOCK_N), float32 or int32; beyond T and N, numbers without a meaning."""
     # Said so that the compiler knows: rows are of whole words.
@@ -128,14 +131,14 @@ def tile_product(
             inside = first + inner < n_inner
             x = tl.load(x_at, mask=inside[None, :], other=0.0)
             weight = tl.load(weight_at, mask=inside[:, None], other=0.0)
-        acc = accumulate(x, weight, acc)
+        acc = accumulate(x, weight, acc, TF32)
         x_at += BLOCK_K
         weight_at += BLOCK_K
     return acc
 
 
 @triton.jit
-def accumulate(a, b, acc):
+def accumulate(a, b, acc, TF32: tl.constexpr):
     """a (M, K) @ b (K, N) + acc: int32 sums of int8, float32 sums of all else."""
     if a.dtype == tl.int8:
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
@@ -143,7 +146,7 @@ def accumulate(a, b, acc):
         # Hopper's tensor cores keep 14 bits of a float8 product's sums: they are moved to float32 after every step.
         acc = tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
     else:
-        acc = product(a, b, acc)
+        acc = product(a, b, acc, TF32)
     return acc
 
 

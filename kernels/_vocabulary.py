@@ -15,28 +15,34 @@ UNIT = tl.constexpr(32768.0)
 # The vocabulary is split until so many programs run, but into shares of no fewer words. Fixed numbers and not the
 # chip's: they decide the order of the sums.
 _PROGRAMS, _MIN_WORDS = 512, 1024
-# (Bytes an element, whether all columns are multiplied at once) -> (owned rows or words, walked words or rows, columns
+# (Bytes an element or "tf32", whether all columns are multiplied at once) -> (owned rows or words, walked words or rows, columns
 # multiplied at a time, num_warps, num_stages). Bounded by registers: no spill on any of sm_80, sm_90, sm_100.
-# A float32 product runs on plain FMA, with all its operands in registers: hence small tiles and chunks.
-_TILES = {(2, True): (128, 64, 128, 8, 3), (2, False): (64, 64, 64, 4, 2), (4, False): (32, 32, 16, 8, 1)}
+# An exact float32 product runs on plain FMA, with all its operands in registers: hence small tiles and chunks.
+_TILES: dict[tuple[int | str, bool], tuple[int, ...]] = {
+    (2, True): (128, 64, 128, 8, 3),
+    (2, False): (64, 64, 64, 4, 2),
+    (4, False): (32, 32, 16, 8, 1),
+    ("tf32", True): (64, 64, 128, 8, 2),
+    ("tf32", False): (64, 64, 32, 8, 2),
+}
 _MAX_OUT = 128
 
 
-def linear_cross_entropy_tiles(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options of the kernels that multiply, as keywords.
+def linear_cross_entropy_tiles(width: int, dtype: torch.dtype, tf32: bool = False) -> dict[str, int]:
+    """Tile sizes and launch options of the kernels that multiply, as keywords; tf32: whether float32 is multiplied so.
 
     Raises:
         ValueError: more than 1024 columns.
     """
     if width > MAX_WIDTH:
         raise ValueError(f"linear_cross_entropy: {width} columns; the Triton kernels take up to {MAX_WIDTH}")
-    at_once = dtype.itemsize == 2 and width <= _MAX_OUT
-    owned, walked, chunk, num_warps, num_stages = _TILES[dtype.itemsize, at_once]
+    at_once = (tf32 or dtype.itemsize == 2) and width <= _MAX_OUT
+    owned, walked, chunk, num_warps, num_stages = _TILES["tf32" if tf32 else dtype.itemsize, at_once]
     block_e = max(16, triton.next_power_of_2(width))
     # Told no limit, ptxas spills a few registers of this width to fit one program more.
-    limit = {"maxnreg": 128 if dtype.itemsize == 4 else 255} if block_e == 64 else {}
+    limit = {"maxnreg": 128 if dtype.itemsize == 4 else 255} if block_e == 64 and not tf32 else {}
     return {
-        "BLOCK_M": owned, "BLOCK_N": walked, "BLOCK_E": block_e, "CHUNK_E": min(chunk, block_e),
+        "TF32": tf32, "BLOCK_M": owned, "BLOCK_N": walked, "BLOCK_E": block_e, "CHUNK_E": min(chunk, block_e),
         "BLOCK_O": min(_MAX_OUT, block_e), "num_warps": num_warps, "num_stages": num_stages, **limit,
     }  # fmt: skip
 
@@ -77,20 +83,20 @@ def load_owned(rows, mask, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK_E: 
 @triton.jit
 def multiply(
     owned, own_rows, own_mask, walk_rows, walk_mask, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK_E: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """(products (BLOCK_M, BLOCK_N) of owned rows and walked rows, the walked rows as loaded)."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     walked = walk_rows
     if CHUNK_E == BLOCK_E:
         walked = load_tile(walk_rows, walk_mask, tl.arange(0, BLOCK_E), WIDTH, BLOCK_E)
-        acc = product(owned, tl.trans(walked), acc)
+        acc = product(owned, tl.trans(walked), acc, TF32)
     else:
         for first_col in range(0, BLOCK_E, CHUNK_E):
             cols = first_col + tl.arange(0, CHUNK_E)
             a = load_tile(own_rows, own_mask, cols, WIDTH, BLOCK_E)
             b = load_tile(walk_rows, walk_mask, cols, WIDTH, BLOCK_E)
-            acc = product(a, tl.trans(b), acc)
+            acc = product(a, tl.trans(b), acc, TF32)
     return acc, walked
 
 

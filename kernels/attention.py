@@ -7,82 +7,18 @@ maximum and sum of each row in float32 (Milakov & Gimelshein 2018). Scores never
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
+from ._attention_tiles import attention_tiles, choice_key
 from ._common import COMPILER_OPTIONS, dropout_arguments, dropout_keep, product, round_to
+from ._precision import multiplies_tf32
 from ._tuning import Tiles
 
-TileRow = tuple[int, int, int, int, int]
-MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
-
-# Longest query range -> BLOCK_M: the last layer often asks for one token a sequence only.
-FEW_QUERIES, _SOME_QUERIES = 16, 64
-# (bytes an element, padded head size) -> candidates (BLOCK_M, BLOCK_N, CHUNK_D, num_warps, num_stages) for long query
-# ranges, the default first: the largest tile of queries, since keys and values are read once for each.
-# Bounded by registers (no spill on any of sm_80, sm_90, sm_100, under Triton 3.6 or 3.7, dropout included) and by the
-# 163 KiB of shared memory of sm_80. A float32 product runs on plain FMA, with all its operands in registers: hence small
-# tiles and chunks.
-_TILES = {
-    (2, 16): ((128, 32, 16, 8, 3),),
-    (2, 32): ((64, 64, 32, 4, 3),),
-    (2, 64): ((128, 64, 64, 8, 3), (128, 128, 64, 8, 2), (64, 64, 64, 4, 3)),
-    (2, 128): ((128, 64, 64, 8, 3), (64, 64, 64, 4, 2)),
-    (2, 256): ((64, 16, 64, 8, 2),),
-    (4, 16): ((64, 32, 16, 4, 1),),
-    (4, 32): ((64, 16, 16, 8, 1),),
-    (4, 64): ((64, 16, 16, 8, 1), (64, 32, 16, 8, 1)),
-    (4, 128): ((32, 32, 16, 4, 1),),
-    (4, 256): ((16, 32, 16, 4, 1),),
-}
-# The one that holds too much for a mask beside it: 8 spills under Triton 3.6 for sm_80.
-_NOT_WITH_DROPOUT = {"BLOCK_D": 64, "BLOCK_M": 128, "BLOCK_N": 128}
-
-
-def tile_candidates(
-    table: Mapping[tuple[int, int], Sequence[TileRow]], head_dim: int, dtype: torch.dtype
-) -> list[Tiles]:
-    """The rows of a table for heads of `head_dim`, as keywords of a kernel.
-
-    Raises:
-        ValueError: a head size above 256.
-    """
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"attention: head size {head_dim}; the Triton kernel takes up to {MAX_HEAD_DIM}")
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    names = ("BLOCK_M", "BLOCK_N", "CHUNK_D", "num_warps", "num_stages")
-    return [{"BLOCK_D": block_d, **dict(zip(names, row, strict=True))} for row in table[dtype.itemsize, block_d]]
-
-
-def attention_tiles(head_dim: int, dtype: torch.dtype, max_seqlen_q: int, dropout: bool = False) -> list[Tiles]:
-    """Candidates for queries of at most `max_seqlen_q` tokens a sequence, the default first.
-
-    Raises:
-        ValueError: a head size above 256.
-    """
-    candidates = tile_candidates(_TILES, head_dim, dtype)
-    default = candidates[0]
-    if max_seqlen_q <= FEW_QUERIES:
-        # Larger key tiles hide the loads of few queries; float32 heads of 128 would spill, and so would those of 32 where
-        # ptxas is told no limit and aims at one more program.
-        kind = (dtype.itemsize, default["BLOCK_D"])
-        block_n = 16 if kind == (4, 128) else max(default["BLOCK_N"], 32)
-        limit = {"maxnreg": 255} if kind == (4, 32) else {}
-        return [default | {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4} | limit]
-    if max_seqlen_q <= _SOME_QUERIES and default["BLOCK_M"] > 64:
-        return [default | {"BLOCK_M": 64, "num_warps": 4}]
-    return [tiles for tiles in candidates if not (dropout and _NOT_WITH_DROPOUT.items() <= tiles.items())]
-
-
-def choice_key(head_dim: int, dtype: torch.dtype, dropout_p: float, max_seqlen_q: int, max_seqlen_k: int) -> str:
-    """What the fastest tiles depend on, beside the chip; lengths by their powers of two."""
-    lengths = f"Q{triton.next_power_of_2(max_seqlen_q)} K{triton.next_power_of_2(max_seqlen_k)}"
-    return f"{dtype} D{head_dim} {lengths}" + (" dropout" if dropout_p else "")
 
 
 @triton.jit
@@ -126,6 +62,7 @@ def load_rows(ptrs, rows, n_rows, dims, MASK_ROWS: tl.constexpr, HEAD_DIM: tl.co
 def all_products(
     a, a_rows, a_index, n_a, b, b_rows, b_index, n_b, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK_D: tl.constexpr,
+    TF32: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_A, BLOCK_B) float32: every row of one tile times every row of another, as scores are.
 
@@ -134,13 +71,13 @@ def all_products(
     """
     total = tl.zeros([BLOCK_A, BLOCK_B], dtype=tl.float32)
     if CHUNK_D == BLOCK_D:
-        total = product(a, tl.trans(b), total)
+        total = product(a, tl.trans(b), total, TF32)
     else:
         for first_dim in range(0, BLOCK_D, CHUNK_D):
             chunk = first_dim + tl.arange(0, CHUNK_D)
             a_chunk = load_rows(a_rows[:, None] + chunk[None, :], a_index, n_a, chunk, MASK_A, HEAD_DIM, BLOCK_D)
             b_chunk = load_rows(b_rows[:, None] + chunk[None, :], b_index, n_b, chunk, MASK_B, HEAD_DIM, BLOCK_D)
-            total = product(a_chunk, tl.trans(b_chunk), total)
+            total = product(a_chunk, tl.trans(b_chunk), total, TF32)
     return total
 
 
@@ -155,7 +92,7 @@ def _attend(
     acc, row_max, row_sum, q, q_rows, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys, queries, n_queries,
     scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
     MASK_KEYS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: BLOCK_N keys from `first_key` on enter (acc, row_max, row_sum)."""
     keys = first_key + tl.arange(0, BLOCK_N)
@@ -168,7 +105,7 @@ def _attend(
         k = load_rows(k_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
     scores = all_products(
         q, q_rows, queries, n_queries, k, k_rows, keys, n_keys, True, MASK_KEYS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
-        CHUNK_D,
+        CHUNK_D, TF32,
     )  # fmt: skip
     scores *= scale_log2
     if MASK_KEYS:
@@ -184,7 +121,7 @@ def _attend(
         # A product, not a choice: a dropped NaN or infinity stays NaN, as in torch.
         p *= tl.where(keep, dropout_scale, 0.0)
     v = load_rows(v_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
-    acc = product(round_to(p, v.dtype), v, acc * rescale[:, None])
+    acc = product(round_to(p, v.dtype), v, acc * rescale[:, None], TF32)
     return acc, new_max, row_sum
 
 
@@ -215,6 +152,7 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,  # columns of a head multiplied at a time; BLOCK_D, or a divisor of it
+    TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     query_block, head, sequence = program_work(order_ptr, n_query_blocks, num_heads)
     first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence)
@@ -245,13 +183,13 @@ def _attention_fwd_kernel(
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, q_rows, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys,
             queries, n_queries, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold,
-            dropout_scale, False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+            dropout_scale, False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
     if full_keys < n_keys:
         acc, row_max, row_sum = _attend(
             acc, row_max, row_sum, q, q_rows, k_base, v_base, stride_k_row, stride_v_row, full_keys, n_keys,
             queries, n_queries, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold,
-            dropout_scale, True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+            dropout_scale, True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
 
     # Without keys the sum over none is zero; with keys a zero sum is 0 / 0, NaN as in torch.
@@ -294,7 +232,8 @@ def attention_fwd(
     head_dim, sequences = width // num_heads, len(cu_seqlens_q) - 1
     out = torch.empty((n_queries_total, width), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, n_queries_total), dtype=torch.float32, device=q.device)
-    candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q, dropout_p > 0.0)
+    tf32 = multiplies_tf32(q.dtype)
+    candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q, dropout_p > 0.0, tf32)
     dropout = dropout_arguments(dropout_p, seed)
     if n_queries_total == 0:
         return out, lse
@@ -307,7 +246,7 @@ def attention_fwd(
             HAS_DROPOUT=dropout_p > 0.0, HEAD_DIM=head_dim, **tiles, **COMPILER_OPTIONS,
         )  # fmt: skip
 
-    key = functools.partial(choice_key, head_dim, q.dtype, dropout_p, max_seqlen_q, max_seqlen_k)
+    key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, max_seqlen_q, max_seqlen_k)
     with torch.cuda.device_of(q):
         launch(_tuning.choose("attention_fwd", key, candidates, launch))
     return out, lse

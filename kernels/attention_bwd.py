@@ -22,57 +22,18 @@ is 6 % of a probability; the forward rounds them alike, no guard brings the bits
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from . import _tuning
+from ._attention_tiles import attention_bwd_tiles, choice_key
 from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, product, round_to, rows_contiguous
+from ._precision import multiplies_tf32
 from ._tuning import Tiles
-from .attention import (
-    FEW_QUERIES,
-    LOG2_E,
-    TileRow,
-    all_products,
-    choice_key,
-    finite_or_zero,
-    load_rows,
-    program_work,
-    sequence_range,
-    tile_candidates,
-)
+from .attention import LOG2_E, all_products, finite_or_zero, load_rows, program_work, sequence_range
 
-# (bytes an element, padded head size) -> candidates (BLOCK_M, BLOCK_N, CHUNK_D, num_warps, num_stages), default first.
-# Bounded as those of the forward; the default has the most rows that a program owns, as what it walks over is read again
-# by each.
-_DQ_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
-    (2, 16): ((64, 64, 16, 4, 2),),
-    (2, 32): ((64, 64, 32, 4, 2),),
-    (2, 64): ((128, 64, 64, 8, 2), (64, 32, 64, 4, 2), (64, 64, 64, 8, 2)),
-    (2, 128): ((64, 64, 64, 8, 2),),
-    (2, 256): ((64, 16, 64, 8, 1),),
-    (4, 16): ((32, 16, 16, 4, 1),),
-    (4, 32): ((32, 16, 32, 8, 1),),
-    (4, 64): ((64, 16, 16, 8, 1), (32, 16, 16, 4, 1)),
-    (4, 128): ((16, 16, 16, 4, 1),),
-    (4, 256): ((16, 16, 16, 8, 1),),
-}
-_DKDV_TILES: Mapping[tuple[int, int], Sequence[TileRow]] = {
-    (2, 16): ((32, 64, 16, 4, 2),),
-    (2, 32): ((32, 64, 32, 4, 2),),
-    (2, 64): ((32, 128, 64, 8, 2), (32, 64, 64, 4, 2)),
-    (2, 128): ((32, 64, 64, 8, 2),),
-    (2, 256): ((16, 64, 128, 8, 1),),
-    (4, 16): ((16, 32, 16, 4, 1),),
-    (4, 32): ((16, 32, 32, 8, 1),),
-    (4, 64): ((16, 64, 16, 8, 1), (16, 32, 16, 4, 1)),
-    (4, 128): ((16, 32, 16, 8, 1),),
-    (4, 256): ((16, 16, 16, 8, 1),),
-}
-# Of a thread, in tiles of more than few queries: told no limit, ptxas spills some of them to fit one program more.
-_DQ_REGISTERS = {(2, 32): 255, (4, 64): 128}
 # Where one key holds more of a row than this, its dP - mean is a sum over the other keys, not a difference of two numbers
 # that agree. Known by its probability alone, in either kernel; the lower bound leaves room for their different roundings.
 _DOMINANT = tl.constexpr(0.9)
@@ -94,7 +55,7 @@ def _keys_of_queries(
     q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys, row_lse,
     scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
     MASK_KEYS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """Weights p (BLOCK_M, BLOCK_N) and their gradient dp of BLOCK_N keys from `first_key` on, and these keys (BLOCK_N, D)."""
     keys = first_key + tl.arange(0, BLOCK_N)
@@ -108,14 +69,14 @@ def _keys_of_queries(
         v = load_rows(v_rows[:, None] + dims[None, :], keys, n_keys, dims, MASK_KEYS, HEAD_DIM, BLOCK_D)
     scores = all_products(
         q, q_rows, queries, n_queries, k, k_rows, keys, n_keys, True, MASK_KEYS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
-        CHUNK_D,
+        CHUNK_D, TF32,
     )  # fmt: skip
     p = _weights(scores, row_lse[:, None], scale_log2)
     if MASK_KEYS:
         p = tl.where((keys < n_keys)[None, :], p, 0.0)
     dp = all_products(
         grad, grad_rows, queries, n_queries, v, v_rows, keys, n_keys, True, MASK_KEYS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
-        CHUNK_D,
+        CHUNK_D, TF32,
     )  # fmt: skip
     if HAS_DROPOUT:
         keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, dropout_rows[:, None], keys[None, :])
@@ -172,6 +133,7 @@ def _attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,  # columns of a head multiplied at a time; BLOCK_D, or a divisor of it
+    TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     query_block, head, sequence = program_work(order_ptr, n_query_blocks, num_heads)
     first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence)
@@ -205,13 +167,13 @@ def _attention_bwd_dq_kernel(
         p, dp, k = _keys_of_queries(
             q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys,
             row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
-            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
         dominant, dominant_dp, rest, rest_dp = _add_to_row_sums(p, dp, dominant, dominant_dp, rest, rest_dp)
     last_p, last_dp, last_k = _keys_of_queries(
         q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, last_key, n_keys,
         row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
-        True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+        True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
     )  # fmt: skip
     dominant, dominant_dp, rest, rest_dp = _add_to_row_sums(last_p, last_dp, dominant, dominant_dp, rest, rest_dp)
     # Without keys all sums are zero, and so is the gradient; with keys a zero sum is NaN, as in torch.
@@ -221,15 +183,15 @@ def _attention_bwd_dq_kernel(
     dominant_gap = (rest * dominant_dp - rest_dp) / total
 
     last_ds = _score_gradient(last_p, last_dp, normal[:, None], mean[:, None], dominant_gap[:, None])
-    dq = product(round_to(last_ds, last_k.dtype), last_k, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32))
+    dq = product(round_to(last_ds, last_k.dtype), last_k, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32), TF32)
     for first_key in range(0, last_key, BLOCK_N):
         p, dp, k = _keys_of_queries(
             q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys,
             row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
-            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
         ds = _score_gradient(p, dp, normal[:, None], mean[:, None], dominant_gap[:, None])
-        dq = product(round_to(ds, k.dtype), k, dq)
+        dq = product(round_to(ds, k.dtype), k, dq, TF32)
 
     row_mask = queries < n_queries
     dq_ptrs = dq_ptr + packed_queries[:, None] * (dq_row_heads * HEAD_DIM) + (column + dims)[None, :]
@@ -247,7 +209,7 @@ def _add_queries(
     stride_grad_row, first_query, n_queries, scale_log2, first_dropout_row, seed_lo, seed_hi, dropout_threshold,
     dropout_scale,
     MASK_QUERIES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
     """What BLOCK_M queries from `first_query` on add to dk and dv (BLOCK_N, BLOCK_D).
 
@@ -268,12 +230,12 @@ def _add_queries(
 
     scores = all_products(
         k, k_rows, keys, n_keys, q, q_rows, queries, n_queries, True, MASK_QUERIES, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D,
-        CHUNK_D,
+        CHUNK_D, TF32,
     )  # fmt: skip
     p = _weights(scores, row_lse[None, :], scale_log2)
     dp = all_products(
         v, v_rows, keys, n_keys, grad, grad_rows, queries, n_queries, True, MASK_QUERIES, BLOCK_N, BLOCK_M, HEAD_DIM,
-        BLOCK_D, CHUNK_D,
+        BLOCK_D, CHUNK_D, TF32,
     )  # fmt: skip
     kept = p * normal[None, :]
     if HAS_DROPOUT:
@@ -288,8 +250,8 @@ def _add_queries(
         # Zero times an infinite key would be NaN.
         kept = tl.where(valid[None, :], kept, 0.0)
         ds = tl.where(valid[None, :], ds, 0.0)
-    dv = product(round_to(kept, grad.dtype), grad, dv)
-    dk = product(round_to(ds, q.dtype), q, dk)
+    dv = product(round_to(kept, grad.dtype), grad, dv, TF32)
+    dk = product(round_to(ds, q.dtype), q, dk, TF32)
     return dk, dv
 
 
@@ -326,6 +288,7 @@ def _attention_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,  # columns of a head multiplied at a time; BLOCK_D, or a divisor of it
+    TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     key_block, head, sequence = program_work(order_ptr, n_key_blocks, num_heads)
     first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence)
@@ -358,42 +321,20 @@ def _attention_bwd_dkdv_kernel(
             dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, lse_ptr + statistic, sums_ptr + statistic, plane,
             stride_q_row, stride_grad_row, block_query, n_queries, scale_log2, head * 0x10001 + packed_query, seed_lo,
             seed_hi, dropout_threshold, dropout_scale,
-            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+            False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
     if full_queries < n_queries:
         dk, dv = _add_queries(
             dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, lse_ptr + statistic, sums_ptr + statistic, plane,
             stride_q_row, stride_grad_row, full_queries, n_queries, scale_log2, head * 0x10001 + packed_query, seed_lo,
             seed_hi, dropout_threshold, dropout_scale,
-            True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D,
+            True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
 
     offsets = packed_keys[:, None] * (dkdv_row_heads * HEAD_DIM) + (column + dims)[None, :]
     mask = (keys < n_keys)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(dk_ptr + offsets, round_to(dk * softmax_scale, dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offsets, round_to(dv, dv_ptr.dtype.element_ty), mask=mask)
-
-
-def attention_bwd_tiles(
-    head_dim: int, dtype: torch.dtype, max_seqlen_q: int, max_seqlen_k: int
-) -> tuple[list[Tiles], list[Tiles]]:
-    """Candidates for the kernels of dQ and of dK and dV, for sequences of at most so many tokens, the default first.
-
-    Raises:
-        ValueError: a head size above 256.
-    """
-    dq, dkdv = (tile_candidates(table, head_dim, dtype) for table in (_DQ_TILES, _DKDV_TILES))
-    kind = (dtype.itemsize, dq[0]["BLOCK_D"])
-    if max_seqlen_q <= FEW_QUERIES:
-        # Float32 and wide heads keep their warps: with fewer they would spill, float32 heads of 64 in short chunks too.
-        fewer = {"num_warps": 4} if dtype.itemsize == 2 and head_dim <= 128 else {}
-        chunk = {"CHUNK_D": 32} if kind == (4, 64) else {}
-        dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer | chunk], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
-    elif kind in _DQ_REGISTERS:
-        dq = [tiles | {"maxnreg": _DQ_REGISTERS[kind]} for tiles in dq]
-    # Of short sequences, no more rows than the smallest tile has.
-    dq = [tiles for tiles in dq if max_seqlen_q > 64 or tiles["BLOCK_M"] <= 64]
-    return dq, [tiles for tiles in dkdv if max_seqlen_k > 64 or tiles["BLOCK_N"] <= 64]
 
 
 def attention_bwd(
@@ -417,7 +358,8 @@ def attention_bwd(
     head_dim, sequences = q.shape[1] // num_heads, len(cu_seqlens_q) - 1
     grad = rows_contiguous(grad)
     sums = torch.empty((3, num_heads, len(q)), dtype=torch.float32, device=q.device)
-    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k)
+    tf32 = multiplies_tf32(q.dtype)
+    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k, tf32)
     schedule = (cu_seqlens_q, cu_seqlens_k, order, *(t.stride(0) for t in (grad, q, k, v)))
     numbers = (len(q), softmax_scale, softmax_scale * LOG2_E, *dropout_arguments(dropout_p, seed))
     options = {"HAS_DROPOUT": dropout_p > 0.0, "HEAD_DIM": head_dim, **COMPILER_OPTIONS}
@@ -436,7 +378,7 @@ def attention_bwd(
             **options, **tiles,
         )  # fmt: skip
 
-    key = functools.partial(choice_key, head_dim, q.dtype, dropout_p, max_seqlen_q, max_seqlen_k)
+    key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, max_seqlen_q, max_seqlen_k)
     with torch.cuda.device_of(q):
         if len(q):
             launch_dq(_tuning.choose("attention_bwd_dq", key, dq_tiles, launch_dq))

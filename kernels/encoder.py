@@ -42,10 +42,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ._attention_tiles import FEW_QUERIES, attention_tiles
 from ._common import ACT_CODES, COMPILER_OPTIONS
 from ._encoder_phases import NO_ACT, attention_phase, barrier, norm_phase, product_phase
+from ._precision import multiplies_tf32
 from ._tuning import Tiles
-from .attention import FEW_QUERIES, LOG2_E, attention_tiles
+from .attention import LOG2_E
 
 MAX_HEAD_DIM = 128
 # What products are divided among at most; a constant, so that sums are the same on every chip.
@@ -126,6 +128,7 @@ def _encoder_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCKS: tl.constexpr,  # blocks of BLOCK_N columns in a row of H, up to a power of two
+    TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     arrivals_ptr = state_ptr + _ARRIVALS_AT
     # Told nothing, the compiler keeps addresses of all phases in registers while one runs, and spills.
@@ -145,7 +148,7 @@ def _encoder_fwd_kernel(
             product_phase(
                 z_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, qkv_ptr, qkv_bias_ptr,
                 qkv_out_ptr, None, partials_ptr, arrivals_ptr, None, n_tokens, 3 * width, width, qkv_splits, qkv_steps,
-                 eps, is_sum, False, False, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS,
+                 eps, is_sum, False, False, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         elif kind == 1:
             cu_queries_ptr = cu_seqlens_ptr
@@ -153,43 +156,46 @@ def _encoder_fwd_kernel(
                 cu_queries_ptr = _chosen(gather, cu_rows_ptr, cu_seqlens_ptr)
             attention_phase(
                 qkv_out_ptr, context_ptr, cu_seqlens_ptr, cu_queries_ptr, rows_ptr, n_rows, n_sequences, width, num_heads,
-                scale_log2, gather, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_Q, BLOCK_S,
+                scale_log2, gather, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_Q, BLOCK_S, TF32,
             )  # fmt: skip
         elif kind == 2:
             product_phase(
                 context_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, dense_ptr, dense_bias_ptr,
                 attended_ptr, attended_statistics_ptr, partials_ptr, arrivals_ptr, rows_ptr, n_rows, width, width,
-                dense_splits, dense_steps, eps, is_sum, gather, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS,
+                dense_splits, dense_steps, eps, is_sum, gather, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         elif kind == 3:
             product_phase(
                 attended_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_ptr, ffn_bias_ptr,
                 middle_ptr, None, partials_ptr, arrivals_ptr, None, n_rows, middle_width, width, ffn_splits, ffn_steps,
-                eps, True, False, False, ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS,
+                eps, True, False, False, ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         else:
             product_phase(
                 middle_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_output_ptr,
                 ffn_output_bias_ptr, sums_ptr, sums_statistics_ptr, partials_ptr, arrivals_ptr, None, n_rows, width,
                 middle_width, ffn_output_splits, ffn_output_steps, eps, True, False, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K,
-                BLOCKS,
+                BLOCKS, TF32,
             )  # fmt: skip
         if phase + 1 < end_phase:
             barrier(state_ptr, (phase + 1 - first_phase) * tl.num_programs(0))
 
 
-# (bytes an element, whether tokens are few) -> (BLOCK_M, BLOCK_N, BLOCK_K, num_stages). Not compared on a GPU yet. In 16 bits
-# as large as leaves work for about a hundred programs at 128 tokens, and 36 to 48 KiB of loads on their way.
+# (bytes an element or "tf32", whether tokens are few) -> (BLOCK_M, BLOCK_N, BLOCK_K, num_stages). Not compared on a GPU
+# yet. On tensor cores as large as leaves work for about a hundred programs at 128 tokens, and 36 to 48 KiB of loads on
+# their way.
 FEW_TOKENS = 16
-_TILES = {
+_TILES: dict[tuple[int | str, bool], tuple[int, int, int, int]] = {
     (2, True): (16, 32, 128, 4),
     (2, False): (64, 64, 64, 4),
     (4, True): (16, 32, 16, 2),
     (4, False): (32, 32, 16, 2),
+    ("tf32", True): (16, 32, 64, 4),
+    ("tf32", False): (64, 64, 32, 4),
 }
 
 
-def encoder_tiles(head_dim: int, dtype: torch.dtype, n_tokens: int) -> Tiles:
+def encoder_tiles(head_dim: int, dtype: torch.dtype, n_tokens: int, tf32: bool = False) -> Tiles:
     """The kernel's tiles, as keywords.
 
     Raises:
@@ -197,10 +203,11 @@ def encoder_tiles(head_dim: int, dtype: torch.dtype, n_tokens: int) -> Tiles:
     """
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"encoder: head size {head_dim}; the Triton kernel takes up to {MAX_HEAD_DIM}")
-    heads = attention_tiles(head_dim, dtype, FEW_QUERIES)[0]
-    block_m, block_n, block_k, num_stages = _TILES[dtype.itemsize, n_tokens <= FEW_TOKENS]
+    heads = attention_tiles(head_dim, dtype, FEW_QUERIES, tf32=tf32)[0]
+    block_m, block_n, block_k, num_stages = _TILES["tf32" if tf32 else dtype.itemsize, n_tokens <= FEW_TOKENS]
     return {
-        "BLOCK_D": heads["BLOCK_D"], "CHUNK_D": heads["CHUNK_D"], "BLOCK_Q": heads["BLOCK_M"], "BLOCK_S": heads["BLOCK_N"],
+        "TF32": tf32, "BLOCK_D": heads["BLOCK_D"], "CHUNK_D": heads["CHUNK_D"],
+        "BLOCK_Q": heads["BLOCK_M"], "BLOCK_S": heads["BLOCK_N"],
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "maxnreg": 255, "num_warps": 8, "num_stages": num_stages,
     }  # fmt: skip
 
@@ -229,7 +236,7 @@ def _run(
     """`n_layers` times the layer of these 12 weights."""
     (n_tokens, width), middle_width = hidden.shape, len(layer[6])
     n_queries, head_dim = n_tokens if rows is None else len(rows), width // num_heads
-    tiles = encoder_tiles(head_dim, hidden.dtype, n_tokens)
+    tiles = encoder_tiles(head_dim, hidden.dtype, n_tokens, multiplies_tf32(hidden.dtype))
     counts = [_tile_count(tiles, n_tokens, n) for n in (3 * width, width, middle_width, width)]
     depths = (width, width, width, middle_width)
     splits = [split_depth(n, depth, tiles["BLOCK_K"]) for n, depth in zip(counts, depths, strict=True)]

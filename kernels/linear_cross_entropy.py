@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ._common import COMPILER_OPTIONS, product, round_to, rows_contiguous
+from ._precision import multiplies_tf32
 from ._vocabulary import (
     UNIT,
     linear_cross_entropy_tiles,
@@ -93,6 +94,7 @@ def _linear_cross_entropy_fwd_kernel(
     BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
     CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
     BLOCK_O: tl.constexpr,
+    TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     # Programs of one share are neighbours, so that its words stay in the L2 cache.
     share = tl.program_id(0) // n_row_blocks
@@ -116,7 +118,7 @@ def _linear_cross_entropy_fwd_kernel(
         # Words behind the last one have a probability of zero, by their bias.
         bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
         weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
-        logits, _ = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
+        logits, _ = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
         logits += bias[None, :]
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * power(row_max, new_max) + tl.sum(power(logits, new_max[:, None]), axis=1)
@@ -232,6 +234,7 @@ def _linear_cross_entropy_bwd_x_kernel(
     BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
     CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
     BLOCK_O: tl.constexpr,  # columns of dx that a program computes
+    TF32: tl.constexpr,
 ):
     share = tl.program_id(0) // n_row_blocks
     slots = tl.program_id(0) % n_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -240,8 +243,7 @@ def _linear_cross_entropy_bwd_x_kernel(
         return
     x_rows = x_ptr + slots.to(tl.int64) * WIDTH
     targets = tl.load(targets_ptr + slots)
-    row_max = tl.load(row_max_ptr + slots)
-    factor = tl.load(factor_ptr + slots)
+    row_max, factor = tl.load(row_max_ptr + slots), tl.load(factor_ptr + slots)
     x = load_owned(x_rows, None, WIDTH, BLOCK_E, CHUNK_E)
     cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
 
@@ -253,12 +255,12 @@ def _linear_cross_entropy_bwd_x_kernel(
         known = words < n_words
         bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
         weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
-        logits, weight = multiply(x, x_rows, None, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
+        logits, weight = multiply(x, x_rows, None, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
         gradients = logit_gradients(
             logits + bias[None, :], row_max[:, None], factor[:, None], words[None, :] == targets[:, None]
         )
         weight = out_columns(weight, weight_rows, known, cols, WIDTH, BLOCK_E, CHUNK_E)
-        acc = product(round_to(gradients, weight.dtype), weight, acc)
+        acc = product(round_to(gradients, weight.dtype), weight, acc, TF32)
 
     share_rows = shares_ptr + (share * n_rows + slots).to(tl.int64) * WIDTH
     tl.store(share_rows[:, None] + cols[None, :], acc, mask=(slots < count)[:, None] & (cols < WIDTH)[None, :])
@@ -311,6 +313,7 @@ def _linear_cross_entropy_bwd_weight_kernel(
     BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
     CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
     BLOCK_O: tl.constexpr,  # columns of dweight that a program computes
+    TF32: tl.constexpr,
 ):
     words = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     known = words < n_words
@@ -327,15 +330,14 @@ def _linear_cross_entropy_bwd_weight_kernel(
         slots = first_slot + tl.arange(0, BLOCK_N)
         x_rows = x_ptr + slots.to(tl.int64) * WIDTH
         targets = tl.load(targets_ptr + slots)
-        row_max = tl.load(row_max_ptr + slots)
-        factor = tl.load(factor_ptr + slots)
-        logits, x = multiply(weight, weight_rows, known, x_rows, None, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E)
+        row_max, factor = tl.load(row_max_ptr + slots), tl.load(factor_ptr + slots)
+        logits, x = multiply(weight, weight_rows, known, x_rows, None, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
         gradients = logit_gradients(
             logits + bias[:, None], row_max[None, :], factor[None, :], words[:, None] == targets[None, :]
         )
         dbias += tl.sum(gradients, axis=1)
         x = out_columns(x, x_rows, None, cols, WIDTH, BLOCK_E, CHUNK_E)
-        acc = product(round_to(gradients, x.dtype), x, acc)
+        acc = product(round_to(gradients, x.dtype), x, acc, TF32)
 
     scale = tl.load(grad_ptr) / tl.maximum(count, 1) / UNIT
     dweight_rows = dweight_ptr + words.to(tl.int64) * WIDTH
@@ -377,7 +379,7 @@ def linear_cross_entropy_fwd(
     """
     x, weight, labels = rows_contiguous(x), weight.contiguous(), labels.contiguous()
     (n_rows, width), n_words = x.shape, len(weight)
-    tiles = linear_cross_entropy_tiles(width, x.dtype)
+    tiles = linear_cross_entropy_tiles(width, x.dtype, multiplies_tf32(x.dtype))
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
     row_max, row_sum = (torch.zeros(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if n_rows == 0:
@@ -416,7 +418,7 @@ def linear_cross_entropy_bwd(
     """
     x, weight, bias, labels = rows_contiguous(x), weight.contiguous(), bias.contiguous(), labels.contiguous()
     (n_rows, width), n_words = x.shape, len(weight)
-    tiles = linear_cross_entropy_tiles(width, x.dtype)
+    tiles = linear_cross_entropy_tiles(width, x.dtype, multiplies_tf32(x.dtype))
     dx = torch.zeros((n_rows, width), dtype=x.dtype, device=x.device)
     if n_rows == 0:
         return dx, torch.zeros_like(weight), torch.zeros_like(bias)

@@ -15,9 +15,11 @@ the 201 MB of its output once more: 134 us on top. Route 1 has nothing on top bu
 but a better product. Route 3 has the same traffic as route 1 and beats route 2 wherever its product comes to more than
 60 % of cuBLAS's rate. What bounds it is shared memory: a step of 128 x 128 x 64 writes 32 KB, its two warpgroups read
 48 KB, at 128 bytes a cycle 640 cycles, and the tensor cores need 512: 80 % of their rate. In float32 the product takes
-2.3 ms and the pass 0.27 ms, which a product on plain FMA would have to be within 10 % of cuBLAS's to win back.
+2.3 ms and the pass 0.27 ms, which a product on plain FMA would have to be within 10 % of cuBLAS's to win back. As TF32 it
+takes 0.39 ms, half the rate on twice the bytes: the same shares as in 16 bits.
 
-So without tuning: 1 where it is allowed; 2 for a gradient and in float32; 3 for the erf form and relu in 16 bits.
+So without tuning: 1 where it is allowed; 2 for a gradient and in exact float32; 3 for the erf form and relu in 16 bits,
+and for every activation in TF32.
 On a CPU, in Triton's interpreter, 3 alone: there torch's function for 1 has the erf form of GELU.
 """
 
@@ -32,6 +34,7 @@ import triton.language as tl
 from . import _tuning
 from ._common import ACT_CODES, COMPILER_OPTIONS, activate, round_to, rows_contiguous
 from ._matmul import halves, in_words, matmul_tiles, n_tiles, tile_of_program, tile_product
+from ._precision import multiplies_tf32, numbers_name
 from .bias_gelu import bias_gelu_fwd
 
 # The routes through libraries, as the tuner keeps them in its file among the tiles of the Triton kernel.
@@ -55,6 +58,7 @@ def _linear_gelu_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     first_row, first_col = tile_of_program(n_rows, n_cols, BLOCK_M, BLOCK_N)
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -69,6 +73,7 @@ def _linear_gelu_fwd_kernel(
         stride_x_row,
         BLOCK_K,
         EVEN_K,
+        TF32,
     )
     left, right = halves(acc)
     cols = first_col + tl.arange(0, BLOCK_N // 2)
@@ -104,12 +109,14 @@ def has_tiles(n_cols: int) -> bool:
     return n_cols % 16 == 0
 
 
-def linear_gelu_routes(n_rows: int, n_cols: int, dtype: torch.dtype, act: str, keep_sums: bool) -> list[_tuning.Tiles]:
+def linear_gelu_routes(
+    n_rows: int, n_cols: int, dtype: torch.dtype, act: str, keep_sums: bool, tf32: bool = False
+) -> list[_tuning.Tiles]:
     """What can compute (n_rows, n_cols) outputs on a GPU, best guess first: library routes, and tiles of the kernel."""
-    tiles = matmul_tiles(n_rows, n_cols, dtype) if has_tiles(n_cols) else []
-    if keep_sums or dtype == torch.float32:
+    tiles = matmul_tiles(n_rows, n_cols, dtype, tf32) if has_tiles(n_cols) else []
+    if keep_sums or (dtype == torch.float32 and not tf32):
         return [CUBLASLT_THEN_BIAS_GELU, *tiles]
-    if act == "gelu_tanh":
+    if act == "gelu_tanh" and not tf32:
         return [CUBLASLT_EPILOGUE, CUBLASLT_THEN_BIAS_GELU, *tiles]
     return [*tiles, CUBLASLT_THEN_BIAS_GELU]
 
@@ -130,23 +137,33 @@ def linear_gelu_fwd(
     if n_rows * n_cols == 0:
         out = x.new_empty((n_rows, n_cols))
         return out, torch.empty_like(out) if keep_sums else None
-    start = functools.partial(start_route, x, weight, bias, act, keep_sums)
+    tf32 = multiplies_tf32(x.dtype)
+    start = functools.partial(start_route, x, weight, bias, act, keep_sums, tf32=tf32)
     if not x.is_cuda:
-        return start(matmul_tiles(n_rows, n_cols, x.dtype)[0])
+        return start(matmul_tiles(n_rows, n_cols, x.dtype, tf32)[0])
 
     def key() -> str:
-        name = str(x.dtype).removeprefix("torch.")
-        return f"{act} {name} T{triton.next_power_of_2(n_rows)} K{n_inner} N{n_cols}" + (" sums" if keep_sums else "")
+        name = f"{act} {numbers_name(x.dtype, tf32)}"
+        return f"{name} T{triton.next_power_of_2(n_rows)} K{n_inner} N{n_cols}" + (" sums" if keep_sums else "")
 
     with torch.cuda.device_of(x):
-        routes = linear_gelu_routes(n_rows, n_cols, x.dtype, act, keep_sums)
+        routes = linear_gelu_routes(n_rows, n_cols, x.dtype, act, keep_sums, tf32)
         return start(_tuning.choose("linear_gelu_fwd", key, routes, start))
 
 
 def start_route(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, act: str, keep_sums: bool, route: _tuning.Tiles
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    act: str,
+    keep_sums: bool,
+    route: _tuning.Tiles,
+    tf32: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`linear_gelu_fwd` by one of `linear_gelu_routes`; not empty, and weight, bias and rows of x are dense."""
+    """`linear_gelu_fwd` by one of `linear_gelu_routes`; not empty, and weight, bias and rows of x are dense.
+
+    tf32: how the kernel multiplies float32; the library routes read torch's setting themselves.
+    """
     if route == CUBLASLT_EPILOGUE:
         # On CUDA the tanh form, also where torch does not hand it to cuBLASLt.
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True), None
@@ -159,6 +176,6 @@ def start_route(
     kept = torch.empty_like(out) if keep_sums else None
     _linear_gelu_fwd_kernel[(n_tiles(n_rows, n_cols, route),)](
         x, weight, bias, out, kept, n_rows, n_cols, n_inner, x.stride(0),
-        ACT=ACT_CODES[act], EVEN_K=n_inner % route["BLOCK_K"] == 0, **route, **COMPILER_OPTIONS,
+        ACT=ACT_CODES[act], EVEN_K=n_inner % route["BLOCK_K"] == 0, TF32=tf32, **route, **COMPILER_OPTIONS,
     )  # fmt: skip
     return out, kept

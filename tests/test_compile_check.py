@@ -119,20 +119,21 @@ def test_every_tile_of_attention_is_checked(rows):
     from albert_fast.kernels.attention import MAX_HEAD_DIM, attention_tiles
     from albert_fast.kernels.attention_bwd import attention_bwd_tiles
 
-    def candidates(dtype, head_dim, queries, keys):
-        dq, dkdv = attention_bwd_tiles(head_dim, dtype, queries, keys)
-        return {"fwd": attention_tiles(head_dim, dtype, queries), "bwd_dq": dq, "bwd_dkdv": dkdv}
+    def candidates(numbers, head_dim, queries, keys):
+        dtype, tf32 = launches.NUMBERS[numbers], numbers == "tf32"
+        dq, dkdv = attention_bwd_tiles(head_dim, dtype, queries, keys, tf32)
+        return {"fwd": attention_tiles(head_dim, dtype, queries, tf32=tf32), "bwd_dq": dq, "bwd_dkdv": dkdv}
 
     checked = {(row["label"].split()[0], row["label"].split()[-1], row["tiles"]) for row in rows("attention")}
     wanted, lengths = set(), (1, 16, 17, 64, 65, 128, 512, 100_000)
     for head_dim, queries, keys in itertools.product(range(1, MAX_HEAD_DIM + 1), lengths, lengths):
-        for name in ("f32", "bf16"):
-            for part, choice in candidates(launches.DTYPES[name], head_dim, queries, keys).items():
+        for name in ("f32", "bf16", "tf32"):
+            for part, choice in candidates(name, head_dim, queries, keys).items():
                 for tiles in choice:
                     sizes = [f"{size[-1]}{tiles[size]}" for size in ("BLOCK_D", "BLOCK_M", "BLOCK_N", "CHUNK_D")]
                     shape = " ".join([*sizes, f"warps{tiles['num_warps']}", f"stages{tiles['num_stages']}"])
                     wanted.add((name, part, shape))
-        assert candidates(torch.float16, head_dim, queries, keys) == candidates(torch.bfloat16, head_dim, queries, keys)
+        assert candidates("f16", head_dim, queries, keys) == candidates("bf16", head_dim, queries, keys)
     assert {row for row in checked if row[0] != "f16"} == wanted
 
 
@@ -144,8 +145,9 @@ def test_every_tile_of_linear_cross_entropy_is_checked_and_on_tensor_cores_but_f
     assert {row["label"].split()[-1] for row in products} == {"fwd", "bwd_x", "bwd_weight"}
     for row in products:
         assert row["label"].startswith("f32") == (row["tensor_cores"] == ""), row
-    for name in ("f32", "bf16"):
-        tiles = [linear_cross_entropy_tiles(width, launches.DTYPES[name]) for width in range(1, MAX_WIDTH + 1)]
+    for name in ("f32", "bf16", "tf32"):
+        numbers = launches.NUMBERS[name], name == "tf32"
+        tiles = [linear_cross_entropy_tiles(width, *numbers) for width in range(1, MAX_WIDTH + 1)]
         sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_E", "CHUNK_E", "BLOCK_O")
         options = ("num_warps", "num_stages")
         wanted = {" ".join([*(f"{s[-1]}{t[s]}" for s in sizes), *(f"{o[4:]}{t[o]}" for o in options)]) for t in tiles}
@@ -159,12 +161,17 @@ def test_every_tile_of_linear_gelu_is_checked_and_on_each_chips_own_tensor_cores
 
     best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
     found = rows("linear_gelu")
-    for name, others in (("f32", ("f32",)), ("bf16", ("bf16", "f16"))):
+    for name, others in (("f32", ("f32",)), ("bf16", ("bf16", "f16")), ("tf32", ("tf32",))):
         of_dtype = [row for row in found if row["label"].split()[0] in others]
         for row in of_dtype:
             kinds = [kind for kind in row["tensor_cores"].split() if not kind.isdigit()]
             assert kinds == ([] if name == "f32" else [best[row["chip"]]]), row
-        tiles = [t for n in (1, 128, 32768) for dt in others for t in matmul_tiles(n, 3072, launches.DTYPES[dt])]
+        tiles = [
+            t
+            for n in (1, 128, 32768)
+            for dt in others
+            for t in matmul_tiles(n, 3072, launches.NUMBERS[dt], dt == "tf32")
+        ]
         wanted = {"M{BLOCK_M} N{BLOCK_N} K{BLOCK_K} warps{num_warps} stages{num_stages}".format(**t) for t in tiles}
         assert {row["tiles"] for row in of_dtype if row["label"].endswith("gelu_erf sums fwd")} == wanted
 
@@ -176,7 +183,7 @@ def test_two_programs_of_the_tile_that_linear_gelu_starts_with_fit_one_multiproc
     guess = matmul_tiles(32768, 3072, torch.bfloat16)[0]
     shape = f"M{guess['BLOCK_M']} N{guess['BLOCK_N']} "
     fits = [row for row in rows("linear_gelu") if row["tiles"].startswith(shape) and row["chip"] != "sm_80"]
-    fits = [row for row in fits if not row["label"].startswith("f32")]
+    fits = [row for row in fits if not row["label"].startswith(("f32", "tf32"))]
     assert len(fits) >= 4
     for row in fits:
         assert 2 * row["registers"] * 32 * guess["num_warps"] <= 65536, row
@@ -188,11 +195,10 @@ def test_every_tile_of_the_encoder_s_products_is_checked_and_on_each_chips_own_t
     from albert_fast.kernels.encoder import MAX_HEAD_DIM, encoder_tiles
 
     shape = "M{BLOCK_M} N{BLOCK_N} K{BLOCK_K} warps{num_warps} stages{num_stages}"
-    for name in ("f32", "bf16"):
+    for name in ("f32", "bf16", "tf32"):
         found = [row["tiles"] for row in rows("encoder") if row["label"].startswith(name)]
-        tiles = [
-            encoder_tiles(d, launches.DTYPES[name], n) for d in range(1, MAX_HEAD_DIM + 1) for n in (1, 16, 17, 512)
-        ]
+        sizes = itertools.product(range(1, MAX_HEAD_DIM + 1), (1, 16, 17, 512))
+        tiles = [encoder_tiles(d, launches.NUMBERS[name], n, name == "tf32") for d, n in sizes]
         assert {tiles[tiles.index("M") :] for tiles in found} == {shape.format(**choice) for choice in tiles}
     assert encoder_tiles(64, torch.float16, 99) == encoder_tiles(64, torch.bfloat16, 99)
     best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}

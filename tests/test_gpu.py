@@ -16,7 +16,8 @@ import torch
 import albert_fast
 from albert_fast import ALBERTConfig, dispatch, reference
 from albert_fast.testing import ALL_CASES, assert_close_calibrated, poison_empty
-from albert_fast.testing.parity import check_backward, check_forward
+from albert_fast.testing.parity import check_backward, check_forward, make_inputs
+from albert_fast.testing.tf32 import TF32Products, tf32_asked_for
 from albert_fast.testing.tolerances import SLACK, largest_error
 from albert_fast.testing.twins import NAMES, OUTPUTS, drawn_inputs, drawn_mask, gradients
 
@@ -121,6 +122,40 @@ def test_an_operator_on_a_batch_of_real_size(op, options, dtype):
     check_forward(ALL_CASES[op], REAL_SHAPES[op], options, dtype, backend)
     if ALL_CASES[op].gradients:
         check_backward(ALL_CASES[op], REAL_SHAPES[op], options, dtype, backend)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="TF32 is for tensor cores")
+@pytest.mark.parametrize("op", ["attention", "linear_gelu", "linear_cross_entropy", "encoder"])
+def test_float32_is_multiplied_as_tf32_where_torch_is_asked_for_it(op):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this chip has no TF32")
+    case, backend = ALL_CASES[op], dispatch.resolve(op, DEVICE.type, torch.float32)
+    inputs = make_inputs(case, REAL_SHAPES[op], {}, torch.float32, backend)
+    with torch.no_grad():
+        exact, default = case.exact(inputs), case.run(inputs, backend)
+        with tf32_asked_for():
+            asked = case.run(inputs, backend)
+        again = case.run(inputs, backend)
+    size = float(exact.abs().max())
+    assert largest_error(default, exact) < 2**-16 * size
+    assert 2**-15 * size < largest_error(asked, exact) < 2**-7 * size
+    assert torch.equal(again, default)
+    with tf32_asked_for(), TF32Products():
+        check_forward(case, REAL_SHAPES[op], {}, torch.float32, backend)
+        if case.gradients:
+            check_backward(case, REAL_SHAPES[op], {}, torch.float32, backend)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="graphs are a GPU's")
+def test_a_graph_is_replayed_where_float32_multiplies_as_in_its_capture():
+    fast, ids, mask = encoder()
+    graphed = copy.deepcopy(fast)
+    graphed.warmup([])
+    with torch.no_grad():
+        for asked in (False, True, False):
+            with tf32_asked_for(asked):
+                for _ in range(3):  # before its bucket is captured, and after
+                    assert torch.equal(graphed(ids, mask).pooler_output, fast(ids, mask).pooler_output)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,6 +15,7 @@ from albert_fast import ALBERTForSequenceClassification, ALBERTModel, graphs
 from albert_fast.fast_model import quantize
 from albert_fast.graphs import Bucket
 from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, in_threads, plain
+from albert_fast.testing.tf32 import tf32_asked_for
 
 pytest.importorskip("triton")
 
@@ -208,6 +209,20 @@ def test_weights_may_change_in_place_and_elsewhere(model, capture):
         torch.testing.assert_close(model(ids).pooler_output, plain(model)(ids).pooler_output)
     assert capture.captured == 2
     assert capture.waits == 1, "graphs are let go of when nothing runs them any more"
+
+
+def test_a_graph_is_replayed_where_float32_multiplies_as_in_its_capture(model, capture):
+    ids, exact = batch(2, 9)[0], plain(model)
+    with torch.no_grad():
+        for captured, asked in ((1, False), (2, True)):
+            with tf32_asked_for(asked):
+                for _ in range(3):  # without a graph, by a capture, by a replay
+                    torch.testing.assert_close(model(ids)[0], exact(ids)[0])
+            assert capture.captured == captured
+        for asked in (False, True):
+            with tf32_asked_for(asked):
+                model(ids)
+    assert capture.captured == 2, "both are kept"
 
 
 def test_the_least_used_graphs_go_first(capture):

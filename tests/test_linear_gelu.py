@@ -239,6 +239,8 @@ def test_what_runs_without_tuning(kernel):
     for keep_sums in (False, True):
         for act in ACTS:
             assert first(torch.float32, act, keep_sums) == kernel.CUBLASLT_THEN_BIAS_GELU
+            as_tf32 = first(torch.float32, act, keep_sums, True)
+            assert (as_tf32 == kernel.CUBLASLT_THEN_BIAS_GELU) == keep_sums
     assert kernel.linear_gelu_routes(7, 517, torch.bfloat16, "gelu_erf", False) == [kernel.CUBLASLT_THEN_BIAS_GELU]
     assert kernel.linear_gelu_routes(7, 520, torch.bfloat16, "gelu_erf", False) == [kernel.CUBLASLT_THEN_BIAS_GELU]
 

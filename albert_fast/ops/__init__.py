@@ -4,6 +4,7 @@ All work on packed tokens: T rows without padding, sequences delimited by `cu_se
 """
 
 from ..kernels._capture import CAPTURE
+from ..kernels._precision import tf32_asked_for
 from ._dropout import draw_seed
 from ._graph_inputs import GraphInputs
 from ._integers import PRODUCTS
@@ -67,4 +68,5 @@ __all__ = [
     "raise_pending",
     "stage_seconds",
     "synchronize",
+    "tf32_asked_for",
 ]

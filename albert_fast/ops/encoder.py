@@ -155,10 +155,11 @@ def kernel_is_faster(
         tokens: up to the next power of two they are alike. sizes: whatever else the time depends on: widths, heads, layers.
         run: computes the layers on "operators" or "triton"; None: measure nothing, and say False of what is not known.
     """
-    from ..kernels import _tuning
+    from ..kernels import _precision, _tuning
 
     by = ("operators", "triton")
-    key = "x".join(map(str, (*sizes, 1 << (tokens - 1).bit_length()))) + f" {dtype}"
+    key = "x".join(map(str, (*sizes, 1 << (tokens - 1).bit_length()))) + " "
+    key += _precision.numbers_name(dtype, _precision.multiplies_tf32(dtype))
     winner = _tuning.known("encoder", key)
     if winner is None and run is not None:
         candidates = [{"ONE_KERNEL": i} for i in range(2)]

@@ -17,7 +17,11 @@ from unittest import mock
 
 import torch
 
+from .tf32 import tf32_asked_for
+
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+# Of products: "tf32" is float32 where torch is asked for TF32.
+NUMBERS = {**DTYPES, "tf32": torch.float32}
 # One of every tile that `row_tiles` gives, and one that is no multiple of 16 elements.
 _ROW_WIDTHS = (128, 200, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _TYPE_NAMES = {
@@ -125,6 +129,16 @@ def _start_all_but_the_last(_kernel: str, _key: Any, candidates: list[Any], star
     return candidates[-1]
 
 
+def _with(numbers: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run`, which multiplies as these NUMBERS say."""
+
+    def asking() -> None:
+        with tf32_asked_for():
+            run()
+
+    return asking if numbers == "tf32" else run
+
+
 def _attention_launches() -> Iterator[Case]:
     from ..kernels.attention import attention_fwd
     from ..kernels.attention_bwd import attention_bwd
@@ -144,10 +158,11 @@ def _attention_launches() -> Iterator[Case]:
     plain = [(64, long, 0.0)]  # the released models'
     # float16 takes the same tiles as bfloat16, and no more registers: one kernel of each kind.
     chosen = {"f32": [*tiles, *padded], "bf16": [*tiles, *padded, *plain], "f16": [(64, short, 0.1)]}
-    for name, dtype in DTYPES.items():
+    chosen["tf32"] = [*tiles, padded[1]]
+    for name, dtype in NUMBERS.items():
         for head_dim, lengths, dropout_p in chosen[name]:
             label = f"{name} D{head_dim} Q{lengths[0]} K{lengths[1]}" + (" dropout" if dropout_p else "")
-            yield label, partial(run, dtype, head_dim, lengths, dropout_p), dtype.itemsize == 2
+            yield label, _with(name, partial(run, dtype, head_dim, lengths, dropout_p)), name != "f32"
 
 
 def _add_layer_norm_launches() -> Iterator[Case]:
@@ -194,20 +209,21 @@ def _linear_gelu_launches() -> Iterator[Case]:
     from ..kernels._matmul import matmul_tiles
     from ..kernels.linear_gelu import start_route
 
-    def start(dtype: torch.dtype, width: int, act: str, keep_sums: bool, tiles: dict[str, int]) -> None:
-        x, weight, bias = (torch.empty(shape, dtype=dtype) for shape in ((77, width), (3072, width), 3072))
-        start_route(x, weight, bias, act, keep_sums, tiles)
+    def start(numbers: str, width: int, act: str, keep_sums: bool, tiles: dict[str, int]) -> None:
+        shapes = ((77, width), (3072, width), 3072)
+        x, weight, bias = (torch.empty(shape, dtype=NUMBERS[numbers]) for shape in shapes)
+        start_route(x, weight, bias, act, keep_sums, tiles, numbers == "tf32")
 
     # The sums beside the output and erf take the most registers, so every tile is compiled with them; then what runs by
     # default, and the tiny model's width, of which no step along K is a divisor.
-    for name, dtype in DTYPES.items():
-        tiles = matmul_tiles(32768, 3072, dtype)
+    for name, dtype in NUMBERS.items():
+        tiles = matmul_tiles(32768, 3072, dtype, name == "tf32")
         cases = [(768, "gelu_erf", True, tile) for tile in tiles] if name != "f16" else []
         cases += [(768, "gelu_tanh", False, tiles[0])]
         cases += [(312, "gelu_erf", True, tiles[0])] if name == "bf16" else []
         for width, act, keep_sums, tile in cases:
             label = f"{name} K{width} {act}" + (" sums" if keep_sums else "")
-            yield label, partial(start, dtype, width, act, keep_sums, tile), dtype.itemsize == 2
+            yield label, partial(start, name, width, act, keep_sums, tile), name != "f32"
 
 
 def _linear_cross_entropy_launches() -> Iterator[Case]:
@@ -222,9 +238,9 @@ def _linear_cross_entropy_launches() -> Iterator[Case]:
 
     # One of every tile, and one that is padded.
     widths = (16, 32, 64, 128, 200, 256, 512, 1024)
-    for name, dtype in DTYPES.items():
+    for name, dtype in NUMBERS.items():
         for width in widths if name != "f16" else [128]:
-            yield f"{name} E{width}", partial(run, dtype, width), dtype.itemsize == 2
+            yield f"{name} E{width}", _with(name, partial(run, dtype, width)), name != "f32"
 
 
 def _graph_inputs_launches() -> Iterator[Case]:
@@ -258,10 +274,12 @@ def _encoder_launches() -> Iterator[Case]:
 
     # Every tile of products, with the released models' heads and with the largest, whole and padded; rows asked for.
     chosen = {"f32": [(16, 64, False), (128, 128, True)], "bf16": [(16, 128, True), (128, 64, False), (128, 80, True)]}
+    chosen["tf32"] = chosen["f32"]
     for name, cases in chosen.items():
         for tokens, head_dim, asked in cases:
             label = f"{name} T{tokens} D{head_dim}" + (" rows" if asked else "")
-            yield label, partial(run, DTYPES[name], tokens, 12 if head_dim == 64 else 8, head_dim, asked), name != "f32"
+            start = partial(run, NUMBERS[name], tokens, 12 if head_dim == 64 else 8, head_dim, asked)
+            yield label, _with(name, start), name != "f32"
 
 
 def _quantized_encoder_launches() -> Iterator[Case]:
