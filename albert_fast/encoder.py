@@ -48,8 +48,8 @@ class Embeddings(nn.Module):
         backend: str,
     ) -> Tensor:
         words, norm = self.word_embeddings, self.LayerNorm
-        for name, table in self.named_children():
-            check_read(table, nn.LayerNorm if table is norm else nn.Embedding, f"embeddings.{name}")
+        for name, part in self._modules.items():
+            check_read(part, nn.LayerNorm if name == "LayerNorm" else nn.Embedding, name)  # type: ignore[arg-type]
         check_read(projection, nn.Linear, "encoder.embedding_hidden_mapping_in")
         p, seed = _dropout(self, self.dropout_p)
         return ops.embedding_projection(
