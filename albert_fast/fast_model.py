@@ -62,7 +62,8 @@ class FastModel(PretrainedMixin):
 
         From then on calls on a GPU without a gradient are replays of a graph for about their number of tokens, sequences
         and their longest (`graphs.Bucket`), captured now for `shapes`, all of it tokens, and for other sizes when they are
-        met for the second time; each for float32 that multiplies as torch is asked now. Results are as before. `cuda_graphs` = False ends it, `explain` says what becomes of a call.
+        met for the second time; each for float32 that multiplies as torch is asked then. Results are as before.
+        `cuda_graphs` = False ends it, `explain` says what becomes of a call.
         While a graph is captured no other thread may wait for the whole device, but by `albert_fast.synchronize`: a capture
         that fails is warned of, and its size runs operator by operator.
 
