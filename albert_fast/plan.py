@@ -11,6 +11,7 @@ from . import dispatch, gemm
 from .encoder import fuses_ffn
 from .graphs import Bucket
 from .modeling import ALBERTModel
+from .ops.linear_gelu import without_tiles
 from .packing import pack
 
 _HEADER = ("step", "times", "rows", "runs on", "GFLOP", "why")
@@ -57,16 +58,6 @@ def _chosen(op: str, device_type: str, dtype: torch.dtype, backend: str) -> tupl
     return name, "first choice" if not missing else str(missing[0])
 
 
-def _without_tiles(backend: str, columns: int) -> str:
-    """What `why` of linear_gelu leaves out: that its Triton kernel is not for such a width."""
-    if backend == "triton":
-        from .kernels.linear_gelu import has_tiles
-
-        if not has_tiles(columns):
-            return f"; {columns} columns are no multiple of 16: cuBLASLt's product, no Triton tile"
-    return ""
-
-
 def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Plan:
     """What `model(input_ids, attention_mask)` would run where, and why; after `warmup` also whether as a CUDA graph.
 
@@ -110,7 +101,7 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         recomputed = torch.is_grad_enabled() and encoder.encoder.recompute == "activations"
         if fuses_ffn(device) and not recomputed:
             fused = operator("linear_gelu", times, asked, times * 2 * asked * width * inner / 1e9)
-            return [replace(fused, why=fused.why + _without_tiles(fused.backend, inner))]
+            return [replace(fused, why=fused.why + without_tiles(fused.backend, inner))]
         return [product("FFN up", times, asked, width, inner), operator("bias_gelu", times, asked)]
 
     def layer(projections: list[Step], times: int, asked: int, asked_pairs: float) -> list[Step]:

@@ -124,3 +124,13 @@ def test_why_not_names_device_and_dtype():
     assert "no cuda kernel" in str(dispatch.why_not("attention", "cuda", "cuda"))
     with pytest.raises(dispatch.BackendUnavailableError, match="unknown backend 'fast'"):
         dispatch.resolve("attention", "cpu", torch.float32, "fast")
+
+
+@pytest.mark.skipif(not gemm._HAS_ONEDNN, reason="this torch has no oneDNN")
+def test_a_product_by_onednn_costs_no_other_and_leaves_autocast_to_torch():
+    x, weight = torch.randn(64, 512), torch.randn(256, 512, requires_grad=True)  # large enough for it
+    with torch.profiler.profile() as profile:
+        gemm.linear(x, weight).sum().backward()
+    assert {e.key: e.count for e in profile.key_averages()}["mkldnn::_linear_pointwise"] == 2, "none for x"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gemm.linear(x, weight).dtype == torch.bfloat16

@@ -141,6 +141,16 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Te
     return out
 
 
+def without_tiles(backend: str, columns: int) -> str:
+    """What to add to the reason for a backend where its Triton kernel is not for so many columns; else nothing."""
+    if backend == "triton":
+        from ..kernels.linear_gelu import has_tiles
+
+        if not has_tiles(columns):
+            return f"; {columns} columns are no multiple of 16: cuBLASLt's product, no Triton tile"
+    return ""
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu_tanh", *, backend: str = "auto") -> Tensor:
     """act(x @ weight^T + bias).
 
