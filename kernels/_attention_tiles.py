@@ -110,6 +110,8 @@ def attention_tiles(
         block_n = 16 if kind == (4, 128) else max(default["BLOCK_N"], 32)
         limit = {"maxnreg": 255} if kind == (4, 32) else {}
         return [default | {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4} | limit]
+    if max_seqlen_q <= _SOME_QUERIES and tf32:
+        return [default]
     if max_seqlen_q <= _SOME_QUERIES and default["BLOCK_M"] > 64:
         return [default | {"BLOCK_M": 64, "num_warps": 4}]
     return [tiles for tiles in candidates if not (dropout and _NOT_WITH_DROPOUT.items() <= tiles.items())]
@@ -126,10 +128,11 @@ def attention_bwd_tiles(
     dq, dkdv = (_candidates(table, head_dim, dtype, tf32) for table in (_DQ_TILES, _DKDV_TILES))
     kind = ("tf32" if tf32 else dtype.itemsize, dq[0]["BLOCK_D"])
     if max_seqlen_q <= FEW_QUERIES:
-        # Float32 and wide heads keep their warps: with fewer they would spill, float32 heads of 64 in short chunks too.
+        # Float32 and wide heads keep their warps: with fewer they would spill, float32 heads of 64 in short chunks
+        # too, and as TF32 heads of 128 where ptxas is told no limit.
         fewer = {"num_warps": 4} if dtype.itemsize == 2 and head_dim <= 128 else {}
-        chunk = {"CHUNK_D": 32} if kind == (4, 64) else {}
-        dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer | chunk], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
+        other: Tiles = {(4, 64): {"CHUNK_D": 32}, ("tf32", 128): {"maxnreg": 255}}.get(kind, {})
+        dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer | other], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
     elif kind in _DQ_REGISTERS:
         dq = [tiles | {"maxnreg": _DQ_REGISTERS[kind]} for tiles in dq]
     # Of short sequences, no more rows than the smallest tile has.
