@@ -20,7 +20,7 @@ Batch = tuple[Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def batches() -> list[Batch]:
-    """(ids, mask) of 200 sequences, 190 of the file's shorter half and 10 up to its longest; 20 in a batch, by length."""
+    """(ids, mask) of 200 sequences, 190 of the file's shorter half and 10 up to its longest; 10 in a batch, by length."""
     folder = require_data("plbert")
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))["vocab"]
     lines = sorted((folder / "phonemes.txt").read_text(encoding="utf-8").splitlines(), key=len)
@@ -28,8 +28,8 @@ def batches() -> list[Batch]:
     sequences = [[0, *(vocabulary[symbol] for symbol in line), 0] for line in lines]
     assert len(sequences) == 200
     result = []
-    for start in range(0, 200, 20):
-        rows = [torch.tensor(ids) for ids in sequences[start : start + 20]]
+    for start in range(0, 200, 10):
+        rows = [torch.tensor(ids) for ids in sequences[start : start + 10]]
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         result.append((torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask))
     return result
