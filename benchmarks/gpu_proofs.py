@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -13,9 +12,10 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from gpu_part import Part
+from gpu_shards import Report, Shards
 from processes import end
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,8 @@ _SELECTION = (
     "or test_a_gradient_compiles_with_its_forward"
 )
 _REAL_SIZE = "tests/test_gpu.py::test_an_operator_on_a_batch_of_real_size"
-_FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: what the quick pass takes
+_NAMED = 10  # of the tests that were not run
+_FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: what is dealt first
 _FALL_BACK = 20  # seconds kept for an install without the extension
 # Odd sizes, which take the ways around vectors and tiles, and several tiles of either product, by FMAs and tensor cores.
 _RACECHECK = (
@@ -105,31 +106,30 @@ def _install(part: Part, mode: str) -> None:
 
 
 class Counts:
-    """A plugin of pytest that records failures at once and counts every few seconds, so that a kill loses little."""
+    """How many tests of every file and of every kernel ended how, recorded every few seconds: a kill loses little."""
 
     def __init__(self, part: Part) -> None:
         self.part, self.written = part, 0.0
         self.counts: dict[str, dict[str, int]] = {}
+        self.not_run: list[str] = []
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when != "call" and report.passed:
-            return
-        of_file = self.counts.setdefault(report.nodeid.partition("::")[0], {})
+    def add(self, report: Report) -> None:
+        file, _, test = report.test.partition("::")
+        of_file = self.counts.setdefault(file, {})
         of_file[report.outcome] = of_file.get(report.outcome, 0) + 1
-        if report.failed:
-            self.part.fail(report.nodeid, report.longreprtext)
-        backend = re.search(r"\[(triton|cuda)-", report.nodeid)
-        if report.passed and backend:
-            kind = "backward" if "test_backward" in report.nodeid else "forward"
-            key = f"{Path(report.nodeid.partition('::')[0]).stem.removeprefix('test_')} {backend[1]} {kind}"
+        if report.outcome == "failed":
+            print(f"{report.test} failed:\n{report.why}", flush=True)
+            self.part.fail(report.test, report.why)
+        elif report.outcome == "not run":
+            self.not_run.append(report.test)
+        backend = re.search(r"\[(triton|cuda)-", test)
+        if report.outcome == "passed" and backend:
+            kind = "backward" if test.startswith("test_backward") else "forward"
+            key = f"{Path(file).stem.removeprefix('test_')} {backend[1]} {kind}"
             by_kernel = self.counts.setdefault("by kernel", {})
             by_kernel[key] = by_kernel.get(key, 0) + 1
         if time.monotonic() - self.written > 2:
             self.write()
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self.part.fail(f"collecting {report.nodeid}", report.longreprtext)
 
     def write(self) -> None:
         self.written = time.monotonic()
@@ -137,17 +137,11 @@ class Counts:
 
 
 def parity(part: Part) -> None:
-    """The operators' parity tests on every GPU kernel and tests/test_gpu*.py, in this process and those of xdist.
+    """The operators' parity tests on every GPU kernel and tests/test_gpu*.py, in as many processes as there are cores.
 
-    First a pass over every kernel in bfloat16, on a few shapes of its grid and of a real batch, then all the others.
+    First every kernel in bfloat16, on a few shapes of its grid and of a real batch, then all the others.
     """
-    import pytest
-
     from albert_fast import dispatch
-
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]  # tests see nothing of the benchmarks
-    os.chdir(ROOT)
 
     kernels = {
         op: [backend for backend in devices["cuda"] if backend != "reference"]
@@ -166,21 +160,18 @@ def parity(part: Part) -> None:
     if part.device == "cpu":
         os.environ |= {"ALBERT_FAST_TEST_DEVICE": "cpu", "TRITON_INTERPRET": "1"}
         kernels, files = {"bias_gelu": ["triton"]}, ["tests/test_gpu.py", "tests/test_bias_gelu.py"]
-        selection = "(triton and f32 and test_forward) or (test_gpu and ForMaskedLM)"
-    plugins = []
-    if importlib.util.find_spec("xdist") and part.device == "cuda":
-        plugins += ["-n", str(max(1, min(_MOST_PROCESSES, (os.cpu_count() or 2) - 2))), "--dist", "loadgroup"]
-    if importlib.util.find_spec("pytest_timeout"):
-        plugins += ["--timeout=90", "--timeout-method=thread"]  # a kernel that hangs does not heed a signal
-    counts, first = Counts(part), first_tests(kernels)
-    rest = [*files, "-k", selection, *(f"--deselect={test}" for test in first)]
-    for what, tests in (("quick pass", first), ("pytest", rest)):
-        try:
-            status = pytest.main([*_PYTEST_OPTIONS, *plugins, *tests], plugins=[counts])
-        finally:
-            counts.write()
-        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            part.fail(what, f"exit status {status!r}")
+        selection = "real_size and bias_gelu and bf16 or triton and bf16 and (test_forward or test_backward)"
+    processes = max(1, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2))
+    tests = Shards([*files, "-k", selection], first_tests(kernels), processes, part.left(), ROOT)
+    counts = Counts(part)
+    try:
+        for report in tests.reports():
+            counts.add(report)
+    finally:
+        counts.write()
+    if counts.not_run:
+        named = ", ".join([*counts.not_run[:_NAMED], *(["..."] if len(counts.not_run) > _NAMED else [])])
+        part.fail("time", f"{len(counts.not_run)} tests were not run in {tests.seconds:.0f} s: {named}")
     for name in missing(kernels, counts.counts.get("by kernel", {})):
         part.fail(name, "no parity test of this kernel has passed")
 
@@ -192,7 +183,7 @@ def first_tests(kernels: Mapping[str, Sequence[str]]) -> list[str]:
 
     found = []
     for op, backends in kernels.items():
-        for options in ALL_CASES[op].options:
+        for options in filter(lambda options: ALL_CASES[op].takes(options, DTYPES["bf16"]), ALL_CASES[op].options):
             found.append(f"{_REAL_SIZE}[{'-'.join([op, *(f'{k}={v}' for k, v in options.items())])}-bf16]")
         for backend in backends:
             grid = [row for row in parity_grid(op, backend) if row[4] == DTYPES["bf16"]]
