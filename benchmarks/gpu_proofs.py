@@ -8,20 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
+import gpu_sanitized
 from gpu_part import Part
+from gpu_sanitized import OPERATORS
 from gpu_shards import Report, Shards
 from processes import end
 
 ROOT = Path(__file__).resolve().parents[1]
-# pytest without the root on sys.path, where our folder `kernels` would pass for the package of that name.
-PYTEST = (sys.executable, "-c", "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())")
-_PYTEST_OPTIONS = ("-q", "-p", "no:cacheprovider")
 _MOST_PROCESSES = 14  # each has a CUDA context and compiles Triton kernels
 # Beside the grid of every kernel: tests that are there for a GPU, without a backend in their names.
 _SELECTION = (
@@ -33,11 +34,11 @@ _REAL_SIZE = "tests/test_gpu.py::test_an_operator_on_a_batch_of_real_size"
 _NAMED = 10  # of the tests that were not run
 _FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: what is dealt first
 _FALL_BACK = 20  # seconds kept for an install without the extension
-# Odd sizes, which take the ways around vectors and tiles, and several tiles of either product, by FMAs and tensor cores.
-_RACECHECK = (
-    "cuda and (f32 or bf16) and (7x13x29x11x17x3 or 513x64x96x300x128x2) and not padding_idx and not from_embeds"
+_NO_TOOL = (
+    "it is neither on the PATH nor in $CUDA_HOME/bin, /usr/local/cuda/bin or site-packages: the CUDA toolkit has it, "
+    "and so has `pip install nvidia-cuda-sanitizer-api`"
 )
-_MEMCHECK = "(f32 or bf16) and (7x13x29x11x17x3 or 513x64x96x300x128x2 or plain) and (cuda or tiles_that_a_gpu_takes)"
+_CALLS = re.compile(r"\d+ of \d+ calls are right: .*")  # what gpu_sanitized.py says after each
 
 
 def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, str]:
@@ -205,26 +206,46 @@ def missing(kernels: Mapping[str, Sequence[str]], passed: Mapping[str, int]) -> 
 
 
 def sanitizer(part: Part) -> None:
-    """compute-sanitizer's memcheck and, shorter, racecheck over tests of the CUDA kernels."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        part.add("skipped", what="compute-sanitizer", why="it is not on the PATH")
+    """compute-sanitizer's memcheck and, on less, racecheck over gpu_sanitized.py: the CUDA kernels, a few of Triton's."""
+    if part.device == "cpu":
+        part.add("skipped", what="compute-sanitizer", why="it watches kernels on a GPU")
         return
-    for check, selection in (("memcheck", _MEMCHECK), ("racecheck", _RACECHECK)):
-        part.attempt(check, lambda check=check, selection=selection: _sanitize(part, tool, check, selection), needs=5)
+    tool = _sanitizer_tool()
+    if tool is None:
+        part.fail("compute-sanitizer", _NO_TOOL)
+        return
+    for check, share in (("memcheck", 0.6), ("racecheck", 1.0)):
+        part.attempt(check, partial(_sanitize, part, tool, check, share), needs=5)
 
 
-def _sanitize(part: Part, tool: str, check: str, selection: str) -> None:
-    # Allocations of their own: in torch's pool an access beyond a tensor's end still hits memory that is allocated.
-    command = [tool, "--tool", check, "--error-exitcode", "99"]
+def _sanitizer_tool() -> str | None:
+    """Where it is: on the PATH, in a CUDA toolkit, or in the packages that pip installs."""
+    places = [os.environ.get("PATH", ""), *(f"{os.environ[name]}/bin" for name in ("CUDA_HOME",) if name in os.environ)]
+    places += ["/usr/local/cuda/bin", *map(str, Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin"))]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def _sanitize(part: Part, tool: str, check: str, share: float) -> None:
+    seconds = part.left() * share
+    command = [tool, "--tool", check, "--error-exitcode", "99", "--target-processes", "application-only"]
+    # It is 10 s in which CUDA must have started, else nothing is watched; torch's import alone may take as long.
+    command += ["--launch-timeout", f"{seconds:.0f}"]
     # torch asks the driver for things it may not have, and goes on: no access to memory.
     command += ["--report-api-errors", "no"] if check == "memcheck" else []
-    command += [*PYTEST, *_PYTEST_OPTIONS]
-    command += ["tests/test_embedding_projection.py", "-k", selection]
-    seconds = part.left() * (0.7 if check == "memcheck" else 1.0)
-    status, said = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
-    tests = re.findall(r"\d+ passed.*", said)
-    part.add("sanitizer", check=check, summary=found[-1] if found else "", tests=tests[-1] if tests else "")
-    if status or not tests or not found or not found[-1].startswith("0 "):
+    for op in OPERATORS[check]:
+        command += ["--kernel-name", f"kns={op}"]  # and none of torch's or cuBLAS's
+    command += [sys.executable, gpu_sanitized.__file__, check]
+    try:
+        # Allocations of their own: in torch's pool an access beyond a tensor's end still hits memory that is allocated.
+        status, said = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    except subprocess.TimeoutExpired as error:
+        done = _CALLS.findall(error.output)
+        far = done[-1] if done else "before its first call was done"
+        part.fail(check, f"it was ended after {seconds:.0f} s: {far}")
+        return
+    found, done = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said), _CALLS.findall(said)
+    calls = done[-1] if done else ""
+    part.add("sanitizer", check=check, summary=found[-1] if found else "", tests=calls, left=part.left())
+    number, _, total = calls.partition(" calls")[0].partition(" of ")
+    if status or not calls or number != total or not found or not found[-1].startswith("0 "):
         part.fail(check, f"exit status {status}: {said[-1500:]}")

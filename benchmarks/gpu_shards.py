@@ -28,7 +28,7 @@ from processes import end
 
 HERE = Path(__file__).resolve().parent
 _OPTIONS = ("-p", "no:cacheprovider", "--continue-on-collection-errors")
-_LEAVE = 5.0  # seconds in which a process that has run its last test ends by itself
+_LEAVE = 5.0  # seconds in which a process ends by itself, after its last test or after its connection is gone
 _BROKEN = 76  # exit status of a process whose CUDA context is gone
 
 
@@ -111,6 +111,8 @@ class Shards:
         try:
             kind, *said = one.connection.recv()
         except (EOFError, ConnectionResetError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.process.wait(_LEAVE)  # else it is killed, and that would pass for the reason
             yield from self._ended(one, "")
             return
         if kind == "report":
@@ -167,7 +169,7 @@ class Shards:
             self._running.append(self._start())
 
 
-class _Dealt:
+class Dealt:
     """A plugin of pytest: runs the tests that come through `connection`, and tells how they went."""
 
     def __init__(self, connection: Connection) -> None:
@@ -208,13 +210,17 @@ class _Dealt:
             os._exit(_BROKEN)  # to take down a broken context may hang, or abort
 
 
-def _stand_in_for_hypothesis(pytest: Any) -> None:
-    """Where it is absent, the tests that draw from it are skipped, and the others of their files run."""
-    if importlib.util.find_spec("hypothesis") is None:
-        absent = MagicMock()
-        absent.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
-        absent.settings.return_value = lambda test: test
-        sys.modules["hypothesis"] = absent
+class WithoutHypothesis:
+    """A plugin of pytest: where hypothesis is absent, tests that draw from it are skipped, and the rest of their files run."""
+
+    def pytest_configure(self) -> None:
+        if importlib.util.find_spec("hypothesis") is None:
+            import pytest
+
+            absent = MagicMock()
+            absent.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
+            absent.settings.return_value = lambda test: test
+            sys.modules["hypothesis"] = absent
 
 
 def main() -> int:
@@ -222,8 +228,7 @@ def main() -> int:
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]  # tests see nothing of the benchmarks
     import pytest
 
-    _stand_in_for_hypothesis(pytest)
-    return int(pytest.main(sys.argv[2:], plugins=[_Dealt(connection)]))
+    return int(pytest.main(sys.argv[2:], plugins=[Dealt(connection), WithoutHypothesis()]))
 
 
 if __name__ == "__main__":

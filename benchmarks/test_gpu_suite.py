@@ -8,20 +8,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gpu_measures
 import gpu_proofs
+import gpu_sanitized
+import gpu_shards
 import gpu_suite
 import pytest
 import torch
 from gpu_part import LOST, Part
 from gpu_report import markdown, targets
+from gpu_shards import Report, Shards
+
+from albert_fast.testing import ALL_CASES
 
 MEASURED = ("machine", "model", "operators", "training", "tiles")
 RECORD = (
@@ -92,9 +97,14 @@ def test_a_broken_context_ends_the_process(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "records").read_text().splitlines()[-1])["what"] == "the GPU after attention"
 
 
+def dealt(folder: Path, first: Sequence[str] = (), **options: Any) -> list[tuple[str, str, str]]:
+    """(test, outcome, why) of the tests in a folder, in the order of their reports."""
+    settings = {"processes": 1, "seconds": 300.0, **options}
+    shards = Shards([str(folder), "-c", os.devnull, "--rootdir", str(folder)], first, folder=folder, **settings)
+    return [(report.test.partition("::")[2], report.outcome, report.why) for report in shards.reports()]
+
+
 def test_a_test_that_breaks_the_context_takes_no_other_along(tmp_path):
-    pytest.importorskip("xdist")
-    shutil.copy(gpu_proofs.ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(
         "import torch\nbroken = []\n"
         "def synchronize():\n    if broken: raise RuntimeError('an illegal memory access was encountered')\n"
@@ -104,11 +114,114 @@ def test_a_test_that_breaks_the_context_takes_no_other_along(tmp_path):
         "def test_fails(): raise ValueError('something else')\n"
         "def test_after(): assert not broken\n"
     )
-    command = [*gpu_proofs.PYTEST, "-q", "-p", "no:cacheprovider", "-n", "1", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "2 failed, 2 passed" in done.stdout, done.stdout
-    assert re.search(r"crashed while running '.*test_breaks", done.stdout)
-    assert "ValueError: the reason" in done.stdout + done.stderr
+    reports = dealt(tmp_path)
+    outcomes = [
+        ("test_before", "passed"),
+        ("test_breaks", "failed"),
+        ("test_fails", "failed"),
+        ("test_after", "passed"),
+    ]
+    assert [report[:2] for report in reports] == outcomes
+    assert re.search("ValueError: the reason(?s:.)*illegal memory access", reports[1][2])
+    assert "something else" in reports[2][2]
+
+
+def test_a_test_that_ends_its_process_or_hangs_fails_alone(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import os, signal, time\n"
+        "def test_leaves(): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def test_hangs():\n    open('begun', 'w').close()\n    time.sleep(100)\n"
+        "def test_after(): pass\n"
+    )
+    assert dealt(tmp_path, longest=3.0) == [
+        ("test_leaves", "failed", "its process ended: by SIGKILL"),
+        ("test_hangs", "failed", "it was ended after 3 s"),
+        ("test_after", "passed", ""),
+    ]
+
+
+def test_every_test_is_run_once_by_some_process_and_those_of_a_group_by_one_after_another(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.parametrize('n', range(9))\ndef test_alone(n): assert n != 5\n"
+        "@pytest.mark.xdist_group('large')\n@pytest.mark.parametrize('n', range(3))\n"
+        "def test_large(n):\n    with open('pids', 'a') as file: print(os.getpid(), file=file)\n"
+        "def test_skipped(): pytest.skip('why not')\n"
+    )
+    reports = dealt(tmp_path, processes=3)
+    names = [f"test_alone[{n}]" for n in range(9)] + [f"test_large[{n}]" for n in range(3)] + ["test_skipped"]
+    outcomes = {"test_alone[5]": "failed", "test_skipped": "skipped"}
+    assert sorted(report[:2] for report in reports) == sorted((name, outcomes.get(name, "passed")) for name in names)
+    assert len(set((tmp_path / "pids").read_text().split())) == 1
+
+
+def test_what_comes_first_what_is_not_there_and_what_cannot_be_collected(tmp_path):
+    (tmp_path / "test_bad.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): pass\n")
+    first = ["test_it.py::test_c", "test_it.py::test_d", "test_it.py::test_b"]
+    collecting, *others = dealt(tmp_path, first)
+    assert collecting[1] == "failed"
+    assert "nothing_of_this_name" in collecting[2]
+    assert others == [
+        ("test_d", "failed", "there is no such test"),
+        *((f"test_{name}", "passed", "") for name in "cba"),
+    ]
+
+
+def test_what_the_time_does_not_suffice_for_is_named(tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_a(): pass\n"
+        "def test_b():\n    open('begun', 'w').close()\n    time.sleep(100)\n"
+        "def test_c(): pass\n"
+    )
+    now, begun = time.monotonic, tmp_path / "begun"
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 1e6 * begun.exists())
+    reports = dealt(tmp_path, longest=1e9)
+    assert reports == [("test_a", "passed", ""), ("test_b", "not run", ""), ("test_c", "not run", "")]
+
+
+def test_processes_that_collect_nothing_are_no_success(tmp_path):
+    shards = Shards(["--no-such-option"], [], 2, 300.0, tmp_path)
+    why = "a process ended before it had collected tests: exit status 4"
+    assert [(r.test, r.outcome, r.why) for r in shards.reports()] == [("pytest", "failed", why)] * 2
+
+
+def test_without_hypothesis_only_the_tests_that_draw_from_it_are_skipped(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "from hypothesis import given, settings\nfrom hypothesis import strategies as st\n"
+        "@settings(max_examples=3)\n@given(st.lists(st.integers(0, 3)), st.integers())\n"
+        "def test_draws(a, b): pass\n"
+        "def test_plain(): pass\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(gpu_shards.__file__).parent)!r}); import importlib.util as u, pytest; "
+        "from gpu_shards import WithoutHypothesis; find = u.find_spec; "
+        "u.find_spec = lambda name, *more: None if name == 'hypothesis' else find(name, *more); "
+        "options = ['-p', 'no:hypothesispytest', '-p', 'no:cacheprovider', 'test_it.py']; "
+        "sys.exit(pytest.main(options, plugins=[WithoutHypothesis()]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert "1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
+
+
+def test_counts_of_files_and_kernels_and_what_was_not_run(tmp_path):
+    counts = gpu_proofs.Counts(Part("cuda", True, 50.0, tmp_path / "records"))
+    for test, outcome in (
+        ("test_forward[triton-f32-1x1]", "passed"),
+        ("test_forward[cuda-f32-1x1]", "failed"),
+        ("test_backward[triton-f32-1x1]", "passed"),
+        ("test_other", "not run"),
+    ):
+        counts.add(Report(f"tests/test_attention.py::{test}", outcome, "why"))
+    assert counts.not_run == ["tests/test_attention.py::test_other"]
+    assert counts.counts == {
+        "tests/test_attention.py": {"passed": 2, "failed": 1, "not run": 1},
+        "by kernel": {"attention triton forward": 1, "attention triton backward": 1},
+    }
+    tests = {"kind": "tests", "counts": counts.counts}
+    part = {"part": "parity", "status": "", "seconds": 0.0, "limit": 0.0, "why": "", "records": [tests]}
+    suite = {"name": "", "rehearsal": False, "command": [], "began": "", "seconds": 0.0, "not_run": [], "parts": [part]}
+    assert "| tests/test_attention.py | 2 | 1 | 0 | 1 |" in markdown(suite)
 
 
 @pytest.mark.parametrize("session", [False, True], ids=["its group", "a group of their own"])
@@ -162,15 +275,75 @@ def test_a_kernel_without_a_passed_test_is_missed():
     assert gpu_proofs.missing(kernels, {"attention triton forward": 3}) == ["embedding_projection cuda forward"]
 
 
-@pytest.mark.parametrize(("errors", "failed"), [(0, False), (2, True)])
-def test_the_sanitizer_s_summary_decides(tmp_path, monkeypatch, errors, failed):
+@pytest.mark.parametrize(
+    ("errors", "calls", "failed"),
+    [(0, 24, False), (2, 24, True), (0, 23, True)],
+    ids=["clean", "errors", "not all calls"],
+)
+def test_the_sanitizer_s_summary_decides(tmp_path, monkeypatch, errors, calls, failed):
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho '3 passed in 1 s'\necho '========= ERROR SUMMARY: {errors} errors'\n")
+    tool.write_text(
+        f"#!/bin/sh\necho '{calls} of 24 calls are right: the last'\necho '========= ERROR SUMMARY: {errors} errors'\n"
+        f'echo "$@" >> {tmp_path}/asked\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     part = Part("cuda", False, 60.0, tmp_path / "records")
     gpu_proofs.sanitizer(part)
     assert part.failed == failed
+    memory, races = (tmp_path / "asked").read_text().splitlines()
+    assert "--tool memcheck" in memory
+    assert "--kernel-name kns=embedding_projection --kernel-name kns=attention" in memory
+    assert "--tool racecheck" in races
+    assert "kns=attention" not in races
+
+
+def test_a_gpu_without_the_sanitizer_fails_and_is_told_where_it_is_to_be_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_proofs.shutil, "which", lambda _name, path: None)
+    for device in ("cuda", "cpu"):
+        part = Part(device, False, 60.0, tmp_path / device)
+        gpu_proofs.sanitizer(part)
+        assert part.failed == (device == "cuda")
+    assert "pip install nvidia-cuda-sanitizer-api" in json.loads((tmp_path / "cuda").read_text())["error"]
+
+
+@pytest.mark.parametrize(
+    ("said", "far"), [("", "before its first call"), ("1 of 9 calls are right: x\n", "1 of 9 calls")]
+)
+def test_a_sanitizer_that_takes_too_long_tells_which_and_how_far(tmp_path, monkeypatch, said, far):
+    def run(command, seconds, **variables):
+        raise subprocess.TimeoutExpired(command, seconds, said)
+
+    monkeypatch.setattr(gpu_proofs, "run", run)
+    monkeypatch.setattr(gpu_proofs, "_sanitizer_tool", lambda: "compute-sanitizer")
+    gpu_proofs.sanitizer(Part("cuda", False, 60.0, tmp_path / "records"))
+    records = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    failures = [r for r in records if r["kind"] == "failure"]
+    assert [r["what"] for r in failures] == ["memcheck", "racecheck"]
+    assert all(re.match(rf"it was ended after \d+ s: {far}", r["error"]) for r in failures)
+
+
+def test_what_the_sanitizer_watches_runs_and_is_compiled_by_the_parity_tests_before(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for op, (shape, options) in gpu_sanitized.TRITON.items():
+        assert shape in ALL_CASES[op].shapes
+        assert options in ALL_CASES[op].options
+    for check, ops in gpu_sanitized.OPERATORS.items():
+        calls = list(gpu_sanitized.cases(check, multiprocessors=1))
+        assert list(dict.fromkeys(call[0] for call in calls)) == list(ops)
+        assert [call[0] for call in calls if call[3] == "f32"].count("embedding_projection") >= 2
+    command = [sys.executable, gpu_sanitized.__file__, "racecheck", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    number = len(list(gpu_sanitized.cases("racecheck", 1)))
+    assert gpu_proofs._CALLS.findall(done.stdout)[-1].startswith(f"{number} of {number} calls are right")
+
+
+def test_the_filter_matches_every_cuda_kernel():
+    sources = "".join(path.read_text() for path in (gpu_proofs.ROOT / "csrc" / "cuda").glob("*.cu*"))
+    kernels = re.findall(r"__global__.*?(\w+_kernel)\(", sources, re.DOTALL)
+    assert len(kernels) == sources.count("__global__")
+    assert all(any(op in kernel for op in gpu_sanitized.CUDA) for kernel in kernels), kernels
 
 
 @pytest.mark.parametrize("compiles", [True, False])
