@@ -11,24 +11,27 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import engines
 import gpu_measures
 import gpu_proofs
 import gpu_sanitized
-import gpu_shards
 import gpu_suite
+import lengths
 import pytest
+import sides
 import torch
 from gpu_part import LOST, Part
 from gpu_report import markdown, targets
-from gpu_shards import Report, Shards
+from gpu_shards import Report
 
-from albert_fast.testing import ALL_CASES
+from albert_fast import ALBERTModel
+from albert_fast.graphs import MAX_TOKENS, GraphCache
+from albert_fast.testing import ALL_CASES, stand_in
 
-MEASURED = ("machine", "model", "operators", "training", "tiles")
+MEASURED = ("parity", "machine", "model", "operators", "training", "tiles")
 RECORD = (
     "import json, sys, time, os, signal; open(sys.argv[1], 'a').write(json.dumps({'kind': 'note', 'n': 1}) + '\\n'); "
 )
@@ -97,133 +100,6 @@ def test_a_broken_context_ends_the_process(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "records").read_text().splitlines()[-1])["what"] == "the GPU after attention"
 
 
-def dealt(folder: Path, first: Sequence[str] = (), **options: Any) -> list[tuple[str, str, str]]:
-    """(test, outcome, why) of the tests in a folder, in the order of their reports."""
-    settings = {"processes": 1, "seconds": 300.0, **options}
-    shards = Shards([str(folder), "-c", os.devnull, "--rootdir", str(folder)], first, folder=folder, **settings)
-    return [(report.test.partition("::")[2], report.outcome, report.why) for report in shards.reports()]
-
-
-def test_a_test_that_breaks_the_context_takes_no_other_along(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import torch\nbroken = []\n"
-        "def synchronize():\n    if broken: raise RuntimeError('an illegal memory access was encountered')\n"
-        "torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize\n"
-        "def test_before(): pass\n"
-        "def test_breaks():\n    broken.append(1)\n    raise ValueError('the reason')\n"
-        "def test_fails(): raise ValueError('something else')\n"
-        "def test_after(): assert not broken\n"
-    )
-    reports = dealt(tmp_path)
-    outcomes = [
-        ("test_before", "passed"),
-        ("test_breaks", "failed"),
-        ("test_fails", "failed"),
-        ("test_after", "passed"),
-    ]
-    assert [report[:2] for report in reports] == outcomes
-    assert re.search("ValueError: the reason(?s:.)*illegal memory access", reports[1][2])
-    assert "something else" in reports[2][2]
-
-
-def test_a_test_that_ends_its_process_or_hangs_fails_alone(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import os, signal, time\n"
-        "def test_leaves(): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "def test_hangs():\n    open('begun', 'w').close()\n    time.sleep(100)\n"
-        "def test_after(): pass\n"
-    )
-    assert dealt(tmp_path, longest=3.0) == [
-        ("test_leaves", "failed", "its process ended: by SIGKILL"),
-        ("test_hangs", "failed", "it was ended after 3 s"),
-        ("test_after", "passed", ""),
-    ]
-
-
-def test_every_test_is_run_once_by_some_process_and_those_of_a_group_by_one_after_another(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import os, pytest\n"
-        "@pytest.mark.parametrize('n', range(9))\ndef test_alone(n): assert n != 5\n"
-        "@pytest.mark.xdist_group('large')\n@pytest.mark.parametrize('n', range(3))\n"
-        "def test_large(n):\n    with open('pids', 'a') as file: print(os.getpid(), file=file)\n"
-        "def test_skipped(): pytest.skip('why not')\n"
-    )
-    reports = dealt(tmp_path, processes=3)
-    names = [f"test_alone[{n}]" for n in range(9)] + [f"test_large[{n}]" for n in range(3)] + ["test_skipped"]
-    outcomes = {"test_alone[5]": "failed", "test_skipped": "skipped"}
-    assert sorted(report[:2] for report in reports) == sorted((name, outcomes.get(name, "passed")) for name in names)
-    assert len(set((tmp_path / "pids").read_text().split())) == 1
-
-
-def test_what_comes_first_what_is_not_there_and_what_cannot_be_collected(tmp_path):
-    (tmp_path / "test_bad.py").write_text("import nothing_of_this_name\n")
-    (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): pass\n")
-    first = ["test_it.py::test_c", "test_it.py::test_d", "test_it.py::test_b"]
-    collecting, *others = dealt(tmp_path, first)
-    assert collecting[1] == "failed"
-    assert "nothing_of_this_name" in collecting[2]
-    assert others == [
-        ("test_d", "failed", "there is no such test"),
-        *((f"test_{name}", "passed", "") for name in "cba"),
-    ]
-
-
-def test_what_the_time_does_not_suffice_for_is_named(tmp_path, monkeypatch):
-    (tmp_path / "test_it.py").write_text(
-        "import time\ndef test_a(): pass\n"
-        "def test_b():\n    open('begun', 'w').close()\n    time.sleep(100)\n"
-        "def test_c(): pass\n"
-    )
-    now, begun = time.monotonic, tmp_path / "begun"
-    monkeypatch.setattr(time, "monotonic", lambda: now() + 1e6 * begun.exists())
-    reports = dealt(tmp_path, longest=1e9)
-    assert reports == [("test_a", "passed", ""), ("test_b", "not run", ""), ("test_c", "not run", "")]
-
-
-def test_processes_that_collect_nothing_are_no_success(tmp_path):
-    shards = Shards(["--no-such-option"], [], 2, 300.0, tmp_path)
-    why = "a process ended before it had collected tests: exit status 4"
-    assert [(r.test, r.outcome, r.why) for r in shards.reports()] == [("pytest", "failed", why)] * 2
-
-
-def test_without_hypothesis_only_the_tests_that_draw_from_it_are_skipped(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "from hypothesis import given, settings\nfrom hypothesis import strategies as st\n"
-        "@settings(max_examples=3)\n@given(st.lists(st.integers(0, 3)), st.integers())\n"
-        "def test_draws(a, b): pass\n"
-        "def test_plain(): pass\n"
-    )
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(gpu_shards.__file__).parent)!r}); import importlib.util as u, pytest; "
-        "from gpu_shards import WithoutHypothesis; find = u.find_spec; "
-        "u.find_spec = lambda name, *more: None if name == 'hypothesis' else find(name, *more); "
-        "options = ['-p', 'no:hypothesispytest', '-p', 'no:cacheprovider', 'test_it.py']; "
-        "sys.exit(pytest.main(options, plugins=[WithoutHypothesis()]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert "1 passed, 1 skipped" in done.stdout, done.stdout + done.stderr
-
-
-def test_counts_of_files_and_kernels_and_what_was_not_run(tmp_path):
-    counts = gpu_proofs.Counts(Part("cuda", True, 50.0, tmp_path / "records"))
-    for test, outcome in (
-        ("test_forward[triton-f32-1x1]", "passed"),
-        ("test_forward[cuda-f32-1x1]", "failed"),
-        ("test_backward[triton-f32-1x1]", "passed"),
-        ("test_other", "not run"),
-    ):
-        counts.add(Report(f"tests/test_attention.py::{test}", outcome, "why"))
-    assert counts.not_run == ["tests/test_attention.py::test_other"]
-    assert counts.counts == {
-        "tests/test_attention.py": {"passed": 2, "failed": 1, "not run": 1},
-        "by kernel": {"attention triton forward": 1, "attention triton backward": 1},
-    }
-    tests = {"kind": "tests", "counts": counts.counts}
-    part = {"part": "parity", "status": "", "seconds": 0.0, "limit": 0.0, "why": "", "records": [tests]}
-    suite = {"name": "", "rehearsal": False, "command": [], "began": "", "seconds": 0.0, "not_run": [], "parts": [part]}
-    assert "| tests/test_attention.py | 2 | 1 | 0 | 1 |" in markdown(suite)
-
-
 @pytest.mark.parametrize("session", [False, True], ids=["its group", "a group of their own"])
 def test_a_part_that_hangs_takes_its_children_along(tmp_path, session):
     child = f"import subprocess; p = subprocess.Popen(['sleep', '100'], start_new_session={session}); "
@@ -273,6 +149,26 @@ def test_what_fails_within_a_part_leaves_the_rest(tmp_path):
 def test_a_kernel_without_a_passed_test_is_missed():
     kernels = {"attention": ["triton"], "embedding_projection": ["cuda"]}
     assert gpu_proofs.missing(kernels, {"attention triton forward": 3}) == ["embedding_projection cuda forward"]
+
+
+def test_counts_of_files_and_kernels_and_what_was_not_run(tmp_path):
+    counts = gpu_proofs.Counts(Part("cuda", True, 50.0, tmp_path / "records"))
+    for test, outcome in (
+        ("test_forward[triton-f32-1x1]", "passed"),
+        ("test_forward[cuda-f32-1x1]", "failed"),
+        ("test_backward[triton-f32-1x1]", "passed"),
+        ("test_other", "not run"),
+    ):
+        counts.add(Report(f"tests/test_attention.py::{test}", outcome, "why"))
+    assert counts.not_run == ["tests/test_attention.py::test_other"]
+    assert counts.counts == {
+        "tests/test_attention.py": {"passed": 2, "failed": 1, "not run": 1},
+        "by kernel": {"attention triton forward": 1, "attention triton backward": 1},
+    }
+    tests = {"kind": "tests", "counts": counts.counts}
+    part = {"part": "parity", "status": "", "seconds": 0.0, "limit": 0.0, "why": "", "records": [tests]}
+    suite = {"name": "", "rehearsal": False, "command": [], "began": "", "seconds": 0.0, "not_run": [], "parts": [part]}
+    assert "| tests/test_attention.py | 2 | 1 | 0 | 1 |" in markdown(suite)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +275,8 @@ def test_targets_are_met_or_not():
         row("model/fwd/bfloat16/base-64x512/hf-sdpa", False, 25.0),
         row("model/fwd/bfloat16/base-64x512/hf-compile", False, 12.0),
         row("model/fwd/bfloat16/base-imdb-32/albert_fast", True, 3.0, gflops=5.9e5),
+        row("model/fwd/bfloat16/base-imdb-32/albert_fast-graphs", False, 4.0, gflops=5e5),
+        row("model/fwd/bfloat16/base-imdb-32/hf-sdpa", False, 9.0, gflops=2e5),
         row("model/fwd/bfloat16/base-1x128/albert_fast", True, 0.2, gflops=1.0),
         row("bias_gelu/fwd/bfloat16/32768x3072/triton", True, 0.1, gbytes_per_second=2500.0),
         row("attention/bwd/bfloat16/64x512/triton", True, 1.0),
@@ -392,6 +290,8 @@ def test_targets_are_met_or_not():
     assert found["model base-64x512", "2.00 x"] == ("25.000 ms (hf-sdpa)", "2.50", True)
     assert found["model base-64x512", "1.30 x"] == ("12.000 ms (hf-compile)", "1.20", False)
     assert found["model base-imdb-32", "1.05 x at most"][1:] == ("1.02", True)
+    assert found["model base-imdb-32-graphs", "1.05 x at most"] == ("3.333 ms (at 64x512's rate)", "1.20", False)
+    assert len([what for what, _ in found if what.startswith("model base-imdb-32")]) == 2
     assert found["model base-1x128", "100 us at most"][2] is False
     assert found["bias_gelu fwd bfloat16", "0.90"] == ("3,000 GB/s (copy)", "0.83", False)
     assert found["attention bwd bfloat16 64x512", "1.00 x"] == ("1.200 ms (sdpa-cudnn)", "1.20", True)
@@ -449,6 +349,35 @@ def test_a_call_is_timed_until_it_returns_until_its_answer_and_on_the_gpu_alone(
     assert "| 1x128 mask | 50.0 | 200 |  |" in markdown(suite)
 
 
+def test_a_side_of_graphs_that_replays_none_fails_instead_of_getting_a_row(monkeypatch):
+    model, asked = ALBERTModel(stand_in.CONFIG).eval(), []
+    model.warmup()
+    ids = torch.randint(61, (2, 7))
+    bind = engines.replayed(model, lambda *batch: lambda: asked.append(model(*batch)))
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match="no CUDA graph: graphs are captured on cuda, not on cpu"),
+    ):
+        bind(ids, torch.ones_like(ids))
+    monkeypatch.setattr(GraphCache, "forecast", lambda *_: "a replay of the CUDA graph for 14 tokens")
+    with torch.inference_mode():
+        bind(ids, torch.ones_like(ids))()
+    assert len(asked) == 5
+
+
+def test_ours_with_and_without_graphs_are_not_held_against_each_other():
+    names = ["albert_fast", "albert_fast-graphs", "albert_fast-int8", "hf-sdpa"]
+    assert sides.rivals("albert_fast", names) == sides.rivals("albert_fast-graphs", names) == ["hf-sdpa"]
+    assert sides.rivals("hf-sdpa", names) == ["albert_fast", "albert_fast-graphs"]
+    assert sides.ours("albert_fast-graphs") == "albert_fast"
+
+
+def test_the_batches_for_graphs_are_not_too_large_for_them():
+    batches = json.loads(lengths.COMMITTED.read_text())["batches"]
+    for name in ("imdb-32", "mixed-32"):
+        assert engines._SMALL < len(batches[name]) * max(batches[name]) <= MAX_TOKENS
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> dict[str, Any]:
     """The JSON of the measuring parts and the sanitizer, as the command line runs them."""
@@ -480,9 +409,9 @@ def test_every_side_gives_a_row(rehearsal):
     assert skipped - {"compute-sanitizer"} == {"model in fp8"}, "no CPU multiplies float8 numbers"
     rows = [record["id"] for record in records if record["kind"] == "row"]
     assert len(rows) == len(set(rows)), "what is measured again replaces its row"
-    sides = {row.rpartition("/")[2] for row in rows}
-    assert sides == {
-        "albert_fast", "cpp", "eager", "compile", "hf-eager", "hf-sdpa", "hf-compile", "hf-compile-default", "torch-nested",
-        "sdpa-flash", "sdpa-padded-flash", "sdpa-nested", "operators",
+    measured = {row.rpartition("/")[2] for row in rows}
+    assert measured == {
+        "albert_fast", "albert_fast-graphs", "albert_fast-int8", "cpp", "eager", "compile", "hf-eager", "hf-sdpa",
+        "hf-compile", "hf-compile-default", "torch-nested", "sdpa-flash", "sdpa-padded-flash", "sdpa-nested", "operators",
     }  # fmt: skip
     assert [r["what"] for r in records if r["kind"] == "ceiling"] == ["copy", "bf16 product", "fp32 product"]
