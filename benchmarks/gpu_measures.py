@@ -48,12 +48,12 @@ def _options(part: Part) -> Options:
 
 
 def _measure(
-    part: Part, group: CallGroup, names: Sequence[str] | None = None, peers_alone: bool = False, **more: object
+    part: Part, group: CallGroup, names: Sequence[str] | None = None, stands: str | None = None, **more: object
 ) -> None:
     """A row for every side of the group that can take part. Ours must; what a peer cannot do is its own affair.
 
     Args:
-        names: of the sides, where not all. peers_alone: our row stands already, from beside others or earlier.
+        names: of the sides, where not all. stands: the side of ours whose row is there already, from beside others.
     """
     able = []
     for name in group.sides() if names is None else names:
@@ -62,10 +62,10 @@ def _measure(
         else:
             able.append(name)
     for name, result in group.measure(able, _options(part)).items():
-        what, ours = f"{group.key}/{name}", name == group.ours(name)
+        what, ours = f"{group.key}/{name}", name == group.ours(name) or sides.engine(name) == FAST
         if isinstance(result, Exception):
             part.fail(what, result, "failure" if ours else "peer failure")
-        elif not (ours and peers_alone):
+        elif name != stands:
             # A row that is measured again, beside more sides, takes the place of the earlier one.
             part.add("row", key=what, **result.extra_info, **more, seconds_by_round=result.seconds)
 
@@ -147,7 +147,7 @@ def operators(part: Part) -> None:
         if compiled := sorted(set(group.sides()) - set(_uncompiled(group.sides()))):
             names = (group.backend, *compiled)
             what = f"{group.key} compiled"
-            part.attempt(what, partial(_measure, part, group, names, peers_alone=True), _least(part, needs))
+            part.attempt(what, partial(_measure, part, group, names, stands=group.backend), _least(part, needs))
 
 
 def _least(part: Part, needs: float) -> float:
@@ -224,6 +224,7 @@ def model(part: Part) -> None:
         ("base", "64x512", all_eager), ("base", "64x128", all_eager), ("base", "imdb-32", few), ("base", "1x128", all_eager),
         ("base", "sst2-32", all_eager), ("base", "mixed-32", all_eager), ("large", "16x512", few),
     ]  # fmt: skip
+    graphed = ("sst2-32",) if part.quick else ("imdb-32", "mixed-32")  # with CUDA graphs too: time must follow tokens
     default, tuned = "hf-compile-default", "hf-compile"
     compiled = [
         ("base", "64x512", default), ("base", "64x512", tuned), ("base", "64x128", default), ("base", "1x128", default),
@@ -235,15 +236,15 @@ def model(part: Part) -> None:
 
     answer = cache(lambda name, batch: models[name].expected(models[name].batch(batch)))
 
-    def ask(what: str, name: str, batch: str, names: Sequence[str], needs: float, peers_alone: bool = False) -> None:
+    def ask(what: str, name: str, batch: str, names: Sequence[str], needs: float, stands: str | None = None) -> None:
         group = _ModelGroup("model", f"{name}-{batch}", Shape(batch, tuple(names)), models[name])
         group.expected = lambda: (answer(name, batch),)  # type: ignore[method-assign]
         tokens = sum(group.batch.lengths)
-        measure = partial(_measure, part, group, peers_alone=peers_alone, tokens=tokens)
+        measure = partial(_measure, part, group, stands=stands, tokens=tokens)
         part.attempt(f"{group.key} {what}", measure, _least(part, needs))
 
     for name, batch, _ in questions:
-        ask("alone", name, batch, (FAST,), _ALONE)
+        ask("alone", name, batch, (FAST, f"{FAST}-{sides.GRAPHS}") if batch in graphed else (FAST,), _ALONE)
     for name, batch, names in questions:
         ask("uncompiled", name, batch, names, _EAGER)
     if part.device == "cuda":
@@ -253,12 +254,12 @@ def model(part: Part) -> None:
             part.add("skipped", what=f"model in {precision}", why=reason)
             continue
         for name, batch, _ in questions[:2]:
-            ask(precision, name, batch, (FAST, f"{FAST}-{precision}"), _EAGER, peers_alone=True)
+            ask(precision, name, batch, (FAST, f"{FAST}-{precision}"), _EAGER, stands=FAST)
     dense = questions[0][1]
     for side in all_eager if part.device == "cuda" else ():
         part.attempt(f"memory of {side}", partial(_memory, part, models["base"], dense, side), needs=_EAGER)
     for name, batch, side in compiled:
-        ask(side, name, batch, (FAST, side), _TUNED if side == tuned else _COMPILED, peers_alone=True)
+        ask(side, name, batch, (FAST, side), _TUNED if side == tuned else _COMPILED, stands=FAST)
 
 
 def _latency(part: Part, model: peers.Peers, name: str) -> None:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+import gpu_sanitized
 from gpu_part import Part
+from gpu_sanitized import OPERATORS
+from gpu_shards import Report, Shards
 from processes import end
 
 ROOT = Path(__file__).resolve().parents[1]
-# pytest without the root on sys.path, where our folder `kernels` would pass for the package of that name.
-PYTEST = (sys.executable, "-c", "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())")
-_PYTEST_OPTIONS = ("-q", "-p", "no:cacheprovider")
 _MOST_PROCESSES = 14  # each has a CUDA context and compiles Triton kernels
 # Beside the grid of every kernel: tests that are there for a GPU, without a backend in their names.
 _SELECTION = (
@@ -30,13 +31,14 @@ _SELECTION = (
     "or test_a_gradient_compiles_with_its_forward"
 )
 _REAL_SIZE = "tests/test_gpu.py::test_an_operator_on_a_batch_of_real_size"
-_FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: what the quick pass takes
+_NAMED = 10  # of the tests that were not run
+_FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: what is dealt first
 _FALL_BACK = 20  # seconds kept for an install without the extension
-# Odd sizes, which take the ways around vectors and tiles, and several tiles of either product, by FMAs and tensor cores.
-_RACECHECK = (
-    "cuda and (f32 or bf16) and (7x13x29x11x17x3 or 513x64x96x300x128x2) and not padding_idx and not from_embeds"
+_NO_TOOL = (
+    "it is neither on the PATH nor in $CUDA_HOME/bin, /usr/local/cuda/bin or site-packages: the CUDA toolkit has it, "
+    "and so has `pip install nvidia-cuda-sanitizer-api`"
 )
-_MEMCHECK = "(f32 or bf16) and (7x13x29x11x17x3 or 513x64x96x300x128x2 or plain) and (cuda or tiles_that_a_gpu_takes)"
+_CALLS = re.compile(r"\d+ of \d+ calls are right: .*")  # what gpu_sanitized.py says after each
 
 
 def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, str]:
@@ -105,31 +107,30 @@ def _install(part: Part, mode: str) -> None:
 
 
 class Counts:
-    """A plugin of pytest that records failures at once and counts every few seconds, so that a kill loses little."""
+    """How many tests of every file and of every kernel ended how, recorded every few seconds: a kill loses little."""
 
     def __init__(self, part: Part) -> None:
         self.part, self.written = part, 0.0
         self.counts: dict[str, dict[str, int]] = {}
+        self.not_run: list[str] = []
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when != "call" and report.passed:
-            return
-        of_file = self.counts.setdefault(report.nodeid.partition("::")[0], {})
+    def add(self, report: Report) -> None:
+        file, _, test = report.test.partition("::")
+        of_file = self.counts.setdefault(file, {})
         of_file[report.outcome] = of_file.get(report.outcome, 0) + 1
-        if report.failed:
-            self.part.fail(report.nodeid, report.longreprtext)
-        backend = re.search(r"\[(triton|cuda)-", report.nodeid)
-        if report.passed and backend:
-            kind = "backward" if "test_backward" in report.nodeid else "forward"
-            key = f"{Path(report.nodeid.partition('::')[0]).stem.removeprefix('test_')} {backend[1]} {kind}"
+        if report.outcome == "failed":
+            print(f"{report.test} failed:\n{report.why}", flush=True)
+            self.part.fail(report.test, report.why)
+        elif report.outcome == "not run":
+            self.not_run.append(report.test)
+        backend = re.search(r"\[(triton|cuda)-", test)
+        if report.outcome == "passed" and backend:
+            kind = "backward" if test.startswith("test_backward") else "forward"
+            key = f"{Path(file).stem.removeprefix('test_')} {backend[1]} {kind}"
             by_kernel = self.counts.setdefault("by kernel", {})
             by_kernel[key] = by_kernel.get(key, 0) + 1
         if time.monotonic() - self.written > 2:
             self.write()
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self.part.fail(f"collecting {report.nodeid}", report.longreprtext)
 
     def write(self) -> None:
         self.written = time.monotonic()
@@ -137,17 +138,11 @@ class Counts:
 
 
 def parity(part: Part) -> None:
-    """The operators' parity tests on every GPU kernel and tests/test_gpu*.py, in this process and those of xdist.
+    """The operators' parity tests on every GPU kernel and tests/test_gpu*.py, in as many processes as there are cores.
 
-    First a pass over every kernel in bfloat16, on a few shapes of its grid and of a real batch, then all the others.
+    First every kernel in bfloat16, on a few shapes of its grid and of a real batch, then all the others.
     """
-    import pytest
-
     from albert_fast import dispatch
-
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]  # tests see nothing of the benchmarks
-    os.chdir(ROOT)
 
     kernels = {
         op: [backend for backend in devices["cuda"] if backend != "reference"]
@@ -166,21 +161,18 @@ def parity(part: Part) -> None:
     if part.device == "cpu":
         os.environ |= {"ALBERT_FAST_TEST_DEVICE": "cpu", "TRITON_INTERPRET": "1"}
         kernels, files = {"bias_gelu": ["triton"]}, ["tests/test_gpu.py", "tests/test_bias_gelu.py"]
-        selection = "(triton and f32 and test_forward) or (test_gpu and ForMaskedLM)"
-    plugins = []
-    if importlib.util.find_spec("xdist") and part.device == "cuda":
-        plugins += ["-n", str(max(1, min(_MOST_PROCESSES, (os.cpu_count() or 2) - 2))), "--dist", "loadgroup"]
-    if importlib.util.find_spec("pytest_timeout"):
-        plugins += ["--timeout=90", "--timeout-method=thread"]  # a kernel that hangs does not heed a signal
-    counts, first = Counts(part), first_tests(kernels)
-    rest = [*files, "-k", selection, *(f"--deselect={test}" for test in first)]
-    for what, tests in (("quick pass", first), ("pytest", rest)):
-        try:
-            status = pytest.main([*_PYTEST_OPTIONS, *plugins, *tests], plugins=[counts])
-        finally:
-            counts.write()
-        if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            part.fail(what, f"exit status {status!r}")
+        selection = "real_size and bias_gelu and bf16 or triton and bf16 and (test_forward or test_backward)"
+    processes = max(1, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 2))
+    tests = Shards([*files, "-k", selection], first_tests(kernels), processes, part.left(), ROOT)
+    counts = Counts(part)
+    try:
+        for report in tests.reports():
+            counts.add(report)
+    finally:
+        counts.write()
+    if counts.not_run:
+        named = ", ".join([*counts.not_run[:_NAMED], *(["..."] if len(counts.not_run) > _NAMED else [])])
+        part.fail("time", f"{len(counts.not_run)} tests were not run in {tests.seconds:.0f} s: {named}")
     for name in missing(kernels, counts.counts.get("by kernel", {})):
         part.fail(name, "no parity test of this kernel has passed")
 
@@ -192,7 +184,7 @@ def first_tests(kernels: Mapping[str, Sequence[str]]) -> list[str]:
 
     found = []
     for op, backends in kernels.items():
-        for options in ALL_CASES[op].options:
+        for options in filter(lambda options: ALL_CASES[op].takes(options, DTYPES["bf16"]), ALL_CASES[op].options):
             found.append(f"{_REAL_SIZE}[{'-'.join([op, *(f'{k}={v}' for k, v in options.items())])}-bf16]")
         for backend in backends:
             grid = [row for row in parity_grid(op, backend) if row[4] == DTYPES["bf16"]]
@@ -214,26 +206,46 @@ def missing(kernels: Mapping[str, Sequence[str]], passed: Mapping[str, int]) -> 
 
 
 def sanitizer(part: Part) -> None:
-    """compute-sanitizer's memcheck and, shorter, racecheck over tests of the CUDA kernels."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        part.add("skipped", what="compute-sanitizer", why="it is not on the PATH")
+    """compute-sanitizer's memcheck and, on less, racecheck over gpu_sanitized.py: the CUDA kernels, a few of Triton's."""
+    if part.device == "cpu":
+        part.add("skipped", what="compute-sanitizer", why="it watches kernels on a GPU")
         return
-    for check, selection in (("memcheck", _MEMCHECK), ("racecheck", _RACECHECK)):
-        part.attempt(check, lambda check=check, selection=selection: _sanitize(part, tool, check, selection), needs=5)
+    tool = _sanitizer_tool()
+    if tool is None:
+        part.fail("compute-sanitizer", _NO_TOOL)
+        return
+    for check, share in (("memcheck", 0.6), ("racecheck", 1.0)):
+        part.attempt(check, partial(_sanitize, part, tool, check, share), needs=5)
 
 
-def _sanitize(part: Part, tool: str, check: str, selection: str) -> None:
-    # Allocations of their own: in torch's pool an access beyond a tensor's end still hits memory that is allocated.
-    command = [tool, "--tool", check, "--error-exitcode", "99"]
+def _sanitizer_tool() -> str | None:
+    """Where it is: on the PATH, in a CUDA toolkit, or in the packages that pip installs."""
+    places = [os.environ.get("PATH", ""), *(f"{os.environ[name]}/bin" for name in ("CUDA_HOME",) if name in os.environ)]
+    places += ["/usr/local/cuda/bin", *map(str, Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin"))]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+
+
+def _sanitize(part: Part, tool: str, check: str, share: float) -> None:
+    seconds = part.left() * share
+    command = [tool, "--tool", check, "--error-exitcode", "99", "--target-processes", "application-only"]
+    # It is 10 s in which CUDA must have started, else nothing is watched; torch's import alone may take as long.
+    command += ["--launch-timeout", f"{seconds:.0f}"]
     # torch asks the driver for things it may not have, and goes on: no access to memory.
     command += ["--report-api-errors", "no"] if check == "memcheck" else []
-    command += [*PYTEST, *_PYTEST_OPTIONS]
-    command += ["tests/test_embedding_projection.py", "-k", selection]
-    seconds = part.left() * (0.7 if check == "memcheck" else 1.0)
-    status, said = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said)
-    tests = re.findall(r"\d+ passed.*", said)
-    part.add("sanitizer", check=check, summary=found[-1] if found else "", tests=tests[-1] if tests else "")
-    if status or not tests or not found or not found[-1].startswith("0 "):
+    for op in OPERATORS[check]:
+        command += ["--kernel-name", f"kns={op}"]  # and none of torch's or cuBLAS's
+    command += [sys.executable, gpu_sanitized.__file__, check]
+    try:
+        # Allocations of their own: in torch's pool an access beyond a tensor's end still hits memory that is allocated.
+        status, said = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    except subprocess.TimeoutExpired as error:
+        done = _CALLS.findall(error.output)
+        far = done[-1] if done else "before its first call was done"
+        part.fail(check, f"it was ended after {seconds:.0f} s: {far}")
+        return
+    found, done = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", said), _CALLS.findall(said)
+    calls = done[-1] if done else ""
+    part.add("sanitizer", check=check, summary=found[-1] if found else "", tests=calls, left=part.left())
+    number, _, total = calls.partition(" calls")[0].partition(" of ")
+    if status or not calls or number != total or not found or not found[-1].startswith("0 "):
         part.fail(check, f"exit status {status}: {said[-1500:]}")

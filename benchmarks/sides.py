@@ -11,6 +11,8 @@ from collections.abc import Sequence
 FAST = "albert_fast"
 FLOAT, INT16, INT8, FP8 = "float", "int16", "int8", "fp8"
 PRECISIONS = (FLOAT, INT16, INT8, FP8)
+# CUDA graphs on a batch of any size that they take, not on small ones alone.
+GRAPHS = "graphs"
 # The numbers of the GPU's kernels, computed by the reference on a CPU.
 EMULATED = "emulated"
 
@@ -35,7 +37,11 @@ def ours(side: str) -> str:
 
 
 def rivals(side: str, names: Sequence[str]) -> list[str]:
-    """Those of `names` that `side` is held against: its own precision; no engine has int16, so there the others' floats."""
+    """Those of `names` that `side` is held against: its own precision; no engine has int16, so there the others' floats.
+
+    Ours with and without CUDA graphs are not each other's.
+    """
     if precision(side) == INT16:
         return [name for name in names if precision(name) == FLOAT and engine(name) != FAST]
-    return [name for name in names if name != side and precision(name) == precision(side)]
+    others = [name for name in names if name != side and precision(name) == precision(side)]
+    return [name for name in others if not engine(name) == engine(side) == FAST]

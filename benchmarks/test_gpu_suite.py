@@ -8,22 +8,30 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import engines
 import gpu_measures
 import gpu_proofs
+import gpu_sanitized
 import gpu_suite
+import lengths
 import pytest
+import sides
 import torch
 from gpu_part import LOST, Part
 from gpu_report import markdown, targets
+from gpu_shards import Report
 
-MEASURED = ("machine", "model", "operators", "training", "tiles")
+from albert_fast import ALBERTModel
+from albert_fast.graphs import MAX_TOKENS, GraphCache
+from albert_fast.testing import ALL_CASES, stand_in
+
+MEASURED = ("parity", "machine", "model", "operators", "training", "tiles")
 RECORD = (
     "import json, sys, time, os, signal; open(sys.argv[1], 'a').write(json.dumps({'kind': 'note', 'n': 1}) + '\\n'); "
 )
@@ -95,25 +103,6 @@ def test_a_broken_context_ends_the_process(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "records").read_text().splitlines()[-1])["what"] == "the GPU after attention"
 
 
-def test_a_test_that_breaks_the_context_takes_no_other_along(tmp_path):
-    pytest.importorskip("xdist")
-    shutil.copy(gpu_proofs.ROOT / "tests" / "conftest.py", tmp_path)
-    (tmp_path / "test_it.py").write_text(
-        "import torch\nbroken = []\n"
-        "def synchronize():\n    if broken: raise RuntimeError('an illegal memory access was encountered')\n"
-        "torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize\n"
-        "def test_before(): pass\n"
-        "def test_breaks():\n    broken.append(1)\n    raise ValueError('the reason')\n"
-        "def test_fails(): raise ValueError('something else')\n"
-        "def test_after(): assert not broken\n"
-    )
-    command = [*gpu_proofs.PYTEST, "-q", "-p", "no:cacheprovider", "-n", "1", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "2 failed, 2 passed" in done.stdout, done.stdout
-    assert re.search(r"crashed while running '.*test_breaks", done.stdout)
-    assert "ValueError: the reason" in done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("session", [False, True], ids=["its group", "a group of their own"])
 def test_a_part_that_hangs_takes_its_children_along(tmp_path, session):
     child = f"import subprocess; p = subprocess.Popen(['sleep', '100'], start_new_session={session}); "
@@ -169,15 +158,95 @@ def test_a_kernel_without_a_passed_test_is_missed():
     assert gpu_proofs.missing(kernels, {"attention triton forward": 3}) == ["embedding_projection cuda forward"]
 
 
-@pytest.mark.parametrize(("errors", "failed"), [(0, False), (2, True)])
-def test_the_sanitizer_s_summary_decides(tmp_path, monkeypatch, errors, failed):
+def test_counts_of_files_and_kernels_and_what_was_not_run(tmp_path):
+    counts = gpu_proofs.Counts(Part("cuda", True, 50.0, tmp_path / "records"))
+    for test, outcome in (
+        ("test_forward[triton-f32-1x1]", "passed"),
+        ("test_forward[cuda-f32-1x1]", "failed"),
+        ("test_backward[triton-f32-1x1]", "passed"),
+        ("test_other", "not run"),
+    ):
+        counts.add(Report(f"tests/test_attention.py::{test}", outcome, "why"))
+    assert counts.not_run == ["tests/test_attention.py::test_other"]
+    assert counts.counts == {
+        "tests/test_attention.py": {"passed": 2, "failed": 1, "not run": 1},
+        "by kernel": {"attention triton forward": 1, "attention triton backward": 1},
+    }
+    tests = {"kind": "tests", "counts": counts.counts}
+    part = {"part": "parity", "status": "", "seconds": 0.0, "limit": 0.0, "why": "", "records": [tests]}
+    suite = {"name": "", "rehearsal": False, "command": [], "began": "", "seconds": 0.0, "not_run": [], "parts": [part]}
+    assert "| tests/test_attention.py | 2 | 1 | 0 | 1 |" in markdown(suite)
+
+
+@pytest.mark.parametrize(
+    ("errors", "calls", "failed"),
+    [(0, 24, False), (2, 24, True), (0, 23, True)],
+    ids=["clean", "errors", "not all calls"],
+)
+def test_the_sanitizer_s_summary_decides(tmp_path, monkeypatch, errors, calls, failed):
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho '3 passed in 1 s'\necho '========= ERROR SUMMARY: {errors} errors'\n")
+    tool.write_text(
+        f"#!/bin/sh\necho '{calls} of 24 calls are right: the last'\necho '========= ERROR SUMMARY: {errors} errors'\n"
+        f'echo "$@" >> {tmp_path}/asked\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     part = Part("cuda", False, 60.0, tmp_path / "records")
     gpu_proofs.sanitizer(part)
     assert part.failed == failed
+    memory, races = (tmp_path / "asked").read_text().splitlines()
+    assert "--tool memcheck" in memory
+    assert "--kernel-name kns=embedding_projection --kernel-name kns=attention" in memory
+    assert "--tool racecheck" in races
+    assert "kns=attention" not in races
+
+
+def test_a_gpu_without_the_sanitizer_fails_and_is_told_where_it_is_to_be_had(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_proofs.shutil, "which", lambda _name, path: None)
+    for device in ("cuda", "cpu"):
+        part = Part(device, False, 60.0, tmp_path / device)
+        gpu_proofs.sanitizer(part)
+        assert part.failed == (device == "cuda")
+    assert "pip install nvidia-cuda-sanitizer-api" in json.loads((tmp_path / "cuda").read_text())["error"]
+
+
+@pytest.mark.parametrize(
+    ("said", "far"), [("", "before its first call"), ("1 of 9 calls are right: x\n", "1 of 9 calls")]
+)
+def test_a_sanitizer_that_takes_too_long_tells_which_and_how_far(tmp_path, monkeypatch, said, far):
+    def run(command, seconds, **variables):
+        raise subprocess.TimeoutExpired(command, seconds, said)
+
+    monkeypatch.setattr(gpu_proofs, "run", run)
+    monkeypatch.setattr(gpu_proofs, "_sanitizer_tool", lambda: "compute-sanitizer")
+    gpu_proofs.sanitizer(Part("cuda", False, 60.0, tmp_path / "records"))
+    records = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    failures = [r for r in records if r["kind"] == "failure"]
+    assert [r["what"] for r in failures] == ["memcheck", "racecheck"]
+    assert all(re.match(rf"it was ended after \d+ s: {far}", r["error"]) for r in failures)
+
+
+def test_what_the_sanitizer_watches_runs_and_is_compiled_by_the_parity_tests_before(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for op, (shape, options) in gpu_sanitized.TRITON.items():
+        assert shape in ALL_CASES[op].shapes
+        assert options in ALL_CASES[op].options
+    for check, ops in gpu_sanitized.OPERATORS.items():
+        calls = list(gpu_sanitized.cases(check, multiprocessors=1))
+        assert list(dict.fromkeys(call[0] for call in calls)) == list(ops)
+        assert [call[0] for call in calls if call[3] == "f32"].count("embedding_projection") >= 2
+    command = [sys.executable, gpu_sanitized.__file__, "racecheck", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    number = len(list(gpu_sanitized.cases("racecheck", 1)))
+    assert gpu_proofs._CALLS.findall(done.stdout)[-1].startswith(f"{number} of {number} calls are right")
+
+
+def test_the_filter_matches_every_cuda_kernel():
+    sources = "".join(path.read_text() for path in (gpu_proofs.ROOT / "csrc" / "cuda").glob("*.cu*"))
+    kernels = re.findall(r"__global__.*?(\w+_kernel)\(", sources, re.DOTALL)
+    assert len(kernels) == sources.count("__global__")
+    assert all(any(op in kernel for op in gpu_sanitized.CUDA) for kernel in kernels), kernels
 
 
 @pytest.mark.parametrize("compiles", [True, False])
@@ -213,6 +282,8 @@ def test_targets_are_met_or_not():
         row("model/fwd/bfloat16/base-64x512/hf-sdpa", False, 25.0),
         row("model/fwd/bfloat16/base-64x512/hf-compile", False, 12.0),
         row("model/fwd/bfloat16/base-imdb-32/albert_fast", True, 3.0, gflops=5.9e5),
+        row("model/fwd/bfloat16/base-imdb-32/albert_fast-graphs", False, 4.0, gflops=5e5),
+        row("model/fwd/bfloat16/base-imdb-32/hf-sdpa", False, 9.0, gflops=2e5),
         row("model/fwd/bfloat16/base-1x128/albert_fast", True, 0.2, gflops=1.0),
         row("bias_gelu/fwd/bfloat16/32768x3072/triton", True, 0.1, gbytes_per_second=2500.0),
         row("attention/bwd/bfloat16/64x512/triton", True, 1.0),
@@ -226,6 +297,8 @@ def test_targets_are_met_or_not():
     assert found["model base-64x512", "2.00 x"] == ("25.000 ms (hf-sdpa)", "2.50", True)
     assert found["model base-64x512", "1.30 x"] == ("12.000 ms (hf-compile)", "1.20", False)
     assert found["model base-imdb-32", "1.05 x at most"][1:] == ("1.02", True)
+    assert found["model base-imdb-32-graphs", "1.05 x at most"] == ("3.333 ms (at 64x512's rate)", "1.20", False)
+    assert len([what for what, _ in found if what.startswith("model base-imdb-32")]) == 2
     assert found["model base-1x128", "100 us at most"][2] is False
     assert found["bias_gelu fwd bfloat16", "0.90"] == ("3,000 GB/s (copy)", "0.83", False)
     assert found["attention bwd bfloat16 64x512", "1.00 x"] == ("1.200 ms (sdpa-cudnn)", "1.20", True)
@@ -283,6 +356,35 @@ def test_a_call_is_timed_until_it_returns_until_its_answer_and_on_the_gpu_alone(
     assert "| 1x128 mask | 50.0 | 200 |  |" in markdown(suite)
 
 
+def test_a_side_of_graphs_that_replays_none_fails_instead_of_getting_a_row(monkeypatch):
+    model, asked = ALBERTModel(stand_in.CONFIG).eval(), []
+    model.warmup()
+    ids = torch.randint(61, (2, 7))
+    bind = engines.replayed(model, lambda *batch: lambda: asked.append(model(*batch)))
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match="no CUDA graph: graphs are captured on cuda, not on cpu"),
+    ):
+        bind(ids, torch.ones_like(ids))
+    monkeypatch.setattr(GraphCache, "forecast", lambda *_: "a replay of the CUDA graph for 14 tokens")
+    with torch.inference_mode():
+        bind(ids, torch.ones_like(ids))()
+    assert len(asked) == 5
+
+
+def test_ours_with_and_without_graphs_are_not_held_against_each_other():
+    names = ["albert_fast", "albert_fast-graphs", "albert_fast-int8", "hf-sdpa"]
+    assert sides.rivals("albert_fast", names) == sides.rivals("albert_fast-graphs", names) == ["hf-sdpa"]
+    assert sides.rivals("hf-sdpa", names) == ["albert_fast", "albert_fast-graphs"]
+    assert sides.ours("albert_fast-graphs") == "albert_fast"
+
+
+def test_the_batches_for_graphs_are_not_too_large_for_them():
+    batches = json.loads(lengths.COMMITTED.read_text())["batches"]
+    for name in ("imdb-32", "mixed-32"):
+        assert engines._SMALL < len(batches[name]) * max(batches[name]) <= MAX_TOKENS
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> dict[str, Any]:
     """The JSON of the measuring parts and the sanitizer, as the command line runs them."""
@@ -314,9 +416,9 @@ def test_every_side_gives_a_row(rehearsal):
     assert skipped - {"compute-sanitizer"} == {"model in fp8"}, "no CPU multiplies float8 numbers"
     rows = [record["id"] for record in records if record["kind"] == "row"]
     assert len(rows) == len(set(rows)), "what is measured again replaces its row"
-    sides = {row.rpartition("/")[2] for row in rows}
-    assert sides == {
-        "albert_fast", "cpp", "eager", "compile", "hf-eager", "hf-sdpa", "hf-compile", "hf-compile-default", "torch-nested",
-        "sdpa-flash", "sdpa-padded-flash", "sdpa-nested", "operators",
+    measured = {row.rpartition("/")[2] for row in rows}
+    assert measured == {
+        "albert_fast", "albert_fast-graphs", "albert_fast-int8", "cpp", "eager", "compile", "hf-eager", "hf-sdpa",
+        "hf-compile", "hf-compile-default", "torch-nested", "sdpa-flash", "sdpa-padded-flash", "sdpa-nested", "operators",
     }  # fmt: skip
     assert [r["what"] for r in records if r["kind"] == "ceiling"] == ["copy", "bf16 product", "fp32 product"]

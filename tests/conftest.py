@@ -4,9 +4,6 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import sys
-import traceback
-
 import pytest
 import torch
 
@@ -26,15 +23,3 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def pytest_runtest_makereport(call):
-    """A kernel that breaks its process's CUDA context would fail every later test: under xdist a new process takes those."""
-    if call.excinfo is None or "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        traceback.print_exception(call.excinfo.value, file=sys.__stderr__)
-        sys.__stderr__.flush()
-        os._exit(1)  # xdist names the test, and why stands in the output
