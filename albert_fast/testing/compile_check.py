@@ -3,9 +3,10 @@
     python -m albert_fast.testing.compile_check [--json FILE] [--kernel NAME ...]
 
 Triton kernels are compiled in every way in which their own launchers start them (launches.py), CUDA sources with nvcc. Of
-every result the table tells registers, spills, shared memory and tensor-core instructions; before it stand the floors in
-time that follow from counts of bytes and operations (floors.py). The exit code is 1 where a kernel spills, wants more shared
-memory than the chip has, or should use tensor cores and does not.
+every result the table tells registers, spills, shared memory and tensor-core instructions; and of every launch, at the sizes
+that it was recorded with, bytes, operations and the least time that they take an A100 and an H100 (costs.py). Before it
+stand these floors of whole operators at a model's sizes (floors.py). The exit code is 1 where a kernel spills, wants more
+shared memory than the chip has, or should use tensor cores and does not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from . import floors
+from . import costs, floors
 from .launches import CASES, Launch, recorded_launches
 
 OPERATORS = (
@@ -70,7 +71,10 @@ CHIPS = (
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel became on one chip. `shared_bytes` of CUDA kernels is what is fixed at compile time."""
+    """What one kernel became on one chip. `shared_bytes` of CUDA kernels is what is fixed at compile time.
+
+    The last three are the launch's, alike on every chip, and None for CUDA kernels, whose launches are not recorded.
+    """
 
     kernel: str
     label: str
@@ -83,6 +87,9 @@ class Row:
     tensor_cores: str  # "HGMMA 16", or empty
     problem: str = ""
     accesses: str = ""  # of global memory, by their bits: "LDG.128 4 LDG.32 2 STG.128 1"
+    bytes: int | None = None  # read and written
+    operations: float | None = None
+    floor_us: dict[str, float | None] | None = None  # of each of costs.CHIPS; None: it lacks such operations
 
 
 class MissingToolError(RuntimeError):
@@ -205,13 +212,21 @@ def compile_triton(launches: list[Launch], chip: Chip) -> list[Row]:
     for launch, one in zip(launches, compiled, strict=True):
         names = (launch.kernel, launch.label, launch.tiles, chip.name)
         if isinstance(one, str):
-            rows.append(Row(*names, 0, 0, 0, 0, "", one))
+            rows.append(Row(*names, 0, 0, 0, 0, "", one, **_counted_of(launch)))
             continue
         (found,) = next(contents).values()
         # Triton asks for its shared memory at launch; what the file itself names is the chip's own reserve.
         found["shared_bytes"] = one.metadata.shared
-        rows.append(_judged(Row(*names, **found), chip, launch.wants_tensor_cores))
+        rows.append(_judged(Row(*names, **found, **_counted_of(launch)), chip, launch.wants_tensor_cores))
     return rows
+
+
+def _counted_of(launch: Launch) -> dict[str, Any]:
+    cost, floors_us = launch.cost, {}
+    for gpu in costs.CHIPS:
+        floor = cost.seconds(gpu)
+        floors_us[gpu.name] = None if floor is None else floor[0] * 1e6
+    return {"bytes": cost.bytes, "operations": cost.operations, "floor_us": floors_us}
 
 
 def compile_cuda(source: Path, chip: Chip) -> list[Row]:
@@ -297,18 +312,27 @@ def _leave_interpreter() -> None:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """One line a kernel, one column a chip."""
-    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    """One line a kernel: what its launch takes at least, then one column a chip."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         cell = f"{row.registers} regs, {row.spills} spills, {row.shared_bytes / 1024:.1f} KiB"
         cell += f", {row.tensor_cores}" if row.tensor_cores else ""
         cell += f" FAILS: {row.problem}" if row.problem else ""
-        lines.setdefault((row.kernel, row.label, row.tiles), {})[row.chip] = cell
-    head = ["kernel", "case", "tiles", *(chip.name for chip in CHIPS)]
+        lines.setdefault((row.kernel, row.label, row.tiles, *_least(row)), {})[row.chip] = cell
+    least = ["MB", "GFLOP", *(f"{gpu.name} floor, us" for gpu in costs.CHIPS)]
+    head = ["kernel", "case", "tiles", *least, *(chip.name for chip in CHIPS)]
     body = [[*names, *(cells.get(chip.name, "") for chip in CHIPS)] for names, cells in lines.items()]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     marked = [head, ["-" * width for width in widths], *body]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in marked)
+
+
+def _least(row: Row) -> tuple[str, ...]:
+    if row.bytes is None or row.operations is None or row.floor_us is None:
+        return ("",) * (2 + len(costs.CHIPS))
+    times = (row.floor_us[gpu.name] for gpu in costs.CHIPS)
+    times_text = ("" if time is None else costs.microseconds(time) for time in times)
+    return (f"{row.bytes / 1e6:.3f}", f"{row.operations / 1e9:.3f}", *times_text)
 
 
 def report(rows: list[Row], json_path: Path | None = None) -> int:
@@ -334,8 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     _leave_interpreter()
     try:
         rows = check_kernels(options.kernel, options.processes)
-        # Of whole layers no floor is counted: it is that of their parts.
-        print(floors.table([kernel for kernel in options.kernel if kernel in floors.SHAPES]), end="\n\n")
+        print(floors.table(options.kernel), end="\n\n")
         return report(rows, options.json)
     except MissingToolError as error:
         print(f"cannot check: {error}", file=sys.stderr)

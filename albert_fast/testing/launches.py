@@ -1,6 +1,7 @@
-"""How the launchers in kernels/ start their Triton kernels: recorded on small CPU tensors, for the compile check.
+"""How the launchers in kernels/ start their Triton kernels: recorded on tensors without memory, for the compile check.
 
-Each launcher runs with a recorder in the kernel's place, so tile sizes, warps and argument types are those of real calls.
+Each launcher runs with a recorder in the kernel's place, so tile sizes, warps, argument types and sizes, and with them what
+a launch moves and computes (costs.py), are those of real calls.
 """
 
 from __future__ import annotations
@@ -9,22 +10,28 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from .costs import Cost, launch_cost, product_cost
 from .tf32 import tf32_asked_for
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Of products: "tf32" is float32 where torch is asked for TF32.
 NUMBERS = {**DTYPES, "tf32": torch.float32}
+# Tensors of launches have no memory behind them: 64 sequences of 512 tokens would take gigabytes.
+_empty = partial(torch.empty, device="meta")
+_ROWS = 32768
 # One of every tile that `row_tiles` gives, and one that is no multiple of 16 elements.
 _ROW_WIDTHS = (128, 200, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _TYPE_NAMES = {
+    torch.bool: "i1",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -52,6 +59,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]  # constexpr argument -> value
     divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
     options: tuple[tuple[str, int], ...]  # num_warps, num_stages
+    cost: Cost
     wants_tensor_cores: bool = False
 
     def is_for(self, capability: int) -> bool:
@@ -59,28 +67,40 @@ class Launch:
         return capability >= 89 or not any("fp8" in kind for _, kind in self.signature)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One start of a kernel: its parameters' values by name, what is for the compiler, and what it takes."""
+
+    values: dict[str, Any]
+    options: dict[str, Any]
+    cost: Cost
+
+
 class _Recorder:
     """Stands in for a Triton kernel and writes down how it is started."""
 
     def __init__(self, module: str, function: str, original: Any) -> None:
         self.module, self.function, self.original = module, function, original
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.signature = inspect.signature(original.fn)
+        self.calls: list[_Call] = []
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.calls.append((args, kwargs))
+        return self._start
+
+    def _start(self, *args: Any, **kwargs: Any) -> None:
+        parameters = self.signature.parameters
+        options = {name: value for name, value in kwargs.items() if name not in parameters}
+        own = {name: value for name, value in kwargs.items() if name in parameters}
+        values = dict(self.signature.bind(*args, **own).arguments)
+        self.calls.append(_Call(values, options, launch_cost(self.function, values)))
 
     def launches(self, kernel: str, label: str, tensor_cores: bool) -> Iterator[Launch]:
         """The calls, specialised as Triton would for their arguments."""
         label += " " + self.function.removeprefix("_").removeprefix(f"{kernel}_").removesuffix("_kernel")
         parameters = {p.name: p for p in self.original.params}
-        named = inspect.Signature(
-            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters]
-        )
-        for args, kwargs in self.calls:
-            options = {name: value for name, value in kwargs.items() if name not in parameters}
-            values = named.bind(*args, **{name: value for name, value in kwargs.items() if name in parameters})
+        for call in self.calls:
             signature, constants, divisible = [], [], []
-            for position, (name, value) in enumerate(values.arguments.items()):
+            for position, (name, value) in enumerate(call.values.items()):
                 if isinstance(value, torch.Tensor):
                     kind, aligned = "*" + _TYPE_NAMES[value.dtype], value.data_ptr() % 16 == 0
                 elif isinstance(value, float):
@@ -99,25 +119,32 @@ class _Recorder:
                 if aligned:
                     divisible.append(position)
             sizes = [f"{name[-1]}{value}" for name, value in constants if name.startswith(("BLOCK_", "CHUNK_"))]
-            sizes += [f"{name[4:]}{options[name]}" for name in ("num_warps", "num_stages") if name in options]
+            sizes += [f"{name[4:]}{call.options[name]}" for name in ("num_warps", "num_stages") if name in call.options]
             yield Launch(
                 kernel, label, " ".join(sizes), self.module, self.function, tuple(signature), tuple(constants), tuple(divisible),
-                tuple(options.items()), tensor_cores,
+                tuple(call.options.items()), call.cost, tensor_cores,
             )  # fmt: skip
 
 
-def record(kernel: str, label: str, modules: list[str], run: Callable[[], Any], tensor_cores: bool) -> list[Launch]:
-    """All launches that `run()` makes of kernels of these modules, with every candidate where the tuner has a choice."""
+@contextmanager
+def _recording(modules: list[str], choose: Callable[..., Any]) -> Iterator[list[_Recorder]]:
+    """Recorders in the place of all kernels of these modules, `choose` in that of the tuner."""
     from ..kernels import _tuning
 
     recorders = []
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(_tuning, "choose", _start_all_but_the_last))
+        patches.enter_context(mock.patch.object(_tuning, "choose", choose))
         for module in modules:
             owner = importlib.import_module(module)
             for name in [name for name in vars(owner) if name.endswith("_kernel")]:
                 recorders.append(_Recorder(module, name, getattr(owner, name)))
                 patches.enter_context(mock.patch.object(owner, name, recorders[-1]))
+        yield recorders
+
+
+def record(kernel: str, label: str, modules: list[str], run: Callable[[], Any], tensor_cores: bool) -> list[Launch]:
+    """All launches that `run()` makes of kernels of these modules, with every candidate where the tuner has a choice."""
+    with _recording(modules, _start_all_but_the_last) as recorders:
         run()
     return [launch for recorder in recorders for launch in recorder.launches(kernel, label, tensor_cores)]
 
@@ -127,6 +154,37 @@ def _start_all_but_the_last(_kernel: str, _key: Any, candidates: list[Any], star
     for tiles in candidates[:-1]:
         start(tiles)
     return candidates[-1]
+
+
+def _first_candidate(_kernel: str, _key: Any, candidates: list[Any], _start: Callable[[Any], Any]) -> Any:
+    return candidates[0]
+
+
+class _LibraryProducts(TorchDispatchMode):
+    """Inside, what torch's own products take is written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.costs: list[Cost] = []
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.costs.append(product_cost(args, out))
+        return out
+
+
+def launch_costs(run: Callable[[], Any]) -> list[Cost]:
+    """Of every kernel of ours and every library product that `run()` starts, with the tiles that run untuned.
+
+    On tensors of the meta device, but for the ends of sequences: nothing is computed.
+    """
+    from .. import kernels
+
+    modules = [f"{kernels.__name__}.{name}" for _, name, _ in pkgutil.iter_modules(kernels.__path__)]
+    with _recording(modules, _first_candidate) as recorders, _LibraryProducts() as products:
+        run()
+    return [call.cost for recorder in recorders for call in recorder.calls] + products.costs
 
 
 def _with(numbers: str, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -143,11 +201,13 @@ def _attention_launches() -> Iterator[Case]:
     from ..kernels.attention import attention_fwd
     from ..kernels.attention_bwd import attention_bwd
 
-    cu_seqlens, order = torch.tensor([0, 4], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    sequences = 64
+    order = _empty(sequences, dtype=torch.int32)
 
     def run(dtype: torch.dtype, head_dim: int, lengths: tuple[int, int], dropout_p: float) -> None:
-        q, k, v = torch.empty(4, 3 * 12 * head_dim, dtype=dtype).chunk(3, dim=1)
-        schedule = (cu_seqlens, cu_seqlens, order if dropout_p else None, *lengths)
+        q, k, v = _empty(sequences * max(lengths), 3 * 12 * head_dim, dtype=dtype).chunk(3, dim=1)
+        q, ends = q[: sequences * lengths[0]], torch.arange(sequences + 1, dtype=torch.int32)
+        schedule = (ends * lengths[0], ends * lengths[1], order if dropout_p else None, *lengths)
         out, lse = attention_fwd(q, k, v, *schedule, 12, 0.125, dropout_p, 1)
         attention_bwd(out, q, k, v, lse, q, k, v, *schedule, 12, 0.125, dropout_p, 1)
 
@@ -171,7 +231,7 @@ def _add_layer_norm_launches() -> Iterator[Case]:
     cases = [(n, 0.1) for n in _ROW_WIDTHS] + [(n, 0.0) for n in (312, 768, 4096, 16384)]
     for name, dtype in DTYPES.items():
         for n, p in cases if name != "f16" else [(768, 0.0)]:
-            x, vector, stats = torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty(2)
+            x, vector, stats = _empty(_ROWS, n, dtype=dtype), _empty(n, dtype=dtype), _empty(_ROWS)
             label = f"{name} N{n}" + (" dropout" if p else "")
             yield label, partial(add_layer_norm_fwd, x, vector, x, vector, vector, 1e-12, p, 1), False
             yield label, partial(add_layer_norm_bwd, x, x, vector, x, vector, stats, stats, p, 1), False
@@ -183,7 +243,7 @@ def _gelu_layer_norm_launches() -> Iterator[Case]:
     cases = [(n, "gelu_erf") for n in _ROW_WIDTHS] + [(128, "gelu_tanh"), (128, "relu")]
     for name, dtype in DTYPES.items():
         for n, act in cases if name != "f16" else [(128, "gelu_tanh")]:
-            x, vector, stats = torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty(2)
+            x, vector, stats = _empty(_ROWS, n, dtype=dtype), _empty(n, dtype=dtype), _empty(_ROWS)
             yield f"{name} N{n} {act}", partial(gelu_layer_norm_fwd, x, vector, vector, vector, 1e-12, act), False
             yield f"{name} N{n} {act}", partial(gelu_layer_norm_bwd, x, x, vector, vector, stats, stats, act), False
 
@@ -196,11 +256,11 @@ def _bias_gelu_launches() -> Iterator[Case]:
     chosen = {"f32": plain, "bf16": [*plain, (3072, "gelu_tanh", 0.1)], "f16": [plain[0], plain[-1]]}
     for name, dtype in DTYPES.items():
         for n, act, p in chosen[name]:
-            x, bias = torch.empty(2, n, dtype=dtype), torch.empty(n, dtype=dtype)
+            x, bias = _empty(_ROWS, n, dtype=dtype), _empty(n, dtype=dtype)
             label = f"{name} N{n} {act}" + (" dropout" if p else "")
             yield label, partial(bias_gelu_fwd, x, bias, act, p, 1), False
             yield label, partial(bias_gelu_bwd, x, x, bias, act, p, 1), False
-    x = torch.empty(2, 3072, dtype=torch.bfloat16)  # behind linear_gelu's product, which has the bias
+    x = _empty(_ROWS, 3072, dtype=torch.bfloat16)  # behind linear_gelu's product, which has the bias
     yield "bf16 N3072 gelu_tanh no bias", partial(bias_gelu_fwd, x, None, "gelu_tanh"), False
     yield "bf16 N3072 gelu_tanh no bias", partial(bias_gelu_bwd, x, x, None, "gelu_tanh"), False
 
@@ -210,8 +270,8 @@ def _linear_gelu_launches() -> Iterator[Case]:
     from ..kernels.linear_gelu import start_route
 
     def start(numbers: str, width: int, act: str, keep_sums: bool, tiles: dict[str, int]) -> None:
-        shapes = ((77, width), (3072, width), 3072)
-        x, weight, bias = (torch.empty(shape, dtype=NUMBERS[numbers]) for shape in shapes)
+        shapes = ((_ROWS, width), (3072, width), 3072)
+        x, weight, bias = (_empty(shape, dtype=NUMBERS[numbers]) for shape in shapes)
         start_route(x, weight, bias, act, keep_sums, tiles, numbers == "tf32")
 
     # The sums beside the output and erf take the most registers, so every tile is compiled with them; then what runs by
@@ -230,9 +290,9 @@ def _linear_cross_entropy_launches() -> Iterator[Case]:
     from ..kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
     def run(dtype: torch.dtype, width: int) -> None:
-        # The vocabulary of the released models.
-        weight, bias = torch.empty(30000, width, dtype=dtype), torch.empty(30000, dtype=dtype)
-        x, labels = torch.empty(77, width, dtype=dtype), torch.empty(77, dtype=torch.int64)
+        # The vocabulary of the released models, and 15 % of the tokens.
+        weight, bias = _empty(30000, width, dtype=dtype), _empty(30000, dtype=dtype)
+        x, labels = _empty(4915, width, dtype=dtype), _empty(4915, dtype=torch.int64)
         loss, row_max, row_sum = linear_cross_entropy_fwd(x, weight, bias, labels)
         linear_cross_entropy_bwd(loss, x, weight, bias, labels, row_max, row_sum)
 
@@ -246,17 +306,25 @@ def _linear_cross_entropy_launches() -> Iterator[Case]:
 def _graph_inputs_launches() -> Iterator[Case]:
     from ..kernels._graph_inputs import graph_inputs
 
-    ids, static = torch.empty(2, 16, dtype=torch.int64), torch.empty(3, 64, dtype=torch.int64)
-    ends, sizes = torch.empty(3, dtype=torch.int32), ((2, 16), (48, 4))
+    batch, length = 64, 512
+    static = _empty(3, batch * length, dtype=torch.int64)
+    ends, lengths = _empty(batch + 1, dtype=torch.int32), _empty(batch, dtype=torch.int64)
 
-    def run(mask: torch.Tensor | None, packed: bool) -> None:
-        rows, lengths = (ids, 16, 1), None if mask is None else ids[0]
-        flags = None if mask is None else (mask, 16, 1)
-        given, places, written = (ends, None, None) if packed else (None, lengths, ends)
-        graph_inputs(rows, rows, rows, flags, lengths, given, places, written, static, ends, *sizes)
+    def run(ids_dtype: torch.dtype, mask_dtype: torch.dtype | None, packed: bool) -> None:
+        ids, indices = _empty(batch, length, dtype=ids_dtype), _empty(batch * length, dtype=torch.int64)
+        rows, sizes = (ids, length, 1), ((batch, length), (batch * length, batch))
+        if mask_dtype is not None:
+            flags = (_empty(batch, length, dtype=mask_dtype), length, 1)
+            graph_inputs(rows, rows, rows, flags, lengths, None, indices, ends, static, ends, *sizes)
+        else:
+            given, written = (ends, None) if packed else (None, ends)
+            graph_inputs(rows, rows, rows, None, None, given, None, written, static, ends, *sizes)
 
-    for label, mask, packed in (("dense", None, False), ("masked", ids, False), ("packed", None, True)):
-        yield f"i64 {label}", partial(run, mask, packed), False
+    long, short = torch.int64, torch.int32
+    yield "i64 dense", partial(run, long, None, False), False
+    yield "i64 masked", partial(run, long, long, False), False
+    yield "i64 packed", partial(run, long, None, True), False
+    yield "i32 masked by bool", partial(run, short, torch.bool, False), False
 
 
 def _encoder_launches() -> Iterator[Case]:
@@ -266,10 +334,10 @@ def _encoder_launches() -> Iterator[Case]:
     def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, asked: bool) -> None:
         width = heads * head_dim
         sizes = {"H": width, "3H": 3 * width, "I": 4 * width}
-        weights = [torch.empty([sizes[name] for name in spelt.split()], dtype=dtype) for spelt in WEIGHTS.values()]
+        weights = [_empty([sizes[name] for name in spelt.split()], dtype=dtype) for spelt in WEIGHTS.values()]
         cu_seqlens, rows = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
         asked_rows, cu_rows = (rows, cu_seqlens) if asked else (None, None)
-        hidden = torch.empty(tokens, width, dtype=dtype)
+        hidden = _empty(tokens, width, dtype=dtype)
         encoder_fwd(hidden, weights, [0], cu_seqlens, asked_rows, cu_rows, heads, 0.125, 1e-12, "gelu_tanh")
 
     # Every tile of products, with the released models' heads and with the largest, whole and padded; rows asked for.
@@ -287,16 +355,13 @@ def _quantized_encoder_launches() -> Iterator[Case]:
     from ..kernels.quantized_encoder import Matrix, quantized_product
 
     def product(dtype: torch.dtype, n: int, k: int, biased: bool) -> None:
-        x = Rounded.empty(77, k, dtype, torch.device("cpu"))
-        matrix = Matrix(torch.empty(n, k, dtype=dtype), torch.empty(n), torch.empty(n), torch.empty(k), torch.empty(k))
-        quantized_product(x, matrix, torch.empty(n) if biased else None)
+        x = Rounded.empty(_ROWS, k, dtype, torch.device("meta"))
+        matrix = Matrix(_empty(n, k, dtype=dtype), _empty(n), _empty(n), _empty(k), _empty(k))
+        quantized_product(x, matrix, _empty(n) if biased else None)
 
     def rows(dtype: torch.dtype, n: int, rounding: bool = True) -> None:
-        x, norm, vector = (
-            torch.empty(2, n, dtype=torch.bfloat16),
-            torch.empty(n, dtype=torch.bfloat16),
-            torch.empty(n),
-        )
+        x, norm = _empty(_ROWS, n, dtype=torch.bfloat16), _empty(n, dtype=torch.bfloat16)
+        vector = _empty(n)
         rounded = vector if rounding else None
         add_layer_norm_rounded(x, vector, x, norm, norm, 1e-12, rounded, rounded, dtype, n)
         if rounding:
@@ -306,11 +371,11 @@ def _quantized_encoder_launches() -> Iterator[Case]:
         yield f"{name} N2304 K768 bias", partial(product, dtype, 2304, 768, True), True
         yield f"{name} N768", partial(rows, dtype, 768), False
         for n in (3072, 8192):
-            x, vector = torch.empty(2, n, dtype=torch.bfloat16), torch.empty(n)
+            x, vector = _empty(_ROWS, n, dtype=torch.bfloat16), _empty(n)
             yield f"{name} N{n}", partial(bias_gelu_rounded, x, vector, "gelu_tanh", vector, vector, dtype, n), False
     yield "int8 N768 K3072", partial(product, torch.int8, 768, 3072, False), True
     yield "int8 N4096", partial(rows, torch.int8, 4096), False
-    x, vector = torch.empty(2, 16384, dtype=torch.bfloat16), torch.empty(16384)
+    x, vector = _empty(_ROWS, 16384, dtype=torch.bfloat16), _empty(16384)
     yield "int8 N16384", partial(round_rows, x, vector, vector, torch.int8, 16384), False
     yield "last layer N768", partial(rows, torch.int8, 768, False), False
 

@@ -1,0 +1,218 @@
+"""What a launch of a GPU kernel moves and computes, from its arguments, and the least time in which a chip could do that.
+
+Counts and not measurements. Bytes: every tensor argument once, by its own size, since none is read or written without need;
+where a kernel touches less of one than there is, `_TOUCHED` says how much. Floating-point operations: `_OPERATIONS`, by
+kernel. Kernels that are not there copy or count. tests/test_floors.py holds the bytes against every address that Triton's
+interpreter loads from and stores to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A chip's datasheet: bytes a second of its memory, dense operations a second of each kind; 0: it has none."""
+
+    name: str
+    memory: float
+    f32: float
+    tf32: float
+    half: float  # bfloat16 and float16
+    int8: float
+    fp8: float
+
+
+# NVIDIA's datasheets of the A100 80 GB SXM and the H100 SXM; the latter's rates are given with sparsity, twice these.
+CHIPS = (
+    Rates("A100", 2.0e12, 19.5e12, 156e12, 312e12, 624e12, 0.0),
+    Rates("H100", 3.35e12, 67e12, 494.5e12, 989e12, 1979e12, 1979e12),
+)
+_KINDS = {torch.float32: "f32", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one launch: bytes read and written, operations, and the name of their rate."""
+
+    bytes: int
+    operations: float
+    kind: str = "f32"
+
+    def seconds(self, chip: Rates) -> tuple[float, str] | None:
+        """(the floor in seconds, what sets it: memory or the kind of operations), None on a chip without that kind."""
+        rate = getattr(chip, self.kind)
+        if not rate:
+            return None
+        times = {"memory": self.bytes / chip.memory, self.kind: self.operations / rate}
+        slower = max(times, key=lambda name: times[name])
+        return times[slower], slower
+
+
+def launch_cost(kernel: str, arguments: Arguments) -> Cost:
+    """Of a launch of this Triton kernel, `_bias_gelu_fwd_kernel`, with these arguments by name.
+
+    Only the ends of sequences are looked into, wherever pairs of tokens are counted: all else may be on the meta device.
+    """
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    elements = {name: tensor.numel() for name, tensor in tensors.items()}
+    elements |= _TOUCHED.get(kernel, lambda a: {})(arguments)
+    nbytes = sum(elements[name] * tensor.element_size() for name, tensor in tensors.items())
+    return Cost(nbytes, float(_OPERATIONS.get(kernel, lambda a: 0)(arguments)), _kind(kernel, arguments))
+
+
+def microseconds(time: float) -> str:
+    """ "1294.2", and "0.003" of what is shorter than one."""
+    return f"{time:.1f}" if time >= 1 else f"{time:.3f}"
+
+
+def product_cost(factors: tuple[Tensor, ...], out: Tensor) -> Cost:
+    """Of a library's a (M, K) @ b (K, N), with what is added to it before them in `factors`."""
+    nbytes = sum(t.numel() * t.element_size() for t in (*factors, out))
+    a = factors[-2]
+    return Cost(nbytes, 2.0 * a.numel() * out.shape[1], _KINDS.get(a.dtype, "half"))
+
+
+def _kind(kernel: str, a: Arguments) -> str:
+    factor = next((a[name] for name in ("q_ptr", "x_ptr", "hidden_ptr") if name in a), None)
+    if kernel not in _PRODUCTS or factor is None:
+        return "f32"  # whatever the operands are
+    return "tf32" if a.get("TF32") else _KINDS.get(factor.dtype, "half")
+
+
+# What is touched of a tensor that is not touched whole ------------------------------------------------------------------------
+
+
+def _graph_inputs_elements(a: Arguments) -> dict[str, int]:
+    sequences = len(a["cu_seqlens_ptr"] if a["ends_ptr"] is None else a["ends_ptr"]) - 1
+    tokens = sequences * a["columns"]
+    if a["ends_ptr"] is not None:
+        tokens = a["ids_ptr"].numel()
+    elif a["mask_ptr"] is not None:
+        tokens = len(a["indices_ptr"])
+    found = {"static_ptr": 3 * a["bound_tokens"], "static_cu_seqlens_ptr": a["bound_sequences"] + 1}
+    for name in ("ids", "types", "positions"):  # a stride of 0 repeats
+        repeated = a["columns"] if a[f"{name}_col"] else 1
+        found[f"{name}_ptr"] = tokens if a[f"{name}_row"] else repeated
+    if a["mask_ptr"] is not None:
+        # Of the lengths those of the rows before the last.
+        found |= {"mask_ptr": sequences * a["columns"], "lengths_ptr": sequences - 1}
+    return found
+
+
+def _column_sums_elements(a: Arguments) -> dict[str, int]:
+    sums = a["partials_ptr"].shape[1]
+    return {name: a["n_cols"] * (sums > number) for number, name in enumerate(("first_ptr", "second_ptr", "third_ptr"))}
+
+
+def _layer_norm_bwd_elements(a: Arguments) -> dict[str, int]:
+    return {"means_ptr": 0} if a["WHOLE_ROWS"] else {}
+
+
+# One launch writes these and reads them again: they need not leave the L2 cache.
+_ENCODER_SCRATCH = (
+    "qkv_out_ptr", "context_ptr", "attended_ptr", "attended_statistics_ptr", "middle_ptr", "sums_ptr",
+    "sums_statistics_ptr", "partials_ptr", "state_ptr",
+)  # fmt: skip
+
+_TOUCHED: dict[str, Callable[[Arguments], dict[str, int]]] = {
+    "_graph_inputs_kernel": _graph_inputs_elements,
+    "_column_sums_kernel": _column_sums_elements,
+    "_add_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
+    "_gelu_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
+    "_encoder_fwd_kernel": lambda a: dict.fromkeys(_ENCODER_SCRATCH, 0),
+    # float8 has no zero points, whose products with the sums would be taken off.
+    "_quantized_product_kernel": lambda a: {"sums_ptr": 0} if a["zeros_ptr"] is None else {},
+    # Rows are padded to whole blocks: where every row is labelled, what lies behind them is written once, by the gathering.
+    "_linear_cross_entropy_labelled_kernel": lambda a: dict.fromkeys(("rows_ptr", "targets_ptr"), a["n_rows"]),
+    "_linear_cross_entropy_bwd_gather_kernel": lambda a: {
+        "rows_ptr": len(a["x_ptr"]), "targets_ptr": len(a["x_out_ptr"]) - len(a["x_ptr"])
+    },
+    "_linear_cross_entropy_bwd_sum_kernel": lambda a: {"rows_ptr": a["n_rows"]},
+}  # fmt: skip
+
+
+# Operations -------------------------------------------------------------------------------------------------------------------
+
+
+def _pairs(queries: Tensor, keys: Tensor) -> int:
+    """How often a query meets a key, of the ends (B + 1,) of their sequences."""
+    return int((queries.diff().long() * keys.diff().long()).sum())
+
+
+def _attention(products: int) -> Callable[[Arguments], float]:
+    """So many products of scores' size."""
+    return lambda a: 2.0 * products * a["q_ptr"].shape[1] * _pairs(a["cu_seqlens_q_ptr"], a["cu_seqlens_k_ptr"])
+
+
+def _vocabulary_gradient(owned: str, walked: str) -> Callable[[Arguments], float]:
+    """Logits are computed again for every chunk of columns of the result, which takes as much itself."""
+
+    def operations(a: Arguments) -> float:
+        chunks = -(-a["WIDTH"] // a["BLOCK_O"])
+        return 2.0 * (chunks + 1) * len(a[owned]) * len(a[walked]) * a["WIDTH"]
+
+    return operations
+
+
+def _encoder(a: Arguments) -> float:
+    width, middle, tokens, queries = a["width"], a["middle_width"], a["n_tokens"], a["n_queries"]
+    ends = a["cu_seqlens_ptr"]
+    last_ends = ends if a["cu_rows_ptr"] is None else a["cu_rows_ptr"]
+    rest = width * width + 2 * width * middle
+    # Keys and values of all tokens in every layer, queries and what follows them in the last of those asked for alone; the
+    # kernel computes all queries there too, which nothing needs.
+    layer = 2.0 * tokens * (3 * width * width + rest) + 4.0 * width * _pairs(ends, ends)
+    last = 2.0 * (tokens * 2 * width * width + queries * (width * width + rest)) + 4.0 * width * _pairs(last_ends, ends)
+    return (a["n_layers"] - 1) * layer + last
+
+
+def _each(operations: float, name: str = "x_ptr") -> Callable[[Arguments], float]:
+    """So many for each element of an operand."""
+    return lambda a: operations * a[name].numel()
+
+
+def _matrix_product(a: Arguments) -> float:
+    return 2.0 * a["x_ptr"].numel() * len(a["weight_ptr"])
+
+
+_OPERATIONS: dict[str, Callable[[Arguments], float]] = {
+    "_attention_fwd_kernel": _attention(2),
+    "_attention_bwd_dq_kernel": _attention(3),  # scores again, gradients of probabilities, dQ
+    "_attention_bwd_dkdv_kernel": _attention(4),  # the first two again, dK and dV
+    "_linear_gelu_fwd_kernel": _matrix_product,
+    "_quantized_product_kernel": _matrix_product,
+    "_linear_cross_entropy_fwd_kernel": lambda a: 2.0 * len(a["x_ptr"]) * a["weight_ptr"].numel(),
+    "_linear_cross_entropy_bwd_x_kernel": _vocabulary_gradient("x_ptr", "weight_ptr"),
+    "_linear_cross_entropy_bwd_weight_kernel": _vocabulary_gradient("weight_ptr", "x_ptr"),
+    "_encoder_fwd_kernel": _encoder,
+    # Not products: a handful an element, no more exact than needed to say that memory is what bounds them.
+    "_linear_cross_entropy_fwd_merge_kernel": _each(10, "max_ptr"),
+    "_linear_cross_entropy_fwd_mean_kernel": _each(1, "losses_ptr"),
+    "_linear_cross_entropy_bwd_sum_kernel": _each(1, "shares_ptr"),
+    "_bias_gelu_fwd_kernel": _each(10),
+    "_bias_gelu_bwd_kernel": _each(20),
+    "_add_layer_norm_fwd_kernel": _each(10),
+    "_add_layer_norm_bwd_means_kernel": _each(10),
+    "_add_layer_norm_bwd_kernel": _each(20),
+    "_gelu_layer_norm_fwd_kernel": _each(18),
+    "_gelu_layer_norm_bwd_means_kernel": _each(18),
+    "_gelu_layer_norm_bwd_kernel": _each(36),
+    "_round_rows_kernel": _each(10),
+    "_add_layer_norm_rounded_kernel": _each(20),
+    "_bias_gelu_rounded_kernel": _each(20),
+    "_column_sums_kernel": _each(1, "partials_ptr"),
+}
+_PRODUCTS = {
+    "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkdv_kernel", "_linear_gelu_fwd_kernel",
+    "_quantized_product_kernel", "_linear_cross_entropy_fwd_kernel", "_linear_cross_entropy_bwd_x_kernel",
+    "_linear_cross_entropy_bwd_weight_kernel", "_encoder_fwd_kernel",
+}  # fmt: skip
