@@ -35,8 +35,8 @@ _NAMED = 10  # of the tests that were not run
 _FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: what is dealt first
 _FALL_BACK = 20  # seconds kept for an install without the extension
 _NO_TOOL = (
-    "it is neither on the PATH nor in $CUDA_HOME/bin, /usr/local/cuda/bin or site-packages: the CUDA toolkit has it, "
-    "and so has `pip install nvidia-cuda-sanitizer-api`"
+    "it is neither on the PATH nor in the toolkit ($CUDA_HOME or /usr/local/cuda) nor in site-packages: "
+    "the CUDA toolkit has it, and so has `pip install nvidia-cuda-sanitizer-api`"
 )
 _CALLS = re.compile(r"\d+ of \d+ calls are right: .*")  # what gpu_sanitized.py says after each
 
@@ -220,9 +220,9 @@ def sanitizer(part: Part) -> None:
 
 def _sanitizer_tool() -> str | None:
     """Where it is: on the PATH, in a CUDA toolkit, or in the packages that pip installs."""
-    places = [os.environ.get("PATH", ""), *(f"{os.environ[name]}/bin" for name in ("CUDA_HOME",) if name in os.environ)]
-    places += ["/usr/local/cuda/bin", *map(str, Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin"))]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    places = toolkit, *Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
 
 
 def _sanitize(part: Part, tool: str, check: str, share: float) -> None:

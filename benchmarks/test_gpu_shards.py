@@ -73,6 +73,12 @@ def test_every_test_is_run_once_by_some_process_and_those_of_a_group_by_one_afte
     assert len(set((tmp_path / "pids").read_text().split())) == 1
 
 
+def test_a_group_is_dealt_as_one_where_its_first_test_stands(tmp_path):
+    shards = Shards([], ["c"], 1, 300.0, tmp_path)
+    assert list(shards._plan([("a", "large"), ("b", ""), ("c", ""), ("d", "large")], {})) == []
+    assert list(shards._ahead or ()) == [["c"], ["a", "d"], ["b"]]
+
+
 def test_what_comes_first_what_is_not_there_and_what_cannot_be_collected(tmp_path):
     (tmp_path / "test_bad.py").write_text("import nothing_of_this_name\n")
     (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): pass\ndef test_c(): pass\n")
