@@ -132,7 +132,9 @@ def attention_bwd_tiles(
         # too, and as TF32 heads of 128 where ptxas is told no limit.
         fewer = {"num_warps": 4} if dtype.itemsize == 2 and head_dim <= 128 else {}
         other: Tiles = {(4, 64): {"CHUNK_D": 32}, ("tf32", 128): {"maxnreg": 255}}.get(kind, {})
-        dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer | other], [tiles | {"BLOCK_M": 16} for tiles in dkdv]
+        # Told no limit, ptxas spills 16-bit heads of 64 on sm_100, under Triton 3.6.
+        limit = {"maxnreg": 255} if kind == (2, 64) else {}
+        dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer | other], [tiles | {"BLOCK_M": 16} | limit for tiles in dkdv]
     elif kind in _DQ_REGISTERS:
         dq = [tiles | {"maxnreg": _DQ_REGISTERS[kind]} for tiles in dq]
     # Of short sequences, no more rows than the smallest tile has.
