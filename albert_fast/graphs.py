@@ -21,15 +21,15 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import ops
+from .capture import CaptureError, CUDACapture, Replay
 from .packing import Packing
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 MAX_GRAPHS = 64
 # With padding. Above, a forward's arithmetic takes longer than its launches, and buckets would waste it.
 MAX_TOKENS = 16384
-# What a forward runs of which the reference would wait for the GPU, to look at lengths and ids.
-_OPERATORS = ("embedding_projection", "attention", "linear_gelu", "add_layer_norm")
 
 
 def _size_class(n: int, least: int) -> int:
@@ -95,92 +93,6 @@ class Call:
             return self.ids.numel(), self.ids.shape[0], self.ids.shape[1]
         counted = lengths.tolist()
         return sum(counted), len(counted), max(counted, default=0)
-
-
-class CaptureError(RuntimeError):
-    """A graph could not be captured; the forward itself runs."""
-
-
-class Replay(Protocol):
-    """A captured forward: `result` is rewritten by `replay`, from what then stands in the tensors it was captured with."""
-
-    result: Encoded
-
-    def replay(self, describe: ops.Describe) -> None:
-        """`describe` makes the error for a bad id among those that the tensors hold now."""
-
-
-class CUDACapture:
-    """Captures on a GPU, into one pool of memory."""
-
-    device_type = "cuda"
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
-        self._last: torch.cuda.Event | None = None  # behind the last replay and what was copied out of it
-
-    def why_not(self, model: ALBERTModel) -> str | None:
-        """Why the model's operators cannot be captured."""
-        dtype = model.embeddings.word_embeddings.weight.dtype
-        for op in ("quantized_encoder", *_OPERATORS) if model.encoder.quantized else _OPERATORS:
-            if dispatch.resolve(op, self.device_type, dtype, model.backend) == "reference":
-                return f"{op} runs on backend 'reference', which waits for the GPU"
-        return None
-
-    def begin(self, device: torch.device) -> None:
-        """Order this call behind the one before it, which may have been on another stream; raise what that found wrong."""
-        ops.raise_pending(device)
-        if self._last is not None:
-            torch.cuda.current_stream(device).wait_event(self._last)
-
-    def end(self, device: torch.device) -> None:
-        if self._last is None:
-            self._last = torch.cuda.Event()
-        self._last.record(torch.cuda.current_stream(device))
-
-    def wait(self) -> None:
-        """For the last replay: graphs, and what they read, are let go of when nothing runs them."""
-        # A model that is found dead during a capture would end it.
-        if self._last is not None and not torch.cuda.is_current_stream_capturing():
-            self._last.synchronize()
-
-    def forget(self) -> None:
-        """All graphs are gone, and the pool with them."""
-        self._pool = self._stream = self._last = None
-
-    def __call__(self, run: Callable[[], Encoded], device: torch.device) -> Replay:
-        # The stream is set once more because a capture that fails leaves its own the current one.
-        with ops.CAPTURE, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            if self._pool is None or self._stream is None:
-                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            # Kernels are compiled, and libraries make their handles, before anything is recorded.
-            with torch.cuda.stream(self._stream):
-                run()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            # A graph that uses cuBLAS's workspace of this stream must own it, and nobody else may.
-            torch._C._cuda_clearCublasWorkspaces()
-            try:
-                return _CUDAReplay(run, self._pool, self._stream)
-            except RuntimeError as error:
-                self._pool = None  # torch leaves it, like its generator of random numbers, as in a capture
-                raise CaptureError(str(error).partition("\n")[0]) from error
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
-
-
-class _CUDAReplay:
-    def __init__(self, run: Callable[[], Encoded], pool: Any, stream: torch.cuda.Stream) -> None:
-        self._graph, self._reports = torch.cuda.CUDAGraph(), ops.CapturedReports()
-        # Other threads go on allocating meanwhile.
-        capture = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with self._reports, capture:
-            self.result = run()
-
-    def replay(self, describe: ops.Describe) -> None:
-        self._graph.replay()
-        self._reports.replayed(describe)
 
 
 class _Look(NamedTuple):
@@ -305,8 +217,7 @@ class GraphCache:
         return f"{'captured by this call' if met else 'captured by the call after this one'}: a CUDA graph for {bucket}"
 
     def run(self, model: ALBERTModel, call: Call) -> Encoded | None:
-        """The forward by replay of its bucket's graph; None where there is none, or its bucket is met for the first time: to
-        capture it costs as much as many calls."""
+        """The forward by replay of its bucket's graph; None where there is none yet, or can be none."""
         device = call.ids.device
         if device.type != self._capture.device_type:  # warmed up for a GPU, and called on a CPU
             return None
@@ -322,24 +233,37 @@ class GraphCache:
         # Static tensors are the same for callers in every mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._forget_other_weights(look.weights)
-            if not tokens or sequences > MAX_TOKENS or bucket in self._refused:
+            if not tokens or sequences > MAX_TOKENS or not self._due(bucket):
                 return None
-            if bucket not in self._graphs and bucket not in self._met:
-                self._met.add(bucket)
-                return None
-            self._capture.begin(device)
-            try:
-                graph = self._graphs.get(bucket) or self._record(model, bucket, device)
-                self._graphs.move_to_end(bucket)
-                packing = self._write(call, lengths, (tokens, longest), bucket)
-                graph.replay(self._describe(model, packing, call))
-                return self._copied(graph.result, packing, tokens, sequences)
-            except CaptureError as error:
-                self._refused[bucket] = f"the capture failed: {error}"
-                _say(self._refused[bucket])
-                return None
-            finally:
-                self._capture.end(device)
+            return self._replayed(model, call, lengths, (tokens, sequences, longest), bucket)
+
+    def _due(self, bucket: Bucket) -> bool:
+        """Whether the bucket has a graph, or is met again: to capture it costs as much as many calls."""
+        if bucket in self._refused:
+            return False
+        if bucket in self._graphs or bucket in self._met:
+            return True
+        self._met.add(bucket)
+        return False
+
+    def _replayed(
+        self, model: ALBERTModel, call: Call, lengths: Tensor | None, sizes: tuple[int, int, int], bucket: Bucket
+    ) -> Encoded | None:
+        """The call's forward by its bucket's graph, captured where there is none yet; None where that fails."""
+        tokens, sequences, longest = sizes
+        self._capture.begin(call.ids.device)
+        try:
+            graph = self._graphs.get(bucket) or self._record(model, bucket, call.ids.device)
+            self._graphs.move_to_end(bucket)
+            packing = self._write(call, lengths, (tokens, longest), bucket)
+            graph.replay(self._describe(model, packing, call))
+            return self._copied(graph.result, packing, tokens, sequences)
+        except CaptureError as error:
+            self._refused[bucket] = f"the capture failed: {error}"
+            _say(self._refused[bucket])
+            return None
+        finally:
+            self._capture.end(call.ids.device)
 
     def _write(self, call: Call, lengths: Tensor | None, sizes: tuple[int, int], bucket: Bucket) -> Packing:
         """Put the call where graphs read it; how it is packed."""
@@ -379,22 +303,22 @@ class GraphCache:
     def clear(self) -> None:
         """Let go of all graphs and of their memory."""
         with self._lock:
-            self._capture.wait()
-            self._graphs.clear()
-            self._inputs = None
-            self._capture.forget()
+            self._let_go()
             self._met.clear()
             self._refused.clear()
 
     def _forget_other_weights(self, weights: list[tuple[int, torch.dtype]]) -> None:
         if weights != self._weights:
             if self._graphs or self._inputs is not None:
-                self._capture.wait()
-                self._graphs.clear()
-                self._inputs = None
-                self._capture.forget()
+                self._let_go()
             self._refused.clear()
             self._weights = weights
+
+    def _let_go(self) -> None:
+        self._capture.wait()
+        self._graphs.clear()
+        self._inputs = None
+        self._capture.forget()
 
     def _record(self, model: ALBERTModel, bucket: Bucket, device: torch.device) -> Replay:
         if self._inputs is None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from albert_fast import ALBERTForSequenceClassification, ALBERTModel, explain, graphs, ops
-from albert_fast.graphs import CaptureError, CUDACapture
+from albert_fast.capture import CaptureError, CUDACapture
 from albert_fast.ops import _reports
 from albert_fast.testing import poison_empty
 from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
