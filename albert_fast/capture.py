@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,22 +72,33 @@ class CUDACapture:
     def __call__(self, run: Callable[[], Encoded], device: torch.device) -> Replay:
         # The stream is set once more because a capture that fails leaves its own the current one.
         with ops.CAPTURE, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            if self._pool is None or self._stream is None:
-                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
             # Kernels are compiled, and libraries make their handles, before anything is recorded.
-            with torch.cuda.stream(self._stream):
-                run()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            # A graph that uses cuBLAS's workspace of this stream must own it, and nobody else may.
-            torch._C._cuda_clearCublasWorkspaces()
+            run()
+            if self._pool is None or self._stream is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), _own_stream(device)
             try:
                 return _CUDAReplay(run, self._pool, self._stream)
             except RuntimeError as error:
-                self._pool = None  # torch leaves it, like its generator of random numbers, as in a capture
+                self._pool = self._stream = (
+                    None  # torch leaves them, like its generator of random numbers, as in a capture
+                )
                 raise CaptureError(str(error).partition("\n")[0]) from error
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
+
+
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream on which nothing ran and nobody else's work ever will, for the captures into one pool.
+
+    torch gives each stream a workspace for cuBLAS when a product first asks for one, and a graph has its address. Asked for in
+    a capture it lies in the graphs' pool: it lives as long as they do, whoever clears torch's workspaces meanwhile, and
+    ours need not clear those of others, which graphs of their own may hold. `torch.cuda.Stream` would not do: it deals out 32
+    streams in turn, each with the workspace of whoever had it before. Never destroyed: a new stream may get an old one's
+    address, under which torch keeps the workspace of a pool that is gone.
+    """
+    stream = ctypes.c_void_p()
+    nonblocking = 1  # CU_STREAM_NON_BLOCKING: others may launch on the default stream during a capture
+    if error := ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(stream), nonblocking):
+        raise CaptureError(f"cuStreamCreate returned {error}")
+    return torch.cuda.ExternalStream(stream.value, device)
 
 
 class _CUDAReplay:
