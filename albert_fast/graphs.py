@@ -4,10 +4,10 @@ A graph is bound to sizes, so it is captured for a bucket: so many tokens, so ma
 a size or more. What a call leaves over is empty: tokens behind the last sequence, sequences without a token. Attention leaves
 such rows as memory came, NaN or not, and nobody reads them: no other operator lets one row see another.
 
-Graphs are captured when a bucket is met for the second time, or ahead by `model.warmup`, share one pool of memory, and are
-replayed one after another, whichever streams and threads the calls come from. Weights may change in place; a model that was
-moved or converted captures anew. A bucket is of one way to multiply float32, exactly or as TF32: who asks torch for the
-other meets other buckets. Further settings of torch are those of the capture.
+Graphs are captured when a bucket is met for the second time, or ahead by `model.warmup`, share inputs, results and one pool
+of memory, and are replayed one after another, whichever streams and threads the calls come from. Weights may change in
+place; a model that was moved or converted captures anew. A bucket is of one way to multiply float32, exactly or as TF32:
+who asks torch for the other meets other buckets. Further settings of torch are those of the capture.
 
 A call starts one kernel that writes ids, types, positions and lengths where all graphs read them (`ops.GraphInputs`), the
 graph, the copy of its report of bad ids, and a copy of hidden states and of pooled ones where there are any: four or five
@@ -21,7 +21,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -141,6 +141,23 @@ def _say(reason: str) -> None:
     warnings.warn(f"albert_fast: no CUDA graphs, although warmup was called: {reason}", stacklevel=2)
 
 
+class _Results:
+    """Where all graphs of a model leave their states, (MAX_TOKENS, H) of each kind: one replay's are copied out before the
+    next begins, so that no graph need keep its own."""
+
+    def __init__(self) -> None:
+        self._static: dict[str, Tensor] = {}
+
+    def keep(self, encoded: Encoded) -> Encoded:
+        pooled = None if encoded.pooled is None else self._kept("pooled", encoded.pooled)
+        return replace(encoded, hidden=self._kept("hidden", encoded.hidden), pooled=pooled)
+
+    def _kept(self, kind: str, states: Tensor) -> Tensor:
+        if kind not in self._static:  # made by the run ahead of a capture, and so outside the graphs' pool
+            self._static[kind] = states.new_empty(MAX_TOKENS, states.shape[1])
+        return self._static[kind][: len(states)].copy_(states)
+
+
 class GraphCache:
     """The graphs of one model. A copy of it, made with a copy of the model, has none."""
 
@@ -149,6 +166,7 @@ class GraphCache:
         self._lock = threading.RLock()
         self._graphs: OrderedDict[Bucket, Replay] = OrderedDict()
         self._inputs: ops.GraphInputs | None = None
+        self._results = _Results()
         self._met: set[Bucket] = set()
         self._refused: dict[Bucket, str] = {}
         self._weights: list[tuple[int, torch.dtype]] = []
@@ -317,7 +335,7 @@ class GraphCache:
     def _let_go(self) -> None:
         self._capture.wait()
         self._graphs.clear()
-        self._inputs = None
+        self._inputs, self._results = None, _Results()
         self._capture.forget()
 
     def _record(self, model: ALBERTModel, bucket: Bucket, device: torch.device) -> Replay:
@@ -326,10 +344,10 @@ class GraphCache:
         # While it is recorded: ids that are in every table, in sequences of one length.
         self._inputs.blank(bucket.tokens, bucket.sequences, bucket.tokens // bucket.sequences)
         ids, types, positions, cu_seqlens = self._inputs.views(bucket.tokens, bucket.sequences)
-        packing = Packing(None, cu_seqlens, bucket.max_seqlen, None)
+        packing, results = Packing(None, cu_seqlens, bucket.max_seqlen, None), self._results
 
         def run() -> Encoded:
-            return model.compute(packing, ids, types, positions, None, False, False, bucket.output_tokens)
+            return results.keep(model.compute(packing, ids, types, positions, None, False, False, bucket.output_tokens))
 
         self._graphs[bucket] = self._capture(run, device)
         if len(self._graphs) > self._limit:

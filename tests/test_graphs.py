@@ -89,6 +89,18 @@ def test_an_answer_is_not_overwritten_by_the_next(model):
     assert torch.equal(first.pooler_output, kept[1])
 
 
+def test_all_graphs_leave_their_results_in_one_place(model):
+    with torch.no_grad():
+        for columns in (4, 40):
+            for output_tokens in ("all", "first"):
+                for _ in range(2):
+                    model(batch(1, columns)[0], output_tokens=output_tokens)
+    kept = [graph.result for graph in model._graphs._graphs.values()]
+    assert len(kept) == 4
+    for states in ([one.hidden for one in kept], [one.pooled for one in kept]):
+        assert len({one.data_ptr() for one in states}) == 1
+
+
 def test_packed_calls_are_replayed_too(model, capture):
     ids, cu_seqlens = batch(1, 11)[0][0], torch.tensor([0, 4, 4, 11], dtype=torch.int32, device=DEVICE)
     with torch.no_grad():
