@@ -35,18 +35,24 @@ from .packing import Packing
 if TYPE_CHECKING:
     from .modeling import ALBERTModel, Encoded
 
-# Graphs that a model keeps; the one that was not used for longest goes first.
-MAX_GRAPHS = 64
-# With padding. Above, a forward's arithmetic takes longer than its launches, and buckets would waste it.
-MAX_TOKENS = 16384
+# Graphs that a model keeps; the one that was not used for longest goes first. Each is its list of launches alone: what it
+# reads and writes it shares with the others.
+MAX_GRAPHS = 128
+# Real ones. Above, launches hide behind arithmetic, and a bucket would waste some of that. Counted for ALBERT-base: 12 layers
+# of 7 launches and half a dozen more, 5 us of the host each, are 0.45 ms; a token is 170 MFLOP, at 400 TFLOP/s 0.43 us:
+# 1,060 tokens in that time. Four times as many, for hosts that are slower.
+MAX_TOKENS = 4096
+# Up to here a product hardly fills a GPU (8 x 6 tiles of 128 x 128 for 768 columns): more rows take little more time.
+_FEW_TOKENS = 1024
+# With padding. The real tokens of a larger batch, hardly ever so few, are not counted: the GPU would be waited for twice.
+MAX_PLACES = 16 * MAX_TOKENS
 
 
-def _size_class(n: int, least: int) -> int:
-    """The smallest of least, 1.5 least, 2 least, 3 least, 4 least, 6 least ... that is at least n: at most a third is left."""
-    size = least
-    while size < n:
-        size *= 2
-    return size * 3 // 4 if size > least and n <= size * 3 // 4 else size
+def _size_class(n: int, parts: int) -> int:
+    """n, rounded up to a power of two or one of the sizes that cut the way from there to the next into `parts`."""
+    below = (1 << max(n - 1, 1).bit_length()) // 2  # the largest power of two that is less than n
+    step = max(below // parts, 1)
+    return -(-n // step) * step
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,16 @@ class Bucket:
     @classmethod
     def of(cls, tokens: int, sequences: int, max_seqlen: int, output_tokens: str, backend: str = "auto") -> Bucket:
         # Attention's tiles change with powers of two alone; a bound that is too high costs it programs without work.
-        longest = 1 << (max(max_seqlen, 16) - 1).bit_length()
-        return cls(_size_class(tokens, 16), _size_class(sequences, 1), longest, output_tokens, backend)
+        longest = _size_class(max(max_seqlen, 16), 1)
+        # Where time follows tokens, at most a sixteenth more is computed. An empty sequence costs next to nothing.
+        rows = _size_class(max(tokens, 16), 2 if tokens <= _FEW_TOKENS else 16)
+        return cls(rows, _size_class(sequences, 1), longest, output_tokens, backend)
+
+    def too_large(self) -> str | None:
+        """Why it is none for a graph. Both limits are sizes of buckets, so that a call is beyond them where its bucket is."""
+        if max(self.tokens, self.sequences) <= MAX_TOKENS:
+            return None
+        return f"more than {MAX_TOKENS} tokens, or sequences: launches hide behind arithmetic"
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens in {self.sequences} sequence(s) of at most {self.max_seqlen}"
@@ -206,8 +220,8 @@ class GraphCache:
             return "the model is elsewhere"
         if look.training:
             return "the model, or a part of it, is in training mode"
-        if not 0 < places <= MAX_TOKENS:
-            return f"{places} tokens with padding: graphs are for 1 to {MAX_TOKENS}"
+        if not 0 < places <= MAX_PLACES:
+            return f"{places} tokens with padding: graphs are for 1 to {MAX_PLACES}"
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "the caller captures a graph"
         return None
@@ -225,7 +239,7 @@ class GraphCache:
 
     def forecast(self, model: ALBERTModel, bucket: Bucket, places: int, device: torch.device) -> str:
         """What becomes of a call of such a bucket, made as `forecast` is, in a sentence."""
-        if reason := self.why_not(model, places, device) or self._refused.get(bucket):
+        if reason := self.why_not(model, places, device) or bucket.too_large() or self._refused.get(bucket):
             return f"no CUDA graph: {reason}"
         with self._lock:
             self._forget_other_weights(self._look(model).weights)
@@ -248,10 +262,12 @@ class GraphCache:
         lengths = None if call.mask is None else call.mask.count_nonzero(1)
         tokens, sequences, longest = call.sizes(lengths)
         bucket = Bucket.of(tokens, sequences, longest, call.output_tokens, model.backend)
+        if bucket.too_large():
+            return None
         # Static tensors are the same for callers in every mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._forget_other_weights(look.weights)
-            if not tokens or sequences > MAX_TOKENS or not self._due(bucket):
+            if not tokens or not self._due(bucket):
                 return None
             return self._replayed(model, call, lengths, (tokens, sequences, longest), bucket)
 
@@ -340,7 +356,7 @@ class GraphCache:
 
     def _record(self, model: ALBERTModel, bucket: Bucket, device: torch.device) -> Replay:
         if self._inputs is None:
-            self._inputs = ops.GraphInputs(MAX_TOKENS, device)
+            self._inputs = ops.GraphInputs(MAX_TOKENS, MAX_PLACES, device)
         # While it is recorded: ids that are in every table, in sequences of one length.
         self._inputs.blank(bucket.tokens, bucket.sequences, bucket.tokens // bucket.sequences)
         ids, types, positions, cu_seqlens = self._inputs.views(bucket.tokens, bucket.sequences)

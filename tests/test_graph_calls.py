@@ -90,7 +90,7 @@ def test_short_sequences_in_a_wide_batch_take_a_narrow_bucket(model, capture):
         for _ in range(2):
             model(ids, mask)
         (bucket,) = model._graphs._graphs
-        assert (bucket.tokens, bucket.sequences, bucket.max_seqlen) == (32, 3, 16)
+        assert (bucket.tokens, bucket.sequences, bucket.max_seqlen) == (32, 4, 16)
         torch.testing.assert_close(model(ids, mask)[0], plain(model)(ids, mask)[0])
 
 
@@ -158,7 +158,7 @@ def test_explain_says_what_becomes_of_a_call(model, monkeypatch):
         model(ids)
         assert said(ids) == f"a replay of the CUDA graph for {bucket.removeprefix('a CUDA graph for ')}"
         assert said(ids, mask).startswith("captured by the call after this one: ")
-        assert said(ids, mask * 0) == "no CUDA graph: 0 tokens with padding: graphs are for 1 to 16384"
+        assert said(ids, mask * 0) == "no CUDA graph: 0 tokens with padding: graphs are for 1 to 65536"
         with torch.autocast(DEVICE.type, torch.bfloat16):
             assert said(ids) == "no CUDA graph: autocast is on"
     model.cuda_graphs = False
