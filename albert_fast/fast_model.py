@@ -87,7 +87,8 @@ class FastModel(PretrainedMixin):
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether calls on a GPU may be replays of CUDA graphs. `warmup` turns it on; False frees the graphs' memory."""
+        """Whether calls on a GPU may be replays of CUDA graphs. `warmup` turns it on; False frees the graphs' memory,
+        but for the workspace that torch keeps for cuBLAS."""
         return self.base._graphs is not None
 
     @cuda_graphs.setter

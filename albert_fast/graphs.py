@@ -4,10 +4,10 @@ A graph is bound to sizes, so it is captured for a bucket: so many tokens, so ma
 a size or more. What a call leaves over is empty: tokens behind the last sequence, sequences without a token. Attention leaves
 such rows as memory came, NaN or not, and nobody reads them: no other operator lets one row see another.
 
-Graphs are captured when a bucket is met for the second time, or ahead by `model.warmup`, share one pool of memory, and are
-replayed one after another, whichever streams and threads the calls come from. Weights may change in place; a model that was
-moved or converted captures anew. A bucket is of one way to multiply float32, exactly or as TF32: who asks torch for the
-other meets other buckets. Further settings of torch are those of the capture.
+Graphs are captured when a bucket is met for the second time, or ahead by `model.warmup`, share inputs, results and one pool
+of memory, and are replayed one after another, whichever streams and threads the calls come from. Weights may change in
+place; a model that was moved or converted captures anew. A bucket is of one way to multiply float32, exactly or as TF32:
+who asks torch for the other meets other buckets. Further settings of torch are those of the capture.
 
 A call starts one kernel that writes ids, types, positions and lengths where all graphs read them (`ops.GraphInputs`), the
 graph, the copy of its report of bad ids, and a copy of hidden states and of pooled ones where there are any: four or five
@@ -21,34 +21,38 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import ops
+from .capture import CaptureError, CUDACapture, Replay
 from .packing import Packing
 
 if TYPE_CHECKING:
     from .modeling import ALBERTModel, Encoded
 
-# Graphs that a model keeps; the one that was not used for longest goes first.
-MAX_GRAPHS = 64
-# With padding. Above, a forward's arithmetic takes longer than its launches, and buckets would waste it.
-MAX_TOKENS = 16384
-# What a forward runs of which the reference would wait for the GPU, to look at lengths and ids.
-_OPERATORS = ("embedding_projection", "attention", "linear_gelu", "add_layer_norm")
+# Graphs that a model keeps; the one that was not used for longest goes first. Each is its list of launches alone: what it
+# reads and writes it shares with the others.
+MAX_GRAPHS = 128
+# Real ones. Above, launches hide behind arithmetic, and a bucket would waste some of that. Counted for ALBERT-base: 12 layers
+# of 7 launches and half a dozen more, 5 us of the host each, are 0.45 ms; a token is 170 MFLOP, at 400 TFLOP/s 0.43 us:
+# 1,060 tokens in that time. Four times as many, for hosts that are slower.
+MAX_TOKENS = 4096
+# Up to here a product hardly fills a GPU (8 x 6 tiles of 128 x 128 for 768 columns): more rows take little more time.
+_FEW_TOKENS = 1024
+# With padding. The real tokens of a larger batch, hardly ever so few, are not counted: the GPU would be waited for twice.
+MAX_PLACES = 16 * MAX_TOKENS
 
 
-def _size_class(n: int, least: int) -> int:
-    """The smallest of least, 1.5 least, 2 least, 3 least, 4 least, 6 least ... that is at least n: at most a third is left."""
-    size = least
-    while size < n:
-        size *= 2
-    return size * 3 // 4 if size > least and n <= size * 3 // 4 else size
+def _size_class(n: int, parts: int) -> int:
+    """n, rounded up to a power of two or one of the sizes that cut the way from there to the next into `parts`."""
+    below = (1 << max(n - 1, 1).bit_length()) // 2  # the largest power of two that is less than n
+    step = max(below // parts, 1)
+    return -(-n // step) * step
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,16 @@ class Bucket:
     @classmethod
     def of(cls, tokens: int, sequences: int, max_seqlen: int, output_tokens: str, backend: str = "auto") -> Bucket:
         # Attention's tiles change with powers of two alone; a bound that is too high costs it programs without work.
-        longest = 1 << (max(max_seqlen, 16) - 1).bit_length()
-        return cls(_size_class(tokens, 16), _size_class(sequences, 1), longest, output_tokens, backend)
+        longest = _size_class(max(max_seqlen, 16), 1)
+        # Where time follows tokens, at most a sixteenth more is computed. An empty sequence costs next to nothing.
+        rows = _size_class(max(tokens, 16), 2 if tokens <= _FEW_TOKENS else 16)
+        return cls(rows, _size_class(sequences, 1), longest, output_tokens, backend)
+
+    def too_large(self) -> str | None:
+        """Why it is none for a graph. Both limits are sizes of buckets, so that a call is beyond them where its bucket is."""
+        if max(self.tokens, self.sequences) <= MAX_TOKENS:
+            return None
+        return f"more than {MAX_TOKENS} tokens, or sequences: launches hide behind arithmetic"
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens in {self.sequences} sequence(s) of at most {self.max_seqlen}"
@@ -95,92 +107,6 @@ class Call:
             return self.ids.numel(), self.ids.shape[0], self.ids.shape[1]
         counted = lengths.tolist()
         return sum(counted), len(counted), max(counted, default=0)
-
-
-class CaptureError(RuntimeError):
-    """A graph could not be captured; the forward itself runs."""
-
-
-class Replay(Protocol):
-    """A captured forward: `result` is rewritten by `replay`, from what then stands in the tensors it was captured with."""
-
-    result: Encoded
-
-    def replay(self, describe: ops.Describe) -> None:
-        """`describe` makes the error for a bad id among those that the tensors hold now."""
-
-
-class CUDACapture:
-    """Captures on a GPU, into one pool of memory."""
-
-    device_type = "cuda"
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
-        self._last: torch.cuda.Event | None = None  # behind the last replay and what was copied out of it
-
-    def why_not(self, model: ALBERTModel) -> str | None:
-        """Why the model's operators cannot be captured."""
-        dtype = model.embeddings.word_embeddings.weight.dtype
-        for op in ("quantized_encoder", *_OPERATORS) if model.encoder.quantized else _OPERATORS:
-            if dispatch.resolve(op, self.device_type, dtype, model.backend) == "reference":
-                return f"{op} runs on backend 'reference', which waits for the GPU"
-        return None
-
-    def begin(self, device: torch.device) -> None:
-        """Order this call behind the one before it, which may have been on another stream; raise what that found wrong."""
-        ops.raise_pending(device)
-        if self._last is not None:
-            torch.cuda.current_stream(device).wait_event(self._last)
-
-    def end(self, device: torch.device) -> None:
-        if self._last is None:
-            self._last = torch.cuda.Event()
-        self._last.record(torch.cuda.current_stream(device))
-
-    def wait(self) -> None:
-        """For the last replay: graphs, and what they read, are let go of when nothing runs them."""
-        # A model that is found dead during a capture would end it.
-        if self._last is not None and not torch.cuda.is_current_stream_capturing():
-            self._last.synchronize()
-
-    def forget(self) -> None:
-        """All graphs are gone, and the pool with them."""
-        self._pool = self._stream = self._last = None
-
-    def __call__(self, run: Callable[[], Encoded], device: torch.device) -> Replay:
-        # The stream is set once more because a capture that fails leaves its own the current one.
-        with ops.CAPTURE, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            if self._pool is None or self._stream is None:
-                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            self._stream.wait_stream(torch.cuda.current_stream())
-            # Kernels are compiled, and libraries make their handles, before anything is recorded.
-            with torch.cuda.stream(self._stream):
-                run()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            # A graph that uses cuBLAS's workspace of this stream must own it, and nobody else may.
-            torch._C._cuda_clearCublasWorkspaces()
-            try:
-                return _CUDAReplay(run, self._pool, self._stream)
-            except RuntimeError as error:
-                self._pool = None  # torch leaves it, like its generator of random numbers, as in a capture
-                raise CaptureError(str(error).partition("\n")[0]) from error
-            finally:
-                torch._C._cuda_clearCublasWorkspaces()
-
-
-class _CUDAReplay:
-    def __init__(self, run: Callable[[], Encoded], pool: Any, stream: torch.cuda.Stream) -> None:
-        self._graph, self._reports = torch.cuda.CUDAGraph(), ops.CapturedReports()
-        # Other threads go on allocating meanwhile.
-        capture = torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with self._reports, capture:
-            self.result = run()
-
-    def replay(self, describe: ops.Describe) -> None:
-        self._graph.replay()
-        self._reports.replayed(describe)
 
 
 class _Look(NamedTuple):
@@ -229,6 +155,23 @@ def _say(reason: str) -> None:
     warnings.warn(f"albert_fast: no CUDA graphs, although warmup was called: {reason}", stacklevel=2)
 
 
+class _Results:
+    """Where all graphs of a model leave their states, (MAX_TOKENS, H) of each kind: one replay's are copied out before the
+    next begins, so that no graph need keep its own."""
+
+    def __init__(self) -> None:
+        self._static: dict[str, Tensor] = {}
+
+    def keep(self, encoded: Encoded) -> Encoded:
+        pooled = None if encoded.pooled is None else self._kept("pooled", encoded.pooled)
+        return replace(encoded, hidden=self._kept("hidden", encoded.hidden), pooled=pooled)
+
+    def _kept(self, kind: str, states: Tensor) -> Tensor:
+        if kind not in self._static:  # made by the run ahead of a capture, and so outside the graphs' pool
+            self._static[kind] = states.new_empty(MAX_TOKENS, states.shape[1])
+        return self._static[kind][: len(states)].copy_(states)
+
+
 class GraphCache:
     """The graphs of one model. A copy of it, made with a copy of the model, has none."""
 
@@ -237,6 +180,7 @@ class GraphCache:
         self._lock = threading.RLock()
         self._graphs: OrderedDict[Bucket, Replay] = OrderedDict()
         self._inputs: ops.GraphInputs | None = None
+        self._results = _Results()
         self._met: set[Bucket] = set()
         self._refused: dict[Bucket, str] = {}
         self._weights: list[tuple[int, torch.dtype]] = []
@@ -276,8 +220,8 @@ class GraphCache:
             return "the model is elsewhere"
         if look.training:
             return "the model, or a part of it, is in training mode"
-        if not 0 < places <= MAX_TOKENS:
-            return f"{places} tokens with padding: graphs are for 1 to {MAX_TOKENS}"
+        if not 0 < places <= MAX_PLACES:
+            return f"{places} tokens with padding: graphs are for 1 to {MAX_PLACES}"
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "the caller captures a graph"
         return None
@@ -295,7 +239,7 @@ class GraphCache:
 
     def forecast(self, model: ALBERTModel, bucket: Bucket, places: int, device: torch.device) -> str:
         """What becomes of a call of such a bucket, made as `forecast` is, in a sentence."""
-        if reason := self.why_not(model, places, device) or self._refused.get(bucket):
+        if reason := self.why_not(model, places, device) or bucket.too_large() or self._refused.get(bucket):
             return f"no CUDA graph: {reason}"
         with self._lock:
             self._forget_other_weights(self._look(model).weights)
@@ -305,8 +249,7 @@ class GraphCache:
         return f"{'captured by this call' if met else 'captured by the call after this one'}: a CUDA graph for {bucket}"
 
     def run(self, model: ALBERTModel, call: Call) -> Encoded | None:
-        """The forward by replay of its bucket's graph; None where there is none, or its bucket is met for the first time: to
-        capture it costs as much as many calls."""
+        """The forward by replay of its bucket's graph; None where there is none yet, or can be none."""
         device = call.ids.device
         if device.type != self._capture.device_type:  # warmed up for a GPU, and called on a CPU
             return None
@@ -319,27 +262,42 @@ class GraphCache:
         lengths = None if call.mask is None else call.mask.count_nonzero(1)
         tokens, sequences, longest = call.sizes(lengths)
         bucket = Bucket.of(tokens, sequences, longest, call.output_tokens, model.backend)
+        if bucket.too_large():
+            return None
         # Static tensors are the same for callers in every mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._forget_other_weights(look.weights)
-            if not tokens or sequences > MAX_TOKENS or bucket in self._refused:
+            if not tokens or not self._due(bucket):
                 return None
-            if bucket not in self._graphs and bucket not in self._met:
-                self._met.add(bucket)
-                return None
-            self._capture.begin(device)
-            try:
-                graph = self._graphs.get(bucket) or self._record(model, bucket, device)
-                self._graphs.move_to_end(bucket)
-                packing = self._write(call, lengths, (tokens, longest), bucket)
-                graph.replay(self._describe(model, packing, call))
-                return self._copied(graph.result, packing, tokens, sequences)
-            except CaptureError as error:
-                self._refused[bucket] = f"the capture failed: {error}"
-                _say(self._refused[bucket])
-                return None
-            finally:
-                self._capture.end(device)
+            return self._replayed(model, call, lengths, (tokens, sequences, longest), bucket)
+
+    def _due(self, bucket: Bucket) -> bool:
+        """Whether the bucket has a graph, or is met again: to capture it costs as much as many calls."""
+        if bucket in self._refused:
+            return False
+        if bucket in self._graphs or bucket in self._met:
+            return True
+        self._met.add(bucket)
+        return False
+
+    def _replayed(
+        self, model: ALBERTModel, call: Call, lengths: Tensor | None, sizes: tuple[int, int, int], bucket: Bucket
+    ) -> Encoded | None:
+        """The call's forward by its bucket's graph, captured where there is none yet; None where that fails."""
+        tokens, sequences, longest = sizes
+        self._capture.begin(call.ids.device)
+        try:
+            graph = self._graphs.get(bucket) or self._record(model, bucket, call.ids.device)
+            self._graphs.move_to_end(bucket)
+            packing = self._write(call, lengths, (tokens, longest), bucket)
+            graph.replay(self._describe(model, packing, call))
+            return self._copied(graph.result, packing, tokens, sequences)
+        except CaptureError as error:
+            self._refused[bucket] = f"the capture failed: {error}"
+            _say(self._refused[bucket])
+            return None
+        finally:
+            self._capture.end(call.ids.device)
 
     def _write(self, call: Call, lengths: Tensor | None, sizes: tuple[int, int], bucket: Bucket) -> Packing:
         """Put the call where graphs read it; how it is packed."""
@@ -379,33 +337,33 @@ class GraphCache:
     def clear(self) -> None:
         """Let go of all graphs and of their memory."""
         with self._lock:
-            self._capture.wait()
-            self._graphs.clear()
-            self._inputs = None
-            self._capture.forget()
+            self._let_go()
             self._met.clear()
             self._refused.clear()
 
     def _forget_other_weights(self, weights: list[tuple[int, torch.dtype]]) -> None:
         if weights != self._weights:
             if self._graphs or self._inputs is not None:
-                self._capture.wait()
-                self._graphs.clear()
-                self._inputs = None
-                self._capture.forget()
+                self._let_go()
             self._refused.clear()
             self._weights = weights
 
+    def _let_go(self) -> None:
+        self._capture.wait()
+        self._graphs.clear()
+        self._inputs, self._results = None, _Results()
+        self._capture.forget()
+
     def _record(self, model: ALBERTModel, bucket: Bucket, device: torch.device) -> Replay:
         if self._inputs is None:
-            self._inputs = ops.GraphInputs(MAX_TOKENS, device)
+            self._inputs = ops.GraphInputs(MAX_TOKENS, MAX_PLACES, device)
         # While it is recorded: ids that are in every table, in sequences of one length.
         self._inputs.blank(bucket.tokens, bucket.sequences, bucket.tokens // bucket.sequences)
         ids, types, positions, cu_seqlens = self._inputs.views(bucket.tokens, bucket.sequences)
-        packing = Packing(None, cu_seqlens, bucket.max_seqlen, None)
+        packing, results = Packing(None, cu_seqlens, bucket.max_seqlen, None), self._results
 
         def run() -> Encoded:
-            return model.compute(packing, ids, types, positions, None, False, False, bucket.output_tokens)
+            return results.keep(model.compute(packing, ids, types, positions, None, False, False, bucket.output_tokens))
 
         self._graphs[bucket] = self._capture(run, device)
         if len(self._graphs) > self._limit:

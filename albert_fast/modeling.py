@@ -134,7 +134,8 @@ class ALBERTModel(FastModel):
 
         Args:
             input_ids: (T,), the sequences one after another, or `inputs_embeds` (T, E).
-            cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end.
+            cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end. On the CPU it is checked at once and
+                copied in the background; on a GPU each call waits for it.
             max_seqlen: at least the longest sequence's tokens.
             token_type_ids, position_ids: (T,); positions default to the place in the sequence.
             output_tokens: as in `forward`, a tensor of shape (T,).
@@ -148,10 +149,11 @@ class ALBERTModel(FastModel):
         given = exactly_one(input_ids, inputs_embeds)
         if given.dim() != (1 if inputs_embeds is None else 2):
             raise ValueError(f"expected input_ids (T,) or inputs_embeds (T, E), got the shape {tuple(given.shape)}")
-        packing = packed_already(len(given), cu_seqlens, max_seqlen)
+        packing = packed_already(len(given), cu_seqlens, max_seqlen, given.device)
+        cu_seqlens = packing.cu_seqlens
         if position_ids is None:
             self._check_length(max_seqlen)
-        call = input_ids, token_type_ids, position_ids, output_tokens, None, packing.cu_seqlens, max_seqlen
+        call = input_ids, token_type_ids, position_ids, output_tokens, None, cu_seqlens, max_seqlen
         replayed = None if output_hidden_states else self._replay((len(given),), *call)
         if replayed is not None:
             return self._output(replayed, return_dict)

@@ -149,12 +149,13 @@ def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.de
     return Packing(indices, cu_seqlens, columns, shape)
 
 
-def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
-    """The packing of input that holds no padding: checked, since kernels trust it.
+def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> Packing:
+    """The packing of input on `device` that holds no padding: checked, since kernels trust it. A cu_seqlens on the CPU is
+    checked without a wait for the GPU, and copied there.
 
     Raises:
         TypeError: cu_seqlens is not int32. ValueError: it does not run from 0 to T without falling, or a sequence is
-        longer than max_seqlen.
+        longer than max_seqlen. RuntimeError: the copy would be captured in a CUDA graph, with the lengths of this call.
     """
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}: cu_seqlens.int() is that")
@@ -167,7 +168,21 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int) -> Packing:
             raise ValueError(f"cu_seqlens must run from 0 to T = {tokens} and never fall, got {ends}")
         if max(lengths, default=0) > max_seqlen:
             raise ValueError(f"max_seqlen is {max_seqlen}, the longest sequence has {max(lengths)} tokens")
-    return Packing(None, cu_seqlens.contiguous(), max_seqlen, None)  # kernels read it without strides
+    cu_seqlens = cu_seqlens.contiguous()  # kernels read it without strides
+    if cu_seqlens.device.type == "cpu" and device.type != "cpu":
+        cu_seqlens = _copied_ahead(cu_seqlens, device)
+    return Packing(None, cu_seqlens, max_seqlen, None)
+
+
+def _copied_ahead(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """On `device`, without waiting for it: torch keeps pinned memory until it was read."""
+    if torch.compiler.is_compiling():
+        return cu_seqlens.to(device)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "forward_packed inside a CUDA graph would repeat the lengths of its capture: call it outside"
+        )
+    return cu_seqlens.pin_memory().to(device, non_blocking=True)
 
 
 def longest_first(cu_seqlens: Tensor) -> Tensor:

@@ -253,3 +253,38 @@ def test_a_caller_s_own_graph_holds_the_model_and_stays_in_bounds():
         graph.replay()
         assert_same(result, expected)
     assert len(fast._graphs) == 1
+
+
+def test_a_caller_s_own_graph_outlives_our_captures():
+    fast, ids, _ = encoder()
+    # Of few columns and a long sum, which cuBLAS cuts in parts that meet in its workspace.
+    a, b = torch.randn(64, 8192, device=DEVICE) / 90, torch.randn(8192, 64, device=DEVICE)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        expected = a @ b
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        result = a @ b
+    fast.warmup([(ROWS, COLUMNS)])
+    junk = [
+        torch.full((2**18,), 7.0, device=DEVICE) for _ in range(64)
+    ]  # where its workspace would be, had it been freed
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(result, expected)
+    assert all(bool((part == 7.0).all()) for part in junk)
+    with torch.no_grad():
+        assert_same(fast(ids).last_hidden_state, copy.deepcopy(fast)(ids).last_hidden_state)
+
+
+def test_packed_lengths_on_the_cpu_are_not_waited_for():
+    fast, ids, _ = encoder()
+    lengths = torch.tensor([0, 5, COLUMNS], dtype=torch.int32)
+    with torch.no_grad():
+        expected = fast.forward_packed(ids[0], lengths.to(DEVICE), COLUMNS).last_hidden_state
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = fast.forward_packed(ids[0], lengths, COLUMNS).last_hidden_state
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert_same(found, expected)

@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from albert_fast import ALBERTForSequenceClassification, ALBERTModel, explain, graphs, ops
-from albert_fast.graphs import CaptureError, CUDACapture
+from albert_fast import capture as capture_module
+from albert_fast.capture import CaptureError, CUDACapture
 from albert_fast.ops import _reports
 from albert_fast.testing import poison_empty
 from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
@@ -89,7 +90,7 @@ def test_short_sequences_in_a_wide_batch_take_a_narrow_bucket(model, capture):
         for _ in range(2):
             model(ids, mask)
         (bucket,) = model._graphs._graphs
-        assert (bucket.tokens, bucket.sequences, bucket.max_seqlen) == (32, 3, 16)
+        assert (bucket.tokens, bucket.sequences, bucket.max_seqlen) == (32, 4, 16)
         torch.testing.assert_close(model(ids, mask)[0], plain(model)(ids, mask)[0])
 
 
@@ -157,7 +158,7 @@ def test_explain_says_what_becomes_of_a_call(model, monkeypatch):
         model(ids)
         assert said(ids) == f"a replay of the CUDA graph for {bucket.removeprefix('a CUDA graph for ')}"
         assert said(ids, mask).startswith("captured by the call after this one: ")
-        assert said(ids, mask * 0) == "no CUDA graph: 0 tokens with padding: graphs are for 1 to 16384"
+        assert said(ids, mask * 0) == "no CUDA graph: 0 tokens with padding: graphs are for 1 to 65536"
         with torch.autocast(DEVICE.type, torch.bfloat16):
             assert said(ids) == "no CUDA graph: autocast is on"
     model.cuda_graphs = False
@@ -217,9 +218,6 @@ class FakeStream:
     def __init__(self, log):
         self._log = log
 
-    def wait_stream(self, other):
-        self._log.append("wait_stream")
-
     def wait_event(self, event):
         self._log.append("wait_event")
 
@@ -228,7 +226,7 @@ class FakeStream:
 def cuda_log(monkeypatch):
     """What CUDACapture asks torch.cuda for, in order, with nothing behind it."""
     log = []
-    main, current, pools = FakeStream(log), [], itertools.count()
+    main, current, pools, streams = FakeStream(log), [], itertools.count(), itertools.count()
 
     class Event:
         def record(self, stream):
@@ -251,7 +249,7 @@ def cuda_log(monkeypatch):
 
     @contextlib.contextmanager
     def graph(graph, pool, stream, capture_error_mode):
-        log.append(f"capture into {pool}, {capture_error_mode}")
+        log.append(f"capture into {pool} on {stream}, {capture_error_mode}")
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         try:
             yield
@@ -259,20 +257,20 @@ def cuda_log(monkeypatch):
             monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     fakes = {
-        "Event": Event, "CUDAGraph": Graph, "stream": stream, "graph": graph, "Stream": lambda: FakeStream(log),
+        "Event": Event, "CUDAGraph": Graph, "stream": stream, "graph": graph,
         "current_stream": lambda _device=None: current[-1] if current else main, "device": contextlib.nullcontext,
         "graph_pool_handle": lambda: f"pool {next(pools)}",
         "is_current_stream_capturing": lambda: False,
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
+    monkeypatch.setattr(capture_module, "_own_stream", lambda _device: f"stream {next(streams)}")
     monkeypatch.setattr(CUDACapture, "device_type", "cpu")
     monkeypatch.setattr(CUDACapture, "why_not", lambda *_: None)
     return log
 
 
-CAPTURED = ["wait_stream", "wait_stream", "clear", "capture into pool 0, thread_local", "clear"]
+CAPTURED = ["capture into pool 0 on stream 0, thread_local"]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/test_gpu_graphs.py has the real one")
@@ -334,6 +332,28 @@ def test_a_capture_that_fails_leaves_its_pool(capture, cuda_log, monkeypatch):
         monkeypatch.setattr(ALBERTModel, "compute", whole)
         for _ in range(2):
             model(batch(1, 60)[0])
-    assert "capture into pool 1, thread_local" in cuda_log
+    assert "capture into pool 1 on stream 1, thread_local" in cuda_log, (
+        "what a workspace of the old pool is kept for is not met"
+    )
     assert ops.CAPTURE.acquire(blocking=False), "the lock is given back"
     ops.CAPTURE.release()
+
+
+@pytest.mark.parametrize("error", [0, 2])
+def test_captures_have_a_stream_that_torch_gives_nobody_else(monkeypatch, error):
+    asked = []
+
+    class Driver:
+        def cuStreamCreate(self, stream, flags):
+            asked.append(flags)
+            stream._obj.value = 2**40 + 8
+            return error
+
+    monkeypatch.setattr(capture_module.ctypes, "CDLL", {"libcuda.so.1": Driver()}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: (address, device))
+    if error:
+        with pytest.raises(CaptureError, match="cuStreamCreate returned 2"):
+            capture_module._own_stream(DEVICE)
+    else:
+        assert capture_module._own_stream(DEVICE) == (2**40 + 8, DEVICE)
+    assert asked == [1], "it does not wait for the default stream, nor that for it"

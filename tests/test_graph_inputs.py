@@ -23,7 +23,7 @@ def _small_blocks(monkeypatch):
 
 
 def made() -> GraphInputs:
-    inputs = GraphInputs(CAPACITY, DEVICE)
+    inputs = GraphInputs(CAPACITY, CAPACITY, DEVICE)
     for view in inputs.views(CAPACITY, CAPACITY):
         view.fill_(JUNK)
     return inputs

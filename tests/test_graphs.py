@@ -38,13 +38,41 @@ def _say_again():
     graphs._say.cache_clear()
 
 
-@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 24, 25, 32, 33, 48, 49, 1000, 16384])
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 24, 25, 32, 33, 48, 49, 1000, 1024, 1025, 2049, 4095, 4096])
 def test_a_bucket_holds_its_call_and_little_more(n):
     bucket = Bucket.of(n, n, n, "all")
     assert n <= bucket.tokens <= max(16, 1.5 * n)
-    assert n <= bucket.sequences <= max(2, 1.5 * n)
-    assert n <= bucket.max_seqlen <= max(16, 2 * n)
+    assert n <= bucket.sequences < 2 * n
+    assert n <= bucket.max_seqlen < max(17, 2 * n)
     assert Bucket.of(bucket.tokens, bucket.sequences, bucket.max_seqlen, "all") == bucket
+
+
+def test_where_arithmetic_counts_a_bucket_follows_the_tokens():
+    sizes = {n: Bucket.of(n, 1, n, "all").tokens for n in range(1025, graphs.MAX_TOKENS + 1)}
+    assert all(tokens - n <= n / 16 for n, tokens in sizes.items())
+    assert sum(tokens / n - 1 for n, tokens in sizes.items()) / len(sizes) < 0.025
+    assert len(set(sizes.values())) == 32, "so many more graphs at most, of each length"
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(4096, 4096), (4097, 1), (1, 4097)])
+def test_the_limit_is_of_real_tokens_and_of_sequences(tokens, sequences):
+    reason = Bucket.of(tokens, sequences, 16, "all").too_large()
+    assert (reason is None) == (tokens + sequences == 8192)
+
+
+def test_a_batch_of_many_places_with_few_tokens_is_a_graph(model, capture, monkeypatch):
+    monkeypatch.setattr(graphs, "MAX_TOKENS", 32)
+    ids, mask = batch(6, 30)
+    few = (torch.arange(30, device=DEVICE) > 24).long().expand(6, 30)
+    with torch.no_grad():
+        for given, captured in ((mask, 0), (None, 0), (few, 1)):
+            for _ in range(3):
+                actual = model(ids, given)[0]
+            torch.testing.assert_close(actual, plain(model)(ids, given)[0])
+            assert capture.captured == captured
+        monkeypatch.setattr(graphs, "MAX_PLACES", 179)
+        assert model._graphs.why_not(model, 180, DEVICE) == "180 tokens with padding: graphs are for 1 to 179"
+        assert "32 tokens, or sequences: launches hide" in albert_fast.explain(model, ids[:5]).summary
 
 
 @pytest.mark.parametrize("output_tokens", ["all", "first"])
@@ -87,6 +115,18 @@ def test_an_answer_is_not_overwritten_by_the_next(model):
         model(batch(2, 8, 2)[0])
     assert torch.equal(first.last_hidden_state, kept[0])
     assert torch.equal(first.pooler_output, kept[1])
+
+
+def test_all_graphs_leave_their_results_in_one_place(model):
+    with torch.no_grad():
+        for columns in (4, 40):
+            for output_tokens in ("all", "first"):
+                for _ in range(2):
+                    model(batch(1, columns)[0], output_tokens=output_tokens)
+    kept = [graph.result for graph in model._graphs._graphs.values()]
+    assert len(kept) == 4
+    for states in ([one.hidden for one in kept], [one.pooled for one in kept]):
+        assert len({one.data_ptr() for one in states}) == 1
 
 
 def test_packed_calls_are_replayed_too(model, capture):

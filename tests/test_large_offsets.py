@@ -139,7 +139,7 @@ def test_linear_cross_entropy():
 
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_what_graphs_read(far):
-    ids, inputs = far_rows(torch.uint8), ops.GraphInputs(128, DEVICE)
+    ids, inputs = far_rows(torch.uint8), ops.GraphInputs(128, 128, DEVICE)
     ids.copy_(torch.randint(1, 100, ids.shape))
     batch = ids[:, :7] if far == "rows" else ids[:, :2].t()
     mask = torch.ones_like(batch, dtype=torch.int64)

@@ -14,6 +14,7 @@ from albert_fast import (
     ops,
     reference,
 )
+from albert_fast.packing import packed_already
 
 SMALL = {
     "vocab_size": 61, "embedding_size": 12, "hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 56,
@@ -137,6 +138,26 @@ def test_forward_packed_trusts_no_cu_seqlens(cu_seqlens, max_seqlen, error):
     _, fast = pair()
     with pytest.raises(error):
         fast.forward_packed(torch.zeros(8, dtype=torch.long), cu_seqlens, max_seqlen)
+
+
+def test_lengths_on_the_cpu_are_checked_there_and_copied_without_a_wait(monkeypatch):
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    whole = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: copied.append((a, k)) or whole(self, *a, **k))
+    lengths, meta = torch.tensor([0, 5, 8], dtype=torch.int32), torch.device("meta")
+    found = packed_already(8, lengths, 5, meta)
+    assert found.cu_seqlens.is_meta, "which nothing can be read from"
+    assert (pinned, copied) == ([lengths], [((meta,), {"non_blocking": True})])
+    for tokens, longest in ((9, 5), (8, 4)):
+        with pytest.raises(ValueError, match=r"cu_seqlens must run|the longest sequence has 5"):
+            packed_already(tokens, lengths, longest, meta)
+    assert packed_already(8, lengths, 5, lengths.device).cu_seqlens is lengths
+    assert len(pinned) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="would repeat the lengths"):
+        packed_already(8, lengths, 5, meta)
 
 
 def test_only_some_tokens_of_the_last_layer():

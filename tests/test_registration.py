@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from albert_fast import dispatch, gemm, ops, packing
+from albert_fast import ALBERTConfig, ALBERTModel, dispatch, gemm, ops, packing
 from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import make_inputs
 
@@ -115,6 +115,19 @@ def test_a_fall_back_is_said_once_with_the_way_out(monkeypatch):
 def test_a_seed_lies_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         assert ops.draw_seed().device.type == "cpu"
+
+
+def test_no_seed_is_drawn_while_a_graph_is_captured(monkeypatch):
+    config = ALBERTConfig(
+        vocab_size=7, embedding_size=4, hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1,
+        hidden_dropout_prob=0.1,
+    )  # fmt: skip
+    model = ALBERTModel(config).train()
+    ids = torch.zeros((1, 2), dtype=torch.long)
+    monkeypatch.setattr(ops._dropout, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"repeat one mask at every replay: capture with model.eval\(\)"):
+        model(ids)
+    model.eval()(ids)  # draws none
 
 
 def test_why_not_names_device_and_dtype():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels._capture import capturing
+
 _MASK = 0xFFFFFFFF
 # Rows of the attention matrix: head * HEAD_STRIDE + packed index of the query token. In a batch of more than 65,537 tokens a
 # head shares masks with its neighbour's tokens further on, which is harmless to training and the same on every backend.
@@ -42,7 +44,15 @@ def draw_seed() -> Tensor:
     """A fresh 63-bit seed from torch's default generator, so `torch.manual_seed` makes dropout repeatable.
 
     It stays a tensor, on the CPU, so that torch.compile traces through it and a GPU need not be waited for.
+
+    Raises:
+        RuntimeError: the current stream captures a CUDA graph, which would hold the seed's value: one mask for all replays.
     """
+    if not torch.compiler.is_compiling() and capturing():
+        raise RuntimeError(
+            "dropout inside a CUDA graph would repeat one mask at every replay: capture with model.eval() or with dropout "
+            "probabilities of 0, or train without a graph"
+        )
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
 
 

@@ -7,17 +7,18 @@ from torch import Tensor
 
 
 class GraphInputs:
-    """Room for `capacity` tokens in as many sequences; every graph of a model reads the beginning of it.
+    """Room for `capacity` tokens in as many sequences, of batches with at most so many `columns`; every graph of a model reads
+    the beginning of it.
 
     Replays follow one another, so one set serves all graphs; what a graph reads beyond a call's tokens is token 0, which
     every table has, in no sequence.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, columns: int, device: torch.device) -> None:
         self._static = torch.zeros((3, capacity), dtype=torch.int64, device=device)
         self._cu_seqlens = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
         # Positions that are not given, and with a stride of 0 the types.
-        self._columns = torch.arange(capacity, device=device)
+        self._columns = torch.arange(columns, device=device)
 
     def views(self, tokens: int, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """ids, types, positions (tokens,) int64 and cu_seqlens (sequences + 1,) int32, as a graph is captured with."""

@@ -24,7 +24,7 @@ CONFIG = ALBERTConfig(
 
 
 class Remembered:
-    """Every replay runs the captured function again and writes where the capture's results stand."""
+    """Every replay runs the captured function again, which writes where the capture's results stand."""
 
     def __init__(self, run: Callable[[], Encoded]) -> None:
         self._run, self.result = run, run()
@@ -32,11 +32,7 @@ class Remembered:
     def replay(self, describe: Describe) -> None:
         assert callable(describe)
         with _disable_current_modes():  # the graph is one launch, whatever stands in for it
-            new = self._run()
-            self.result.hidden.copy_(new.hidden)
-            if new.pooled is not None:
-                assert self.result.pooled is not None
-                self.result.pooled.copy_(new.pooled)
+            self._run()
 
 
 class Capture:

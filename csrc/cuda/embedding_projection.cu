@@ -100,7 +100,9 @@ template <class Scalar, int kTokens, bool kResident>
 cudaError_t launch(const Arguments<Scalar>& a, const Device& device, cudaStream_t stream) {
     const auto kernel = embedding_projection_fwd_kernel<Scalar, kTokens, kResident>;
     const int bytes = static_cast<int>(Shared<Scalar, kTokens>::bytes(a.E, kResident));
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) {
+    // The limit is the process's, not this call's: all threads set the same one, whatever their E.
+    if (const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes)) {
         return error;
     }
     // Few tokens: the columns are shared out as well, so that all multiprocessors have work.
