@@ -153,6 +153,16 @@ def test_the_table_says_what_it_is(capsys):
     assert last.endswith("no measurements.")
 
 
+def test_rows_of_the_compile_check_say_what_their_launch_takes():
+    names = ("bias_gelu", "bf16 fwd", "M8 N512", "sm_90")
+    row = compile_check.Row(*names, 40, 0, 0, 0, "", "", "", 402_659_328, 1.007e9, {"A100": 201.33, "H100": 120.197})
+    cuda = compile_check.Row(*names, 40, 0, 0, 0, "")
+    head, _, first, second = (line.split("|") for line in compile_check.table([row, cuda]).splitlines())
+    assert [cell.strip() for cell in head[4:8]] == ["MB", "GFLOP", "A100 floor, us", "H100 floor, us"]
+    assert [cell.strip() for cell in first[4:8]] == ["402.659", "1.007", "201.3", "120.2"]
+    assert "".join(second[4:8]).strip() == ""
+
+
 # Against the interpreter ----------------------------------------------------------------------------------------------------
 
 
