@@ -1,7 +1,8 @@
 """attention: softmax(Q K^T * scale) V over packed sequences, one pass (Dao et al. 2022, FlashAttention, algorithm 1).
 
 A program owns BLOCK_M queries of one head of one sequence and walks over its keys, BLOCK_N at a time, with the running
-maximum and sum of each row in float32 (Milakov & Gimelshein 2018). Scores never reach memory.
+maximum and sum of each row in float32 (Milakov & Gimelshein 2018). Scores never reach memory. Heads that do not begin at
+words of 16 bytes, as those of an odd size, are copied first and padded: `heads_in_words`.
 """
 
 from __future__ import annotations
@@ -202,6 +203,29 @@ def _attention_fwd_kernel(
     tl.store(lse_ptrs, lse, mask=queries < n_queries)
 
 
+def heads_in_words(num_heads: int, *rows: torch.Tensor) -> bool:
+    """Whether every head of these (T, H) begins at a whole 16-byte word, and Triton can tell: it looks for multiples of 16.
+
+    Heads that are read number by number take more addresses than there are registers.
+    """
+    words = all(t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in rows)
+    return words and rows[0].shape[1] // num_heads % (16 // rows[0].itemsize) == 0
+
+
+def padded_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """A copy of `x` (T, H), heads padded with zeros to a multiple of 16 numbers: no score and no output changes by them."""
+    heads = x.unflatten(1, (num_heads, x.shape[1] // num_heads))
+    head_dim = heads.shape[2]
+    padded = x.new_zeros((len(x), num_heads, triton.cdiv(head_dim, 16) * 16))
+    padded[..., :head_dim] = heads
+    return padded.flatten(1)
+
+
+def own_columns(x: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
+    """(T, num_heads, head_dim), without what `padded_heads` added."""
+    return x.unflatten(1, (num_heads, x.shape[1] // num_heads))[..., :head_dim]
+
+
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     order: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float,
@@ -230,10 +254,16 @@ def attention_fwd(
     """
     n_queries_total, width = q.shape
     head_dim, sequences = width // num_heads, len(cu_seqlens_q) - 1
-    out = torch.empty((n_queries_total, width), dtype=q.dtype, device=q.device)
-    lse = torch.empty((num_heads, n_queries_total), dtype=torch.float32, device=q.device)
     tf32 = multiplies_tf32(q.dtype)
     candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q, dropout_p > 0.0, tf32)
+    if not heads_in_words(num_heads, q, k, v):
+        out, lse = attention_fwd(
+            *(padded_heads(t, num_heads) for t in (q, k, v)), cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k,
+            num_heads, softmax_scale, dropout_p, seed,
+        )  # fmt: skip
+        return own_columns(out, num_heads, head_dim).flatten(1).contiguous(), lse
+    out = torch.empty((n_queries_total, width), dtype=q.dtype, device=q.device)
+    lse = torch.empty((num_heads, n_queries_total), dtype=torch.float32, device=q.device)
     dropout = dropout_arguments(dropout_p, seed)
     if n_queries_total == 0:
         return out, lse

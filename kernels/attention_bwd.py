@@ -32,7 +32,17 @@ from ._attention_tiles import attention_bwd_tiles, choice_key
 from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, product, round_to, rows_contiguous
 from ._precision import multiplies_tf32
 from ._tuning import Tiles
-from .attention import LOG2_E, all_products, finite_or_zero, load_rows, program_work, sequence_range
+from .attention import (
+    LOG2_E,
+    all_products,
+    finite_or_zero,
+    heads_in_words,
+    load_rows,
+    own_columns,
+    padded_heads,
+    program_work,
+    sequence_range,
+)
 
 # Where one key holds more of a row than this, its dP - mean is a sum over the other keys, not a difference of two numbers
 # that agree. Known by its probability alone, in either kernel; the lower bound leaves room for their different roundings.
@@ -357,9 +367,19 @@ def attention_bwd(
     """
     head_dim, sequences = q.shape[1] // num_heads, len(cu_seqlens_q) - 1
     grad = rows_contiguous(grad)
-    sums = torch.empty((3, num_heads, len(q)), dtype=torch.float32, device=q.device)
     tf32 = multiplies_tf32(q.dtype)
     dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k, tf32)
+    if not heads_in_words(num_heads, grad, q, k, v):
+        padded = [padded_heads(t, num_heads) for t in (grad, q, k, v)]
+        gradients = [torch.empty_like(t) for t in padded[1:]]
+        attention_bwd(
+            *padded, lse, *gradients, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
+            softmax_scale, dropout_p, seed,
+        )  # fmt: skip
+        for given, found in zip((dq, dk, dv), gradients, strict=True):
+            given.unflatten(1, (num_heads, head_dim)).copy_(own_columns(found, num_heads, head_dim))
+        return
+    sums = torch.empty((3, num_heads, len(q)), dtype=torch.float32, device=q.device)
     schedule = (cu_seqlens_q, cu_seqlens_k, order, *(t.stride(0) for t in (grad, q, k, v)))
     numbers = (len(q), softmax_scale, softmax_scale * LOG2_E, *dropout_arguments(dropout_p, seed))
     options = {"HAS_DROPOUT": dropout_p > 0.0, "HEAD_DIM": head_dim, **COMPILER_OPTIONS}

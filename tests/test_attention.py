@@ -43,6 +43,42 @@ def run(qkv, cu_seqlens, backend, heads=2, **options):
     return ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, heads, backend=backend, **options).cpu()
 
 
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (3, 80), (2, 16)])
+def test_heads_that_begin_at_words_are_not_copied(monkeypatch, heads, head_dim):
+    pytest.importorskip("triton")
+    from albert_fast.kernels import attention, attention_bwd
+
+    for module in (attention, attention_bwd):
+        monkeypatch.setattr(module, "padded_heads", None)
+    qkv, cu_seqlens = packed([3, 2], heads, head_dim)
+    device = device_of("triton")
+    qkv = qkv.to(device).requires_grad_()
+    q, k, v = qkv.split(heads * head_dim, dim=1)
+    ends = cu_seqlens.to(device)
+    ops.attention(q, k, v, ends, ends, 3, 3, heads, backend="triton").sum().backward()
+
+
+@pytest.mark.parametrize("head_dim", [1, 37, 40])
+def test_padding_of_heads_changes_no_bit(head_dim):
+    """40 numbers are words, and three heads of them rows that Triton takes for any."""
+    pytest.importorskip("triton")
+    from albert_fast.kernels.attention import attention_fwd, heads_in_words, own_columns, padded_heads
+
+    device = device_of("triton")
+    qkv, ends = packed([9, 4], 3, head_dim)
+    q, k, v = qkv.to(device).split(3 * head_dim, dim=1)
+    assert not heads_in_words(3, q, k, v)
+    schedule = (ends.to(device), ends.to(device), None, 9, 9, 3, 0.3)
+    out, lse = attention_fwd(q, k, v, *schedule)
+    wide = [padded_heads(t, 3) for t in (q, k, v)]
+    assert heads_in_words(3, *wide)
+    wide_out, wide_lse = attention_fwd(*wide, *schedule)
+    assert torch.equal(out, own_columns(wide_out, 3, head_dim).flatten(1))
+    assert not wide_out.unflatten(1, (3, -1))[..., head_dim:].any()
+    assert torch.equal(lse, wide_lse)
+    assert out.is_contiguous()
+
+
 @BACKENDS
 def test_a_row_of_weights_sums_to_one(backend):
     qkv, cu_seqlens = packed([9, 1, 5])

@@ -80,6 +80,12 @@ def test_kernel_compiles_without_spills(rows, kernel):
         assert row["spills"] == row["stack_bytes"] == 0
         assert 0 < row["registers"] <= 255
         assert row["shared_bytes"] <= chips[row["chip"]].shared_bytes
+        if kernel == "embedding_projection":  # its launches are not recorded
+            assert row["bytes"] is row["operations"] is row["floor_us"] is None
+        else:
+            assert row["bytes"] > 0
+            assert row["floor_us"]["H100"] >= row["bytes"] / 3.35e12 * 1e6
+            assert (row["floor_us"]["A100"] is None) == (row["label"].startswith("fp8") and "product" in row["label"])
 
 
 @needs_triton

@@ -123,7 +123,16 @@ _ENCODER_SCRATCH = (
     "sums_statistics_ptr", "partials_ptr", "state_ptr",
 )  # fmt: skip
 
+
+def _shared_ends(a: Arguments) -> dict[str, int]:
+    """Where queries and keys are the same tokens, their sequences' ends are one tensor."""
+    return {"cu_seqlens_k_ptr": 0} if a["cu_seqlens_k_ptr"] is a["cu_seqlens_q_ptr"] else {}
+
+
 _TOUCHED: dict[str, Callable[[Arguments], dict[str, int]]] = {
+    "_attention_fwd_kernel": _shared_ends,
+    "_attention_bwd_dq_kernel": _shared_ends,
+    "_attention_bwd_dkdv_kernel": _shared_ends,
     "_graph_inputs_kernel": _graph_inputs_elements,
     "_column_sums_kernel": _column_sums_elements,
     "_add_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
