@@ -79,9 +79,8 @@ class CUDACapture:
             try:
                 return _CUDAReplay(run, self._pool, self._stream)
             except RuntimeError as error:
-                self._pool = self._stream = (
-                    None  # torch leaves them, like its generator of random numbers, as in a capture
-                )
+                # torch leaves them, like its generator of random numbers, as in a capture.
+                self._pool = self._stream = None
                 raise CaptureError(str(error).partition("\n")[0]) from error
 
 
