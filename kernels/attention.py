@@ -257,9 +257,10 @@ def attention_fwd(
     tf32 = multiplies_tf32(q.dtype)
     candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q, dropout_p > 0.0, tf32)
     if not heads_in_words(num_heads, q, k, v):
+        q, k, v = (padded_heads(t, num_heads) for t in (q, k, v))
         out, lse = attention_fwd(
-            *(padded_heads(t, num_heads) for t in (q, k, v)), cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k,
-            num_heads, softmax_scale, dropout_p, seed,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p,
+            seed,
         )  # fmt: skip
         return own_columns(out, num_heads, head_dim).flatten(1).contiguous(), lse
     out = torch.empty((n_queries_total, width), dtype=q.dtype, device=q.device)

@@ -370,10 +370,10 @@ def attention_bwd(
     tf32 = multiplies_tf32(q.dtype)
     dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k, tf32)
     if not heads_in_words(num_heads, grad, q, k, v):
-        padded = [padded_heads(t, num_heads) for t in (grad, q, k, v)]
-        gradients = [torch.empty_like(t) for t in padded[1:]]
+        grad, q, k, v = (padded_heads(t, num_heads) for t in (grad, q, k, v))
+        gradients = wide_dq, wide_dk, wide_dv = tuple(torch.empty_like(t) for t in (q, k, v))
         attention_bwd(
-            *padded, lse, *gradients, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
+            grad, q, k, v, lse, wide_dq, wide_dk, wide_dv, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
             softmax_scale, dropout_p, seed,
         )  # fmt: skip
         for given, found in zip((dq, dk, dv), gradients, strict=True):

@@ -141,7 +141,7 @@ _TOUCHED: dict[str, Callable[[Arguments], dict[str, int]]] = {
     # float8 has no zero points, whose products with the sums would be taken off.
     "_quantized_product_kernel": lambda a: {"sums_ptr": 0} if a["zeros_ptr"] is None else {},
     # Rows are padded to whole blocks: where every row is labelled, what lies behind them is written once, by the gathering.
-    "_linear_cross_entropy_labelled_kernel": lambda a: dict.fromkeys(("rows_ptr", "targets_ptr"), a["n_rows"]),
+    "_linear_cross_entropy_labelled_kernel": lambda a: {"rows_ptr": a["n_rows"], "targets_ptr": a["n_rows"]},
     "_linear_cross_entropy_bwd_gather_kernel": lambda a: {
         "rows_ptr": len(a["x_ptr"]), "targets_ptr": len(a["x_out_ptr"]) - len(a["x_ptr"])
     },

@@ -219,7 +219,7 @@ def _attention_launches() -> Iterator[Case]:
     plain = [(64, long, 0.0)]  # the released models'
     # float16 takes the same tiles as bfloat16, and no more registers: one kernel of each kind.
     chosen = {"f32": [*tiles, *padded], "bf16": [*tiles, *padded, *plain], "f16": [(64, short, 0.1)]}
-    chosen["tf32"] = [*tiles, *padded]
+    chosen["tf32"] = [*tiles, padded[1]]
     for name, dtype in NUMBERS.items():
         for head_dim, lengths, dropout_p in chosen[name]:
             label = f"{name} D{head_dim} Q{lengths[0]} K{lengths[1]}" + (" dropout" if dropout_p else "")
