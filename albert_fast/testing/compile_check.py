@@ -217,7 +217,7 @@ def compile_triton(launches: list[Launch], chip: Chip) -> list[Row]:
         (found,) = next(contents).values()
         # Triton asks for its shared memory at launch; what the file itself names is the chip's own reserve.
         found["shared_bytes"] = one.metadata.shared
-        rows.append(_judged(Row(*names, **found, **_counted_of(launch)), chip, launch.wants_tensor_cores))
+        rows.append(_judged(Row(*names, **found | _counted_of(launch)), chip, launch.wants_tensor_cores))
     return rows
 
 

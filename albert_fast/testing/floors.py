@@ -206,7 +206,7 @@ def _quantized_encoder(shape: Any) -> Runs:
         schedule = torch.empty(len(lengths), dtype=torch.int32)
     order, longest = [step * distinct // steps for step in range(steps)], max(lengths)
     matrices = (weights, channels, channels, inner, inner)
-    numbers = (longest, longest, heads, (width // heads) ** -0.5, EPS, "gelu_tanh")
+    numbers: tuple[Any, ...] = (longest, longest, heads, (width // heads) ** -0.5, EPS, "gelu_tanh")
     return (lambda: quantized_encoder_fwd(hidden, vectors, *matrices, order, ends, None, None, schedule, *numbers),)
 
 
@@ -221,7 +221,7 @@ def _graph_inputs(shape: Any) -> Runs:
     rows, bounds = (ids, length, 1), (batch * length, batch)
     # Types all 0, positions the same in every row, as the model makes them.
     types, positions = (ids[0, :1], 0, 0), (ids[0], 0, 1)
-    mask = (rows, ids[:, 0], None, ids.view(-1)) if masked else (None, None, None, None)
+    mask: tuple[Any, Any, Any, Any] = (rows, ids[:, 0], None, ids.view(-1)) if masked else (None, None, None, None)
     return (lambda: graph_inputs(rows, types, positions, *mask, ends, static, ends, (batch, length), bounds),)
 
 
