@@ -2,13 +2,13 @@
 //
 // A block takes kTokens tokens. It normalises their rows into shared memory (eight lanes a row), then walks over the
 // output's columns, 128 at a time, and over E in chunks of 128 bytes, while the next chunks of proj_weight arrive in
-// the background. 16-bit types multiply on tensor cores. Written bytes bound it: at E = 128 the product takes a third of
-// the time that storing (T,H) takes, so mma.sync is enough.
+// the background. 16-bit types multiply on tensor cores. Written bytes bound it: at E = 128 the product takes a third
+// of the time that storing (T,H) takes, so mma.sync is enough.
 //
 // float32 multiplies on plain FMA, also where torch is asked for TF32, for which it would need a second product and its
-// tiles. By the peaks of an H100 (67 TFLOP/s of FMA) the product of 32,768 tokens at E = 128, H = 768 is 6.4 GFLOP, 96 us,
-// and storing its 101 MB takes 34 us at 3.0 TB/s: TF32 could save 62 us, once a forward. The layers behind it are 5.6
-// TFLOP, 11 ms at the peak of TF32 (495 TFLOP/s): 0.6 % of the whole.
+// tiles. By the peaks of an H100 (67 TFLOP/s of FMA) the product of 32,768 tokens at E = 128, H = 768 is 6.4 GFLOP, 96
+// us, and storing its 101 MB takes 34 us at 3.0 TB/s: TF32 could save 62 us, once a forward. The layers behind it
+// are 5.6 TFLOP, 11 ms at the peak of TF32 (495 TFLOP/s): 0.6 % of the whole.
 //
 // Where the rows of a tile do not fit shared memory (E of a thousand and more) they are normalised again, 128 columns
 // at a time, whenever the product needs them.
