@@ -165,9 +165,8 @@ def round_rows(
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
     # Halves of both: the extent of a finite row may pass its type's largest number.
     extent, steps = (torch.maximum(high, -low), levels) if signed else (high / 2 - low / 2, levels / 2)
-    inverse = (
-        torch.full_like(extent, steps) / extent
-    )  # a number / a tensor is its product with a reciprocal, a denormal
+    # A number over a tensor is its product with a reciprocal, which is a denormal here.
+    inverse = torch.full_like(extent, steps) / extent
     inverse = torch.where((extent > 0) & (inverse < torch.finfo(torch.float32).max), inverse, 0.0)
     zero = torch.zeros_like(low) if signed else torch.round(-low * inverse)
     integers = nearest(x * inverse + zero)
