@@ -95,8 +95,12 @@ def _own_stream(device: torch.device) -> torch.cuda.Stream:
     """
     stream = ctypes.c_void_p()
     nonblocking = 1  # CU_STREAM_NON_BLOCKING: others may launch on the default stream during a capture
-    if error := ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(stream), nonblocking):
-        raise CaptureError(f"cuStreamCreate returned {error}")
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CaptureError(str(error)) from error
+    if code := driver.cuStreamCreate(ctypes.byref(stream), nonblocking):
+        raise CaptureError(f"cuStreamCreate returned {code}")
     return torch.cuda.ExternalStream(stream.value, device)
 
 

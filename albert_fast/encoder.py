@@ -312,8 +312,10 @@ class Layer(nn.Module):
         attended = self.attention(hidden, packing, queries, backend, attentions)
         if recompute_activations:
             up = product(self.ffn, attended)
-            down, bias = checkpoint(self._down, *up, backend, use_reentrant=False, preserve_rng_state=False)
-        elif fuses_ffn(hidden.device.type) and is_linear(self.ffn):
+            # What stands in the place of a Linear may drop; ours replays the seeds that it was given.
+            draws = not is_linear(self.ffn_output)
+            down, bias = checkpoint(self._down, *up, backend, use_reentrant=False, preserve_rng_state=draws)
+        elif fuses_ffn(hidden.device.type) and is_linear(self.ffn) and self.ffn.bias is not None:
             middle = ops.linear_gelu(attended, self.ffn.weight, self.ffn.bias, self.act, backend=backend)
             down, bias = product(self.ffn_output, middle)
         else:
@@ -362,7 +364,7 @@ class Attention(nn.Module):
         if queries is not None:
             residual = take(hidden, queries.rows)
             cu_seqlens_q, max_seqlen_q = queries.cu_seqlens, queries.max_seqlen
-        if queries is None or not is_linear(self.qkv):
+        if queries is None or not is_linear(self.qkv) or self.qkv.bias is None:
             q, k, v = split_columns(project(self.qkv, hidden), width)
             q = q if queries is None else take(q, queries.rows)
         else:

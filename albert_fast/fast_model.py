@@ -87,8 +87,11 @@ class FastModel(PretrainedMixin):
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether calls on a GPU may be replays of CUDA graphs. `warmup` turns it on; False frees the graphs' memory,
-        but for the workspace that torch keeps for cuBLAS."""
+        (
+            """Whether calls on a GPU may be replays of CUDA graphs. `warmup` turns it on; False frees the graphs' memory,
+        but for the workspaces that torch keeps for cuBLAS: one each time, and for each thread that captured."""
+            ""
+        )
         return self.base._graphs is not None
 
     @cuda_graphs.setter
@@ -148,6 +151,10 @@ def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None
     if encoder.quantized is not None:
         raise ValueError(f"the layers hold {encoder.quantized} weights already")
     distinct = encoder.distinct()
+    if not all(layer.is_plain() for layer in distinct):
+        raise RuntimeError(
+            f"{precision} takes the place of plain Linears: merge adapters, and remove parametrisations and hooks, first"
+        )
     seen = [[Rows() for _ in ops.PRODUCTS] for _ in distinct]
     representative = calibration is not None
     if calibration is None:

@@ -31,13 +31,14 @@ from torch import Tensor, nn
 from . import ops
 from .capture import CaptureError, CUDACapture, Replay
 from .packing import Packing
+from .parts import is_hooked
 
 if TYPE_CHECKING:
     from .modeling import ALBERTModel, Encoded
 
 # Graphs that a model keeps; the one that was not used for longest goes first. Each is its list of launches alone: what it
 # reads and writes it shares with the others.
-MAX_GRAPHS = 128
+MAX_GRAPHS = 256
 # Real ones. Above, launches hide behind arithmetic, and a bucket would waste some of that. Counted for ALBERT-base: 12 layers
 # of 7 launches and half a dozen more, 5 us of the host each, are 0.45 ms; a token is 170 MFLOP, at 400 TFLOP/s 0.43 us:
 # 1,060 tokens in that time. Four times as many, for hosts that are slower.
@@ -45,7 +46,7 @@ MAX_TOKENS = 4096
 # Up to here a product hardly fills a GPU (8 x 6 tiles of 128 x 128 for 768 columns): more rows take little more time.
 _FEW_TOKENS = 1024
 # With padding. The real tokens of a larger batch, hardly ever so few, are not counted: the GPU would be waited for twice.
-MAX_PLACES = 16 * MAX_TOKENS
+MAX_PLACES = 4 * MAX_TOKENS
 
 
 def _size_class(n: int, parts: int) -> int:
@@ -136,7 +137,7 @@ class _Parts:
             if tuple(module._modules.values()) != children:
                 return None
             training = training or module.training
-            hooked = hooked or bool(module._forward_hooks or module._forward_pre_hooks)
+            hooked = hooked or is_hooked(module)
             for tensor in (*module._parameters.values(), *module._buffers.values()):  # rounded weights are buffers
                 if tensor is not None:
                     weights.append((tensor.data_ptr(), tensor.dtype))
@@ -368,5 +369,6 @@ class GraphCache:
         self._graphs[bucket] = self._capture(run, device)
         if len(self._graphs) > self._limit:
             self._capture.wait()
-            self._graphs.popitem(last=False)
+            gone, _ = self._graphs.popitem(last=False)
+            self._met.discard(gone)  # who meets it once more does not capture at once
         return self._graphs[bucket]

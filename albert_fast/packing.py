@@ -178,7 +178,7 @@ def _copied_ahead(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """On `device`, without waiting for it: torch keeps pinned memory until it was read."""
     if torch.compiler.is_compiling():
         return cu_seqlens.to(device)
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "forward_packed inside a CUDA graph would repeat the lengths of its capture: call it outside"
         )

@@ -1,8 +1,9 @@
 """Modules whose weights fused operators read, and what a user may have put in their place.
 
 A Linear in a layer is a product with the next operator fused behind it, so the module is not called; an adapter around it
-(peft's LoRA), another forward or a hook would be passed over. Where one of these is found the part is called as it stands.
-Tables and LayerNorms are read inside one operator with what surrounds them: there a replaced one is refused.
+(peft's LoRA), another forward or a hook on it would be passed over, as hooks on all modules of the process are. Where one of
+these is found the part is called as it stands. Tables and LayerNorms are read inside one operator with what surrounds them:
+there a replaced one is refused.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -93,10 +94,10 @@ def targets(records: Sequence[Row]) -> list[Target]:
             found += _over(f"{op} {shape} {side} over {OURS}", sides[side], {OURS: ours}, "", QUANTIZED)
         if op == "model" and shape.startswith("base"):
             found += _model_targets(shape, ours, peers, rates)
-            for side in [side for side in (OURS, GRAPHS) if side in sides and "x" not in shape]:
+            for side in [side for side in (OURS, GRAPHS) if side in sides and not _is_dense(shape)]:
                 found += _real_lengths(f"model {shape}{side.removeprefix(OURS)}", sides[side], groups)
         elif op == "attention":
-            target = ATTENTION if "x" in shape else RAGGED_ATTENTION
+            target = ATTENTION if _is_dense(shape) else RAGGED_ATTENTION
             found += _over(f"{op} {direction} {dtype} {shape}", ours, peers, "", target)
         elif op in MEMORY_BOUND and "copy" in rates:
             rate, copy = ours["gbytes_per_second"] * 1e9, rates["copy"]
@@ -106,6 +107,11 @@ def targets(records: Sequence[Row]) -> list[Target]:
             found += _over(f"training step {shape}", ours, peers, "hf-compile", OVER_COMPILE)
             found += _memory(shape, ours, peers)
     return found
+
+
+def _is_dense(shape: str) -> bool:
+    """Whether a shape's name says rows x columns, as base-64x512 does and base-mixed-32 does not."""
+    return re.search(r"\d+x\d+$", shape) is not None
 
 
 def _model_targets(shape: str, ours: Row, peers: Mapping[str, Row], rates: Mapping[str, float]) -> list[Target]:
@@ -120,7 +126,7 @@ def _model_targets(shape: str, ours: Row, peers: Mapping[str, Row], rates: Mappi
         met = microseconds <= SMALL_MICROSECONDS
         target = f"{SMALL_MICROSECONDS:.0f} us at most"
         found.append((f"model {shape}", f"{microseconds:.1f} us", peer, f"{ratio:.2f}", target, met))
-    elif "x" in shape:
+    elif _is_dense(shape):
         if "bf16 product" in rates:
             product = rates["bf16 product"]
             found.append(_share(f"model {shape}", rate, product, 1e12, "TFLOP/s", "product", PRODUCT_SHARE))

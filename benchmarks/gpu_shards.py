@@ -82,7 +82,7 @@ class Shards:
                 for one in list(self._running):
                     if one.connection in ready:
                         yield from self._heard(one)
-                    elif one.tests and time.monotonic() - one.since > self.longest:
+                    elif self._is_stuck(one):
                         yield from self._ended(one, f"it was ended after {self.longest:.0f} s")
             if self._ahead is None and self._running:
                 yield Report("pytest", "failed", f"no process had collected the tests within {self.seconds:.0f} s")
@@ -143,6 +143,11 @@ class Shards:
             units.setdefault(groups[test] or test, []).append(test)
         self._ahead = deque(units.values())
 
+    def _is_stuck(self, one: _Process) -> bool:
+        """Whether it has been at a test, or at collecting them, for too long, and has not said otherwise meanwhile."""
+        busy = bool(one.tests) or not one.collected
+        return busy and time.monotonic() - one.since > self.longest and not one.connection.poll()
+
     def _deal(self, one: _Process) -> None:
         unit = self._ahead.popleft() if self._ahead else []
         one.tests.extend(unit)
@@ -163,7 +168,7 @@ class Shards:
         if one.tests:
             yield Report(one.tests.popleft(), "failed", why or f"its process ended: {how}")
         elif not one.collected:
-            yield Report("pytest", "failed", f"a process ended before it had collected tests: {how}")
+            yield Report("pytest", "failed", f"a process ended before it had collected tests: {why or how}")
             return
         if one.tests and self._ahead is not None:
             self._ahead.appendleft(list(one.tests))

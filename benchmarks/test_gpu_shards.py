@@ -48,12 +48,12 @@ def test_a_test_that_ends_its_process_or_hangs_fails_alone(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import os, signal, time\n"
         "def test_leaves(): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "def test_hangs():\n    open('begun', 'w').close()\n    time.sleep(100)\n"
+        "def test_hangs(): time.sleep(100)\n"
         "def test_after(): pass\n"
     )
-    assert dealt(tmp_path, longest=3.0) == [
+    assert dealt(tmp_path, longest=15.0) == [
         ("test_leaves", "failed", "its process ended: by SIGKILL"),
-        ("test_hangs", "failed", "it was ended after 3 s"),
+        ("test_hangs", "failed", "it was ended after 15 s"),
         ("test_after", "passed", ""),
     ]
 

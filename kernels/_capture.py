@@ -12,4 +12,5 @@ CAPTURE = threading.RLock()
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # Where CUDA was never used it stays so: to ask whether there is any would begin with it.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -151,11 +151,18 @@ def test_a_graph_is_replayed_where_float32_multiplies_as_in_its_capture():
     fast, ids, mask = encoder()
     graphed = copy.deepcopy(fast)
     graphed.warmup([])
+
+    def pooled(model, asked):
+        with tf32_asked_for(asked):
+            return model(ids, mask).pooler_output
+
     with torch.no_grad():
         for asked in (False, True, False):
-            with tf32_asked_for(asked):
-                for _ in range(3):  # before its bucket is captured, and after
-                    assert torch.equal(graphed(ids, mask).pooler_output, fast(ids, mask).pooler_output)
+            same, other = pooled(fast, asked), pooled(fast, not asked)
+            for _ in range(3):  # before its bucket is captured, and after
+                found = pooled(graphed, asked)
+                # Not bitwise: a bucket has more rows, for which cuBLAS may take another kernel.
+                assert (found - same).abs().max() < 0.5 * (found - other).abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

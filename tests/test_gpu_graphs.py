@@ -266,9 +266,8 @@ def test_a_caller_s_own_graph_outlives_our_captures():
     with torch.cuda.graph(graph, stream=stream):
         result = a @ b
     fast.warmup([(ROWS, COLUMNS)])
-    junk = [
-        torch.full((2**18,), 7.0, device=DEVICE) for _ in range(64)
-    ]  # where its workspace would be, had it been freed
+    # Where its workspace would be, had it been freed.
+    junk = [torch.full((2**18,), 7.0, device=DEVICE) for _ in range(64)]
     graph.replay()
     torch.cuda.synchronize()
     assert_same(result, expected)

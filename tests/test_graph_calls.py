@@ -158,7 +158,7 @@ def test_explain_says_what_becomes_of_a_call(model, monkeypatch):
         model(ids)
         assert said(ids) == f"a replay of the CUDA graph for {bucket.removeprefix('a CUDA graph for ')}"
         assert said(ids, mask).startswith("captured by the call after this one: ")
-        assert said(ids, mask * 0) == "no CUDA graph: 0 tokens with padding: graphs are for 1 to 65536"
+        assert said(ids, mask * 0) == "no CUDA graph: 0 tokens with padding: graphs are for 1 to 16384"
         with torch.autocast(DEVICE.type, torch.bfloat16):
             assert said(ids) == "no CUDA graph: autocast is on"
     model.cuda_graphs = False

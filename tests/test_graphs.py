@@ -155,6 +155,10 @@ def test_what_cannot_be_a_graph_runs_as_ever(model, capture):
             hook = register(lambda *_: None)
             assert model._graphs.why_not(model, ids.numel(), ids.device) == "a part has hooks or was replaced"
             hook.remove()
+        for part in (layer.ffn, model.pooler):  # as accelerate hooks parts
+            part.forward = part.forward
+            assert model._graphs.why_not(model, ids.numel(), ids.device) == "a part has hooks or was replaced"
+            del part.forward
         hook = layer.register_forward_hook(lambda *_: None)
         with pytest.warns(UserWarning, match="warmup was called: a part has hooks"):
             model(ids)
@@ -272,6 +276,8 @@ def test_the_least_used_graphs_go_first(capture):
             model(batch(1, columns)[0])
         assert capture.captured == 3
         assert len(model._graphs) == 2
+        model(batch(1, 20)[0])
+        assert capture.captured == 3, "what is gone is captured where it is met twice once more"
         model(batch(1, 20)[0])
     assert capture.captured == 4
 

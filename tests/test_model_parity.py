@@ -154,7 +154,7 @@ def test_lengths_on_the_cpu_are_checked_there_and_copied_without_a_wait(monkeypa
             packed_already(tokens, lengths, longest, meta)
     assert packed_already(8, lengths, 5, lengths.device).cu_seqlens is lengths
     assert len(pinned) == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="would repeat the lengths"):
         packed_already(8, lengths, 5, meta)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, encoder
+from albert_fast.fast_model import quantize
 from albert_fast.parts import check_read
 
 CONFIG = ALBERTConfig(
@@ -21,17 +22,18 @@ LINEARS = [LAYER + name for name in ("attention.qkv", "attention.dense", "ffn", 
 class Adapter(nn.Module):
     """x W' + b + x A' B', as peft's LoRA layer does it: the names of the Linear inside pass through."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, dropout: float = 0.0) -> None:
         super().__init__()
         self.base_layer = base
         self.a = nn.Linear(base.in_features, 3, bias=False)
         self.b = nn.Linear(3, base.out_features, bias=False)
+        self.dropout = nn.Dropout(dropout)
 
     weight = property(lambda self: self.base_layer.weight)
     bias = property(lambda self: self.base_layer.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + self.b(self.a(x))
+        return self.base_layer(x) + self.b(self.a(self.dropout(x)))
 
     def merged(self) -> nn.Linear:
         base = copy.deepcopy(self.base_layer)
@@ -74,6 +76,48 @@ def test_an_adapter_computes_as_when_merged(model, batch, name, tokens, recomput
     got.sum().backward()
     assert adapter.a.weight.grad.abs().max() > 0
     assert adapter.b.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("recompute", ["activations", "layers"])
+@pytest.mark.parametrize("name", LINEARS[:-1])
+def test_an_adapter_drops_the_same_when_it_is_computed_again(model, batch, name, recompute):
+    adapter = Adapter(model.get_submodule(name), dropout=0.5)
+    put(model, name, adapter)
+    gradients = []
+    for model.recompute in ("nothing", recompute):
+        model.zero_grad()
+        torch.manual_seed(5)
+        model.train()(*batch).last_hidden_state.square().sum().backward()
+        gradients.append(adapter.a.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("precision", ["int16", "int8"])
+@pytest.mark.parametrize("change", ["adapter", "hook", "parametrisation"])
+def test_integers_take_the_place_of_plain_linears_alone(model, change, precision):
+    ffn = model.get_submodule(LAYER + "ffn")
+    if change == "adapter":
+        put(model, LAYER + "ffn", Adapter(ffn))
+    elif change == "hook":
+        ffn.register_forward_hook(lambda *_: None)
+    else:
+        parametrize.register_parametrization(ffn, "weight", nn.ReLU())
+    with pytest.raises(RuntimeError, match="merge adapters"):
+        quantize(model, precision)
+
+
+@pytest.mark.parametrize("name", LINEARS[:-1])
+@pytest.mark.parametrize("tokens", ["all", "first"])
+def test_linears_without_a_bias(model, batch, name, tokens, monkeypatch):
+    linear, expected = model.get_submodule(name), copy.deepcopy(model)
+    nn.init.zeros_(expected.get_submodule(name).bias)
+    linear.bias = None
+    with torch.no_grad():
+        wanted = expected(*batch, output_tokens=tokens).pooler_output
+    for fused in (False, True):
+        monkeypatch.setattr(encoder, "fuses_ffn", lambda _, fused=fused: fused)
+        got = model(*batch, output_tokens=tokens).pooler_output
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["adapter", "parametrisation"])

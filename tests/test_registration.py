@@ -128,6 +128,8 @@ def test_no_seed_is_drawn_while_a_graph_is_captured(monkeypatch):
     with pytest.raises(RuntimeError, match=r"repeat one mask at every replay: capture with model.eval\(\)"):
         model(ids)
     model.eval()(ids)  # draws none
+    with pytest.raises(RuntimeError, match="repeat one mask"):  # a seed from before the capture would be repeated too
+        ops.bias_gelu(torch.randn(3, 8), torch.randn(8), dropout_p=0.5, seed=torch.tensor(7))
 
 
 def test_why_not_names_device_and_dtype():

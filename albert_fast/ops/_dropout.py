@@ -44,24 +44,26 @@ def draw_seed() -> Tensor:
     """A fresh 63-bit seed from torch's default generator, so `torch.manual_seed` makes dropout repeatable.
 
     It stays a tensor, on the CPU, so that torch.compile traces through it and a GPU need not be waited for.
-
-    Raises:
-        RuntimeError: the current stream captures a CUDA graph, which would hold the seed's value: one mask for all replays.
     """
-    if not torch.compiler.is_compiling() and capturing():
-        raise RuntimeError(
-            "dropout inside a CUDA graph would repeat one mask at every replay: capture with model.eval() or with dropout "
-            "probabilities of 0, or train without a graph"
-        )
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
 
 
 def seed_value(seed: Tensor | None, p: float) -> int:
-    """The number in `seed`; ValueError where dropout is on and there is none."""
+    """The number in `seed`, as every operator with dropout reads it, traced or not.
+
+    Raises:
+        ValueError: dropout is on and there is no seed. RuntimeError: the current stream captures a CUDA graph, which would
+        hold the number: one mask for all replays.
+    """
     if p == 0.0:
         return 0
     if not 0.0 < p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {p}")
     if seed is None:
         raise ValueError(f"dropout_p is {p}: pass the seed that replays it (albert_fast.ops.draw_seed())")
+    if capturing():
+        raise RuntimeError(
+            "dropout inside a CUDA graph would repeat one mask at every replay: capture with model.eval() or with dropout "
+            "probabilities of 0, or train without a graph"
+        )
     return int(seed)
