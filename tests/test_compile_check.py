@@ -122,8 +122,7 @@ def test_embedding_projection_multiplies_on_tensor_cores_but_float32(rows):
 
 @needs_triton
 def test_every_tile_of_attention_is_checked(rows):
-    from albert_fast.kernels.attention import MAX_HEAD_DIM, attention_tiles
-    from albert_fast.kernels.attention_bwd import attention_bwd_tiles
+    from albert_fast.kernels._attention_tiles import MAX_HEAD_DIM, attention_bwd_tiles, attention_tiles
 
     def candidates(numbers, head_dim, queries, keys):
         dtype, tf32 = launches.NUMBERS[numbers], numbers == "tf32"
