@@ -103,6 +103,9 @@ def product(a, b, acc, TF32: tl.constexpr):
         a, b = a.to(tl.float32), b.to(tl.float32)
         if TF32:
             a, b = _cut_to_tf32(a), _cut_to_tf32(b)
+        # numpy's float32 products depend on the library, the chip and the tile's shape: two kernels that compute the same
+        # score would not agree, as they do on a GPU. Rounded once from float64 they do, everywhere.
+        return (tl.dot(a.to(tl.float64), b.to(tl.float64)) + acc).to(tl.float32)
     precision: tl.constexpr = "tf32" if TF32 else "ieee"
     return tl.dot(a, b, acc, input_precision=precision)
 

@@ -111,10 +111,12 @@ def out_columns(walked, walk_rows, walk_mask, cols, WIDTH: tl.constexpr, BLOCK_E
 
 @triton.jit
 def power(logits, row_max):
-    """exp(logits - row_max)."""
+    """exp(logits - row_max), at most 1."""
     # A maximum of -inf is not subtracted: logits of -inf alone would make a NaN of all that follow.
     # The difference comes first: in one FMA with log2(e), huge logits would differ from their own maximum.
-    return tl.exp2((logits - tl.where(row_max == float("-inf"), 0.0, row_max)) * _LOG2_E)
+    difference = (logits - tl.where(row_max == float("-inf"), 0.0, row_max)) * _LOG2_E
+    # A kernel that sums the same logit in another order may find it above the maximum.
+    return tl.exp2(tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

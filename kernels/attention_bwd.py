@@ -5,8 +5,8 @@ With P the probabilities, G the gradient of the output and dP = G V^T:
     dV = P^T G        dS = P * (dP - mean)        dQ = scale dS K        dK = scale dS^T Q        mean = rowsum(P * dP)
 
 Two kernels, each the only writer of its results, so that the same call gives the same bits: one owns BLOCK_M queries and
-walks over their keys for dQ, the other owns BLOCK_N keys and walks over their queries for dK and dV. Scores are computed
-again from the saved log-sum-exp.
+walks over their keys for dQ, the other owns BLOCK_N keys and walks over their queries for dK and dV. Both compute the
+scores again.
 
 FlashAttention-2 takes `mean` as rowsum(G * O). That equals rowsum(P * dP) but for the rounding of O and of either sum,
 and where softmax is saturated the difference is all that dP - mean leaves: one key alone in its sequence would get a
@@ -15,8 +15,10 @@ that may hold nearly all of a row is kept out of it (`_DOMINANT`). With n blocks
 5 n - 2 products of tiles, and dK and dV 4 n: where a sequence fits one block no more than FlashAttention-2's 7 n in two
 kernels, at most 9 n.
 
-Scores beyond about 1e6 have lost what tells two leading keys apart: neighbouring float32 numbers are 0.06 apart there, which
-is 6 % of a probability; the forward rounds them alike, no guard brings the bits back, and such gradients are finite but rough.
+FlashAttention-2 takes P as exp(score - log-sum-exp). The rounding of a large log-sum-exp scales a whole row of P: by 6 % at
+scores of 1e6, by anything at 1e10. So the first walk finds the largest score of each row and the sum of exp(score - largest)
+itself, by the online softmax of the forward, and the difference is taken before it is scaled: it is exact for the leading
+keys, which alone matter. The kernel of dK and dV reads the largest score and the sum.
 """
 
 from __future__ import annotations
@@ -29,13 +31,12 @@ import triton.language as tl
 
 from . import _tuning
 from ._attention_tiles import attention_bwd_tiles, choice_key
-from ._common import COMPILER_OPTIONS, INTERPRETED, dropout_arguments, dropout_keep, product, round_to, rows_contiguous
+from ._common import COMPILER_OPTIONS, dropout_arguments, dropout_keep, product, round_to, rows_contiguous
 from ._precision import multiplies_tf32
 from ._tuning import Tiles
 from .attention import (
     LOG2_E,
     all_products,
-    finite_or_zero,
     heads_in_words,
     load_rows,
     own_columns,
@@ -45,29 +46,30 @@ from .attention import (
 )
 
 # Where one key holds more of a row than this, its dP - mean is a sum over the other keys, not a difference of two numbers
-# that agree. Known by its probability alone, in either kernel; the lower bound leaves room for their different roundings.
+# that agree.
 _DOMINANT = tl.constexpr(0.9)
-_NEARLY_DOMINANT = tl.constexpr(0.75)
+# A weight (relative to the largest of its row) above this may be a dominant key's: where a key dominates, all other weights
+# are below 1 / 0.9 - 1.
+_LEADING = tl.constexpr(0.75)
 
 
 @triton.jit
-def _weights(scores, row_lse, scale_log2):
-    """Probabilities up to the rounding of `row_lse`, which scales a whole row."""
-    row_shift = finite_or_zero(row_lse * 1.4426950408889634)
-    if INTERPRETED:
-        # The interpreter would round the product, which is large where softmax is sharp; a GPU has FMA.
-        scores = scores.to(tl.float64)
-    return tl.exp2((scores * scale_log2 - row_shift).to(tl.float32))
+def _weights(scores, row_shift, scale_log2):
+    """exp(score - largest score of its row), from scores before softmax_scale; at most 1."""
+    # The difference comes first: in one FMA with the scale, huge scores would differ from their own maximum. A kernel that
+    # sums the same score in another order may find it above the maximum.
+    return tl.exp2(tl.minimum((scores - row_shift) * scale_log2, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
 def _keys_of_queries(
-    q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys, row_lse,
-    scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
+    q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys,
+    dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
     MASK_KEYS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr, TF32: tl.constexpr,
 ):  # fmt: skip
-    """Weights p (BLOCK_M, BLOCK_N) and their gradient dp of BLOCK_N keys from `first_key` on, and these keys (BLOCK_N, D)."""
+    """Scores before softmax_scale (BLOCK_M, BLOCK_N) and the gradient dp of the probabilities, for BLOCK_N keys from
+    `first_key` on, and these keys (BLOCK_N, D)."""
     keys = first_key + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     # 64 bits: key times row stride passes 2^31 elements in very long sequences.
@@ -81,9 +83,8 @@ def _keys_of_queries(
         q, q_rows, queries, n_queries, k, k_rows, keys, n_keys, True, MASK_KEYS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
         CHUNK_D, TF32,
     )  # fmt: skip
-    p = _weights(scores, row_lse[:, None], scale_log2)
     if MASK_KEYS:
-        p = tl.where((keys < n_keys)[None, :], p, 0.0)
+        scores = tl.where((keys < n_keys)[None, :], scores, float("-inf"))
     dp = all_products(
         grad, grad_rows, queries, n_queries, v, v_rows, keys, n_keys, True, MASK_KEYS, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D,
         CHUNK_D, TF32,
@@ -91,24 +92,44 @@ def _keys_of_queries(
     if HAS_DROPOUT:
         keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, dropout_rows[:, None], keys[None, :])
         dp *= tl.where(keep, dropout_scale, 0.0)
-    return p, dp, k
+    return scores, dp, k
 
 
 @triton.jit
-def _add_to_row_sums(p, dp, dominant, dominant_dp, rest, rest_dp):
-    """Adds a tile to four sums of each row: p and dp of its dominant key, p and p * dp of all others."""
-    dominates = p > _NEARLY_DOMINANT
-    dominant += tl.sum(tl.where(dominates, p, 0.0), axis=1)
-    dominant_dp += tl.sum(tl.where(dominates, dp, 0.0), axis=1)
-    rest += tl.sum(tl.where(dominates, 0.0, p), axis=1)
-    rest_dp += tl.sum(tl.where(dominates, 0.0, p * dp), axis=1)
-    return dominant, dominant_dp, rest, rest_dp
+def _shift(row_max):
+    """What is subtracted from the scores of a row: its maximum, but 0 for -inf, whose difference to itself is NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
 @triton.jit
-def _score_gradient(p, dp, normal, mean, dominant_gap):
-    """dS of weights p: p * normal are probabilities, `dominant_gap` is dp - mean of a key that dominates its row."""
-    return p * normal * tl.where(p > _DOMINANT, dominant_gap, dp - mean)
+def _add_to_row_sums(scores, dp, row_max, leading, leading_dp, rest, rest_dp, scale_log2):
+    """Adds a tile to four sums of each row: p and p * dp of the leading keys, and of all others. Returns the weights p too.
+
+    Where a key dominates the row it is the only leading one in the end, with the weight 1: keys that led a smaller maximum
+    have joined the others by then.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    rescale = tl.exp2((row_max - _shift(new_max)) * scale_log2)
+    p = _weights(scores, _shift(new_max)[:, None], scale_log2)
+    leads, overtaken = p > _LEADING, new_max > row_max
+    rest = (rest + tl.where(overtaken, leading, 0.0)) * rescale + tl.sum(tl.where(leads, 0.0, p), axis=1)
+    rest_dp = (rest_dp + tl.where(overtaken, leading_dp, 0.0)) * rescale + tl.sum(tl.where(leads, 0.0, p * dp), axis=1)
+    leading = tl.where(overtaken, 0.0, leading * rescale) + tl.sum(tl.where(leads, p, 0.0), axis=1)
+    leading_dp = tl.where(overtaken, 0.0, leading_dp * rescale) + tl.sum(tl.where(leads, p * dp, 0.0), axis=1)
+    return p, new_max, leading, leading_dp, rest, rest_dp
+
+
+@triton.jit
+def _probabilities(p, normal):
+    """Of weights p, with normal = 1 / their sum. A dominant key's weight is 1, whatever the rounding of its score."""
+    probabilities = p * normal
+    return tl.where(probabilities > _DOMINANT, normal, probabilities)
+
+
+@triton.jit
+def _score_gradient(probabilities, dp, mean, dominant_gap):
+    """dS; `dominant_gap` is dp - mean of a key that dominates its row."""
+    return probabilities * tl.where(probabilities > _DOMINANT, dominant_gap, dp - mean)
 
 
 @triton.jit(do_not_specialize=["n_query_blocks", "n_queries_total", "seed_lo", "seed_hi", "dropout_threshold"])
@@ -117,9 +138,8 @@ def _attention_bwd_dq_kernel(
     q_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_q_row` elements apart
     k_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_k_row` elements apart
     v_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
-    lse_ptr,  # (num_heads, Tq) float32
     dq_ptr,  # (Tq, num_heads * HEAD_DIM), rows `dq_row_heads` * HEAD_DIM elements apart
-    sums_ptr,  # (3, num_heads, Tq) float32: normal, mean, dominant_gap of `_score_gradient`
+    sums_ptr,  # (4, num_heads, Tq) float32: largest score, 1 / sum of weights, mean and dominant_gap of `_score_gradient`
     cu_seqlens_q_ptr,  # (B + 1,) int32
     cu_seqlens_k_ptr,  # (B + 1,) int32
     order_ptr,  # (B,) int32, or None for 0 to B - 1
@@ -165,42 +185,48 @@ def _attention_bwd_dq_kernel(
     k_base = k_ptr + first_token.to(tl.int64) * stride_k_row + column
     v_base = v_ptr + first_token.to(tl.int64) * stride_v_row + column
     statistic = head.to(tl.int64) * n_queries_total + packed_queries
-    row_lse = tl.load(lse_ptr + statistic, mask=queries < n_queries, other=0.0)
     dropout_rows = head * 0x10001 + packed_queries
 
     # The row sums of all keys come first. The last block of keys, the only one that may be partly filled, stays in
     # registers: short sequences are walked over once.
-    dominant = tl.zeros([BLOCK_M], dtype=tl.float32)
-    dominant_dp, rest, rest_dp = dominant, dominant, dominant
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    leading = tl.zeros([BLOCK_M], dtype=tl.float32)
+    leading_dp, rest, rest_dp = leading, leading, leading
     last_key = (tl.maximum(n_keys, 1) - 1) // BLOCK_N * BLOCK_N
     for first_key in range(0, last_key, BLOCK_N):
-        p, dp, k = _keys_of_queries(
+        scores, dp, k = _keys_of_queries(
             q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys,
-            row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
+            dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
             False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
-        dominant, dominant_dp, rest, rest_dp = _add_to_row_sums(p, dp, dominant, dominant_dp, rest, rest_dp)
-    last_p, last_dp, last_k = _keys_of_queries(
+        _, row_max, leading, leading_dp, rest, rest_dp = _add_to_row_sums(
+            scores, dp, row_max, leading, leading_dp, rest, rest_dp, scale_log2
+        )
+    scores, last_dp, last_k = _keys_of_queries(
         q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, last_key, n_keys,
-        row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
+        dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
         True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
     )  # fmt: skip
-    dominant, dominant_dp, rest, rest_dp = _add_to_row_sums(last_p, last_dp, dominant, dominant_dp, rest, rest_dp)
+    last_p, row_max, leading, leading_dp, rest, rest_dp = _add_to_row_sums(
+        scores, last_dp, row_max, leading, leading_dp, rest, rest_dp, scale_log2
+    )
     # Without keys all sums are zero, and so is the gradient; with keys a zero sum is NaN, as in torch.
-    total = tl.where(n_keys == 0, 1.0, dominant + rest)
-    normal = 1.0 / total
-    mean = (dominant * dominant_dp + rest_dp) / total
-    dominant_gap = (rest * dominant_dp - rest_dp) / total
+    total = tl.where(n_keys == 0, 1.0, leading + rest)
+    normal, row_shift = 1.0 / total, _shift(row_max)
+    mean = (leading_dp + rest_dp) / total
+    # Read where one key dominates: `leading` is 1, and leading_dp - mean would cancel.
+    dominant_gap = (rest * leading_dp - rest_dp) / total
 
-    last_ds = _score_gradient(last_p, last_dp, normal[:, None], mean[:, None], dominant_gap[:, None])
+    last_ds = _score_gradient(_probabilities(last_p, normal[:, None]), last_dp, mean[:, None], dominant_gap[:, None])
     dq = product(round_to(last_ds, last_k.dtype), last_k, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32), TF32)
     for first_key in range(0, last_key, BLOCK_N):
-        p, dp, k = _keys_of_queries(
+        scores, dp, k = _keys_of_queries(
             q, q_rows, grad, grad_rows, queries, n_queries, k_base, v_base, stride_k_row, stride_v_row, first_key, n_keys,
-            row_lse, scale_log2, dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
+            dropout_rows, seed_lo, seed_hi, dropout_threshold, dropout_scale,
             False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
-        ds = _score_gradient(p, dp, normal[:, None], mean[:, None], dominant_gap[:, None])
+        probabilities = _probabilities(_weights(scores, row_shift[:, None], scale_log2), normal[:, None])
+        ds = _score_gradient(probabilities, dp, mean[:, None], dominant_gap[:, None])
         dq = product(round_to(ds, k.dtype), k, dq, TF32)
 
     row_mask = queries < n_queries
@@ -208,15 +234,16 @@ def _attention_bwd_dq_kernel(
     dq_mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(dq_ptrs, round_to(dq * softmax_scale, dq_ptr.dtype.element_ty), mask=dq_mask)
     plane = n_queries_total.to(tl.int64) * num_heads
-    tl.store(sums_ptr + statistic, normal, mask=row_mask)
-    tl.store(sums_ptr + plane + statistic, mean, mask=row_mask)
-    tl.store(sums_ptr + 2 * plane + statistic, dominant_gap, mask=row_mask)
+    tl.store(sums_ptr + statistic, row_shift, mask=row_mask)
+    tl.store(sums_ptr + plane + statistic, normal, mask=row_mask)
+    tl.store(sums_ptr + 2 * plane + statistic, mean, mask=row_mask)
+    tl.store(sums_ptr + 3 * plane + statistic, dominant_gap, mask=row_mask)
 
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, lse_base, sums_base, plane, stride_q_row,
-    stride_grad_row, first_query, n_queries, scale_log2, first_dropout_row, seed_lo, seed_hi, dropout_threshold,
+    dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, sums_base, plane, stride_q_row, stride_grad_row,
+    first_query, n_queries, scale_log2, first_dropout_row, seed_lo, seed_hi, dropout_threshold,
     dropout_scale,
     MASK_QUERIES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK_D: tl.constexpr, TF32: tl.constexpr,
@@ -233,21 +260,21 @@ def _add_queries(
     q = load_rows(q_rows[:, None] + dims[None, :], queries, n_queries, dims, MASK_QUERIES, HEAD_DIM, BLOCK_D)
     grad = load_rows(grad_rows[:, None] + dims[None, :], queries, n_queries, dims, MASK_QUERIES, HEAD_DIM, BLOCK_D)
     valid = queries < n_queries
-    row_lse = tl.load(lse_base + queries, mask=valid, other=0.0)
-    normal = tl.load(sums_base + queries, mask=valid, other=0.0)
-    mean = tl.load(sums_base + plane + queries, mask=valid, other=0.0)
-    dominant_gap = tl.load(sums_base + 2 * plane + queries, mask=valid, other=0.0)
+    row_shift = tl.load(sums_base + queries, mask=valid, other=0.0)
+    normal = tl.load(sums_base + plane + queries, mask=valid, other=0.0)
+    mean = tl.load(sums_base + 2 * plane + queries, mask=valid, other=0.0)
+    dominant_gap = tl.load(sums_base + 3 * plane + queries, mask=valid, other=0.0)
 
     scores = all_products(
         k, k_rows, keys, n_keys, q, q_rows, queries, n_queries, True, MASK_QUERIES, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D,
         CHUNK_D, TF32,
     )  # fmt: skip
-    p = _weights(scores, row_lse[None, :], scale_log2)
+    probabilities = _probabilities(_weights(scores, row_shift[None, :], scale_log2), normal[None, :])
     dp = all_products(
         v, v_rows, keys, n_keys, grad, grad_rows, queries, n_queries, True, MASK_QUERIES, BLOCK_N, BLOCK_M, HEAD_DIM,
         BLOCK_D, CHUNK_D, TF32,
     )  # fmt: skip
-    kept = p * normal[None, :]
+    kept = probabilities
     if HAS_DROPOUT:
         rows = first_dropout_row + queries
         keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[None, :], keys[:, None])
@@ -255,7 +282,7 @@ def _add_queries(
         factor = tl.where(keep, dropout_scale, 0.0)
         dp *= factor
         kept *= factor
-    ds = _score_gradient(p, dp, normal[None, :], mean[None, :], dominant_gap[None, :])
+    ds = _score_gradient(probabilities, dp, mean[None, :], dominant_gap[None, :])
     if MASK_QUERIES:
         # Zero times an infinite key would be NaN.
         kept = tl.where(valid[None, :], kept, 0.0)
@@ -271,8 +298,7 @@ def _attention_bwd_dkdv_kernel(
     q_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_q_row` elements apart
     k_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_k_row` elements apart
     v_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
-    lse_ptr,  # (num_heads, Tq) float32
-    sums_ptr,  # (3, num_heads, Tq) float32: normal, mean, dominant_gap of `_score_gradient`
+    sums_ptr,  # (4, num_heads, Tq) float32, as the kernel of dQ wrote them
     dk_ptr,  # (T, num_heads * HEAD_DIM), rows `dkdv_row_heads` * HEAD_DIM elements apart
     dv_ptr,  # (T, num_heads * HEAD_DIM), likewise
     cu_seqlens_q_ptr,  # (B + 1,) int32
@@ -328,15 +354,15 @@ def _attention_bwd_dkdv_kernel(
     full_queries = n_queries // BLOCK_M * BLOCK_M
     for block_query in range(0, full_queries, BLOCK_M):
         dk, dv = _add_queries(
-            dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, lse_ptr + statistic, sums_ptr + statistic, plane,
-            stride_q_row, stride_grad_row, block_query, n_queries, scale_log2, head * 0x10001 + packed_query, seed_lo,
+            dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, sums_ptr + statistic, plane, stride_q_row,
+            stride_grad_row, block_query, n_queries, scale_log2, head * 0x10001 + packed_query, seed_lo,
             seed_hi, dropout_threshold, dropout_scale,
             False, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
     if full_queries < n_queries:
         dk, dv = _add_queries(
-            dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, lse_ptr + statistic, sums_ptr + statistic, plane,
-            stride_q_row, stride_grad_row, full_queries, n_queries, scale_log2, head * 0x10001 + packed_query, seed_lo,
+            dk, dv, k, k_rows, v, v_rows, keys, n_keys, q_base, grad_base, sums_ptr + statistic, plane, stride_q_row,
+            stride_grad_row, full_queries, n_queries, scale_log2, head * 0x10001 + packed_query, seed_lo,
             seed_hi, dropout_threshold, dropout_scale,
             True, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32,
         )  # fmt: skip
@@ -348,7 +374,7 @@ def _attention_bwd_dkdv_kernel(
 
 
 def attention_bwd(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor, dq: torch.Tensor,
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dq: torch.Tensor,
     dk: torch.Tensor, dv: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     order: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float,
     dropout_p: float = 0.0, seed: int = 0,
@@ -357,9 +383,9 @@ def attention_bwd(
 
     Args:
         grad: (Tq, H), gradient of its output, in q's dtype; rows may be strided.
-        lse: (num_heads, Tq) float32, as it returned it.
         dq, dk, dv: (Tq, H), (T, H) and (T, H) in q's dtype, written as a whole, zeros where a sequence has no keys or no
             queries; rows may be a multiple of the head size apart, those of dk and dv alike.
+        softmax_scale: not negative.
         The others: as it was given them; the same dropout_p and seed drop the same probabilities again.
 
     Raises:
@@ -373,28 +399,30 @@ def attention_bwd(
         grad, q, k, v = (padded_heads(t, num_heads) for t in (grad, q, k, v))
         gradients = wide_dq, wide_dk, wide_dv = tuple(torch.empty_like(t) for t in (q, k, v))
         attention_bwd(
-            grad, q, k, v, lse, wide_dq, wide_dk, wide_dv, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
+            grad, q, k, v, wide_dq, wide_dk, wide_dv, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
             softmax_scale, dropout_p, seed,
         )  # fmt: skip
         for given, found in zip((dq, dk, dv), gradients, strict=True):
             given.unflatten(1, (num_heads, head_dim)).copy_(own_columns(found, num_heads, head_dim))
         return
-    sums = torch.empty((3, num_heads, len(q)), dtype=torch.float32, device=q.device)
+    sums = torch.empty((4, num_heads, len(q)), dtype=torch.float32, device=q.device)
     schedule = (cu_seqlens_q, cu_seqlens_k, order, *(t.stride(0) for t in (grad, q, k, v)))
-    numbers = (len(q), softmax_scale, softmax_scale * LOG2_E, *dropout_arguments(dropout_p, seed))
+    # Zero times minus infinity, the maximum before the first key, would be NaN.
+    scale_log2 = max(softmax_scale * LOG2_E, 1e-37)
+    numbers = (len(q), softmax_scale, scale_log2, *dropout_arguments(dropout_p, seed))
     options = {"HAS_DROPOUT": dropout_p > 0.0, "HEAD_DIM": head_dim, **COMPILER_OPTIONS}
 
     def launch_dq(tiles: Tiles) -> None:
         n_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
         _attention_bwd_dq_kernel[(n_blocks * num_heads * sequences,)](
-            grad, q, k, v, lse, dq, sums, *schedule, dq.stride(0) // head_dim, num_heads, n_blocks, *numbers,
+            grad, q, k, v, dq, sums, *schedule, dq.stride(0) // head_dim, num_heads, n_blocks, *numbers,
             **options, **tiles,
         )  # fmt: skip
 
     def launch_dkdv(tiles: Tiles) -> None:
         n_blocks = triton.cdiv(max_seqlen_k, tiles["BLOCK_N"])
         _attention_bwd_dkdv_kernel[(n_blocks * num_heads * sequences,)](
-            grad, q, k, v, lse, sums, dk, dv, *schedule, dk.stride(0) // head_dim, num_heads, n_blocks, *numbers,
+            grad, q, k, v, sums, dk, dv, *schedule, dk.stride(0) // head_dim, num_heads, n_blocks, *numbers,
             **options, **tiles,
         )  # fmt: skip
 

@@ -202,6 +202,42 @@ def test_one_key_alone_takes_no_gradient_through_its_score(backend):
         assert not gradients(qkv, cu_seqlens, backend, **options)[:, :64].any()
 
 
+@BACKENDS
+@pytest.mark.parametrize("factor", [2**10, 2**20, 2**27, 2**34])
+def test_tied_keys_share_the_gradient_however_large_the_scores(backend, factor):
+    """Whole numbers and a scale of 1 / 4: every order of summation gives the same scores, so the exact answer is one for all."""
+    generator = torch.Generator().manual_seed(7)
+    q, k = (torch.randint(-4, 5, (40, 16), generator=generator).float() for _ in "qk")
+    q, v = q * factor, torch.randn(40, 16, generator=generator)
+    k[20:] = k[:20].clone()  # every key twice, 20 rows apart
+    cotangent = torch.randn(40, 16, generator=generator)
+    ends = torch.tensor([0, 40], dtype=torch.int32, device=device_of(backend))
+
+    def gradients_of(run, dtype):
+        leaves = [t.to(device_of(backend), dtype).requires_grad_() for t in (q, k, v)]
+        return [g.cpu() for g in torch.autograd.grad(run(*leaves), leaves, cotangent.to(device_of(backend), dtype))]
+
+    actual = gradients_of(lambda *qkv: ops.attention(*qkv, ends, ends, 40, 40, 1, backend=backend), torch.float32)
+    eager = ALL_CASES["attention"].eager
+    expected = gradients_of(lambda *qkv: eager(*qkv, ends, ends, 40, 40, 1, 0.25, 0.0, None), torch.float64)
+    # dQ is a sum over tied keys of terms that cancel: held against these terms, of the size of the keys.
+    for name, size in (("q", 4.0), ("k", 4.0 * factor), ("v", 1.0)):
+        error = (actual["qkv".index(name)] - expected["qkv".index(name)]).abs().max()
+        assert error <= 4e-6 * size, f"gradient of {name}: {error}"
+
+
+@BACKENDS
+def test_a_negative_or_zero_scale_is_a_scale(backend):
+    qkv, cu_seqlens = packed([9, 5])
+    for scale in (-0.7, 0.0):
+        expected = gradients(qkv, cu_seqlens, "reference", softmax_scale=scale)
+        torch.testing.assert_close(
+            gradients(qkv, cu_seqlens, backend, softmax_scale=scale), expected, atol=1e-5, rtol=1e-4
+        )
+        out = run(qkv, cu_seqlens, backend, softmax_scale=scale)
+        torch.testing.assert_close(out, run(qkv, cu_seqlens, "reference", softmax_scale=scale), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "triton"])  # torch sums differently over other strides
 def test_nothing_beside_the_rows_is_read(backend):
     qkv, cu_seqlens = packed([5, 0, 21])

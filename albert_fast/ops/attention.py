@@ -134,7 +134,7 @@ def _bwd(
         from ..kernels.attention_bwd import attention_bwd
 
         attention_bwd(
-            grad, q, k, v, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
+            grad, q, k, v, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
             softmax_scale, dropout_p, seed_number,
         )  # fmt: skip
         return dq, dk, dv
@@ -246,6 +246,8 @@ def attention(
             raise ValueError(f"attention: order must name every sequence once, got {order.tolist()}")
     if softmax_scale is None:
         softmax_scale = (q.shape[1] // num_heads) ** -0.5
+    if softmax_scale < 0:  # kernels look for the largest score before they scale it
+        q, softmax_scale = -q, -softmax_scale
     q, k, v = (t if t.stride(1) == 1 else t.contiguous() for t in (q, k, v))
     call = torch.ops.albert_fast.attention_fwd if needs_dispatcher(q, k, v) else _fwd
     return call(

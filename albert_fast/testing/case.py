@@ -27,6 +27,8 @@ class OpCase:
     takes(options, dtype): whether they go together.
     gradients: names of the inputs that are differentiated.
     slack(inputs): what the largest error may be beyond the calibrated tolerance, relative to the largest value.
+    rounded(inputs, generator): for an ill-conditioned problem, inputs changed at random by as much as float32 rounds what is
+    computed from them; None where the calibrated tolerance suffices.
     bytes_moved(inputs): each input read once and each output written once. operations(inputs): floating-point operations.
     backward_bytes(inputs), backward_operations(inputs): the same of the gradients, 0 where there are none.
     backward_ratio: operations of the backward over those of the forward; 2 where a product becomes two.
@@ -46,6 +48,7 @@ class OpCase:
     operations: Callable[[Inputs], float]
     takes: Callable[[dict[str, Any], torch.dtype], bool] = lambda options, dtype: True
     slack: Callable[[Inputs], float] = lambda inputs: 0.0
+    rounded: Callable[[Inputs, torch.Generator], Inputs | None] = lambda inputs, generator: None
     backward_ratio: float = 2.0
     backward_extra: Callable[[Inputs], float] = lambda inputs: 0.0
 

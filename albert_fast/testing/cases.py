@@ -14,6 +14,7 @@ from .encoder_cases import (
     attention_eager,
     attention_inputs,
     attention_operations,
+    attention_rounded,
     attention_saved_bytes,
     attention_slack,
     encoder_eager,
@@ -211,6 +212,7 @@ ALL_CASES: dict[str, OpCase] = {
             gradients=("q", "k", "v"),
             operations=attention_operations,
             slack=attention_slack,
+            rounded=attention_rounded,
             backward_ratio=2.5,  # five products of scores' size, of which one is the forward's again; the forward has two
             backward_extra=attention_saved_bytes,
         ),

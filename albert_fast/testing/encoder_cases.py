@@ -47,6 +47,20 @@ def attention_slack(inputs: Inputs) -> float:
     return largest * inputs["softmax_scale"] * 2**-24
 
 
+def attention_rounded(inputs: Inputs, generator: torch.Generator) -> Inputs | None:
+    """A sharp softmax with its queries changed by sqrt(head_dim) roundings, those of a score's sum, else None.
+
+    torch sums the scores of a forward and of its backward once; a kernel that sums them again, in another order, gives a
+    dominant key another probability, in which torch by its luck errs by nothing.
+    """
+    head_dim = inputs["q"].shape[1] // inputs["num_heads"]
+    if inputs["softmax_scale"] <= head_dim**-0.5:
+        return None
+    q = inputs["q"]
+    change = (2 * torch.rand(q.shape, generator=generator, dtype=torch.float64) - 1) * head_dim**0.5 * 2**-24
+    return {**inputs, "q": q.double() * (1 + change.to(q.device))}
+
+
 def attention_eager(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed
 ):

@@ -112,10 +112,9 @@ def _attention(shape: Any) -> Runs:
     q, k, v = i["q"], i["k"], i["v"]
     numbers = (i["max_seqlen_q"], i["max_seqlen_k"], i["num_heads"], i["softmax_scale"])
     schedule = (i["cu_seqlens_q"], i["cu_seqlens_k"], torch.empty(len(shape[0]), dtype=torch.int32, device="meta"))
-    lse = torch.empty(i["num_heads"], len(q), device="meta")
     return (
         lambda: attention_fwd(q, k, v, *schedule, *numbers),
-        lambda: attention_bwd(q, q, k, v, lse, q, k, v, *schedule, *numbers),
+        lambda: attention_bwd(q, q, k, v, q, k, v, *schedule, *numbers),
     )
 
 

@@ -13,7 +13,7 @@ from .. import dispatch
 from . import poison_empty
 from .case import Inputs, OpCase
 from .cases import ALL_CASES
-from .tolerances import assert_close_calibrated
+from .tolerances import assert_close_calibrated, largest_error
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -80,9 +80,26 @@ def check_backward(case: OpCase, shape: Any, options: dict[str, Any], dtype: tor
         actual = _gradients(case, inputs, cotangent, lambda leaves: case.run(leaves, backend))
     same = _gradients(case, inputs, cotangent, lambda leaves: case.eager(**leaves))
     exact = _gradients(case, inputs, cotangent, case.exact)
+    slack = _condition(case, inputs, cotangent, exact)
     for name, gradient in actual.items():
         assert gradient.dtype == inputs[name].dtype
-        assert_close_calibrated(gradient, same[name], exact[name], f"gradient of {name}")
+        assert_close_calibrated(gradient, same[name], exact[name], f"gradient of {name}", slack[name])
+
+
+def _condition(case: OpCase, inputs: Inputs, cotangent: Tensor, exact: dict[str, Tensor]) -> dict[str, float]:
+    """How far float32's roundings move an ill-conditioned gradient, relative to its largest value; elsewhere 0.
+
+    Computed in float64, so that it depends on no library's order of summation.
+    """
+    generator, moved = torch.Generator().manual_seed(13), dict.fromkeys(exact, 0.0)
+    for _ in range(8):
+        rounded = case.rounded(inputs, generator)
+        if rounded is None:
+            break
+        for name, gradient in _gradients(case, rounded, cotangent, case.exact).items():
+            moved[name] = max(moved[name], largest_error(gradient, exact[name]))
+    sizes = {name: float(gradient.abs().max()) if gradient.numel() else 0.0 for name, gradient in exact.items()}
+    return {name: move / sizes[name] if sizes[name] else 0.0 for name, move in moved.items()}
 
 
 def _gradients(case: OpCase, inputs: Inputs, cotangent: Tensor, run: Any) -> dict[str, Tensor]:
