@@ -122,6 +122,15 @@ def machine_table(machine: Mapping[str, Any], threads: int) -> str:
     return _markdown(["machine", ""], lines)
 
 
+def machine_line(machine: Mapping[str, Any], threads: int, date: str) -> str:
+    """The machine, threads, versions and day of a run in one line, for a plot."""
+    about = machine["albert_fast"]
+    place = ", ".join(gpu["name"] for gpu in about["gpus"]) or about["cpu"]["model"]
+    isa = (about["extension"] or {}).get("isa", "no extension")
+    versions = [f"{name} {version}" for name, version in about["libraries"].items() if version and name in _COMPARED]
+    return f"{place} ({isa}), {threads} threads for every side; {', '.join(versions)}; {date[:10]}"
+
+
 def _markdown(head: Sequence[str], body: Sequence[Sequence[Any]]) -> str:
     return str(tabulate(body, head, tablefmt="github", disable_numparse=True))
 
@@ -132,6 +141,8 @@ def _listed(values: Mapping[str, Any]) -> str:
     )
 
 
+# The libraries whose versions decide a comparison.
+_COMPARED = ("torch", "transformers", "triton", "onnxruntime", "openvino", "nncf")
 # op -> heading and suffix of the plot's file, table, plot; every other op is an operator
 _MODELS: dict[str, tuple[str, Callable[..., str], Callable[..., None] | None]] = {
     "model": ("model", model_table, plot_model),
@@ -159,7 +170,7 @@ def write(source: Path) -> list[Path]:
         text += [f"## {name.capitalize()}", table(chosen)]
         if plot is not None:
             image = source.with_name(f"{source.stem}-{name}.png")
-            plot(chosen, image)
+            plot(chosen, image, machine_line(content["machine_info"], extra_infos[0]["threads"], content["datetime"]))
             written.append(image)
             text.append(f"![{name}]({image.name})")
     text += ["## Every row", row_table(extra_infos)]
