@@ -19,6 +19,7 @@ from .gemm import linear
 from .packing import Packing, Queries, take
 from .parts import check_read, is_hooked, is_linear, product, project
 from .quantization import QuantizedLinear
+from .registration import is_traced
 from .slices import split_columns
 
 # What a backward computes again instead of finding it kept: nothing; the FFN's activations, one of a layer's two largest
@@ -93,7 +94,7 @@ class Encoder(nn.Module):
         the layers on the backend "triton" or "operators", to measure what is not known yet.
         """
         device, op = hidden.device.type, "encoder"
-        if torch.compiler.is_compiling():
+        if is_traced():
             return "a compiler traces the operators"
         chosen = dispatch.runnable_on(op, device)[0] if backend == "auto" else backend
         if chosen == "reference" or chosen not in dispatch.runnable_on(op, device):
@@ -174,7 +175,7 @@ class Encoder(nn.Module):
         attentions: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
         # What a compiled graph computes again its partitioner decides; torch cannot trace checkpoints of changing lengths.
-        recompute = self.recompute if torch.is_grad_enabled() and not torch.compiler.is_compiling() else "nothing"
+        recompute = self.recompute if torch.is_grad_enabled() and not is_traced() else "nothing"
         arguments = (hidden, packing, queries, backend, attentions, recompute == "activations")
         # Run twice, a layer would append its probabilities twice.
         if recompute == "layers" and attentions is None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registration import needs_dispatcher, register, register_autograd
+from .registration import is_traced, needs_dispatcher, register, register_autograd
 
 # Multiplications below which what oneDNN spends a call, more when its code is out of the caches, exceeds what its kernels gain.
 _SMALL = 2**22
@@ -65,7 +65,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T (+ bias): x (T, K), weight (N, K), bias (N,) -> (T, N)."""
     if not _by_onednn(x.device.type, x.dtype, weight.dtype):
         return F.linear(x, weight, bias)
-    if not torch.compiler.is_compiling() and x.shape[0] * weight.numel() < _SMALL:
+    if not is_traced() and x.shape[0] * weight.numel() < _SMALL:
         return F.linear(x, weight, bias)
     if needs_dispatcher(x, weight, bias):
         out: Tensor = torch.ops.albert_fast.onednn_linear(x, weight, bias)

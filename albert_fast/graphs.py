@@ -32,6 +32,7 @@ from . import ops
 from .capture import CaptureError, CUDACapture, Replay
 from .packing import Packing
 from .parts import is_hooked
+from .registration import is_traced
 
 if TYPE_CHECKING:
     from .modeling import ALBERTModel, Encoded
@@ -213,7 +214,7 @@ class GraphCache:
 
     def _beyond(self, model: ALBERTModel, look: _Look, places: int, device: torch.device) -> str | None:
         """What graphs are not for."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return "a compiler traces the operators"
         if device.type != self._capture.device_type:
             return f"graphs are captured on {self._capture.device_type}, not on {device.type}"

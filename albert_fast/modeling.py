@@ -27,6 +27,7 @@ from .graphs import Call, GraphCache
 from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, check_mask, first_tokens, pack, packed_already, select, take
 from .parts import project
+from .registration import is_traced, refuse_onnx
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,10 @@ class ALBERTModel(FastModel):
         if replayed is not None:
             return self._output(replayed, return_dict)
         if position_ids is None:
-            starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=len(given))
-            position_ids = torch.arange(len(given), device=given.device) - starts
+            starts = torch.repeat_interleave(
+                cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=given.shape[0]
+            )
+            position_ids = torch.arange(given.shape[0], device=given.device) - starts
         encoded = self.compute(
             packing, input_ids, token_type_ids, position_ids, inputs_embeds, output_hidden_states, False, output_tokens
         )
@@ -200,7 +203,7 @@ class ALBERTModel(FastModel):
     ) -> Encoded | None:  # fmt: skip
         """The forward as a CUDA graph, see `graphs`; None where it is none. Arguments are checked as without."""
         graphs = self._graphs  # read once: another thread may turn them off
-        if graphs is None or torch.compiler.is_compiling() or input_ids is None or isinstance(output_tokens, Tensor):
+        if graphs is None or is_traced() or input_ids is None or isinstance(output_tokens, Tensor):
             return None
         for name, ids in (("input_ids", input_ids), ("position_ids", position_ids), ("token_type_ids", token_type_ids)):
             if ids is not None:
@@ -215,10 +218,11 @@ class ALBERTModel(FastModel):
         inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool, output_tokens: Tensor | str,
     ) -> Encoded:  # fmt: skip
         """The forward itself, operator by operator; without a mask it never waits for a GPU."""
+        refuse_onnx()
         packing = packing.ordered()
         hidden = self.embed(packing, input_ids, token_type_ids, position_ids, inputs_embeds)
         # Without a token in the whole batch there is nothing to ask for. A compiled graph can ask only if no mask was given.
-        empty = (packing.is_dense or not torch.compiler.is_compiling()) and hidden.shape[0] == 0
+        empty = (packing.is_dense or not is_traced()) and hidden.shape[0] == 0
         queries = None
         if isinstance(output_tokens, Tensor):
             queries = select(packing, output_tokens, hidden.shape[0])
@@ -265,7 +269,7 @@ class ALBERTModel(FastModel):
         if types is None:
             types = torch.zeros_like(positions)
         # A traced call meets its errors later, outside of this.
-        with nullcontext() if torch.compiler.is_compiling() else ops.placing(packing.place):
+        with nullcontext() if is_traced() else ops.placing(packing.place):
             return self.embeddings(
                 ids, types, positions, embeds, self.encoder.embedding_hidden_mapping_in, self.backend
             )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .registration import register
+from .registration import is_traced, register
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def check_mask(shape: tuple[int, int], attention_mask: Tensor) -> None:
         raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != shape:
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit the batch of {tuple(shape)}")
-    if attention_mask.is_floating_point() and not torch.compiler.is_compiling() and bool((attention_mask < 0).any()):
+    if attention_mask.is_floating_point() and not is_traced() and bool((attention_mask < 0).any()):
         raise ValueError(
             "attention_mask has negative elements: it is 0 at padding and 1 elsewhere, not added to scores"
         )
@@ -138,13 +138,13 @@ def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.de
         check_mask(shape, attention_mask)
     batch, columns = shape
     # On a CPU to ask costs less than to pack; on a GPU either waits for it, and one wait is enough.
-    asked = attention_mask is not None and not attention_mask.is_cuda and not torch.compiler.is_compiling()
+    asked = attention_mask is not None and not attention_mask.is_cuda and not is_traced()
     if attention_mask is None or (asked and bool(attention_mask.all())):
         # No step of 0 columns: arange needs the count, not the step.
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * columns
         return Packing(None, cu_seqlens, columns, shape)
     indices, cu_seqlens = torch.ops.albert_fast.pack_indices(attention_mask)
-    if not torch.compiler.is_compiling() and len(indices) == batch * columns:
+    if not is_traced() and len(indices) == batch * columns:
         return Packing(None, cu_seqlens, columns, shape)
     return Packing(indices, cu_seqlens, columns, shape)
 
@@ -161,7 +161,7 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int, device: tor
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}: cu_seqlens.int() is that")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens must have the shape (B + 1,), got {tuple(cu_seqlens.shape)}")
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         ends = cu_seqlens.tolist()  # one wait for a GPU
         lengths = [end - begin for begin, end in itertools.pairwise(ends)]
         if ends[0] != 0 or ends[-1] != tokens or min(lengths, default=0) < 0:
@@ -176,7 +176,7 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int, device: tor
 
 def _copied_ahead(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """On `device`, without waiting for it: torch keeps pinned memory until it was read."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         return cu_seqlens.to(device)
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -193,13 +193,13 @@ def longest_first(cu_seqlens: Tensor) -> Tensor:
 def first_tokens(packing: Packing, tokens: int) -> Queries:
     """Each sequence's first token (for an empty one, some other token: `blank_empty` clears what comes of it)."""
     starts = packing.cu_seqlens[:-1].long().clamp(max=tokens - 1).clamp(min=0)
-    cu_seqlens = torch.arange(len(starts) + 1, dtype=torch.int32, device=starts.device)
+    cu_seqlens = torch.arange(starts.shape[0] + 1, dtype=torch.int32, device=starts.device)
     return Queries(starts, cu_seqlens, 1)
 
 
 def take(hidden: Tensor, rows: Tensor) -> Tensor:
     """hidden[rows]. In a compiled graph, which cannot ask whether there are tokens at all, with a row of zeros to fall on."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
     return hidden.index_select(0, rows)
 
@@ -247,7 +247,7 @@ def aligned_representation(hidden_states: Tensor, position: int | Tensor) -> Ten
     if where.dim() > 1 or (where.dim() == 1 and len(where) not in (1, batch)):
         raise ValueError(f"position must be one integer or ({batch},), got {tuple(where.shape)}")
     where = where.expand(batch)[:, None]
-    if not torch.compiler.is_compiling() and bool(((where < 1) | (where > columns)).any()):
+    if not is_traced() and bool(((where < 1) | (where > columns)).any()):
         bad = where[(where < 1) | (where > columns)][0]
         raise IndexError(f"position {int(bad)} lies outside 1 to {columns}")
     columns_kept = torch.arange(columns - 1, device=hidden_states.device)[None, :]

@@ -11,10 +11,10 @@ from __future__ import annotations
 import warnings
 from functools import cache
 
-import torch
 from torch import Tensor, nn
 
 from .gemm import linear
+from .registration import is_traced
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -50,7 +50,7 @@ def check_read(module: nn.Module, kind: type[nn.Module], where: str) -> None:
             f"{where} was replaced by {type(module).__name__}, which a fused operator would pass over: leave it out of the "
             "adapter's targets, merge the adapter, or take albert_fast.reference, which calls every module"
         )
-    if is_hooked(module) and not torch.compiler.is_compiling():
+    if is_hooked(module) and not is_traced():
         _warn_of_hooks(where)
 
 

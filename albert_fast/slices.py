@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .registration import is_traced
+
 
 def beside(tensors: tuple[Tensor, ...]) -> bool:
     """Whether (T, N) tensors are neighbouring columns of one buffer, in this order."""
@@ -56,11 +58,7 @@ class _Split(torch.autograd.Function):
 def split_columns(x: Tensor, width: int) -> tuple[Tensor, ...]:
     """x (T, n * width) as n views (T, width), like `x.split(width, dim=1)`; see above for their gradients."""
     # A compiler plans buffers itself; and a tensor subclass may have no address.
-    if (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, Parameter)
-        or not (torch.is_grad_enabled() and x.requires_grad)
-    ):
+    if is_traced() or type(x) not in (Tensor, Parameter) or not (torch.is_grad_enabled() and x.requires_grad):
         return x.split(width, dim=1)
     parts: tuple[Tensor, ...] = _Split.apply(x, width)
     return parts

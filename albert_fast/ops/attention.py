@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import check_devices, forbid_second_derivative, needs_dispatcher, register, register_autograd
+from ..registration import (
+    check_devices,
+    forbid_second_derivative,
+    is_traced,
+    needs_dispatcher,
+    register,
+    register_autograd,
+)
 from ..slices import beside, empty_beside
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
@@ -238,7 +245,7 @@ def attention(
     same = cu_seqlens_k is cu_seqlens_q
     cu_seqlens_q = cu_seqlens_q.contiguous()
     cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k.contiguous()
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if q.device.type == "cpu" and not is_traced():
         check_ranges("attention", "cu_seqlens_q", cu_seqlens_q, len(q))
         if not same or len(k) != len(q):
             check_ranges("attention", "cu_seqlens_k", cu_seqlens_k, len(k))

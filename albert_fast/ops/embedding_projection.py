@@ -20,6 +20,7 @@ from ..registration import (
     as_dtype,
     check_devices,
     forbid_second_derivative,
+    is_traced,
     needs_dispatcher,
     register,
     register_autograd,
@@ -352,7 +353,7 @@ def embedding_projection(
     call: Any = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
     device = word.device.type
     # Under autocast the product inside would change the dtype that the schema promises.
-    autocast = torch.is_autocast_enabled(device) or torch.compiler.is_compiling()
+    autocast = torch.is_autocast_enabled(device) or is_traced()
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         return call(
             input_ids,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import dispatch
-from ..registration import check_devices, forbid_derivative, needs_dispatcher, register
+from ..registration import check_devices, forbid_derivative, is_traced, needs_dispatcher, register
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref, check_ranges
 from .bias_gelu import ACTS, bias_gelu_ref
@@ -226,7 +226,7 @@ def check_tokens(
     if (rows is None) != (cu_rows is None):
         raise ValueError(f"{op}: rows and cu_rows come together")
     cu_seqlens = cu_seqlens.contiguous()
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+    if hidden.device.type == "cpu" and not is_traced():
         check_ranges(op, "cu_seqlens", cu_seqlens, len(hidden))
         if rows is not None and cu_rows is not None:
             check_ranges(op, "cu_rows", cu_rows, len(rows))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import check_devices, forbid_derivative, needs_dispatcher, register
+from ..registration import check_devices, forbid_derivative, is_traced, needs_dispatcher, register
 from ._integers import (
     ARITHMETICS,
     FORMATS,
@@ -238,7 +238,7 @@ def _check_layers(
 ) -> None:  # fmt: skip
     """ValueError for a tensor whose elements are not as many, or not of the dtype, that the kernel reads."""
     # The compiler looks through the cache, and warns of it.
-    expectation = _expected.__wrapped__ if torch.compiler.is_compiling() else _expected
+    expectation = _expected.__wrapped__ if is_traced() else _expected
     panels = bool(integers) and integers[0].dim() == 1
     for layer in range(len(integers) // 4):
         own = slice(4 * layer, 4 * layer + 4)
