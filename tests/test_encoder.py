@@ -79,6 +79,25 @@ def test_changed_weights_are_packed_again():
             before = after
 
 
+def test_a_write_while_weights_are_packed_is_not_lost(monkeypatch):
+    """As another thread may write: what was packed is then neither the old nor the new weights."""
+    inputs, extension = drawn(((9, 4), 48, 2, 100, 1, 2)), dispatch.extension()
+    weights = dict(zip(ops.WEIGHTS, inputs["weights"], strict=True))
+
+    class WritesBehindThePacking:
+        def __getattr__(self, name):
+            return getattr(extension, name)
+
+        def encoder_pack_cpu(self, *arguments):
+            extension.encoder_pack_cpu(*arguments)
+            weights["value"].mul_(-2.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "extension", WritesBehindThePacking)
+        CASE.run(inputs, "cpp")
+    torch.testing.assert_close(CASE.run(inputs, "cpp"), CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
+
+
 def test_packed_weights_go_with_the_weights():
     packed = sys.modules["albert_fast.ops.encoder"]._PACKED
     inputs = drawn(((4,), 26, 1, 40, 1, 1))
@@ -157,10 +176,11 @@ def test_bad_input_is_named(message, changes):
 
 def test_misshapen_weights_are_named():
     inputs = drawn(((7,), 48, 2, 96, 1, 1))
-    inputs["weights"][2] = torch.zeros(48, 47)
+    place = list(ops.WEIGHTS).index("dense")
+    inputs["weights"][place] = torch.zeros(48, 47)
     with pytest.raises(ValueError, match=r"expected dense of shape \(48, 48\)"):
         ops.encoder(**inputs)
-    inputs["weights"][2] = torch.zeros(48, 48, dtype=torch.bfloat16)
+    inputs["weights"][place] = torch.zeros(48, 48, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"got \(48, 48\) in torch.bfloat16"):
         ops.encoder(**inputs)
 
@@ -284,7 +304,8 @@ def test_triton_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
     inputs["rows"], inputs["cu_rows"] = torch.tensor([1, 3, 6], device=device), torch.arange(4, device=device).int()
     torch.testing.assert_close(by_kernel(inputs), CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
     # Keys whose scores are all minus infinity are others than none: there torch has NaN.
-    inputs["weights"][1][:32], inputs["weights"][1][32:64] = 1e25, -1e25
+    weights = dict(zip(ops.WEIGHTS, inputs["weights"], strict=True))
+    weights["query_bias"][:], weights["key_bias"][:] = 1e25, -1e25
     expected = CASE.run(inputs, "reference").isnan()
     assert torch.equal(by_kernel(inputs).isnan(), expected)
     assert expected.all(1).tolist() == [True, False, True]
