@@ -66,48 +66,6 @@ def test_bitwise_the_same_on_any_number_of_threads_and_in_any_batch(lengths, wan
         assert torch.equal(CASE.run(alone, "cpp"), expected[begin:end])
 
 
-def test_changed_weights_are_packed_again():
-    inputs = drawn(((9, 4), 48, 2, 100, 1, 2))
-    matrices = [weight for weight in inputs["weights"] if weight.dim() == 2]
-    before = CASE.run(inputs, "cpp")
-    for change in (lambda w: w.mul_(0.5), lambda w: w.data.mul_(2.0), lambda w: w.data.copy_(torch.randn_like(w) / 7)):
-        for matrix in matrices:
-            change(matrix)
-            after = CASE.run(inputs, "cpp")
-            assert not torch.equal(after, before)
-            torch.testing.assert_close(after, CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
-            before = after
-
-
-def test_a_write_while_weights_are_packed_is_not_lost(monkeypatch):
-    """As another thread may write: what was packed is then neither the old nor the new weights."""
-    inputs, extension = drawn(((9, 4), 48, 2, 100, 1, 2)), dispatch.extension()
-    weights = dict(zip(ops.WEIGHTS, inputs["weights"], strict=True))
-
-    class WritesBehindThePacking:
-        def __getattr__(self, name):
-            return getattr(extension, name)
-
-        def encoder_pack_cpu(self, *arguments):
-            extension.encoder_pack_cpu(*arguments)
-            weights["value"].mul_(-2.0)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(dispatch, "extension", WritesBehindThePacking)
-        CASE.run(inputs, "cpp")
-    torch.testing.assert_close(CASE.run(inputs, "cpp"), CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
-
-
-def test_packed_weights_go_with_the_weights():
-    packed = sys.modules["albert_fast.ops.encoder"]._PACKED
-    inputs = drawn(((4,), 26, 1, 40, 1, 1))
-    before = len(packed)
-    CASE.run(inputs, "cpp")
-    assert len(packed) == before + 1
-    inputs.clear()
-    assert len(packed) == before
-
-
 def test_two_threads_with_a_model_each():
     def work(inputs, expected):
         for _ in range(20):
