@@ -17,10 +17,10 @@ from . import dispatch, ops
 from .config import ALBERTConfig
 from .gemm import linear
 from .packing import Packing, Queries, take
-from .parts import check_read, is_hooked, is_linear, product, project
-from .quantization import QuantizedLinear
+from .parts import check_read, is_hooked, is_linear, product
+from .quantization import QuantizedAttention, QuantizedLinear
 from .registration import is_traced
-from .slices import split_columns
+from .self_attention import Attention, Fused, add_norm, dropout
 
 # What a backward computes again instead of finding it kept: nothing; the FFN's activations, one of a layer's two largest
 # arrays (T, I) at the price of a pass over memory; or layers as a whole, of which the input (T, H) alone is kept.
@@ -52,7 +52,7 @@ class Embeddings(nn.Module):
         for name, part in self._modules.items():
             check_read(part, nn.LayerNorm if name == "LayerNorm" else nn.Embedding, name)  # type: ignore[arg-type]
         check_read(projection, nn.Linear, "encoder.embedding_hidden_mapping_in")
-        p, seed = _dropout(self, self.dropout_p)
+        p, seed = dropout(self, self.dropout_p)
         return ops.embedding_projection(
             ids, types, positions, words.weight, self.token_type_embeddings.weight, self.position_embeddings.weight,
             norm.weight, norm.bias, projection.weight, projection.bias, norm.eps,
@@ -156,27 +156,29 @@ class Encoder(nn.Module):
         states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         order, distinct = self.order(), self.distinct()
+        # Once a forward for each distinct layer, however often it is applied.
+        layers = [(layer, _fused_ahead(layer)) for layer in distinct]
         if states is not None:
             states.append(hidden)
         for number in order[:-1]:
-            hidden = self._layer(distinct[number], hidden, packing, None, backend, attentions)
+            hidden = self._layer(*layers[number], hidden, packing, None, backend, attentions)
             if states is not None:
                 states.append(hidden)
-        last = distinct[order[-1]]
+        last = layers[order[-1]]
         if states is None and attentions is None:
-            return self._layer(last, hidden, packing, queries, backend, None)
-        hidden = self._layer(last, hidden, packing, None, backend, attentions)
+            return self._layer(*last, hidden, packing, queries, backend, None)
+        hidden = self._layer(*last, hidden, packing, None, backend, attentions)
         if states is not None:
             states.append(hidden)
         return hidden if queries is None else take(hidden, queries.rows)
 
     def _layer(
-        self, layer: Layer, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
+        self, layer: Layer, fused: Fused | None, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
         attentions: list[Tensor] | None,
     ) -> Tensor:  # fmt: skip
         # What a compiled graph computes again its partitioner decides; torch cannot trace checkpoints of changing lengths.
         recompute = self.recompute if torch.is_grad_enabled() and not is_traced() else "nothing"
-        arguments = (hidden, packing, queries, backend, attentions, recompute == "activations")
+        arguments = (hidden, packing, queries, backend, attentions, recompute == "activations", fused)
         # Run twice, a layer would append its probabilities twice.
         if recompute == "layers" and attentions is None:
             out: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
@@ -248,7 +250,7 @@ class Layer(nn.Module):
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
         self.full_layer_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config)
+        self.attention: Any = Attention(config)  # or a QuantizedAttention: see `place`
         self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
         self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
         self.act = config.activation
@@ -258,12 +260,13 @@ class Layer(nn.Module):
     def weights(self) -> list[Tensor]:
         """What `ops.encoder` reads, in the order of `ops.WEIGHTS`."""
         a, norm = self.attention, self.full_layer_layer_norm
-        modules = (a.qkv, a.dense, a.LayerNorm, self.ffn, self.ffn_output, norm)
+        modules = (a.query, a.key, a.value, a.dense, a.LayerNorm, self.ffn, self.ffn_output, norm)
         return [parameter for module in modules for parameter in (module.weight, module.bias)]
 
     def products(self) -> list[Any]:
-        """The four Linears, in the order of `ops.quantized_encoder.PRODUCTS`."""
-        return [self.attention.qkv, self.attention.dense, self.ffn, self.ffn_output]
+        """The four products, in the order of `ops.quantized_encoder.PRODUCTS`: integers, or Linears to make them of."""
+        a = self.attention
+        return [a.qkv if isinstance(a, QuantizedAttention) else a.as_one_linear(), a.dense, self.ffn, self.ffn_output]
 
     def vectors(self) -> list[Tensor]:
         """What `ops.quantized_encoder` reads beside the products, in the order of its `VECTORS`."""
@@ -274,13 +277,13 @@ class Layer(nn.Module):
     def inputs(self, hidden: Tensor, packing: Packing) -> tuple[list[Tensor], Tensor]:
         """What each of `products` is given (T, K) in a float32 layer, and the layer's result: to calibrate integers."""
         a, norm = self.attention, self.full_layer_layer_norm
-        q, k, v = linear(hidden, a.qkv.weight, a.qkv.bias).split(hidden.shape[1], dim=1)
+        q, k, v = a.query_key_value(hidden, hidden, a.fused())
         cu, longest = packing.cu_seqlens, packing.max_seqlen
         context = ops.attention(q, k, v, cu, cu, longest, longest, a.num_heads, a.scale)
-        attended = _add_norm(linear(context, a.dense.weight), a.dense.bias, hidden, a.LayerNorm, self, 0.0, "auto")
+        attended = add_norm(linear(context, a.dense.weight), a.dense.bias, hidden, a.LayerNorm, self, 0.0, "auto")
         middle = ops.bias_gelu(linear(attended, self.ffn.weight), self.ffn.bias, self.act)
         down = linear(middle, self.ffn_output.weight)
-        out = _add_norm(down, self.ffn_output.bias, attended, norm, self, 0.0, "auto")
+        out = add_norm(down, self.ffn_output.bias, attended, norm, self, 0.0, "auto")
         return [hidden, context, attended, middle], out
 
     def quantize(self, precision: str, inputs: list[Tensor | None], representative: bool) -> None:
@@ -289,15 +292,17 @@ class Layer(nn.Module):
         self.place([QuantizedLinear.rounded(name, old, precision, x, representative) for name, old, x in linears])
 
     def place(self, linears: list[Any]) -> None:
+        """Put these QuantizedLinears, in the order of `ops.PRODUCTS`, in the place of the float ones."""
         # In the layer's mode: of a new module it is training, which graphs are not for.
-        self.attention.qkv, self.attention.dense, self.ffn, self.ffn_output = (
-            linear.train(self.training) for linear in linears
-        )
+        qkv, dense, self.ffn, self.ffn_output = (linear.train(self.training) for linear in linears)
+        self.attention = QuantizedAttention(self.attention, qkv, dense)
 
     def is_plain(self) -> bool:
-        """Whether the layer computes just what the encoder operators do: no hook, no part replaced or parametrised."""
+        """Whether the layer computes just what the encoder operators do: no hook, no part replaced, parametrised or absent."""
         return all(
-            type(module) in (Layer, Attention, nn.Linear, QuantizedLinear, nn.LayerNorm) and not is_hooked(module)
+            type(module) in _PLAIN
+            and not is_hooked(module)
+            and all(parameter is not None for parameter in module._parameters.values())
             for module in self.modules()
         )
 
@@ -309,8 +314,9 @@ class Layer(nn.Module):
         backend: str,
         attentions: list[Tensor] | None = None,
         recompute_activations: bool = False,
+        fused: Fused | None = None,
     ) -> Tensor:
-        attended = self.attention(hidden, packing, queries, backend, attentions)
+        attended = self.attention(hidden, packing, queries, backend, attentions, fused)
         if recompute_activations:
             up = product(self.ffn, attended)
             # What stands in the place of a Linear may drop; ours replays the seeds that it was given.
@@ -321,7 +327,7 @@ class Layer(nn.Module):
             down, bias = product(self.ffn_output, middle)
         else:
             down, bias = self._down(*product(self.ffn, attended), backend)
-        return _add_norm(down, bias, attended, self.full_layer_layer_norm, self, self.dropout_p, backend)
+        return add_norm(down, bias, attended, self.full_layer_layer_norm, self, self.dropout_p, backend)
 
     def _down(self, up: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         """The FFN behind its first product, and the bias that is still to be added."""
@@ -337,106 +343,12 @@ def fuses_ffn(device_type: str) -> bool:
     return device_type == "cuda" and not torch.is_autocast_enabled(device_type)
 
 
-class Attention(nn.Module):
-    """Self-attention with query, key and value as one product; outside, state_dict has them apart, as Hugging Face does."""
-
-    def __init__(self, config: ALBERTConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.scale = config.head_dim**-0.5
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.probs_dropout_p = config.attention_probs_dropout_prob
-        self.dropout_p = config.hidden_dropout_prob
-        self.register_state_dict_post_hook(_split_qkv)
-        self.register_load_state_dict_pre_hook(_merge_qkv)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        packing: Packing,
-        queries: Queries | None,
-        backend: str,
-        attentions: list[Tensor] | None = None,
-    ) -> Tensor:
-        width, residual = hidden.shape[1], hidden
-        cu_seqlens_q, max_seqlen_q = packing.cu_seqlens, packing.max_seqlen
-        if queries is not None:
-            residual = take(hidden, queries.rows)
-            cu_seqlens_q, max_seqlen_q = queries.cu_seqlens, queries.max_seqlen
-        if queries is None or not is_linear(self.qkv) or self.qkv.bias is None:
-            q, k, v = split_columns(project(self.qkv, hidden), width)
-            q = q if queries is None else take(q, queries.rows)
-        else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = linear(residual, weight[:width], bias[:width])
-            k, v = split_columns(linear(hidden, weight[width:], bias[width:]), width)
-        if attentions is not None:
-            attentions.append(_probabilities(q, k, packing, self.num_heads, self.scale))
-        p, seed = _dropout(self, self.probs_dropout_p)
-        context = ops.attention(
-            q, k, v, cu_seqlens_q, packing.cu_seqlens, max_seqlen_q, packing.max_seqlen, self.num_heads, self.scale, p, seed,
-            order=packing.order, backend=backend,
-        )  # fmt: skip
-        return _add_norm(*product(self.dense, context), residual, self.LayerNorm, self, self.dropout_p, backend)
+_PLAIN = (Layer, Attention, QuantizedAttention, nn.Linear, QuantizedLinear, nn.LayerNorm)
 
 
-def _add_norm(
-    x: Tensor, bias: Tensor, residual: Tensor, norm: nn.LayerNorm, module: nn.Module, dropout_p: float, backend: str
-) -> Tensor:  # fmt: skip
-    check_read(norm, nn.LayerNorm, "a layer's LayerNorm")
-    p, seed = _dropout(module, dropout_p)
-    return ops.add_layer_norm(x, bias, residual, norm.weight, norm.bias, norm.eps, p, seed, backend=backend)
-
-
-def _dropout(module: nn.Module, p: float) -> tuple[float, Tensor | None]:
-    return (p, ops.draw_seed()) if module.training and p else (0.0, None)
-
-
-def _probabilities(q: Tensor, k: Tensor, packing: Packing, num_heads: int, scale: float) -> Tensor:
-    """(B, heads, S, S), zeros wherever the query or the key is padded; only for callers who ask to see them."""
-    q, k = (packing.scatter(t).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k))
-    real = None if packing.indices is None else packing.mask()[:, None, :, None]
-    scores = (q.float() @ k.float().transpose(2, 3)) * scale
-    if real is not None:
-        scores = scores.masked_fill(~real.transpose(2, 3), torch.finfo(torch.float32).min)
-    probabilities = torch.softmax(scores, dim=-1)
-    return (probabilities if real is None else probabilities * (real & real.transpose(2, 3))).to(q.dtype)
-
-
-_QKV = ("query", "key", "value")
-
-
-def _qkv_kinds(module: nn.Module) -> tuple[str, ...]:
-    """What of `qkv` stands apart for query, key and value outside."""
-    return ("weight", "bias", "weight_scale") if isinstance(module.qkv, QuantizedLinear) else ("weight", "bias")
-
-
-def _split_qkv(module: nn.Module, state: dict[str, Tensor], prefix: str, _local_metadata: Any) -> None:
-    if f"{prefix}qkv.weight" not in state:  # an adapter's or a parametrisation's names, which stay as they are
-        return
-    for kind in _qkv_kinds(module):
-        parts = state.pop(f"{prefix}qkv.{kind}").chunk(3)
-        state.update({f"{prefix}{name}.{kind}": part for name, part in zip(_QKV, parts, strict=True)})
-
-
-def _merge_qkv(
-    module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: Any, _strict: bool, missing: list[str],
-    _unexpected: list[str], errors: list[str],
-) -> None:  # fmt: skip
-    expected: dict[str, Tensor] = {}
-    module.qkv._save_to_state_dict(expected, "", False)  # type: ignore[union-attr]
-    if "weight" not in expected:
-        return
-    for kind in _qkv_kinds(module):
-        names = [f"{prefix}{name}.{kind}" for name in _QKV]
-        current = expected[kind]
-        rows = current.chunk(3)
-        missing += [name for name in names if name not in state]
-        parts = [state.pop(name, row) for name, row in zip(names, rows, strict=True)]
-        for name, part, row in zip(names, parts, rows, strict=True):
-            if part.shape != row.shape:
-                errors.append(f"size mismatch for {name}: {tuple(part.shape)}, expected {tuple(row.shape)}")
-        fits = all(part.shape == row.shape for part, row in zip(parts, rows, strict=True))
-        state[f"{prefix}qkv.{kind}"] = torch.cat(parts) if fits else current
+def _fused_ahead(layer: nn.Module) -> Fused | None:
+    """`Attention.fused` for all applications of a layer in one forward; None where each application must look for itself:
+    a wrapper (FSDP) or a hook may put weights in place only while the layer is called."""
+    if type(layer) is not Layer or type(layer.attention) is not Attention:
+        return None
+    return None if is_hooked(layer) or is_hooked(layer.attention) else layer.attention.fused()

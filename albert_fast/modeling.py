@@ -6,8 +6,8 @@
       -> the layer of each group, num_hidden_layers times; the last one only for the tokens that are asked for
       -> unpack, or a head's logits
 
-Same names, same state_dict keys and same numbers as `reference.py` and Hugging Face (Lan et al. 2019); inside, query, key
-and value are one product.
+Same modules, same parameters and same numbers as `reference.py` and Hugging Face (Lan et al. 2019); query, key and value
+become one product at run time.
 """
 
 from __future__ import annotations

@@ -30,6 +30,14 @@ def is_linear(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward and not is_hooked(module)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module` is a Linear with a bias whose own parameters are what it computes with, so that a copy of them serves
+    several calls: no parametrisation, which may draw at each call, and no tensor of another kind."""
+    if not is_linear(module) or "parametrizations" in module._modules:
+        return False
+    return all(type(module._parameters.get(name)) in (Tensor, nn.Parameter) for name in ("weight", "bias"))
+
+
 def project(module: nn.Module, x: Tensor) -> Tensor:
     """What `module`, a Linear or what stands in its place, makes of x (T, K): (T, N)."""
     return linear(x, module.weight, module.bias) if is_linear(module) else module(x)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import dispatch
 from .config import ALBERTConfig
-from .weights import config_path, load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint
+from .weights import config_path, load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint, tied
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What transformers' from_pretrained takes under another name, or not at all.
@@ -97,6 +97,25 @@ class PretrainedMixin(nn.Module):
                     nn.init.zeros_(module.weight[module.padding_idx])
                 elif isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **options: Any) -> Any:
+        """As of every Module; a parameter with two names, such as a tied decoder's, is under its second name a copy.
+
+        Others write files of it: safetensors refuses tensors that share memory, accelerate drops all but one of them.
+        """
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **options)
+        for alias, _ in tied(self):
+            if not keep_vars and prefix + alias in state:
+                state[prefix + alias] = state[prefix + alias].clone()
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Of two names of one parameter a file may hold either."""
+        for alias, first in tied(self):
+            for there, absent in ((first, alias), (alias, first)):
+                if prefix + there in state_dict:
+                    state_dict.setdefault(prefix + absent, state_dict[prefix + there])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @classmethod
     def check_backend(cls, backend: str, precision: str) -> None:

@@ -162,6 +162,47 @@ class QuantizedLinear(nn.Module):
         raise RuntimeError("a quantised layer runs as a whole: see ops.quantized_encoder")
 
 
+class QuantizedAttention(nn.Module):
+    """Stands where a layer's attention stood: query, key and value as one product `qkv` (H -> 3H), `dense` and `LayerNorm`.
+
+    state_dict has the rows of query, key and value apart, under the names of a float attention, and what the three share
+    under `qkv`: `query.weight` (H, H), `query.weight_scale` (H,), `query.bias` (H,), ..., `qkv.rescale`, `qkv.shift` (H,).
+    """
+
+    ROWS = ("query", "key", "value")
+    APART = ("weight", "bias", "weight_scale")
+
+    def __init__(self, attention: Any, qkv: QuantizedLinear, dense: QuantizedLinear) -> None:
+        super().__init__()
+        self.num_heads, self.scale, self.LayerNorm = attention.num_heads, attention.scale, attention.LayerNorm
+        self.qkv, self.dense = qkv, dense
+        self.train(attention.training)
+
+    def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
+        state = super().state_dict(*args, prefix=prefix, **options)
+        for kind in self.APART:
+            rows = state.pop(f"{prefix}qkv.{kind}").chunk(3)
+            # Copies: writers of files take tensors that share memory for one tensor, and drop all but the first.
+            state.update({f"{prefix}{name}.{kind}": part.clone() for name, part in zip(self.ROWS, rows, strict=True)})
+        return state
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str],
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        current = self.state_dict(prefix=prefix)
+        for kind in self.APART:
+            names = [f"{prefix}{name}.{kind}" for name in self.ROWS]
+            missing += [name for name in names if name not in state]
+            parts, rows = [state.pop(name, current[name]) for name in names], [current[name] for name in names]
+            for name, part, row in zip(names, parts, rows, strict=True):
+                if part.shape != row.shape:
+                    errors.append(f"size mismatch for {name}: {tuple(part.shape)}, expected {tuple(row.shape)}")
+            fits = all(part.shape == row.shape for part, row in zip(parts, rows, strict=True))
+            state[f"{prefix}qkv.{kind}"] = torch.cat(parts if fits else rows)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+
+
 def _run_sums(weight: Tensor) -> Tensor:
     """(N, K) -> (N, runs): sums of magnitudes over runs of RUN columns."""
     magnitude = F.pad(weight.double().abs(), (0, -weight.shape[1] % RUN))

@@ -211,7 +211,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
     Raises:
         ValueError: missing, extra or misshapen tensors, tensors that are not floats, tied tensors that differ.
     """
-    expected = model.state_dict()
+    expected = model.state_dict(keep_vars=True)
     heads = {head: {key for key in expected if _head(key) == head} for head in HEADS}
     complete, problems = dict[str, Tensor](), list[str]()
 
@@ -236,7 +236,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
         elif head is None or heads[head]:
             problem(key, f"is not a tensor of {type(model).__name__}")
 
-    for alias, key in _tied(expected):
+    for alias, key in tied(model):
         both = complete.keys() & {alias, key}
         if len(both) == 1:
             complete[alias] = complete[key] = complete[both.pop()]
@@ -275,15 +275,12 @@ def _head(key: str) -> str | None:
     return next((head for head in HEADS if key.startswith(head)), None)
 
 
-def _tied(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """(alias, first name) for every tensor of a state_dict that is the same memory as an earlier one."""
-    first: dict[tuple[Any, ...], str] = {}
-    for key, tensor in state.items():
-        if tensor.is_meta:  # no memory to share
-            continue
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape))
-        if first.setdefault(place, key) != key:
-            yield key, first[place]
+def tied(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(alias, first name) for every name under which `model` has a parameter that an earlier name has too."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            yield name, first[id(parameter)]
 
 
 def save_checkpoint(model: nn.Module, values: Mapping[str, Any], directory: str | Path) -> None:
@@ -296,8 +293,8 @@ def save_checkpoint(model: nn.Module, values: Mapping[str, Any], directory: str 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _tidy(directory)
-    state = model.state_dict()
-    aliases = {alias for alias, _ in _tied(state)}
+    state = model.state_dict(keep_vars=True)
+    aliases = {alias for alias, _ in tied(model)}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items() if key not in aliases}
     token = secrets.token_hex(8)
     weights = directory / f".model.safetensors.{token}.part"

@@ -191,9 +191,14 @@ class EncoderGroup(OperatorGroup):
 
 def by_operators(hidden, weights, order, cu_seqlens, num_heads, softmax_scale, eps, act, longest, **_):
     """encoder by the operators that the models otherwise run; arguments as the OpCase's."""
-    per_layer = len(ops.WEIGHTS)
+    per_layer, layers = len(ops.WEIGHTS), []
+    for first in range(0, len(weights), per_layer):
+        w = dict(zip(ops.WEIGHTS, weights[first : first + per_layer], strict=True))
+        for kind in ("", "_bias"):
+            w[f"qkv{kind}"] = torch.cat([w[f"{name}{kind}"] for name in ("query", "key", "value")])
+        layers.append(w)
     for number in order:
-        w = dict(zip(ops.WEIGHTS, weights[number * per_layer : (number + 1) * per_layer], strict=True))
+        w = layers[number]
         q, k, v = F.linear(hidden, w["qkv"], w["qkv_bias"]).chunk(3, dim=1)
         context = ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, num_heads, softmax_scale)
         attended = ops.add_layer_norm(

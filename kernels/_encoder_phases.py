@@ -27,6 +27,13 @@ def barrier(counter_ptr, target):
 
 
 @triton.jit
+def chosen(condition, first_ptr, second_ptr):
+    if condition:
+        second_ptr = first_ptr
+    return second_ptr
+
+
+@triton.jit
 def _joined_statistics(
     statistics_ptr,  # (rows, 2, blocks) float32: mean and sum of squared differences within each block of columns
     rows,  # (BLOCK_M,) int64
@@ -74,9 +81,13 @@ def product_phase(
     z_statistics_ptr,  # (T, 2, blocks) float32
     norm_weight_ptr,  # (H,)
     norm_bias_ptr,  # (H,)
-    weight_ptr,  # (n_cols, depth)
+    weight_ptr,  # (n_cols, depth); of three PARTS the first, and behind it the others, each a product of its own
     bias_ptr,  # (n_cols,)
-    out_ptr,  # (n_rows, n_cols)
+    second_weight_ptr,
+    second_bias_ptr,
+    third_weight_ptr,
+    third_bias_ptr,
+    out_ptr,  # (n_rows, PARTS, n_cols)
     out_statistics_ptr,  # (n_rows, 2, blocks) float32 where z is added, else None
     partials_ptr,  # (tiles, splits, BLOCK_M, BLOCK_N) float32
     arrivals_ptr,  # (tiles,) int32, zeros before and after
@@ -89,7 +100,8 @@ def product_phase(
     eps,
     is_sum,
     gather,
-    ADD_Z: tl.constexpr,
+    PARTS: tl.constexpr,  # 1 or 3
+    ADD_Z: tl.constexpr,  # of one part alone
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -97,16 +109,27 @@ def product_phase(
     BLOCKS: tl.constexpr,
     TF32: tl.constexpr,
 ):
-    """out = act(LayerNorm(z) weight^T + bias), or x weight^T + bias + LayerNorm(z) with the statistics of its rows."""
+    """out = act(LayerNorm(z) weight^T + bias), of each of PARTS weights; or x weight^T + bias + LayerNorm(z) with the
+    statistics of its rows."""
     dtype = out_ptr.dtype.element_ty
     row_tiles = tl.cdiv(n_rows, BLOCK_M)
     col_tiles = tl.cdiv(n_cols, BLOCK_N)
-    for item in range(tl.program_id(0), row_tiles * col_tiles * splits, tl.num_programs(0)):
+    for item in range(tl.program_id(0), row_tiles * (PARTS * col_tiles) * splits, tl.num_programs(0)):
         split = item % splits
         tile = item // splits
+        block = tile // row_tiles
+        own_weight_ptr = weight_ptr
+        own_bias_ptr = bias_ptr
+        own_out_ptr = out_ptr
+        if PARTS == 3:
+            part = block // col_tiles
+            block = block % col_tiles
+            own_weight_ptr = chosen(part == 0, weight_ptr, chosen(part == 1, second_weight_ptr, third_weight_ptr))
+            own_bias_ptr = chosen(part == 0, bias_ptr, chosen(part == 1, second_bias_ptr, third_bias_ptr))
+            own_out_ptr = out_ptr + part * n_cols
         # 64 bits: a row's number times its width passes 2^31 elements in large batches.
         rows = (tile % row_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
         row_mask = rows < n_rows
         col_mask = cols < n_cols
         z_rows = _source_rows(rows_ptr, rows, row_mask, gather)
@@ -119,7 +142,7 @@ def product_phase(
             inner = first_k + tl.arange(0, BLOCK_K)
             inner_mask = inner < depth
             mask = row_mask[:, None] & inner_mask[None, :]
-            weights = weight_ptr + cols.to(tl.int64)[:, None] * depth + inner[None, :]
+            weights = own_weight_ptr + cols.to(tl.int64)[:, None] * depth + inner[None, :]
             b = tl.load(weights, mask=col_mask[:, None] & inner_mask[None, :], other=0.0)
             if ADD_Z:
                 a = tl.load(x_ptr + rows[:, None] * depth + inner[None, :], mask=mask, other=0.0)
@@ -144,18 +167,17 @@ def product_phase(
                 tl.store(arrivals_ptr + tile, 0)
         if is_last:
             mask = row_mask[:, None] & col_mask[None, :]
-            out = acc + load_row_vector(bias_ptr, cols, n_cols)
+            out = acc + load_row_vector(own_bias_ptr, cols, n_cols)
             if ADD_Z:
                 z = tl.load(z_ptr + z_rows[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
                 out += _normalised(z, mean, rstd, norm_weight_ptr, norm_bias_ptr, cols, n_cols, is_sum)
             if ACT != NO_ACT:
                 out = activate(out, ACT)
             rounded = round_to(out, dtype)
-            tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], rounded, mask=mask)
+            tl.store(own_out_ptr + rows[:, None] * (PARTS * n_cols) + cols[None, :], rounded, mask=mask)
             if ADD_Z:
                 # Of the rounded sums, so that the LayerNorm's mean is 0 and its variance 1 all the same.
                 out = tl.where(mask, rounded.to(tl.float32), 0.0)
-                block = tile // row_tiles
                 block_mean = tl.sum(out, axis=1) / tl.minimum(n_cols - block * BLOCK_N, BLOCK_N)
                 difference = tl.where(mask, out - block_mean[:, None], 0.0)
                 at = out_statistics_ptr + rows * (2 * col_tiles) + block

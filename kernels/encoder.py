@@ -44,7 +44,7 @@ import triton.language as tl
 
 from ._attention_tiles import FEW_QUERIES, attention_tiles
 from ._common import ACT_CODES, COMPILER_OPTIONS
-from ._encoder_phases import NO_ACT, attention_phase, barrier, norm_phase, product_phase
+from ._encoder_phases import NO_ACT, attention_phase, barrier, chosen, norm_phase, product_phase
 from ._precision import multiplies_tf32
 from ._tuning import Tiles
 from .attention import LOG2_E
@@ -55,15 +55,10 @@ PROGRAMS = 128
 # Steps of BLOCK_K below which a split of the inner dimension costs more than it saves.
 _MIN_STEPS = 3
 _PHASES = 5
+# Of a layer's weights: how many there are, and the place of ffn among them.
+_PER_LAYER, _FFN = 16, 10
 # The counter of the barrier has a line of the cache for itself; behind it each split tile's count of programs.
 _ARRIVALS_AT = tl.constexpr(32)
-
-
-@triton.jit
-def _chosen(condition, first_ptr, second_ptr):
-    if condition:
-        second_ptr = first_ptr
-    return second_ptr
 
 
 @triton.jit(
@@ -74,8 +69,12 @@ def _chosen(condition, first_ptr, second_ptr):
 )
 def _encoder_fwd_kernel(
     hidden_ptr,  # (T, H)
-    qkv_ptr,  # (3H, H)
-    qkv_bias_ptr,  # (3H,)
+    query_ptr,  # (H, H)
+    query_bias_ptr,  # (H,)
+    key_ptr,  # (H, H)
+    key_bias_ptr,  # (H,)
+    value_ptr,  # (H, H)
+    value_bias_ptr,  # (H,)
     dense_ptr,  # (H, H)
     dense_bias_ptr,  # (H,)
     norm_weight_ptr,  # (H,)
@@ -138,7 +137,7 @@ def _encoder_fwd_kernel(
         is_sum = layer > 0
         gather = layer == n_layers - 1
         n_rows = tl.where(layer >= n_layers - 1, n_queries, n_tokens)
-        z_ptr = _chosen(is_sum, sums_ptr, hidden_ptr)
+        z_ptr = chosen(is_sum, sums_ptr, hidden_ptr)
         if layer == n_layers:
             norm_phase(
                 sums_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, out_ptr, n_rows, width, eps, BLOCK_M,
@@ -146,14 +145,15 @@ def _encoder_fwd_kernel(
             )  # fmt: skip
         elif kind == 0:
             product_phase(
-                z_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, qkv_ptr, qkv_bias_ptr,
-                qkv_out_ptr, None, partials_ptr, arrivals_ptr, None, n_tokens, 3 * width, width, qkv_splits, qkv_steps,
-                 eps, is_sum, False, False, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
+                z_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, query_ptr, query_bias_ptr,
+                key_ptr, key_bias_ptr, value_ptr, value_bias_ptr, qkv_out_ptr, None, partials_ptr, arrivals_ptr, None,
+                n_tokens, width, width, qkv_splits, qkv_steps, eps, is_sum, False, 3, False, NO_ACT, BLOCK_M, BLOCK_N,
+                BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         elif kind == 1:
             cu_queries_ptr = cu_seqlens_ptr
             if rows_ptr is not None:
-                cu_queries_ptr = _chosen(gather, cu_rows_ptr, cu_seqlens_ptr)
+                cu_queries_ptr = chosen(gather, cu_rows_ptr, cu_seqlens_ptr)
             attention_phase(
                 qkv_out_ptr, context_ptr, cu_seqlens_ptr, cu_queries_ptr, rows_ptr, n_rows, n_sequences, width, num_heads,
                 scale_log2, gather, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_Q, BLOCK_S, TF32,
@@ -161,21 +161,22 @@ def _encoder_fwd_kernel(
         elif kind == 2:
             product_phase(
                 context_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, dense_ptr, dense_bias_ptr,
-                attended_ptr, attended_statistics_ptr, partials_ptr, arrivals_ptr, rows_ptr, n_rows, width, width,
-                dense_splits, dense_steps, eps, is_sum, gather, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
+                None, None, None, None, attended_ptr, attended_statistics_ptr, partials_ptr, arrivals_ptr, rows_ptr, n_rows,
+                width, width, dense_splits, dense_steps, eps, is_sum, gather, 1, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K,
+                BLOCKS, TF32,
             )  # fmt: skip
         elif kind == 3:
             product_phase(
                 attended_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_ptr, ffn_bias_ptr,
-                middle_ptr, None, partials_ptr, arrivals_ptr, None, n_rows, middle_width, width, ffn_splits, ffn_steps,
-                eps, True, False, False, ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
+                None, None, None, None, middle_ptr, None, partials_ptr, arrivals_ptr, None, n_rows, middle_width, width,
+                ffn_splits, ffn_steps, eps, True, False, 1, False, ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         else:
             product_phase(
                 middle_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_output_ptr,
-                ffn_output_bias_ptr, sums_ptr, sums_statistics_ptr, partials_ptr, arrivals_ptr, None, n_rows, width,
-                middle_width, ffn_output_splits, ffn_output_steps, eps, True, False, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K,
-                BLOCKS, TF32,
+                ffn_output_bias_ptr, None, None, None, None, sums_ptr, sums_statistics_ptr, partials_ptr, arrivals_ptr, None,
+                n_rows, width, middle_width, ffn_output_splits, ffn_output_steps, eps, True, False, 1, True, NO_ACT, BLOCK_M,
+                BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         if phase + 1 < end_phase:
             barrier(state_ptr, (phase + 1 - first_phase) * tl.num_programs(0))
@@ -233,11 +234,12 @@ def _run(
     hidden: torch.Tensor, layer: Sequence[torch.Tensor], n_layers: int, cu_seqlens: torch.Tensor, rows: torch.Tensor | None,
     cu_rows: torch.Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str, step_programs: int,
 ) -> torch.Tensor:  # fmt: skip
-    """`n_layers` times the layer of these 12 weights."""
-    (n_tokens, width), middle_width = hidden.shape, len(layer[6])
+    """`n_layers` times the layer of these weights."""
+    (n_tokens, width), middle_width = hidden.shape, len(layer[_FFN])
     n_queries, head_dim = n_tokens if rows is None else len(rows), width // num_heads
     tiles = encoder_tiles(head_dim, hidden.dtype, n_tokens, multiplies_tf32(hidden.dtype))
-    counts = [_tile_count(tiles, n_tokens, n) for n in (3 * width, width, middle_width, width)]
+    counts = [_tile_count(tiles, n_tokens, n) for n in (width, width, middle_width, width)]
+    counts[0] *= 3  # each of query, key and value from a whole tile on
     depths = (width, width, width, middle_width)
     splits = [split_depth(n, depth, tiles["BLOCK_K"]) for n, depth in zip(counts, depths, strict=True)]
     blocks = triton.cdiv(width, tiles["BLOCK_N"])
@@ -281,8 +283,9 @@ def encoder_fwd(
 
     Args:
         hidden: (T, H), packed tokens.
-        weights: 12 of each distinct layer, in hidden's dtype: qkv (3H, H) and its bias, dense (H, H), its bias, LayerNorm's
-            weight and bias, ffn (I, H), its bias, ffn_output (H, I), its bias, the second LayerNorm's weight and bias.
+        weights: 16 of each distinct layer, in hidden's dtype: query, key and value (H, H), each with its bias behind it,
+            dense (H, H), its bias, LayerNorm's weight and bias, ffn (I, H), its bias, ffn_output (H, I), its bias, the second
+            LayerNorm's weight and bias.
         order: which distinct layer runs at each step.
         cu_seqlens: (B + 1,) int32, each sequence's first row, and the end.
         rows, cu_rows: the tokens (Tq,) int64 that the last layer is asked for, and where each sequence's begin among them,
@@ -306,6 +309,6 @@ def encoder_fwd(
         return torch.empty((0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
     for i, (number, n_layers) in enumerate(runs):
         wanted = (rows, cu_rows) if i == len(runs) - 1 else (None, None)
-        layer = weights[12 * number : 12 * (number + 1)]
+        layer = weights[_PER_LAYER * number : _PER_LAYER * (number + 1)]
         hidden = _run(hidden, layer, n_layers, cu_seqlens, *wanted, num_heads, softmax_scale, eps, act, step_programs)
     return hidden

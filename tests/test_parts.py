@@ -16,7 +16,10 @@ CONFIG = ALBERTConfig(
     vocab_size=61, embedding_size=12, hidden_size=40, num_attention_heads=5, intermediate_size=56, num_hidden_layers=3
 )
 LAYER = "encoder.albert_layer_groups.0.albert_layers.0."
-LINEARS = [LAYER + name for name in ("attention.qkv", "attention.dense", "ffn", "ffn_output")] + ["pooler"]
+LINEARS = [
+    LAYER + name
+    for name in ("attention.query", "attention.key", "attention.value", "attention.dense", "ffn", "ffn_output")
+] + ["pooler"]
 
 
 class Adapter(nn.Module):
@@ -121,12 +124,12 @@ def test_linears_without_a_bias(model, batch, name, tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["adapter", "parametrisation"])
-def test_the_state_of_a_changed_qkv_comes_back(model, batch, change):
-    qkv = model.get_submodule(LINEARS[0])
+def test_the_state_of_a_changed_query_comes_back(model, batch, change):
+    query = model.get_submodule(LINEARS[0])
     if change == "adapter":
-        put(model, LINEARS[0], Adapter(qkv))
+        put(model, LINEARS[0], Adapter(query))
     else:
-        parametrize.register_parametrization(qkv, "weight", nn.ReLU())
+        parametrize.register_parametrization(query, "weight", nn.ReLU())
     other = copy.deepcopy(model)
     nn.init.zeros_(next(other.get_submodule(LINEARS[0]).parameters()))
     other.load_state_dict(model.state_dict())

@@ -10,7 +10,7 @@ from ._graph_inputs import GraphInputs
 from ._integers import PRODUCTS
 from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
-from .attention import attention, attention_ref
+from .attention import attention, attention_ref, split_columns
 from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref, index_error
 from .encoder import (
@@ -66,6 +66,7 @@ __all__ = [
     "quantized_encoder",
     "quantized_encoder_ref",
     "raise_pending",
+    "split_columns",
     "stage_seconds",
     "synchronize",
     "tf32_asked_for",

@@ -7,9 +7,11 @@ the last layer can ask for some tokens only.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import dispatch
 from ..registration import (
@@ -20,7 +22,6 @@ from ..registration import (
     register,
     register_autograd,
 )
-from ..slices import beside, empty_beside
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
 
@@ -181,6 +182,63 @@ register(
 )
 
 
+def _beside(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether (T, N) tensors are neighbouring columns of one buffer, in this order."""
+    first = tensors[0]
+    return (
+        first.stride(1) == 1
+        and first.stride(0) >= len(tensors) * first.shape[1]
+        and all(
+            t.shape == first.shape
+            and t.dtype == first.dtype
+            and t.stride() == first.stride()
+            and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and t.storage_offset() == first.storage_offset() + number * first.shape[1]
+            for number, t in enumerate(tensors)
+        )
+    )
+
+
+def _empty_beside(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    """`count` uninitialised tensors of the shape (T, N) of `like`, neighbouring columns of one buffer."""
+    rows, width = like.shape
+    return torch.empty((rows, count * width), dtype=like.dtype, device=like.device).split(width, dim=1)
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, width: int) -> tuple[Tensor, ...]:
+        return x.split(width, dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        first = grads[0]
+        if not _beside(grads):
+            return torch.cat(grads, dim=1), None
+        return first.as_strided((len(first), len(grads) * first.shape[1]), first.stride()), None
+
+
+def split_columns(x: Tensor, width: int) -> tuple[Tensor, ...]:
+    """x (T, n * width) as n views (T, width), like `x.split(width, dim=1)`.
+
+    torch's split concatenates the gradients of its parts, which reads and writes (T, n * width) once more in every layer.
+    Here nothing is copied where they are neighbouring columns of one buffer already, as `attention` writes them.
+    """
+    # A compiler plans buffers itself; and a tensor subclass may have no address.
+    if (
+        is_traced()
+        or type(x) not in (Tensor, Parameter)
+        or not (torch.is_grad_enabled() and x.requires_grad)
+    ):
+        return x.split(width, dim=1)
+    parts: tuple[Tensor, ...] = _Split.apply(x, width)
+    return parts
+
+
 def _setup(ctx, inputs, output):
     q, k, v, cu_seqlens_q, cu_seqlens_k, order, *ctx.numbers, seed, ctx.backend = inputs
     _, lse = output
@@ -191,10 +249,10 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, _grad_lse):
     q, k, v, *others, seed = ctx.saved_tensors
     arguments = [grad, q, k, v, *others, *ctx.numbers, seed, ctx.backend]
-    if needs_dispatcher(grad, q, k, v) or not beside((k, v)):
+    if needs_dispatcher(grad, q, k, v) or not _beside((k, v)):
         gradients = torch.ops.albert_fast.attention_bwd(*arguments)
-    else:  # slices of one product, whose gradient is one buffer: see slices.py
-        into = empty_beside(k, 3) if beside((q, k, v)) else (torch.empty_like(q), *empty_beside(k, 2))
+    else:  # columns of one product, whose gradient `split_columns` takes as one array
+        into = _empty_beside(k, 3) if _beside((q, k, v)) else (torch.empty_like(q), *_empty_beside(k, 2))
         gradients = _bwd(*[*arguments, into])
     return *gradients, *[None] * 10
 

@@ -7,15 +7,15 @@ again when they change. The Triton kernel reads them as they are.
 from __future__ import annotations
 
 import array
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import dispatch
+from ..derived import Derived
 from ..registration import check_devices, forbid_derivative, is_traced, needs_dispatcher, register
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref, check_ranges
@@ -23,9 +23,9 @@ from .bias_gelu import ACTS, bias_gelu_ref
 
 # A layer's weights, in the order in which `weights` has them, and their shapes in H and I.
 WEIGHTS = {
-    "qkv": "3H H", "qkv_bias": "3H", "dense": "H H", "dense_bias": "H", "norm_weight": "H", "norm_bias": "H",
-    "ffn": "I H", "ffn_bias": "I", "ffn_output": "H I", "ffn_output_bias": "H", "full_norm_weight": "H",
-    "full_norm_bias": "H",
+    "query": "H H", "query_bias": "H", "key": "H H", "key_bias": "H", "value": "H H", "value_bias": "H",
+    "dense": "H H", "dense_bias": "H", "norm_weight": "H", "norm_bias": "H", "ffn": "I H", "ffn_bias": "I",
+    "ffn_output": "H I", "ffn_output_bias": "H", "full_norm_weight": "H", "full_norm_bias": "H",
 }  # fmt: skip
 # What the kernel's time goes to, in the order in which it counts.
 STAGES = (
@@ -38,23 +38,38 @@ MAX_KERNEL_HEAD_DIM = 128
 WEIGHT_NAMES = tuple(WEIGHTS)
 _PER_LAYER = len(WEIGHTS)
 _MATRICES = [i for i, shape in enumerate(WEIGHTS.values()) if " " in shape]
-_SAMPLES = 64
+_FFN = WEIGHT_NAMES.index("ffn")
 
 
 def _layer_ref(
     hidden: Tensor, weights: Sequence[Tensor], cu_seqlens: Tensor, rows: Tensor | None, cu_rows: Tensor,
     num_heads: int, softmax_scale: float, eps: float, act: str,
 ) -> Tensor:  # fmt: skip
-    qkv, qkv_bias, dense, dense_bias, norm, norm_bias, ffn, ffn_bias, ffn_output, ffn_output_bias, full, full_bias = (
-        weights
-    )
-    q, k, v = torch.nn.functional.linear(hidden, qkv, qkv_bias).split(hidden.shape[1], dim=1)
+    (
+        w_q,
+        b_q,
+        w_k,
+        b_k,
+        w_v,
+        b_v,
+        dense,
+        dense_bias,
+        norm,
+        norm_bias,
+        ffn,
+        ffn_bias,
+        ffn_output,
+        ffn_output_bias,
+        *full,
+    ) = weights
+    fused = torch.nn.functional.linear(hidden, torch.cat([w_q, w_k, w_v]), torch.cat([b_q, b_k, b_v]))
+    q, k, v = fused.split(hidden.shape[1], dim=1)
     if rows is not None:
         q, hidden = q[rows], hidden[rows]
     context = attention_ref(q, k, v, cu_rows, cu_seqlens, num_heads, softmax_scale)
     attended = add_layer_norm_ref(context @ dense.t(), dense_bias, hidden, norm, norm_bias, eps)
     middle = bias_gelu_ref(attended @ ffn.t(), ffn_bias, act)
-    return add_layer_norm_ref(middle @ ffn_output.t(), ffn_output_bias, attended, full, full_bias, eps)
+    return add_layer_norm_ref(middle @ ffn_output.t(), ffn_output_bias, attended, *full, eps)
 
 
 def encoder_ref(
@@ -72,50 +87,27 @@ def encoder_ref(
     return hidden
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A layer's matrices in the kernel's layout, and what tells whether they are still those of the model."""
-
-    memory: Tensor
-    versions: tuple[tuple[int, int], ...]
-    samples: tuple[Tensor, ...]
-
-    def is_current(self, matrices: Sequence[Tensor]) -> bool:
-        # Writes through `.data` leave the version as it is; some elements are compared for those.
-        return self.versions == _versions(matrices) and all(map(torch.equal, map(_sample, matrices), self.samples))
+def _pack(matrices: Sequence[Tensor]) -> Tensor:
+    extension, (middle, hidden) = dispatch.extension(), matrices[_MATRICES.index(_FFN)].shape
+    memory = torch.empty(extension.encoder_packed_size_cpu(hidden, middle), dtype=torch.float32)
+    extension.encoder_pack_cpu(
+        *(matrix.data_ptr() for matrix in matrices), memory.data_ptr(), hidden, middle, torch.get_num_threads()
+    )
+    return memory
 
 
 _profile: Tensor | None = None
-# Keyed by the first matrix of a layer, as long as that lives.
-_PACKED = WeakIdKeyDictionary()
-
-
-def _versions(matrices: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((m.data_ptr(), 0 if m.is_inference() else m._version) for m in matrices)
-
-
-def _sample(matrix: Tensor) -> Tensor:
-    return matrix.detach().flatten()[:: max(1, matrix.numel() // _SAMPLES)]
+_PACKED = Derived(_pack)
 
 
 def packed(weights: Sequence[Tensor]) -> Tensor:
     """The memory of one layer's packed matrices, made where it is not there or not theirs any more."""
-    matrices = [weights[i] for i in _MATRICES]
-    found: _Packed | None = _PACKED.get(matrices[0])
-    if found is None or not found.is_current(matrices):
-        extension, (middle, hidden) = dispatch.extension(), weights[_MATRICES[2]].shape
-        memory = torch.empty(extension.encoder_packed_size_cpu(hidden, middle), dtype=torch.float32)
-        extension.encoder_pack_cpu(
-            *(m.data_ptr() for m in matrices), memory.data_ptr(), hidden, middle, torch.get_num_threads()
-        )
-        found = _Packed(memory, _versions(matrices), tuple(_sample(m).clone() for m in matrices))
-        _PACKED[matrices[0]] = found
-    return found.memory
+    return _PACKED([weights[i] for i in _MATRICES])
 
 
 def forget_packed(weights: Sequence[Tensor]) -> None:
     """Let go of one layer's packed matrices: the next call makes them anew."""
-    _PACKED.pop(weights[_MATRICES[0]], None)
+    _PACKED.forget([weights[i] for i in _MATRICES])
 
 
 def profile_address() -> int:
@@ -192,7 +184,7 @@ def _fwd(
         hidden.data_ptr(), out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps),
         cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(hidden), 0 if rows is None else rows.data_ptr(),
         0 if cu_rows is None else cu_rows.data_ptr(), 0 if rows is None else len(rows), hidden.shape[1],
-        len(layers[0][WEIGHT_NAMES.index("ffn")]), num_heads, softmax_scale, eps, ACTS.index(act),
+        len(layers[0][_FFN]), num_heads, softmax_scale, eps, ACTS.index(act),
         profile_address(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -236,6 +228,13 @@ def check_tokens(
     return cu_seqlens, rows, cu_rows, (hidden.shape[1] // num_heads) ** -0.5 if softmax_scale is None else softmax_scale
 
 
+@functools.lru_cache(maxsize=64)
+def _shapes(width: int, middle: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a layer's weights, in the order of `WEIGHTS`."""
+    sizes = {"H": width, "I": middle}
+    return tuple(tuple(sizes[letter] for letter in shape.split()) for shape in WEIGHTS.values())
+
+
 def encoder(
     hidden: Tensor, weights: Sequence[Tensor], order: Sequence[int], cu_seqlens: Tensor, rows: Tensor | None,
     cu_rows: Tensor | None, num_heads: int, softmax_scale: float | None, eps: float, act: str = "gelu_tanh",
@@ -270,15 +269,13 @@ def encoder(
     cu_seqlens, rows, cu_rows, softmax_scale = check_tokens(
         "encoder", hidden, order, count, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, act
     )
-    sizes = {"H": hidden.shape[1], "3H": 3 * hidden.shape[1], "I": weights[WEIGHT_NAMES.index("ffn")].shape[0]}
-    for i, weight in enumerate(weights):
-        name, shape = (
-            WEIGHT_NAMES[i % _PER_LAYER],
-            tuple(sizes[n] for n in WEIGHTS[WEIGHT_NAMES[i % _PER_LAYER]].split()),
-        )
+    # The compiler looks through the cache, and warns of it.
+    shapes = (_shapes.__wrapped__ if is_traced() else _shapes)(hidden.shape[1], len(weights[_FFN]))
+    for i, (weight, shape) in enumerate(zip(weights, shapes * count, strict=True)):
         if weight.shape != shape or weight.dtype != hidden.dtype:
             raise ValueError(
-                f"encoder: expected {name} of shape {shape} in {hidden.dtype}, got {tuple(weight.shape)} in {weight.dtype}"
+                f"encoder: expected {WEIGHT_NAMES[i % _PER_LAYER]} of shape {shape} in {hidden.dtype}, "
+                f"got {tuple(weight.shape)} in {weight.dtype}"
             )
     check_devices("encoder", hidden, *weights, cu_seqlens, rows, cu_rows)
     call = torch.ops.albert_fast.encoder_fwd if needs_dispatcher(hidden, *weights) else _fwd

@@ -96,7 +96,7 @@ def attention_saved_bytes(inputs: Inputs) -> float:
 
 def encoder_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh", wanted=False) -> Inputs:
     lengths, hidden, heads, middle, distinct, steps = shape
-    sizes = {"H": hidden, "3H": 3 * hidden, "I": middle}
+    sizes = {"H": hidden, "I": middle}
     weights = []
     for name, spelt in list(ops.WEIGHTS.items()) * distinct:
         size = tuple(sizes[letter] for letter in spelt.split())
@@ -120,7 +120,7 @@ def encoder_eager(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, 
     per_layer = len(ops.WEIGHTS)
     for step, number in enumerate(order):
         w = dict(zip(ops.WEIGHTS, weights[number * per_layer : (number + 1) * per_layer], strict=True))
-        q, k, v = F.linear(hidden, w["qkv"], w["qkv_bias"]).chunk(3, dim=1)
+        q, k, v = (F.linear(hidden, w[name], w[f"{name}_bias"]) for name in ("query", "key", "value"))
         cu_q = cu_seqlens
         if step + 1 == len(order) and rows is not None:
             q, hidden, cu_q = q[rows], hidden[rows], cu_rows
@@ -151,22 +151,24 @@ def quantized_encoder_inputs(
     shape, dtype, device="cpu", generator=None, precision="int8", act="gelu_tanh", wanted=False
 ) -> Inputs:
     inputs = encoder_inputs(shape, dtype, device, generator, act, wanted)
-    weights, names = inputs.pop("weights"), list(ops.WEIGHTS)
+    weights, per_layer = inputs.pop("weights"), len(ops.WEIGHTS)
     lists: dict[str, list[Tensor]] = {name: [] for name in ("integers", "scales", "sums", "rescales", "shifts")}
-    for i, weight in enumerate(weights):
-        name = names[i % len(names)]
-        if name not in ops.PRODUCTS:
-            continue
-        rescale = torch.rand(weight.shape[1], generator=generator) * 1.5 + 0.5
-        linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
-        linear.weight.data = weight.float().cpu() / rescale
-        state = QuantizedLinear.rounded(name, linear, precision, None, False).state_dict()
-        laid = lay_out(name, state["weight"], state["weight_scale"], panels=dtype == torch.float32)
-        shift = torch.randn(weight.shape[1], generator=generator)
-        for key, tensor in zip(lists, (*laid, rescale, shift), strict=True):
-            lists[key].append(tensor.to(device))
-    named = [(names[i % len(names)], weight) for i, weight in enumerate(weights)]
-    vectors = [w if "norm" in name else w.float() for name, w in named if name not in ops.PRODUCTS]
+    vectors: list[Tensor] = []
+    for first in range(0, len(weights), per_layer):
+        named = dict(zip(ops.WEIGHTS, weights[first : first + per_layer], strict=True))
+        for kind in ("", "_bias"):
+            named[f"qkv{kind}"] = torch.cat([named[f"{name}{kind}"] for name in ("query", "key", "value")])
+        for name in ops.PRODUCTS:
+            weight = named[name]
+            rescale = torch.rand(weight.shape[1], generator=generator) * 1.5 + 0.5
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+            linear.weight.data = weight.float().cpu() / rescale
+            state = QuantizedLinear.rounded(name, linear, precision, None, False).state_dict()
+            laid = lay_out(name, state["weight"], state["weight_scale"], panels=dtype == torch.float32)
+            shift = torch.randn(weight.shape[1], generator=generator)
+            for key, tensor in zip(lists, (*laid, rescale, shift), strict=True):
+                lists[key].append(tensor.to(device))
+        vectors += [named[name] if "norm" in name else named[name].float() for name in VECTORS]
     return {"vectors": vectors, **lists, **inputs, "precision": precision}
 
 

@@ -334,7 +334,7 @@ def _encoder_launches() -> Iterator[Case]:
 
     def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, asked: bool) -> None:
         width = heads * head_dim
-        sizes = {"H": width, "3H": 3 * width, "I": 4 * width}
+        sizes = {"H": width, "I": 4 * width}
         weights = [_empty([sizes[name] for name in spelt.split()], dtype=dtype) for spelt in WEIGHTS.values()]
         cu_seqlens, rows = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
         asked_rows, cu_rows = (rows, cu_seqlens) if asked else (None, None)

@@ -8,8 +8,8 @@ std::int64_t encoder_packed_size_cpu(std::int64_t H, std::int64_t I) {
     return Float32::Layer::floats(Sizes(H, I, kPanel));
 }
 
-void encoder_pack_cpu(Address qkv, Address dense, Address ffn, Address ffn_output, Address packed, std::int64_t H,
-                      std::int64_t I, int num_threads) {
+void encoder_pack_cpu(Address query, Address key, Address value, Address dense, Address ffn, Address ffn_output,
+                      Address packed, std::int64_t H, std::int64_t I, int num_threads) {
     const Sizes sizes(H, I, kPanel);
     float* to = pointer<float>(packed);
     use_large_pages(to, static_cast<std::size_t>(Float32::Layer::floats(sizes)) * sizeof(float));
@@ -25,8 +25,7 @@ void encoder_pack_cpu(Address qkv, Address dense, Address ffn, Address ffn_outpu
             to += kPanel * k;
         }
     };
-    for (int part = 0; part < 3; ++part) add(pointer<float>(qkv) + part * H * H, H, H, H);
-    add(pointer<float>(dense), H, H, H);
+    for (const Address matrix : {query, key, value, dense}) add(pointer<float>(matrix), H, H, H);
     add(pointer<float>(ffn), H, I, H);
     for (std::int64_t slice = 0; slice < sizes.slices(); ++slice) {
         add(pointer<float>(ffn_output) + slice * kSlice, I, H, sizes.slice_columns(slice));

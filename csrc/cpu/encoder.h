@@ -203,7 +203,7 @@ private:
         in_blocks(rows, row_block_, [&](Range block) {
             for (std::int64_t part = parts.begin; part < parts.end; ++part) {
                 const std::int64_t offset = (part - parts.begin) * panels;
-                const float* bias = layer.vectors.qkv_bias + part * hidden;
+                const float* bias = layer.vectors.qkv_bias[part];
                 float* target = to + block.begin * to_row + part * sizes_.stride;
                 Format::product(
                     from.from(block.begin), block.size(), layer.qkv(part), larger(mine.begin - offset, 0),

@@ -23,9 +23,9 @@ struct Sizes {
     std::int64_t slice_columns(std::int64_t slice) const { return slice_end(slice) - slice * kSlice; }
 };
 
-// The vectors of one of the distinct layers.
+// The vectors of one of the distinct layers; first the biases of query, key and value.
 struct LayerVectors {
-    const float *qkv_bias, *dense_bias, *norm_weight, *norm_bias;
+    const float *qkv_bias[3], *dense_bias, *norm_weight, *norm_bias;
     const float *ffn_bias, *ffn_output_bias, *full_norm_weight, *full_norm_bias;
 };
 
@@ -78,8 +78,12 @@ struct Float32 {
     public:
         // Slots of a row of the table; the order of `WEIGHTS` in albert_fast/ops/encoder.py, then the packed memory.
         enum Slot : int {
-            kQkv,
-            kQkvBias,
+            kQuery,
+            kQueryBias,
+            kKey,
+            kKeyBias,
+            kValue,
+            kValueBias,
             kDense,
             kDenseBias,
             kNormWeight,
@@ -97,8 +101,14 @@ struct Float32 {
         LayerVectors vectors;
 
         Layer(const std::int64_t* row, const Sizes& sizes)
-            : vectors{at(row, kQkvBias), at(row, kDenseBias),     at(row, kNormWeight),     at(row, kNormBias),
-                      at(row, kFfnBias), at(row, kFfnOutputBias), at(row, kFullNormWeight), at(row, kFullNormBias)},
+            : vectors{{at(row, kQueryBias), at(row, kKeyBias), at(row, kValueBias)},
+                      at(row, kDenseBias),
+                      at(row, kNormWeight),
+                      at(row, kNormBias),
+                      at(row, kFfnBias),
+                      at(row, kFfnOutputBias),
+                      at(row, kFullNormWeight),
+                      at(row, kFullNormBias)},
               packed_(at(row, kPacked)),
               sizes_(sizes) {}
 

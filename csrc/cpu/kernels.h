@@ -89,15 +89,15 @@ void linear_cross_entropy_bwd_cpu(Address grad, Address x, Address weight, Addre
 // Floats of a layer's four matrices in the layout of encoder_fwd_cpu, which differs between instruction sets.
 std::int64_t encoder_packed_size_cpu(std::int64_t H, std::int64_t I);
 
-// packed from qkv (3H,H), dense (H,H), ffn (I,H), ffn_output (H,I), all f32.
-void encoder_pack_cpu(Address qkv, Address dense, Address ffn, Address ffn_output, Address packed, std::int64_t H,
-                      std::int64_t I, int num_threads);
+// packed from query, key, value, dense (H,H each), ffn (I,H), ffn_output (H,I), all f32.
+void encoder_pack_cpu(Address query, Address key, Address value, Address dense, Address ffn, Address ffn_output,
+                      Address packed, std::int64_t H, std::int64_t I, int num_threads);
 
-// out (T,H) = x (T,H) after `layers` layers without dropout, all f32. table (distinct layers, 13) int64: addresses, as
-// listed in csrc/cpu/encoder.cpp; order (layers) int64: the row of the table for each layer; cu_seqlens (B+1) int32.
-// wanted_rows (wanted_count) int64, cu_wanted (B+1) int32: the rows of x that the last layer is computed for, sequence
-// by sequence, and then out is (wanted_count,H); cu_wanted = 0: all.
-// profile (num_threads,9) f64 takes the seconds of each thread and stage on top of what it holds; 0: nothing is timed.
+// out (T,H) = x (T,H) after `layers` layers without dropout, all f32. table (distinct layers, 17) int64: addresses, as
+// listed in csrc/cpu/encoder_layer.h; order (layers) int64: the row of the table for each layer; cu_seqlens (B+1)
+// int32. wanted_rows (wanted_count) int64, cu_wanted (B+1) int32: the rows of x that the last layer is computed for,
+// sequence by sequence, and then out is (wanted_count,H); cu_wanted = 0: all. profile (num_threads,9) f64 takes the
+// seconds of each thread and stage on top of what it holds; 0: nothing is timed.
 void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
                      std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted, std::int64_t wanted_count,
                      std::int64_t H, std::int64_t I, std::int64_t num_heads, double scale, double eps, int act,

@@ -63,7 +63,14 @@ struct Integers {
         LayerVectors vectors;
 
         Layer(const std::int64_t* row, const Sizes& sizes)
-            : vectors{at(row, 0), at(row, 1), at(row, 2), at(row, 3), at(row, 4), at(row, 5), at(row, 6), at(row, 7)},
+            : vectors{{at(row, 0), at(row, 0) + sizes.hidden, at(row, 0) + 2 * sizes.hidden},
+                      at(row, 1),
+                      at(row, 2),
+                      at(row, 3),
+                      at(row, 4),
+                      at(row, 5),
+                      at(row, 6),
+                      at(row, 7)},
               sizes_(sizes) {
             for (int product = 0; product < 4; ++product) {
                 const std::int64_t* slots = row + 8 + product * kProductSlots;

@@ -1,0 +1,66 @@
+"""Copies of weights in another layout, kept until the weights change: packed matrices; query, key and value as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+Made = TypeVar("Made")
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[Made]):
+    """What was made of weights, and what tells whether the weights are still those."""
+
+    made: Made
+    versions: tuple[tuple[int, int], ...]
+    samples: tuple[Tensor, ...]
+
+    def is_current(self, weights: Sequence[Tensor]) -> bool:
+        # Writes through `.data` leave the version as it is; some elements are compared for those.
+        return self.versions == _versions(weights) and all(map(torch.equal, map(_sample, weights), self.samples))
+
+
+class Derived(Generic[Made]):
+    """`make(weights)`, called where it was not called for these weights yet or they have changed since.
+
+    The weights are contiguous tensors (any shape) on a CPU: there it costs microseconds to compare some of their elements.
+    A copy lives as long as the first of its weights.
+    """
+
+    def __init__(self, make: Callable[[Sequence[Tensor]], Made]) -> None:
+        self._make = make
+        self._kept = WeakIdKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __call__(self, weights: Sequence[Tensor]) -> Made:
+        found: _Kept[Made] | None = self._kept.get(weights[0])
+        if found is None or not found.is_current(weights):
+            # Recorded before the weights are read: a write in between makes the copy anew at the next call.
+            versions, samples = _versions(weights), tuple(_sample(weight).clone() for weight in weights)
+            with torch.inference_mode(False), torch.no_grad():  # for calls of any mode
+                found = _Kept(self._make(weights), versions, samples)
+            self._kept[weights[0]] = found
+        return found.made
+
+    def forget(self, weights: Sequence[Tensor]) -> None:
+        """Drop the copy: the next call makes it anew."""
+        self._kept.pop(weights[0], None)
+
+
+def _versions(weights: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    count = weight.numel()
+    step = max(1, count // _SAMPLES)
+    return weight.as_strided((-(-count // step),), (step,))

@@ -1,0 +1,77 @@
+"""Copies of weights in the kernels' layout: made once, made again where the weights change, gone with the weights."""
+
+import sys
+
+import torch
+
+from albert_fast import dispatch, ops
+from albert_fast.derived import Derived
+from albert_fast.testing import ALL_CASES
+from albert_fast.testing.parity import make_inputs
+
+CASE = ALL_CASES["encoder"]
+
+
+def drawn(shape):
+    return make_inputs(CASE, shape, {}, torch.float32)
+
+
+def test_a_write_while_a_copy_is_made_is_not_lost():
+    """As another thread may write: the copy is then of neither the old nor the new weights."""
+    weight = torch.randn(7, 5)
+
+    def make(weights):
+        copy = weights[0].clone()
+        weights[0].mul_(-2.0)
+        return copy
+
+    derived = Derived(make)
+    old = weight.clone()
+    assert torch.equal(derived([weight]), old)
+    derived._make = lambda weights: weights[0].clone()
+    assert torch.equal(derived([weight]), -2.0 * old)
+    assert derived([weight]) is derived([weight])
+    derived.forget([weight])
+    assert len(derived) == 0
+
+
+def test_changed_weights_are_packed_again():
+    inputs = drawn(((9, 4), 48, 2, 100, 1, 2))
+    matrices = [weight for weight in inputs["weights"] if weight.dim() == 2]
+    before = CASE.run(inputs, "cpp")
+    for change in (lambda w: w.mul_(0.5), lambda w: w.data.mul_(2.0), lambda w: w.data.copy_(torch.randn_like(w) / 7)):
+        for matrix in matrices:
+            change(matrix)
+            after = CASE.run(inputs, "cpp")
+            assert not torch.equal(after, before)
+            torch.testing.assert_close(after, CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
+            before = after
+
+
+def test_a_write_while_weights_are_packed_is_not_lost(monkeypatch):
+    """As another thread may write: what was packed is then neither the old nor the new weights."""
+    inputs, extension = drawn(((9, 4), 48, 2, 100, 1, 2)), dispatch.extension()
+    weights = dict(zip(ops.WEIGHTS, inputs["weights"], strict=True))
+
+    class WritesBehindThePacking:
+        def __getattr__(self, name):
+            return getattr(extension, name)
+
+        def encoder_pack_cpu(self, *arguments):
+            extension.encoder_pack_cpu(*arguments)
+            weights["value"].mul_(-2.0)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "extension", WritesBehindThePacking)
+        CASE.run(inputs, "cpp")
+    torch.testing.assert_close(CASE.run(inputs, "cpp"), CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_weights_go_with_the_weights():
+    packed = sys.modules["albert_fast.ops.encoder"]._PACKED
+    inputs = drawn(((4,), 26, 1, 40, 1, 1))
+    before = len(packed)
+    CASE.run(inputs, "cpp")
+    assert len(packed) == before + 1
+    inputs.clear()
+    assert len(packed) == before
