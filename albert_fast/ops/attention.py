@@ -229,11 +229,7 @@ def split_columns(x: Tensor, width: int) -> tuple[Tensor, ...]:
     Here nothing is copied where they are neighbouring columns of one buffer already, as `attention` writes them.
     """
     # A compiler plans buffers itself; and a tensor subclass may have no address.
-    if (
-        is_traced()
-        or type(x) not in (Tensor, Parameter)
-        or not (torch.is_grad_enabled() and x.requires_grad)
-    ):
+    if is_traced() or type(x) not in (Tensor, Parameter) or not (torch.is_grad_enabled() and x.requires_grad):
         return x.split(width, dim=1)
     parts: tuple[Tensor, ...] = _Split.apply(x, width)
     return parts
