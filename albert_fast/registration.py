@@ -44,7 +44,11 @@ def is_traced() -> bool:
 
     Nothing may then depend on what tensors hold, and every call must go through torch's dispatcher: a tracer sees no other.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
+    )
 
 
 def refuse_onnx() -> None:
