@@ -147,7 +147,7 @@ def _encoder_fwd_kernel(
         elif kind == 0:
             product_phase(
                 z_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, qkv_ptr, qkv_bias_ptr,
-                qkv_out_ptr, None, partials_ptr, arrivals_ptr, None, n_tokens, 3 * width, width, qkv_splits, qkv_steps,
+                qkv_out_ptr, None, partials_ptr, arrivals_ptr, None, n_tokens, n_tokens, 3 * width, width, qkv_splits, qkv_steps,
                  eps, is_sum, False, False, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         elif kind == 1:
@@ -155,25 +155,25 @@ def _encoder_fwd_kernel(
             if rows_ptr is not None:
                 cu_queries_ptr = _chosen(gather, cu_rows_ptr, cu_seqlens_ptr)
             attention_phase(
-                qkv_out_ptr, context_ptr, cu_seqlens_ptr, cu_queries_ptr, rows_ptr, n_rows, n_sequences, width, num_heads,
+                qkv_out_ptr, context_ptr, cu_seqlens_ptr, cu_queries_ptr, rows_ptr, n_tokens, n_rows, n_sequences, width, num_heads,
                 scale_log2, gather, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_Q, BLOCK_S, TF32,
             )  # fmt: skip
         elif kind == 2:
             product_phase(
                 context_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, dense_ptr, dense_bias_ptr,
-                attended_ptr, attended_statistics_ptr, partials_ptr, arrivals_ptr, rows_ptr, n_rows, width, width,
+                attended_ptr, attended_statistics_ptr, partials_ptr, arrivals_ptr, rows_ptr, n_tokens, n_rows, width, width,
                 dense_splits, dense_steps, eps, is_sum, gather, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         elif kind == 3:
             product_phase(
                 attended_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_ptr, ffn_bias_ptr,
-                middle_ptr, None, partials_ptr, arrivals_ptr, None, n_rows, middle_width, width, ffn_splits, ffn_steps,
+                middle_ptr, None, partials_ptr, arrivals_ptr, None, n_tokens, n_rows, middle_width, width, ffn_splits, ffn_steps,
                 eps, True, False, False, ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         else:
             product_phase(
                 middle_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_output_ptr,
-                ffn_output_bias_ptr, sums_ptr, sums_statistics_ptr, partials_ptr, arrivals_ptr, None, n_rows, width,
+                ffn_output_bias_ptr, sums_ptr, sums_statistics_ptr, partials_ptr, arrivals_ptr, None, n_tokens, n_rows, width,
                 middle_width, ffn_output_splits, ffn_output_steps, eps, True, False, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K,
                 BLOCKS, TF32,
             )  # fmt: skip
