@@ -25,6 +25,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (tokens, depth), (columns, _) = matrix("onednn_linear", "x", x), matrix("onednn_linear", "weight", weight)
     operands = [("x", x, (tokens, depth)), ("weight", weight, (columns, depth)), ("bias", bias, (columns,))]
     check_launch("onednn_linear", "cpp", torch.device("cpu"), [(*operand, torch.float32) for operand in operands])
+    bias = None if bias is None else bias.contiguous()  # it reads one without strides
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 

@@ -71,7 +71,16 @@ def needs_dispatcher(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
         return True
     grad = torch.is_grad_enabled()
-    return any(t is not None and ((grad and t.requires_grad) or type(t) not in (Tensor, Parameter)) for t in tensors)
+    return any(
+        t is not None and ((type(t) not in (Tensor, Parameter) and _is_subclass(t)) or (grad and t.requires_grad))
+        for t in tensors
+    )
+
+
+def _is_subclass(t: Tensor) -> bool:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"expected a tensor, got {type(t).__name__}")
+    return True
 
 
 def as_dtype(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -338,8 +338,9 @@ def encoder(
             cu_rows outside their ranges: a GPU, which is not waited for, stays within the tensors.
         TypeError: an argument that is no dense tensor, states that are not floating-point.
     """
+    width = matrix("encoder", "hidden", hidden)[1]
     if softmax_scale is None:
-        softmax_scale = head_size("encoder", matrix("encoder", "hidden", hidden)[1], num_heads) ** -0.5
+        softmax_scale = head_size("encoder", width, num_heads) ** -0.5
     call = torch.ops.albert_fast.encoder_fwd if needs_dispatcher(hidden, *weights) else _fwd
     return call(
         hidden, list(weights), list(order), cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act, backend

@@ -250,10 +250,9 @@ def quantized_encoder(
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation or precision; on a CPU also cu_seqlens,
             rows and cu_rows outside their ranges. TypeError: an argument that is no dense tensor.
     """
+    width = matrix("quantized_encoder", "hidden", hidden)[1]
     if softmax_scale is None:
-        softmax_scale = (
-            head_size("quantized_encoder", matrix("quantized_encoder", "hidden", hidden)[1], num_heads) ** -0.5
-        )
+        softmax_scale = head_size("quantized_encoder", width, num_heads) ** -0.5
     max_seqlen = len(hidden) if max_seqlen is None else max_seqlen
     max_rows = max_seqlen if max_rows is None else max_rows
     call = torch.ops.albert_fast.quantized_encoder_fwd if needs_dispatcher(hidden, *vectors) else _fwd

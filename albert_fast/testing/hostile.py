@@ -38,6 +38,7 @@ _SAVED = {
     "add_layer_norm": {"mean": 1, "rstd": 2}, "gelu_layer_norm": {"mean": 1, "rstd": 2}, "attention": {"lse": 1},
     "linear_cross_entropy": {"row_max": 1, "row_sum": 2}, "linear_gelu": {"sums": 1},
 }  # fmt: skip
+SAVED_NAMES = {key for places in _SAVED.values() for key in places}
 _DEFAULTS = {
     "backend": "auto", "dropout_p": 0.0, "seed": None, "order": None, "inputs_embeds": None, "padding_idx": -1, "rows": None,
     "cu_rows": None, "schedule": None, "max_seqlen": 64, "max_rows": 64, "need_x": True, "need_weight": True,
@@ -133,7 +134,7 @@ _DTYPES = (
     torch.bool,
     torch.complex64,
 )
-_TENSORS: dict[str, Callable[[Tensor, random.Random], Any]] = {
+TENSORS: dict[str, Callable[[Tensor, random.Random], Any]] = {
     "strided": lambda x, rng: _strided(x),
     "lazily negated": lambda x, rng: _negated(x),
     "one element, expanded": lambda x, rng: x.flatten()[:1].reshape([1] * x.dim()).expand(x.shape) if x.numel() else x,
@@ -165,8 +166,8 @@ _NUMBERS = {
 def _damage(value: Any, rng: random.Random) -> tuple[str, Any]:
     """What was done, and the wrong argument."""
     if isinstance(value, Tensor):
-        kind = rng.choice(list(_TENSORS))
-        return kind, _TENSORS[kind](value, rng)
+        kind = rng.choice(list(TENSORS))
+        return kind, TENSORS[kind](value, rng)
     if isinstance(value, list) and value and isinstance(value[0], Tensor):
         if rng.random() < 0.2:
             return "list of another length", rng.choice([[], value[:-1], value + value[:1], value[1:], value * 2])
