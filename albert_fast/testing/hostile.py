@@ -38,7 +38,6 @@ _SAVED = {
     "add_layer_norm": {"mean": 1, "rstd": 2}, "gelu_layer_norm": {"mean": 1, "rstd": 2}, "attention": {"lse": 1},
     "linear_cross_entropy": {"row_max": 1, "row_sum": 2}, "linear_gelu": {"sums": 1},
 }  # fmt: skip
-SAVED_NAMES = {key for places in _SAVED.values() for key in places}
 _DEFAULTS = {
     "backend": "auto", "dropout_p": 0.0, "seed": None, "order": None, "inputs_embeds": None, "padding_idx": -1, "rows": None,
     "cu_rows": None, "schedule": None, "max_seqlen": 64, "max_rows": 64, "need_x": True, "need_weight": True,
