@@ -1,10 +1,12 @@
-"""Every operator case, forward and backward, on the extension found in a folder: run by .ci/sanitize on its own build."""
+"""Every operator case, forward and backward, and wrong calls of all operators, on the extension found in a folder: run by
+.ci/sanitize on its own build."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,6 +36,7 @@ def main() -> None:
         print(f"sanitizers: skipped, {reason}")
         return
     from albert_fast import dispatch
+    from albert_fast.testing import hostile
     from albert_fast.testing.cases import ALL_CASES
     from albert_fast.testing.parity import check_backward, check_forward, parity_grid
 
@@ -46,7 +49,11 @@ def main() -> None:
             if case[0].gradients:
                 check_backward(*case)
             runs += 1
-    print(f"sanitizers: {isa}: {runs} cases clean, {time.perf_counter() - started:.0f} s")
+    warnings.simplefilter("ignore")  # of backends that are asked for and are not there
+    wrong = [call for dtype in (torch.float32, torch.bfloat16) for call in hostile.hostile_calls(7, 120, dtype)]
+    refused = sum(isinstance(hostile.run(name, arguments), Exception) for name, _, arguments in wrong)
+    print(f"sanitizers: {isa}: {runs} cases clean, {len(wrong)} wrong calls, {refused} of them refused, "
+          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

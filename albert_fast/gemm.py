@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operands import check_launch, matrix
 from .registration import is_traced, needs_dispatcher, register, register_autograd
 
 # Multiplications below which what oneDNN spends a call, more when its code is out of the caches, exceeds what its kernels gain.
@@ -20,6 +21,11 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # torch's operator trusts its callers.
+    (tokens, depth), (columns, _) = matrix("onednn_linear", "x", x), matrix("onednn_linear", "weight", weight)
+    operands = [("x", x, (tokens, depth)), ("weight", weight, (columns, depth)), ("bias", bias, (columns,))]
+    check_launch("onednn_linear", "cpp", torch.device("cpu"), [(*operand, torch.float32) for operand in operands])
+    bias = None if bias is None else bias.contiguous()  # it reads one without strides
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .operands import check_launch
 from .registration import is_traced, register
 
 
@@ -89,6 +90,9 @@ class Queries:
 
 
 def _pack_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
+    if mask.dim() != 2:
+        raise ValueError(f"pack_indices: expected mask of shape (B, S), got {tuple(mask.shape)}")
+    check_launch("pack_indices", "reference", mask.device, [("mask", mask, mask.shape, mask.dtype)])
     real = mask != 0
     cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
     cu_seqlens[1:] = real.sum(1).cumsum(0)
@@ -101,9 +105,15 @@ def _pack_indices_fake(mask):
 
 
 def _select_rows(flags: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    if flags.dim() != 1 or cu_seqlens.dim() != 1:
+        shapes = f"{tuple(flags.shape)} and {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"select_rows: expected flags (T,) and cu_seqlens (B + 1,), got {shapes}")
+    operands = [("flags", flags, flags.shape, torch.bool), ("cu_seqlens", cu_seqlens, cu_seqlens.shape, torch.int32)]
+    check_launch("select_rows", "reference", flags.device, operands)
     before = torch.zeros(flags.shape[0] + 1, dtype=torch.int32, device=flags.device)
     before[1:] = flags.cumsum(0)
-    return flags.nonzero().squeeze(1), before[cu_seqlens.long()]
+    # An index outside would end a CUDA context.
+    return flags.nonzero().squeeze(1), before[cu_seqlens.long().clamp(0, flags.shape[0])]
 
 
 def _select_rows_fake(flags, cu_seqlens):

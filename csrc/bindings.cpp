@@ -1,6 +1,8 @@
 // The Python module albert_fast._C: an index of what the extension exports. Arguments are addresses
-// (tensor.data_ptr()), sizes and strides in elements; csrc/cpu/kernels.h says what each means. Python checks everything
-// before it calls; nothing is checked here. The GIL is released while a kernel runs.
+// of tensors' memory, sizes and strides in elements; csrc/cpu/kernels.h says what each means. Python checks shapes,
+// dtypes, devices and memory before it calls (albert_fast/operands.py) and holds the memory until the call returns;
+// functions that read ids, labels or ranges check these before they follow them. The GIL is released while a kernel
+// runs.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>

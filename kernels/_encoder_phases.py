@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import activate, load_row_vector, product, round_to
+from ._common import activate, load_row_vector, moments_overflow, product, round_to
 from .attention import _attend, load_rows, sequence_range
 
 NO_ACT = tl.constexpr(-1)
@@ -54,7 +54,8 @@ def _joined_statistics(
     squares = tl.load(at + n_blocks, mask=mask, other=0.0)
     mean = tl.sum(means * counts, axis=1) / width
     difference = means - mean[:, None]
-    rstd = tl.rsqrt(tl.sum(squares + counts * difference * difference, axis=1) / width + eps)
+    variance = tl.sum(squares + counts * difference * difference, axis=1) / width
+    rstd = tl.rsqrt(variance + moments_overflow(mean, width) + eps)
     return mean, tl.where(is_sum, rstd, 1.0)
 
 
@@ -67,10 +68,12 @@ def _normalised(z, mean, rstd, norm_weight_ptr, norm_bias_ptr, cols, n_cols, is_
 
 
 @triton.jit
-def _source_rows(rows_ptr, rows, row_mask, gather):
+def _source_rows(rows_ptr, rows, row_mask, gather, n_tokens):
     """Where the rows of a tile stand among all tokens: as they are, or in the last layer those that are asked for."""
     if rows_ptr is not None:
-        rows = tl.where(gather, tl.load(rows_ptr + rows, mask=row_mask & gather, other=0), rows)
+        asked = tl.load(rows_ptr + rows, mask=row_mask & gather, other=0)
+        # Nobody has looked at them yet: they may be wrong, but not lead outside.
+        rows = tl.where(gather, tl.minimum(tl.maximum(asked, 0), n_tokens - 1), rows)
     return rows
 
 
@@ -92,6 +95,7 @@ def product_phase(
     partials_ptr,  # (tiles, splits, BLOCK_M, BLOCK_N) float32
     arrivals_ptr,  # (tiles,) int32, zeros before and after
     rows_ptr,  # (n_rows,) int64 or None
+    n_tokens,  # T
     n_rows,
     n_cols,
     depth,
@@ -132,7 +136,7 @@ def product_phase(
         cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
         row_mask = rows < n_rows
         col_mask = cols < n_cols
-        z_rows = _source_rows(rows_ptr, rows, row_mask, gather)
+        z_rows = _source_rows(rows_ptr, rows, row_mask, gather, n_tokens)
         width = n_cols if ADD_Z else depth
         mean, rstd = _joined_statistics(z_statistics_ptr, z_rows, row_mask, width, eps, is_sum, BLOCK_N, BLOCKS)
 
@@ -192,6 +196,7 @@ def attention_phase(
     cu_seqlens_ptr,  # (B + 1,) int32
     cu_rows_ptr,  # (B + 1,) int32: where each sequence's queries begin among the rows; cu_seqlens but in the last layer
     rows_ptr,  # (n_rows,) int64 or None
+    n_tokens,  # T
     n_rows,
     n_sequences,
     width,
@@ -222,7 +227,7 @@ def attention_phase(
         first_sequence = tl.min(tl.where(inside, sequence, n_sequences), axis=0)
         last_sequence = tl.max(tl.where(inside, sequence, -1), axis=0)
 
-        q_rows = qkv_ptr + _source_rows(rows_ptr, rows, row_mask, gather) * (3 * width) + column
+        q_rows = qkv_ptr + _source_rows(rows_ptr, rows, row_mask, gather, n_tokens) * (3 * width) + column
         q = qkv_ptr
         if CHUNK_D == BLOCK_D:
             q = load_rows(q_rows[:, None] + dims[None, :], rows, n_rows, dims, True, HEAD_DIM, BLOCK_D)
@@ -231,7 +236,7 @@ def attention_phase(
         row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
         row_keys = tl.zeros([BLOCK_Q], dtype=tl.int32)
         for i in range(first_sequence, last_sequence + 1):
-            first_token, n_keys = sequence_range(cu_seqlens_ptr, i)
+            first_token, n_keys = sequence_range(cu_seqlens_ptr, i, n_tokens)
             k_base = qkv_ptr + first_token.to(tl.int64) * (3 * width) + width + column
             # A choice, not a product with 0: NaN in one sequence stays out of the others.
             here = inside & (sequence == i)

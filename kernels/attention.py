@@ -34,15 +34,18 @@ def program_work(order_ptr, n_blocks, num_heads):
     head = (tl.program_id(0) // n_blocks) % num_heads
     sequence = tl.program_id(0) // (n_blocks * num_heads)
     if order_ptr is not None:
-        sequence = tl.load(order_ptr + sequence)
+        # Nobody has looked at the order yet: it may name no sequence, but not lead outside.
+        last = tl.num_programs(0) // (n_blocks * num_heads) - 1
+        sequence = tl.minimum(tl.maximum(tl.load(order_ptr + sequence), 0), last)
     return block, head, sequence
 
 
 @triton.jit
-def sequence_range(cu_seqlens_ptr, sequence):
-    """(first token, number of tokens) of a sequence."""
-    first = tl.load(cu_seqlens_ptr + sequence)
-    return first, tl.load(cu_seqlens_ptr + sequence + 1) - first
+def sequence_range(cu_seqlens_ptr, sequence, n_tokens):
+    """(first token, number of tokens) of a sequence, within `n_tokens` whatever cu_seqlens holds."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence), 0), n_tokens)
+    end = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), n_tokens)
+    return first, tl.maximum(end - first, 0)
 
 
 @triton.jit
@@ -126,7 +129,9 @@ def _attend(
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["n_query_blocks", "n_queries_total", "seed_lo", "seed_hi", "dropout_threshold"])
+@triton.jit(
+    do_not_specialize=["n_query_blocks", "n_queries_total", "n_keys_total", "seed_lo", "seed_hi", "dropout_threshold"]
+)
 def _attention_fwd_kernel(
     q_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_q_row` elements apart
     k_ptr,  # (T, num_heads * HEAD_DIM), rows `stride_k_row` elements apart
@@ -142,6 +147,7 @@ def _attention_fwd_kernel(
     num_heads,
     n_query_blocks,  # blocks of BLOCK_M queries in the longest sequence
     n_queries_total,  # Tq
+    n_keys_total,  # T
     scale_log2,  # softmax_scale * log2(e)
     seed_lo,  # int32 halves of the dropout seed
     seed_hi,
@@ -156,10 +162,10 @@ def _attention_fwd_kernel(
     TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     query_block, head, sequence = program_work(order_ptr, n_query_blocks, num_heads)
-    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence)
+    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence, n_queries_total)
     if query_block * BLOCK_M >= n_queries:
         return
-    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence)
+    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence, n_keys_total)
 
     dims = tl.arange(0, BLOCK_D)
     queries = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -273,7 +279,7 @@ def attention_fwd(
         n_query_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
         _attention_fwd_kernel[(n_query_blocks * num_heads * sequences,)](
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, order, q.stride(0), k.stride(0), v.stride(0), num_heads,
-            n_query_blocks, n_queries_total, softmax_scale * LOG2_E, *dropout,
+            n_query_blocks, n_queries_total, len(k), softmax_scale * LOG2_E, *dropout,
             HAS_DROPOUT=dropout_p > 0.0, HEAD_DIM=head_dim, **tiles, **COMPILER_OPTIONS,
         )  # fmt: skip
 

@@ -132,7 +132,9 @@ def _score_gradient(probabilities, dp, mean, dominant_gap):
     return probabilities * tl.where(probabilities > _DOMINANT, dominant_gap, dp - mean)
 
 
-@triton.jit(do_not_specialize=["n_query_blocks", "n_queries_total", "seed_lo", "seed_hi", "dropout_threshold"])
+@triton.jit(
+    do_not_specialize=["n_query_blocks", "n_queries_total", "n_keys_total", "seed_lo", "seed_hi", "dropout_threshold"]
+)
 def _attention_bwd_dq_kernel(
     grad_ptr,  # (Tq, num_heads * HEAD_DIM), gradient of the output, rows `stride_grad_row` elements apart
     q_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_q_row` elements apart
@@ -151,6 +153,7 @@ def _attention_bwd_dq_kernel(
     num_heads,
     n_query_blocks,  # blocks of BLOCK_M queries in the longest sequence
     n_queries_total,  # Tq
+    n_keys_total,  # T
     softmax_scale,
     scale_log2,  # softmax_scale * log2(e)
     seed_lo,  # int32 halves of the dropout seed
@@ -166,10 +169,10 @@ def _attention_bwd_dq_kernel(
     TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     query_block, head, sequence = program_work(order_ptr, n_query_blocks, num_heads)
-    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence)
+    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence, n_queries_total)
     if query_block * BLOCK_M >= n_queries:
         return
-    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence)
+    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence, n_keys_total)
 
     dims = tl.arange(0, BLOCK_D)
     queries = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -292,7 +295,9 @@ def _add_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n_key_blocks", "n_queries_total", "seed_lo", "seed_hi", "dropout_threshold"])
+@triton.jit(
+    do_not_specialize=["n_key_blocks", "n_queries_total", "n_keys_total", "seed_lo", "seed_hi", "dropout_threshold"]
+)
 def _attention_bwd_dkdv_kernel(
     grad_ptr,  # (Tq, num_heads * HEAD_DIM), gradient of the output, rows `stride_grad_row` elements apart
     q_ptr,  # (Tq, num_heads * HEAD_DIM), rows `stride_q_row` elements apart
@@ -312,6 +317,7 @@ def _attention_bwd_dkdv_kernel(
     num_heads,
     n_key_blocks,  # blocks of BLOCK_N keys in the longest sequence
     n_queries_total,  # Tq
+    n_keys_total,  # T
     softmax_scale,
     scale_log2,  # softmax_scale * log2(e)
     seed_lo,  # int32 halves of the dropout seed
@@ -327,10 +333,10 @@ def _attention_bwd_dkdv_kernel(
     TF32: tl.constexpr,  # whether float32 is multiplied so
 ):
     key_block, head, sequence = program_work(order_ptr, n_key_blocks, num_heads)
-    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence)
+    first_token, n_keys = sequence_range(cu_seqlens_k_ptr, sequence, n_keys_total)
     if key_block * BLOCK_N >= n_keys:
         return
-    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence)
+    first_query, n_queries = sequence_range(cu_seqlens_q_ptr, sequence, n_queries_total)
 
     dims = tl.arange(0, BLOCK_D)
     keys = key_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -409,7 +415,7 @@ def attention_bwd(
     schedule = (cu_seqlens_q, cu_seqlens_k, order, *(t.stride(0) for t in (grad, q, k, v)))
     # Zero times minus infinity, the maximum before the first key, would be NaN.
     scale_log2 = max(softmax_scale * LOG2_E, 1e-37)
-    numbers = (len(q), softmax_scale, scale_log2, *dropout_arguments(dropout_p, seed))
+    numbers = (len(q), len(k), softmax_scale, scale_log2, *dropout_arguments(dropout_p, seed))
     options = {"HAS_DROPOUT": dropout_p > 0.0, "HEAD_DIM": head_dim, **COMPILER_OPTIONS}
 
     def launch_dq(tiles: Tiles) -> None:

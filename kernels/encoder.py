@@ -147,36 +147,36 @@ def _encoder_fwd_kernel(
             product_phase(
                 z_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, query_ptr, query_bias_ptr,
                 key_ptr, key_bias_ptr, value_ptr, value_bias_ptr, qkv_out_ptr, None, partials_ptr, arrivals_ptr, None,
-                n_tokens, width, width, qkv_splits, qkv_steps, eps, is_sum, False, 3, False, NO_ACT, BLOCK_M, BLOCK_N,
-                BLOCK_K, BLOCKS, TF32,
+                n_tokens, n_tokens, width, width, qkv_splits, qkv_steps, eps, is_sum, False, 3, False, NO_ACT, BLOCK_M,
+                BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         elif kind == 1:
             cu_queries_ptr = cu_seqlens_ptr
             if rows_ptr is not None:
                 cu_queries_ptr = chosen(gather, cu_rows_ptr, cu_seqlens_ptr)
             attention_phase(
-                qkv_out_ptr, context_ptr, cu_seqlens_ptr, cu_queries_ptr, rows_ptr, n_rows, n_sequences, width, num_heads,
+                qkv_out_ptr, context_ptr, cu_seqlens_ptr, cu_queries_ptr, rows_ptr, n_tokens, n_rows, n_sequences, width, num_heads,
                 scale_log2, gather, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_Q, BLOCK_S, TF32,
             )  # fmt: skip
         elif kind == 2:
             product_phase(
                 context_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, dense_ptr, dense_bias_ptr,
-                None, None, None, None, attended_ptr, attended_statistics_ptr, partials_ptr, arrivals_ptr, rows_ptr, n_rows,
-                width, width, dense_splits, dense_steps, eps, is_sum, gather, 1, True, NO_ACT, BLOCK_M, BLOCK_N, BLOCK_K,
-                BLOCKS, TF32,
+                None, None, None, None, attended_ptr, attended_statistics_ptr, partials_ptr, arrivals_ptr, rows_ptr, n_tokens,
+                n_rows, width, width, dense_splits, dense_steps, eps, is_sum, gather, 1, True, NO_ACT, BLOCK_M, BLOCK_N,
+                BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         elif kind == 3:
             product_phase(
                 attended_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_ptr, ffn_bias_ptr,
-                None, None, None, None, middle_ptr, None, partials_ptr, arrivals_ptr, None, n_rows, middle_width, width,
-                ffn_splits, ffn_steps, eps, True, False, 1, False, ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
+                None, None, None, None, middle_ptr, None, partials_ptr, arrivals_ptr, None, n_tokens, n_rows, middle_width,
+                width, ffn_splits, ffn_steps, eps, True, False, 1, False, ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         else:
             product_phase(
                 middle_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_output_ptr,
                 ffn_output_bias_ptr, None, None, None, None, sums_ptr, sums_statistics_ptr, partials_ptr, arrivals_ptr, None,
-                n_rows, width, middle_width, ffn_output_splits, ffn_output_steps, eps, True, False, 1, True, NO_ACT, BLOCK_M,
-                BLOCK_N, BLOCK_K, BLOCKS, TF32,
+                n_tokens, n_rows, width, middle_width, ffn_output_splits, ffn_output_steps, eps, True, False, 1, True, NO_ACT,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
             )  # fmt: skip
         if phase + 1 < end_phase:
             barrier(state_ptr, (phase + 1 - first_phase) * tl.num_programs(0))

@@ -157,6 +157,9 @@ def quantized_encoder_fwd(
         ValueError: H or I above 16384, a head size above 256.
     """
     width, dtype = hidden.shape[1], integers[0].dtype
+    if rows is not None:
+        # An index outside would end the CUDA context, and nobody has looked at them yet.
+        rows = rows.clamp(0, max(len(hidden) - 1, 0))
     lists = zip(integers, scales, sums, rescales, shifts, strict=True)
     matrices = list(itertools.starmap(Matrix, lists))
     layers = [_Layer(vectors[8 * i : 8 * i + 8], *matrices[4 * i : 4 * i + 4]) for i in range(len(vectors) // 8)]

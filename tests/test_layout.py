@@ -126,6 +126,7 @@ TOP = {"modeling", "fast_model", "graphs", "capture", "encoder", "heads", "refer
 APART = {
     "dispatch.py": ABOVE | TOP | {"ops", "kernels", "registration", "packing", "gemm"},
     "registration.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},
+    "operands.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "gemm.py": ABOVE | BELOW | TOP | {"ops", "packing"},
     "packing.py": ABOVE | BELOW | TOP | {"ops", "gemm"},
     "losses.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},

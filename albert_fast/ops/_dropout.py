@@ -66,4 +66,10 @@ def seed_value(seed: Tensor | None, p: float) -> int:
             "dropout inside a CUDA graph would repeat one mask at every replay: capture with model.eval() or with dropout "
             "probabilities of 0, or train without a graph"
         )
-    return int(seed)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        found = f"{tuple(seed.shape)} in {seed.dtype}" if isinstance(seed, Tensor) else type(seed).__name__
+        raise ValueError(f"seed must be one int64 in a tensor (albert_fast.ops.draw_seed()), got {found}")
+    try:
+        return int(seed)
+    except RuntimeError as error:
+        raise ValueError(f"seed has no number that can be read: {error}") from error

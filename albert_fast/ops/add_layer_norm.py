@@ -9,22 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import (
-    as_dtype,
-    check_devices,
-    check_rows,
-    forbid_second_derivative,
-    needs_dispatcher,
-    register,
-    register_autograd,
-    rows,
-)
+from ..operands import Operand, check, check_launch, hold, matrix
+from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
 from ._dropout import keep_scale_2d, seed_value
 
 
 def layer_norm_stats_ref(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """mean and 1 / sqrt(variance + eps) of each row of float32 `z` (T, N), each (T,)."""
-    return z.mean(1), torch.rsqrt(z.var(1, unbiased=False) + eps)
+    """mean and 1 / sqrt(variance + eps) of each row of float32 `z` (T, N), each (T,): those of torch's layer_norm."""
+    _, mean, rstd = torch.native_layer_norm(z, z.shape[1:], None, None, eps)
+    return mean.squeeze(1), rstd.squeeze(1)
 
 
 def layer_norm_bwd_ref(
@@ -52,21 +45,31 @@ def add_layer_norm_ref(
     return torch.nn.functional.layer_norm(z, z.shape[1:], weight.float(), ln_bias.float(), eps).to(x.dtype)
 
 
+def _operands(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor) -> list[Operand]:
+    """What both kernels read, in the order of the C++ functions."""
+    shape, dtype = matrix("add_layer_norm", "x", x), x.dtype
+    vector = shape[1:]
+    return [("x", x, shape, dtype), ("bias", bias, vector, dtype), ("residual", residual, shape, dtype),
+            ("weight", weight, vector, dtype)]  # fmt: skip
+
+
 def _fwd(
     x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor, eps: float,
     dropout_p: float, seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    operands = _operands(x, bias, residual, weight)
+    operands.append(("ln_bias", ln_bias, x.shape[1:], x.dtype))
     backend = dispatch.resolve("add_layer_norm", x.device.type, x.dtype, backend)
     if backend == "cpp":
-        x, bias, residual, weight, ln_bias = map(rows, (x, bias, residual, weight, ln_bias))
-        out = torch.empty_like(x)
+        memory = hold("add_layer_norm", x.device, operands)
+        out = torch.empty(x.shape, dtype=x.dtype)
         mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
         dispatch.extension().add_layer_norm_fwd_cpu(
-            x.data_ptr(), bias.data_ptr(), residual.data_ptr(), weight.data_ptr(), ln_bias.data_ptr(), out.data_ptr(),
-            mean.data_ptr(), rstd.data_ptr(), *x.shape, eps, dropout_p, seed_value(seed, dropout_p),
-            dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+            *memory.addresses, out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *out.shape, eps, dropout_p,
+            seed_value(seed, dropout_p), dispatch.DTYPE_CODES[out.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return out, mean, rstd
+    check_launch("add_layer_norm", backend, x.device, operands)
     if backend == "triton":
         from ..kernels.add_layer_norm import add_layer_norm_fwd
 
@@ -80,7 +83,11 @@ def _bwd(
     dropout_p: float, seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dx, dresidual (empty without dropout: then it equals dx), dbias, dweight, dln_bias."""
+    operands: list[Operand] = [("grad", grad, x.shape, x.dtype), *_operands(x, bias, residual, weight)]
+    operands += [(name, t, x.shape[:1], torch.float32) for name, t in (("mean", mean), ("rstd", rstd))]
     backend = dispatch.resolve("add_layer_norm", x.device.type, x.dtype, backend)
+    if backend != "cpp":
+        check_launch("add_layer_norm", backend, x.device, operands)
     if backend == "triton":
         from ..kernels.add_layer_norm import add_layer_norm_bwd
 
@@ -91,20 +98,21 @@ def _bwd(
         dx = dz if keep is None else dz * keep
         dresidual = dz.to(x.dtype) if dropout_p else x.new_empty(0, x.shape[1])
         return dx.to(x.dtype), dresidual, *(d.to(bias.dtype) for d in (dx.sum(0), dweight, dln_bias))
-    grad, x, bias, residual, weight = map(rows, (grad, x, bias, residual, weight))
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if dropout_p else x.new_empty(0, x.shape[1])
+    memory = hold("add_layer_norm", x.device, operands)
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    dresidual = torch.empty(x.shape if dropout_p else (0, x.shape[1]), dtype=x.dtype)
     dbias, dweight, dln_bias = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(3))
     dispatch.extension().add_layer_norm_bwd_cpu(
-        grad.data_ptr(), x.data_ptr(), bias.data_ptr(), residual.data_ptr(), weight.data_ptr(), mean.data_ptr(),
-        rstd.data_ptr(), dx.data_ptr(), dresidual.data_ptr() if dropout_p else 0, dbias.data_ptr(), dweight.data_ptr(),
-        dln_bias.data_ptr(), *x.shape, dropout_p, seed_value(seed, dropout_p),
-        dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        *memory.addresses, dx.data_ptr(), dresidual.data_ptr() if dropout_p else 0, dbias.data_ptr(), dweight.data_ptr(),
+        dln_bias.data_ptr(), *dx.shape, dropout_p, seed_value(seed, dropout_p), dispatch.DTYPE_CODES[dx.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
-    return dx, dresidual, *(d.to(bias.dtype) for d in (dbias, dweight, dln_bias))
+    return dx, dresidual, *(d.to(dx.dtype) for d in (dbias, dweight, dln_bias))
 
 
 def _fwd_fake(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, backend):
+    operands = _operands(x, bias, residual, weight)
+    check("add_layer_norm", x.device, [*operands, ("ln_bias", ln_bias, x.shape[1:], x.dtype)])
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stats, torch.empty_like(stats)
 
@@ -169,13 +177,8 @@ def add_layer_norm(
         (T, H), in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or devices that do not fit. TypeError: an argument that is no dense floating-point tensor.
     """
-    width = x.shape[-1]
-    check_rows("add_layer_norm", x, bias=(bias, width), weight=(weight, width), ln_bias=(ln_bias, width))
-    if residual.shape != x.shape:
-        raise ValueError(f"add_layer_norm: residual {tuple(residual.shape)} differs from x {tuple(x.shape)}")
-    check_devices("add_layer_norm", x, residual)
     bias, residual, weight, ln_bias = as_dtype(x, bias, residual, weight, ln_bias)
     traced = needs_dispatcher(x, bias, residual, weight, ln_bias)
     call = torch.ops.albert_fast.add_layer_norm_fwd if traced else _fwd

@@ -7,21 +7,15 @@ the last layer can ask for some tokens only.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .. import dispatch
-from ..registration import (
-    check_devices,
-    forbid_second_derivative,
-    is_traced,
-    needs_dispatcher,
-    register,
-    register_autograd,
-)
+from ..operands import Operand, check, check_launch, head_size, hold, hold_rows, matrix
+from ..registration import forbid_second_derivative, is_traced, needs_dispatcher, register, register_autograd
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
 
@@ -29,13 +23,17 @@ def _ranges(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cu_seqlens.tolist()))
 
 
-def check_ranges(op: str, name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """ValueError where `cu_seqlens` is not int32 from 0 to `tokens`: the kernel would read and write wherever it points."""
-    if cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"{op}: {name} must be int32, got {cu_seqlens.dtype}")
+def check_ranges(op: str, name: str, cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
+    """ValueError where `cu_seqlens` does not run from 0 to `tokens`, or a range exceeds `longest`.
+
+    For backends other than C++, whose functions look for themselves; on a GPU kernels stay within the tensors.
+    """
     ends = cu_seqlens.tolist()
-    if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
+    if ends[0] != 0 or ends[-1] != tokens or min(lengths, default=0) < 0:
         raise ValueError(f"{op}: {name} must run from 0 to {tokens} and never fall, got {ends}")
+    if longest is not None and max(lengths, default=0) > longest:
+        raise ValueError(f"{op}: {name} has a sequence of {max(lengths)} tokens, max_seqlen is {longest}")
 
 
 def _probabilities(
@@ -100,22 +98,76 @@ def _bwd_ref(
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, order: Tensor | None, num_heads: int
+) -> tuple[list[Operand], list[Operand]]:  # fmt: skip
+    """What both kernels read: q, k and v, whose rows may be strided; and what is read dense."""
+    (queries, width), (tokens, _) = matrix("attention", "q", q), matrix("attention", "k", k)
+    head_size("attention", width, num_heads)
+    if cu_seqlens_k.dim() != 1 or len(cu_seqlens_k) == 0:
+        raise ValueError(f"attention: cu_seqlens_k must have the shape (B + 1,), got {tuple(cu_seqlens_k.shape)}")
+    ends, dtype = cu_seqlens_k.shape[0], q.dtype
+    dense: list[Operand] = [
+        ("cu_seqlens_q", cu_seqlens_q, (ends,), torch.int32),
+        ("cu_seqlens_k", cu_seqlens_k, (ends,), torch.int32),
+        ("order", order, (ends - 1,), torch.int32),
+    ]
+    shape = tokens, width
+    return [("q", q, (queries, width), dtype), ("k", k, shape, dtype), ("v", v, shape, dtype)], dense
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(T, N) with adjacent columns; rows may be strided."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _check_order(order: Tensor | None) -> None:
+    """ValueError for an order on a CPU that is none; a GPU is not waited for."""
+    if order is not None and order.device.type == "cpu" and order.sort().values.tolist() != list(range(len(order))):
+        raise ValueError(f"attention: order must name every sequence once, got {order.tolist()}")
+
+
+def _check_both_ranges(
+    queries: int, tokens: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    if cu_seqlens_q.device.type == "cpu":
+        check_ranges("attention", "cu_seqlens_q", cu_seqlens_q, queries, max_seqlen_q)
+        check_ranges("attention", "cu_seqlens_k", cu_seqlens_k, tokens, max_seqlen_k)
+
+
+def _raise_ranges(*ranges: Any) -> NoReturn:
+    """What the C++ function found wrong."""
+    _check_both_ranges(*ranges)
+    raise ValueError("attention: cu_seqlens was written while it was read")
+
+
 def _fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, order: Tensor | None, max_seqlen_q: int,
     max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (Tq, H) and the logsumexp of every row of scores, (heads, Tq) float32."""
+    strided, dense = _operands(q, k, v, cu_seqlens_q, cu_seqlens_k, order, num_heads)
+    (queries, width), (tokens, _) = strided[0][2], strided[1][2]
+    ranges = queries, tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     backend = dispatch.resolve("attention", q.device.type, q.dtype, backend)
     if backend == "cpp":
-        out = torch.empty(q.shape, dtype=q.dtype)
-        lse = torch.empty((num_heads, q.shape[0]), dtype=torch.float32)
-        dispatch.extension().attention_fwd_cpu(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_seqlens_q.data_ptr(),
-            cu_seqlens_k.data_ptr(), len(cu_seqlens_q) - 1, num_heads, q.shape[1] // num_heads, q.stride(0), k.stride(0),
-            v.stride(0), out.stride(0), softmax_scale, dropout_p, seed_value(seed, dropout_p),
-            dispatch.DTYPE_CODES[q.dtype], torch.get_num_threads(),
+        (memory, strides), ends = hold_rows("attention", q.device, strided), hold("attention", q.device, dense)
+        out = torch.empty((queries, width), dtype=q.dtype)
+        lse = torch.empty((num_heads, queries), dtype=torch.float32)
+        _check_order(order)
+        fits = dispatch.extension().attention_fwd_cpu(
+            *memory.addresses, out.data_ptr(), lse.data_ptr(), *ends.addresses[:2], dense[1][2][0] - 1, queries, tokens,
+            max_seqlen_q, max_seqlen_k, num_heads, width // num_heads, *strides, width, softmax_scale, dropout_p,
+            seed_value(seed, dropout_p), dispatch.DTYPE_CODES[q.dtype], torch.get_num_threads(),
         )  # fmt: skip
+        if not fits:
+            _raise_ranges(*ranges)
         return out, lse
+    check_launch("attention", backend, q.device, [*strided, *dense])
+    _check_order(order)
+    _check_both_ranges(*ranges)
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    q, k, v = map(_rows, (q, k, v))
     if backend == "triton":
         from ..kernels.attention import attention_fwd
 
@@ -134,7 +186,18 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, where a kernel writes them in `into`: an operator's results share no memory, those of a plain call may."""
     seed_number = seed_value(seed, dropout_p)
+    strided, dense = _operands(q, k, v, cu_seqlens_q, cu_seqlens_k, order, num_heads)
+    (queries, width), (tokens, _) = strided[0][2], strided[1][2]
+    ranges = queries, tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    strided.insert(0, ("grad", grad, (queries, width), q.dtype))
+    dense.append(("lse", lse, (num_heads, queries), torch.float32))
     backend = dispatch.resolve("attention", q.device.type, q.dtype, backend)
+    if backend != "cpp":
+        check_launch("attention", backend, q.device, [*strided, *dense])
+        _check_both_ranges(*ranges)
+        cu_seqlens_q, cu_seqlens_k, lse = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), lse.contiguous()
+        q, k, v = map(_rows, (q, k, v))
+    _check_order(order)
     if backend == "reference":
         return _bwd_ref(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_number)
     dq, dk, dv = into or (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
@@ -146,13 +209,16 @@ def _bwd(
             softmax_scale, dropout_p, seed_number,
         )  # fmt: skip
         return dq, dk, dv
-    grad = grad.contiguous()
-    dispatch.extension().attention_bwd_cpu(
-        grad.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), lse.data_ptr(), dq.data_ptr(), dk.data_ptr(),
-        dv.data_ptr(), cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), len(cu_seqlens_q) - 1, num_heads,
-        q.shape[1] // num_heads, *(t.stride(0) for t in (grad, q, k, v, dq, dk, dv)), softmax_scale, dropout_p, seed_number,
-        dispatch.DTYPE_CODES[q.dtype], torch.get_num_threads(),
+    (memory, strides), others = hold_rows("attention", q.device, strided), hold("attention", q.device, dense)
+    cu_q, cu_k, _, lse_address = others.addresses
+    fits = dispatch.extension().attention_bwd_cpu(
+        *memory.addresses, lse_address, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), cu_q, cu_k, dense[1][2][0] - 1,
+        queries, tokens, max_seqlen_q, max_seqlen_k, num_heads, width // num_heads, *strides,
+        *(t.stride(0) for t in (dq, dk, dv)), softmax_scale, dropout_p, seed_number, dispatch.DTYPE_CODES[q.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
+    if not fits:
+        _raise_ranges(*ranges)
     return dq, dk, dv
 
 
@@ -160,6 +226,8 @@ def _fwd_fake(
     q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed,
     backend,
 ):  # fmt: skip
+    strided, dense = _operands(q, k, v, cu_seqlens_q, cu_seqlens_k, order, num_heads)
+    check("attention", q.device, [*strided, *dense])
     return q.new_empty(q.shape), q.new_empty((num_heads, q.shape[0]), dtype=torch.float32)
 
 
@@ -280,36 +348,14 @@ def attention(
         (Tq, H), in q's dtype; zeros for a query whose sequence has no key.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit; on a CPU also cu_seqlens that do not run from 0 to the end
+            of their tokens, or a sequence above its max_seqlen: a GPU, which is not waited for, stays within the tensors.
+        TypeError: an argument that is no dense tensor, q not floating-point.
     """
-    if num_heads < 1 or q.dim() != 2 or k.shape != v.shape or q.shape[1:] != k.shape[1:] or q.shape[1] % num_heads:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, {num_heads} heads"
-        raise ValueError(f"attention: expected q (Tq, H), k and v (T, H) with H a multiple of num_heads, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention: q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
-    if (
-        cu_seqlens_q.dtype != torch.int32
-        or cu_seqlens_k.dtype != torch.int32
-        or cu_seqlens_q.shape != cu_seqlens_k.shape
-    ):
-        raise ValueError("attention: cu_seqlens_q and cu_seqlens_k must be int32 of one shape (B + 1,)")
-    if order is not None and (order.dtype != torch.int32 or order.shape != (len(cu_seqlens_k) - 1,)):
-        raise ValueError(f"attention: order must be (B,) int32, got {tuple(order.shape)} {order.dtype}")
-    check_devices("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, order)
-    same = cu_seqlens_k is cu_seqlens_q
-    cu_seqlens_q = cu_seqlens_q.contiguous()
-    cu_seqlens_k = cu_seqlens_q if same else cu_seqlens_k.contiguous()
-    if q.device.type == "cpu" and not is_traced():
-        check_ranges("attention", "cu_seqlens_q", cu_seqlens_q, len(q))
-        if not same or len(k) != len(q):
-            check_ranges("attention", "cu_seqlens_k", cu_seqlens_k, len(k))
-        if order is not None and order.sort().values.tolist() != list(range(len(order))):
-            raise ValueError(f"attention: order must name every sequence once, got {order.tolist()}")
     if softmax_scale is None:
-        softmax_scale = (q.shape[1] // num_heads) ** -0.5
+        softmax_scale = head_size("attention", matrix("attention", "q", q)[1], num_heads) ** -0.5
     if softmax_scale < 0:  # kernels look for the largest score before they scale it
         q, softmax_scale = -q, -softmax_scale
-    q, k, v = (t if t.stride(1) == 1 else t.contiguous() for t in (q, k, v))
     call = torch.ops.albert_fast.attention_fwd if needs_dispatcher(q, k, v) else _fwd
     return call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed,

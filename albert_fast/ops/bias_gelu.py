@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import (
-    as_dtype,
-    check_rows,
-    forbid_second_derivative,
-    needs_dispatcher,
-    register,
-    register_autograd,
-    rows,
-)
+from ..operands import Operand, check, check_choice, check_launch, hold, matrix
+from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
 from ._dropout import keep_scale_2d, seed_value
 
 # The order is the numbering that the C++ and Triton kernels share.
@@ -64,16 +57,25 @@ def bias_gelu_bwd_ref(
     return dx.to(x.dtype), dx.sum(0).to(bias.dtype)
 
 
+def _operands(x: Tensor, bias: Tensor, act: str, grad: Tensor | None = None) -> list[Operand]:
+    """What the kernels read, in the order of the C++ functions."""
+    shape = matrix("bias_gelu", "x", x)
+    check_choice("bias_gelu", "act", act, ACTS)
+    return [("grad", grad, shape, x.dtype), ("x", x, shape, x.dtype), ("bias", bias, shape[1:], x.dtype)]
+
+
 def _fwd(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None, backend: str) -> Tensor:
+    operands = _operands(x, bias, act)
     backend = dispatch.resolve("bias_gelu", x.device.type, x.dtype, backend)
     if backend == "cpp":
-        x, bias = rows(x), rows(bias)
-        out = torch.empty_like(x)
+        memory = hold("bias_gelu", x.device, operands[1:])
+        out = torch.empty(x.shape, dtype=x.dtype)
         dispatch.extension().bias_gelu_fwd_cpu(
-            x.data_ptr(), bias.data_ptr(), out.data_ptr(), *x.shape, ACTS.index(act), dropout_p,
-            seed_value(seed, dropout_p), dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+            *memory.addresses, out.data_ptr(), *out.shape, ACTS.index(act), dropout_p, seed_value(seed, dropout_p),
+            dispatch.DTYPE_CODES[out.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return out
+    check_launch("bias_gelu", backend, x.device, operands)
     if backend == "triton":
         from ..kernels.bias_gelu import bias_gelu_fwd
 
@@ -84,28 +86,34 @@ def _fwd(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | Non
 def _bwd(
     grad: Tensor, x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
+    operands = _operands(x, bias, act, grad)
     backend = dispatch.resolve("bias_gelu", x.device.type, x.dtype, backend)
+    if backend == "cpp":
+        memory = hold("bias_gelu", x.device, operands)
+        dx, dbias = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[1], dtype=torch.float32)
+        dispatch.extension().bias_gelu_bwd_cpu(
+            *memory.addresses, dx.data_ptr(), dbias.data_ptr(), *dx.shape, ACTS.index(act), dropout_p,
+            seed_value(seed, dropout_p), dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, dbias.to(dx.dtype)
+    check_launch("bias_gelu", backend, x.device, operands)
     if backend == "triton":
         from ..kernels.bias_gelu import bias_gelu_bwd
 
         return bias_gelu_bwd(grad, x, bias, act, dropout_p, seed_value(seed, dropout_p))
-    if backend == "reference":
-        return bias_gelu_bwd_ref(grad, x, bias, act, dropout_p, seed)
-    grad, x, bias = rows(grad), rows(x), rows(bias)
-    dx = torch.empty_like(x)
-    dbias = torch.empty(x.shape[1], dtype=torch.float32)
-    dispatch.extension().bias_gelu_bwd_cpu(
-        grad.data_ptr(), x.data_ptr(), bias.data_ptr(), dx.data_ptr(), dbias.data_ptr(), *x.shape, ACTS.index(act),
-        dropout_p, seed_value(seed, dropout_p), dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    return dx, dbias.to(bias.dtype)
+    return bias_gelu_bwd_ref(grad, x, bias, act, dropout_p, seed)
+
+
+def _fwd_fake(x, bias, act, dropout_p, seed, backend):
+    check("bias_gelu", x.device, _operands(x, bias, act))
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 _ARGUMENTS = "Tensor x, Tensor bias, str act, float dropout_p, Tensor? seed, str backend"
 register(
     f"bias_gelu_fwd({_ARGUMENTS}) -> Tensor",
     _fwd,
-    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    _fwd_fake,
 )
 register(
     f"bias_gelu_bwd(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -149,11 +157,9 @@ def bias_gelu(
         (T, I), in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, dropout_p outside [0, 1) or above 0 without a seed.
+        ValueError: shapes or devices that do not fit, an unknown activation, dropout_p outside [0, 1) or above 0 without a
+            seed. TypeError: an argument that is no dense tensor of floating-point numbers.
     """
-    check_rows("bias_gelu", x, bias=(bias, x.shape[-1]))
-    if act not in ACTS:
-        raise ValueError(f"bias_gelu: unknown act {act!r}; known: {', '.join(ACTS)}")
     (bias,) = as_dtype(x, bias)
     call = torch.ops.albert_fast.bias_gelu_fwd if needs_dispatcher(x, bias) else _fwd
     return call(x, bias, act, dropout_p, seed, backend)

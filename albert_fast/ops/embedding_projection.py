@@ -16,15 +16,14 @@ from torch import Tensor
 
 from .. import dispatch
 from ..gemm import linear
+from ..operands import Operand, check, check_launch, hold, matrix
 from ..registration import (
     as_dtype,
-    check_devices,
     forbid_second_derivative,
     is_traced,
     needs_dispatcher,
     register,
     register_autograd,
-    rows,
 )
 from . import _reports
 from ._dropout import keep_scale_2d, seed_value
@@ -87,24 +86,57 @@ def embedding_projection_ref(
     return torch.nn.functional.linear(normed, proj_weight.float(), proj_bias.float()).to(word.dtype)
 
 
-def _normed_cpu(
+def _operands(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
-    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, dropout_p: float, seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """LayerNorm of the summed embeddings (T, E), after dropout, and its statistics, by the C++ kernel."""
-    tokens, width = len(token_type_ids), word.shape[1]
-    out = torch.empty((tokens, width), dtype=word.dtype)
+    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor,
+) -> list[Operand]:  # fmt: skip
+    """What LayerNorm of the summed embeddings reads, in the order of the C++ functions: rows of `word`, or given ones."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("embedding_projection: give exactly one of input_ids and inputs_embeds")
+    sizes = [matrix("embedding_projection", name, t, "embedding size") for name, t in
+             (("word", word), ("token_type", token_type), ("position", position))]  # fmt: skip
+    first, (width, dtype) = token_type_ids if input_ids is None else input_ids, (sizes[0][1], word.dtype)
+    if first.dim() != 1:
+        raise ValueError(f"embedding_projection: ids must have the shape (T,), got {tuple(first.shape)}")
+    tokens = first.shape[0]
+    ids: list[Operand] = []
+    for name, values in zip(TABLES, (input_ids, token_type_ids, position_ids), strict=True):
+        if values is not None and values.dtype != torch.int64:
+            raise TypeError(f"embedding_projection: {name} must be int64, got {values.dtype}")
+        ids.append((name, values, (tokens,), torch.int64))
+    return [
+        *ids,
+        ("word", word, sizes[0], dtype) if inputs_embeds is None else
+        ("inputs_embeds", inputs_embeds, (tokens, width), dtype),
+        ("token_type", token_type, (sizes[1][0], width), dtype),
+        ("position", position, (sizes[2][0], width), dtype),
+        ("ln_weight", ln_weight, (width,), dtype),
+        ("ln_bias", ln_bias, (width,), dtype),
+    ]  # fmt: skip
+
+
+def _projection(word: Tensor, proj_weight: Tensor, proj_bias: Tensor | None = None) -> list[Operand]:
+    """What the product reads beside the embeddings."""
+    size, _ = matrix("embedding_projection", "proj_weight", proj_weight, "embedding size")
+    shape = (size, word.shape[1])
+    return [("proj_weight", proj_weight, shape, word.dtype), ("proj_bias", proj_bias, (size,), word.dtype)]
+
+
+def _normed_cpu(
+    operands: list[Operand], sizes: tuple[int, ...], eps: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of the summed embeddings (T, E), after dropout, and its statistics, by the C++ kernel; V, Y and P: sizes."""
+    ids = tuple(tensor for _, tensor, _, _ in operands[: len(TABLES)])
+    (tokens,), (_, _, (width,), dtype) = operands[1][2], operands[-1]
+    memory = hold("embedding_projection", torch.device("cpu"), operands)
+    out = torch.empty((tokens, width), dtype=dtype)
     mean, rstd = (torch.empty(tokens, dtype=torch.float32) for _ in range(2))
     bad = dispatch.extension().embedding_layer_norm_fwd_cpu(
-        input_ids.data_ptr() if input_ids is not None else 0, token_type_ids.data_ptr(), position_ids.data_ptr(),
-        (word if inputs_embeds is None else inputs_embeds).data_ptr(), token_type.data_ptr(), position.data_ptr(),
-        ln_weight.data_ptr(), ln_bias.data_ptr(), out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), tokens, width,
-        len(word), len(token_type), len(position), eps, dropout_p, seed, dispatch.DTYPE_CODES[word.dtype],
-        torch.get_num_threads(),
+        *memory.addresses, out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), tokens, width, *sizes, eps, dropout_p, seed,
+        dispatch.DTYPE_CODES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
-        sizes = len(word), len(token_type), len(position)
-        raise index_error((input_ids, token_type_ids, position_ids), sizes)(bad)
+        raise index_error(ids, sizes)(bad)
     return out, mean, rstd
 
 
@@ -179,16 +211,19 @@ def _fwd(
     token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
     eps: float, padding_idx: int, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
+    tensors = (input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias)
+    operands = _operands(*tensors)
     backend = dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend)
-    ids: Any = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
-    weights: Any = tuple(map(rows, (word, token_type, position, ln_weight, ln_bias)))
+    projection = _projection(word, proj_weight, proj_bias)
     if backend == "cpp":
-        normed, _, _ = _normed_cpu(*ids, *weights, eps, dropout_p, seed_value(seed, dropout_p))  # type: ignore[call-arg]
+        check_launch("embedding_projection", backend, word.device, projection)
+        sizes = len(word), len(token_type), len(position)
+        normed, _, _ = _normed_cpu(operands, sizes, eps, dropout_p, seed_value(seed, dropout_p))
         return linear(normed, proj_weight, proj_bias)
+    check_launch("embedding_projection", backend, word.device, [*operands, *projection])
     if backend == "cuda":
-        return _fwd_cuda(  # type: ignore[call-arg]
-            *ids, *weights, rows(proj_weight), rows(proj_bias), eps, dropout_p, seed_value(seed, dropout_p)
-        )
+        dense: Any = [None if t is None else t.contiguous() for t in (*tensors, proj_weight, proj_bias)]
+        return _fwd_cuda(*dense, eps, dropout_p, seed_value(seed, dropout_p))  # type: ignore[call-arg]
     return embedding_projection_ref(
         input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias,
         proj_weight, proj_bias, eps, dropout_p, seed,
@@ -202,32 +237,37 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of inputs_embeds (empty where ids were given), word, token_type, position, ln_weight, ln_bias,
     proj_weight and proj_bias. The embeddings are computed again: T x E is little beside keeping it."""
+    tensors = (input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias)
+    operands = _operands(*tensors)
+    tokens, size = operands[1][2][0], proj_weight.shape[0]
+    projection = [("grad", grad, (tokens, size), word.dtype), *_projection(word, proj_weight)]
+    check_launch("embedding_projection", backend, word.device, projection)
     backend = dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend)
     seed_number = seed_value(seed, dropout_p)
     f32 = torch.float32
-    ids: Any = [None if t is None else rows(t) for t in (input_ids, inputs_embeds, token_type_ids, position_ids)]
-    tables: Any = tuple(map(rows, (word, token_type, position, ln_weight, ln_bias)))
+    if backend != "cpp":
+        check_launch("embedding_projection", backend, word.device, operands)
     if backend == "cuda":
-        dnormed = rows(linear(grad, proj_weight.t()))
-        arguments = (*ids, *tables, eps, padding_idx, dropout_p, seed_number)
-        normed, dembeds, *table_grads = _bwd_cuda(dnormed, *arguments)
+        dnormed = linear(grad, proj_weight.t()).contiguous()
+        dense: Any = [None if t is None else t.contiguous() for t in tensors]
+        normed, dembeds, *table_grads = _bwd_cuda(dnormed, *dense, eps, padding_idx, dropout_p, seed_number)
         dinputs = word.new_empty(0, word.shape[1]) if dembeds is None else dembeds
         dproj_bias = grad.sum(0, dtype=f32).to(word.dtype)
         return dinputs, *table_grads, linear(grad.t(), normed.t()), dproj_bias  # type: ignore[return-value]
     if backend == "cpp":
-        normed, mean, rstd = _normed_cpu(*ids, *tables, eps, dropout_p, seed_number)  # type: ignore[call-arg]
+        sizes = len(word), len(token_type), len(position)
+        normed, mean, rstd = _normed_cpu(operands, sizes, eps, dropout_p, seed_number)
         dnormed = linear(grad, proj_weight.t()).contiguous()
-        ids_ptr = 0 if input_ids is None else ids[0].data_ptr()
+        memory = hold("embedding_projection", word.device, operands[:-1])
         dembeds = torch.zeros(word.shape if inputs_embeds is None else inputs_embeds.shape, dtype=f32)
         dtype_table, dposition, dln_weight, dln_bias = (
             torch.zeros(t.shape, dtype=f32) for t in (token_type, position, ln_weight, ln_bias)
         )
         dispatch.extension().embedding_layer_norm_bwd_cpu(
-            dnormed.data_ptr(), ids_ptr, ids[2].data_ptr(), ids[3].data_ptr(),
-            (tables[0] if inputs_embeds is None else ids[1]).data_ptr(), tables[1].data_ptr(), tables[2].data_ptr(),
-            tables[3].data_ptr(), mean.data_ptr(), rstd.data_ptr(), dembeds.data_ptr(), dtype_table.data_ptr(),
-            dposition.data_ptr(), dln_weight.data_ptr(), dln_bias.data_ptr(), len(normed), word.shape[1], len(word),
-            len(token_type), len(position), dropout_p, seed_number, dispatch.DTYPE_CODES[word.dtype], torch.get_num_threads(),
+            dnormed.data_ptr(), *memory.addresses, mean.data_ptr(), rstd.data_ptr(), dembeds.data_ptr(),
+            dtype_table.data_ptr(), dposition.data_ptr(), dln_weight.data_ptr(), dln_bias.data_ptr(), len(normed),
+            word.shape[1], *sizes, dropout_p, seed_number,
+            dispatch.DTYPE_CODES[word.dtype], torch.get_num_threads(),
         )  # fmt: skip
     else:
         embeds = word[input_ids] if inputs_embeds is None else inputs_embeds
@@ -253,6 +293,10 @@ def _fwd_fake(
     input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias, proj_weight,
     proj_bias, eps, padding_idx, dropout_p, seed, backend,
 ):  # fmt: skip
+    operands = _operands(
+        input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias
+    )
+    check("embedding_projection", word.device, [*operands, *_projection(word, proj_weight, proj_bias)])
     return word.new_empty((token_type_ids.shape[0], proj_weight.shape[0]))
 
 
@@ -320,33 +364,7 @@ def embedding_projection(
         TokenIndexError (an IndexError): an id outside its table; names table, token, value and size.
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("embedding_projection: give exactly one of input_ids and inputs_embeds")
-    width = word.shape[-1]
-    first = token_type_ids if input_ids is None else input_ids
-    for name, ids in zip(TABLES, (first, token_type_ids, position_ids), strict=True):
-        if ids.dtype != torch.int64:
-            raise TypeError(f"embedding_projection: {name} must be int64, got {ids.dtype}")
-        if ids.shape != first.shape or ids.dim() != 1:
-            raise ValueError(
-                f"embedding_projection: {name} {tuple(ids.shape)} beside {tuple(first.shape)}, expected (T,)"
-            )
-    if inputs_embeds is not None and inputs_embeds.shape != (len(first), width):
-        raise ValueError(
-            f"embedding_projection: inputs_embeds {tuple(inputs_embeds.shape)}, expected ({len(first)}, {width})"
-        )
-    if token_type.shape[1:] != (width,) or position.shape[1:] != (width,) or proj_weight.shape[1:] != (width,):
-        shapes = [tuple(t.shape) for t in (word, token_type, position, proj_weight)]
-        raise ValueError(f"embedding_projection: word, token_type, position, proj_weight differ in width: {shapes}")
-    for name, vector, size in (
-        ("ln_weight", ln_weight, width),
-        ("ln_bias", ln_bias, width),
-        ("proj_bias", proj_bias, len(proj_weight)),
-    ):
-        if vector.shape != (size,):
-            raise ValueError(f"embedding_projection: {name} {tuple(vector.shape)}, expected ({size},)")
     parameters = token_type, position, ln_weight, ln_bias, proj_weight, proj_bias
-    check_devices("embedding_projection", word, input_ids, inputs_embeds, token_type_ids, position_ids, *parameters)
     if inputs_embeds is not None:
         (inputs_embeds,) = as_dtype(word, inputs_embeds)
     tensors = (inputs_embeds, word, *as_dtype(word, *parameters))

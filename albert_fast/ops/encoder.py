@@ -10,13 +10,15 @@ import array
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..derived import Derived
-from ..registration import check_devices, forbid_derivative, is_traced, needs_dispatcher, register
+from ..operands import Operand, check, check_choice, check_launch, head_size, hold, matrix
+from ..registration import forbid_derivative, is_traced, needs_dispatcher, register
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref, check_ranges
 from .bias_gelu import ACTS, bias_gelu_ref
@@ -39,6 +41,15 @@ WEIGHT_NAMES = tuple(WEIGHTS)
 _PER_LAYER = len(WEIGHTS)
 _MATRICES = [i for i, shape in enumerate(WEIGHTS.values()) if " " in shape]
 _FFN = WEIGHT_NAMES.index("ffn")
+
+
+def asked_rows(x: Tensor, rows: Tensor, cu_rows: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """x[rows]; zeros for a row of a sequence without tokens, wherever it points."""
+    counts, empty = cu_rows.diff(), cu_seqlens.diff() == 0
+    none = empty.repeat_interleave(counts, output_size=len(rows))[:, None]
+    if not len(x):
+        return x.new_zeros((len(rows), *x.shape[1:]))
+    return x[rows.clamp(0, len(x) - 1)].masked_fill(none, 0.0)
 
 
 def _layer_ref(
@@ -65,7 +76,7 @@ def _layer_ref(
     fused = torch.nn.functional.linear(hidden, torch.cat([w_q, w_k, w_v]), torch.cat([b_q, b_k, b_v]))
     q, k, v = fused.split(hidden.shape[1], dim=1)
     if rows is not None:
-        q, hidden = q[rows], hidden[rows]
+        q, hidden = (asked_rows(t, rows, cu_rows, cu_seqlens) for t in (q, hidden))
     context = attention_ref(q, k, v, cu_rows, cu_seqlens, num_heads, softmax_scale)
     attended = add_layer_norm_ref(context @ dense.t(), dense_bias, hidden, norm, norm_bias, eps)
     middle = bias_gelu_ref(attended @ ffn.t(), ffn_bias, act)
@@ -90,9 +101,9 @@ def encoder_ref(
 def _pack(matrices: Sequence[Tensor]) -> Tensor:
     extension, (middle, hidden) = dispatch.extension(), matrices[_MATRICES.index(_FFN)].shape
     memory = torch.empty(extension.encoder_packed_size_cpu(hidden, middle), dtype=torch.float32)
-    extension.encoder_pack_cpu(
-        *(matrix.data_ptr() for matrix in matrices), memory.data_ptr(), hidden, middle, torch.get_num_threads()
-    )
+    shapes = zip(_MATRICES, matrices, strict=True)
+    held = hold("encoder", memory.device, [(WEIGHT_NAMES[i], m, tuple(m.shape), m.dtype) for i, m in shapes])
+    extension.encoder_pack_cpu(*held.addresses, memory.data_ptr(), hidden, middle, torch.get_num_threads())
     return memory
 
 
@@ -100,9 +111,9 @@ _profile: Tensor | None = None
 _PACKED = Derived(_pack)
 
 
-def packed(weights: Sequence[Tensor]) -> Tensor:
+def packed(layer: Sequence[Operand]) -> Tensor:
     """The memory of one layer's packed matrices, made where it is not there or not theirs any more."""
-    return _PACKED([weights[i] for i in _MATRICES])
+    return _PACKED([layer[i][1].contiguous() for i in _MATRICES])  # type: ignore[union-attr]
 
 
 def forget_packed(weights: Sequence[Tensor]) -> None:
@@ -165,38 +176,53 @@ def _fwd(
     hidden: Tensor, weights: list[Tensor], order: list[int], cu_seqlens: Tensor, rows: Tensor | None,
     cu_rows: Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str, backend: str,
 ) -> Tensor:  # fmt: skip
+    width, layers = _check_weights(hidden, weights)
+    vectors = check_tokens("encoder", hidden, order, len(layers), cu_seqlens, rows, cu_rows, num_heads, act)
     backend = dispatch.resolve("encoder", hidden.device.type, hidden.dtype, backend)
+    if backend != "cpp":
+        operands = [operand for layer in layers for operand in layer]
+        check_launch("encoder", backend, hidden.device, [*vectors, *operands])
+        check_content("encoder", len(hidden), cu_seqlens, rows, cu_rows)
     if backend == "triton":
         from ..kernels.encoder import encoder_fwd
 
         return encoder_fwd(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act)
     if backend == "reference":
         return encoder_ref(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act)
-    hidden, weights = hidden.contiguous(), [w.contiguous() for w in weights]
-    layers = [weights[i : i + _PER_LAYER] for i in range(0, len(weights), _PER_LAYER)]
-    memory = [packed(layer) for layer in layers]
+    memory = hold("encoder", hidden.device, vectors)
+    held = [hold("encoder", hidden.device, layer) for layer in layers]
+    matrices = [packed(layer) for layer in layers]
     table = array.array("q")
-    for layer, matrices in zip(layers, memory, strict=True):
-        table.extend([*(w.data_ptr() for w in layer), matrices.data_ptr()])
+    for layer, own in zip(held, matrices, strict=True):
+        table.extend((*layer.addresses, own.data_ptr()))
     steps = array.array("q", order)
-    out = torch.empty((len(hidden) if rows is None else len(rows), hidden.shape[1]), dtype=torch.float32)
-    dispatch.extension().encoder_fwd_cpu(
-        hidden.data_ptr(), out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps),
-        cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(hidden), 0 if rows is None else rows.data_ptr(),
-        0 if cu_rows is None else cu_rows.data_ptr(), 0 if rows is None else len(rows), hidden.shape[1],
-        len(layers[0][_FFN]), num_heads, softmax_scale, eps, ACTS.index(act),
-        profile_address(), torch.get_num_threads(),
+    tokens, asked = vectors[0][2][0], 0 if rows is None else vectors[2][2][0]
+    out = torch.empty((tokens if rows is None else asked, width), dtype=torch.float32)
+    states, ends, rows_address, cu_rows_address = memory.addresses
+    fits = dispatch.extension().encoder_fwd_cpu(
+        states, out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps), ends, vectors[1][2][0] - 1,
+        tokens, rows_address, cu_rows_address, asked, width, layers[0][_FFN][2][0], num_heads,
+        softmax_scale, eps, ACTS.index(act), profile_address(), torch.get_num_threads(),
     )  # fmt: skip
+    if not fits:
+        raise_content("encoder", tokens, cu_seqlens, rows, cu_rows)
     return out
+
+
+def _fwd_fake(
+    hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act, backend,
+):  # fmt: skip
+    _, layers = _check_weights(hidden, weights)
+    vectors = check_tokens("encoder", hidden, order, len(layers), cu_seqlens, rows, cu_rows, num_heads, act)
+    check("encoder", hidden.device, [*vectors, *(operand for layer in layers for operand in layer)])
+    return hidden.new_empty((hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]))
 
 
 register(
     "encoder_fwd(Tensor hidden, Tensor[] weights, int[] order, Tensor cu_seqlens, Tensor? rows, Tensor? cu_rows, "
     "int num_heads, float softmax_scale, float eps, str act, str backend) -> Tensor",
     _fwd,
-    lambda hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act, backend: (
-        hidden.new_empty((hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]))
-    ),
+    _fwd_fake,
 )
 
 forbid_derivative("encoder_fwd", "for a gradient run the layers' operators one by one, as the models do")
@@ -204,28 +230,68 @@ forbid_derivative("encoder_fwd", "for a gradient run the layers' operators one b
 
 def check_tokens(
     op: str, hidden: Tensor, order: Sequence[int], layers: int, cu_seqlens: Tensor, rows: Tensor | None,
-    cu_rows: Tensor | None, num_heads: int, softmax_scale: float | None, act: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, float]:  # fmt: skip
-    """What both encoders ask of everything but weights: ValueError, or cu_seqlens, rows, cu_rows and scale as kernels take them."""
-    if hidden.dim() != 2 or num_heads < 1 or hidden.shape[1] % num_heads:
-        raise ValueError(
-            f"{op}: expected hidden (T, H), H a multiple of num_heads, got {tuple(hidden.shape)} and {num_heads} heads"
-        )
-    if act not in ACTS:
-        raise ValueError(f"{op}: unknown act {act!r}; known: {', '.join(ACTS)}")
+    cu_rows: Tensor | None, num_heads: int, act: str,
+) -> list[Operand]:  # fmt: skip
+    """What both encoders read beside weights: hidden, cu_seqlens, rows and cu_rows; ValueError for what does not go together."""
+    shape = matrix(op, "hidden", hidden)
+    head_size(op, shape[1], num_heads)
+    check_choice(op, "act", act, ACTS)
     if not order or not all(0 <= number < layers for number in order):
-        raise ValueError(f"{op}: the weights of {layers} layers do not make the layers {list(order)}")
+        raise ValueError(f"{op}: order {list(order)} must name layers from 0 to {layers - 1}, at least one")
     if (rows is None) != (cu_rows is None):
         raise ValueError(f"{op}: rows and cu_rows come together")
-    cu_seqlens = cu_seqlens.contiguous()
-    if hidden.device.type == "cpu" and not is_traced():
-        check_ranges(op, "cu_seqlens", cu_seqlens, len(hidden))
-        if rows is not None and cu_rows is not None:
-            check_ranges(op, "cu_rows", cu_rows, len(rows))
-            if len(cu_rows) != len(cu_seqlens) or bool(((rows < 0) | (rows >= len(hidden))).any()):
-                raise ValueError(f"{op}: rows must lie in [0, {len(hidden)}) and cu_rows have the shape of cu_seqlens")
-            rows, cu_rows = rows.contiguous(), cu_rows.contiguous()
-    return cu_seqlens, rows, cu_rows, (hidden.shape[1] // num_heads) ** -0.5 if softmax_scale is None else softmax_scale
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{op}: cu_seqlens must have the shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    if rows is not None and rows.dim() != 1:
+        raise ValueError(f"{op}: rows must have the shape (Tq,), got {tuple(rows.shape)}")
+    ends = (cu_seqlens.shape[0],)
+    return [
+        ("hidden", hidden, shape, hidden.dtype),
+        ("cu_seqlens", cu_seqlens, ends, torch.int32),
+        ("rows", rows, (0 if rows is None else rows.shape[0],), torch.int64),
+        ("cu_rows", cu_rows, ends, torch.int32),
+    ]
+
+
+def check_content(op: str, tokens: int, cu_seqlens: Tensor, rows: Tensor | None, cu_rows: Tensor | None) -> None:
+    """ValueError for ranges and rows that do not lie where both encoders read them; a GPU is not waited for."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    check_ranges(op, "cu_seqlens", cu_seqlens, tokens)
+    if rows is None or cu_rows is None:
+        return
+    check_ranges(op, "cu_rows", cu_rows, len(rows))
+    counts = cu_rows.diff()
+    first, end = (t.repeat_interleave(counts) for t in (cu_seqlens[:-1], cu_seqlens[1:]))
+    outside = ((rows < first) | (rows >= end)) & (first < end)
+    if bool(outside.any()):
+        i = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{op}: rows[{i}] is {int(rows[i])}, outside its sequence, which cu_rows and cu_seqlens put at "
+            f"{int(first[i])} to {int(end[i]) - 1}"
+        )
+
+
+def raise_content(op: str, tokens: int, cu_seqlens: Tensor, rows: Tensor | None, cu_rows: Tensor | None) -> NoReturn:
+    """What a C++ function found wrong."""
+    check_content(op, tokens, cu_seqlens, rows, cu_rows)
+    raise ValueError(f"{op}: cu_seqlens, rows or cu_rows was written while it was read")
+
+
+def _check_weights(hidden: Tensor, weights: Sequence[Tensor]) -> tuple[int, list[list[Operand]]]:
+    """H, and what is read of each distinct layer, by `WEIGHTS`."""
+    width, count = matrix("encoder", "hidden", hidden)[1], len(weights) // _PER_LAYER
+    if not count or len(weights) % _PER_LAYER:
+        raise ValueError(f"encoder: {len(weights)} weights do not make layers of {_PER_LAYER} each")
+    middle, _ = matrix("encoder", "ffn", weights[_FFN])
+    if width < 1 or middle < 1:
+        raise ValueError(f"encoder: expected H and I above 0, got {width} and {middle}")
+    # A tracer looks through the cache, and warns of it.
+    shapes, dtype = (_shapes.__wrapped__ if is_traced() else _shapes)(width, middle), hidden.dtype
+    return width, [
+        [(name, weights[first + i], shape, dtype) for i, (name, shape) in enumerate(zip(WEIGHTS, shapes, strict=True))]
+        for first in range(0, len(weights), _PER_LAYER)
+    ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -251,7 +317,8 @@ def encoder(
         order: which distinct layer runs at each step.
         cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end.
         rows, cu_rows: the packed rows (Tq,) int64 that the last layer is asked for, sequence by sequence, and where each
-            sequence's begin among them, (B + 1,) int32; None: all.
+            sequence's begin among them, (B + 1,) int32; None: all. A row that is asked of a sequence without tokens is
+            computed from zeros in C++.
         num_heads: heads, each of H / num_heads adjacent columns.
         softmax_scale: factor on the scores, by default 1 / sqrt(head_dim).
         eps: of every LayerNorm. act: "gelu_tanh", "gelu_erf" or "relu".
@@ -261,23 +328,13 @@ def encoder(
         (T, H), or (Tq, H) for `rows`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown activation.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown activation; on a CPU also cu_seqlens, rows and
+            cu_rows outside their ranges: a GPU, which is not waited for, stays within the tensors.
+        TypeError: an argument that is no dense tensor, states that are not floating-point.
     """
-    count = len(weights) // _PER_LAYER
-    if len(weights) % _PER_LAYER:
-        raise ValueError(f"encoder: {len(weights)} weights do not make layers of {_PER_LAYER} each")
-    cu_seqlens, rows, cu_rows, softmax_scale = check_tokens(
-        "encoder", hidden, order, count, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, act
-    )
-    # The compiler looks through the cache, and warns of it.
-    shapes = (_shapes.__wrapped__ if is_traced() else _shapes)(hidden.shape[1], len(weights[_FFN]))
-    for i, (weight, shape) in enumerate(zip(weights, shapes * count, strict=True)):
-        if weight.shape != shape or weight.dtype != hidden.dtype:
-            raise ValueError(
-                f"encoder: expected {WEIGHT_NAMES[i % _PER_LAYER]} of shape {shape} in {hidden.dtype}, "
-                f"got {tuple(weight.shape)} in {weight.dtype}"
-            )
-    check_devices("encoder", hidden, *weights, cu_seqlens, rows, cu_rows)
+    width = matrix("encoder", "hidden", hidden)[1]
+    if softmax_scale is None:
+        softmax_scale = head_size("encoder", width, num_heads) ** -0.5
     call = torch.ops.albert_fast.encoder_fwd if needs_dispatcher(hidden, *weights) else _fwd
     return call(
         hidden, list(weights), list(order), cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act, backend

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import (
-    as_dtype,
-    check_rows,
-    forbid_second_derivative,
-    needs_dispatcher,
-    register,
-    register_autograd,
-    rows,
-)
+from ..operands import Operand, check, check_choice, check_launch, hold, matrix
+from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 from .bias_gelu import ACTS, act_grad_ref, act_ref
 
@@ -28,19 +21,29 @@ def gelu_layer_norm_ref(x: Tensor, bias: Tensor, weight: Tensor, ln_bias: Tensor
     return torch.nn.functional.layer_norm(z, z.shape[1:], weight.float(), ln_bias.float(), eps).to(x.dtype)
 
 
+def _operands(x: Tensor, bias: Tensor, weight: Tensor, act: str) -> list[Operand]:
+    """What both kernels read, in the order of the C++ functions."""
+    shape, dtype = matrix("gelu_layer_norm", "x", x), x.dtype
+    check_choice("gelu_layer_norm", "act", act, ACTS)
+    return [("x", x, shape, dtype), ("bias", bias, shape[1:], dtype), ("weight", weight, shape[1:], dtype)]
+
+
 def _fwd(
     x: Tensor, bias: Tensor, weight: Tensor, ln_bias: Tensor, eps: float, act: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    operands = _operands(x, bias, weight, act)
+    operands.append(("ln_bias", ln_bias, x.shape[1:], x.dtype))
     backend = dispatch.resolve("gelu_layer_norm", x.device.type, x.dtype, backend)
     if backend == "cpp":
-        x, bias, weight, ln_bias = map(rows, (x, bias, weight, ln_bias))
-        out = torch.empty_like(x)
+        memory = hold("gelu_layer_norm", x.device, operands)
+        out = torch.empty(x.shape, dtype=x.dtype)
         mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
         dispatch.extension().gelu_layer_norm_fwd_cpu(
-            x.data_ptr(), bias.data_ptr(), weight.data_ptr(), ln_bias.data_ptr(), out.data_ptr(), mean.data_ptr(),
-            rstd.data_ptr(), *x.shape, eps, ACTS.index(act), dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+            *memory.addresses, out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *out.shape, eps, ACTS.index(act),
+            dispatch.DTYPE_CODES[out.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return out, mean, rstd
+    check_launch("gelu_layer_norm", backend, x.device, operands)
     if backend == "triton":
         from ..kernels.gelu_layer_norm import gelu_layer_norm_fwd
 
@@ -53,7 +56,11 @@ def _bwd(
     grad: Tensor, x: Tensor, bias: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, act: str, backend: str
 ) -> tuple[Tensor, ...]:
     """dx, dbias, dweight, dln_bias."""
+    operands: list[Operand] = [("grad", grad, x.shape, x.dtype), *_operands(x, bias, weight, act)]
+    operands += [(name, t, x.shape[:1], torch.float32) for name, t in (("mean", mean), ("rstd", rstd))]
     backend = dispatch.resolve("gelu_layer_norm", x.device.type, x.dtype, backend)
+    if backend != "cpp":
+        check_launch("gelu_layer_norm", backend, x.device, operands)
     if backend == "triton":
         from ..kernels.gelu_layer_norm import gelu_layer_norm_bwd
 
@@ -63,18 +70,19 @@ def _bwd(
         dz, dweight, dln_bias = layer_norm_bwd_ref(grad.float(), act_ref(u, act), weight.float(), mean, rstd)
         dx = dz * act_grad_ref(u, act)
         return dx.to(x.dtype), *(d.to(bias.dtype) for d in (dx.sum(0), dweight, dln_bias))
-    grad, x, bias, weight = map(rows, (grad, x, bias, weight))
-    dx = torch.empty_like(x)
+    memory = hold("gelu_layer_norm", x.device, operands)
+    dx = torch.empty(x.shape, dtype=x.dtype)
     dbias, dweight, dln_bias = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(3))
     dispatch.extension().gelu_layer_norm_bwd_cpu(
-        grad.data_ptr(), x.data_ptr(), bias.data_ptr(), weight.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-        dx.data_ptr(), dbias.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), *x.shape, ACTS.index(act),
-        dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        *memory.addresses, dx.data_ptr(), dbias.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), *dx.shape,
+        ACTS.index(act), dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    return dx, *(d.to(bias.dtype) for d in (dbias, dweight, dln_bias))
+    return dx, *(d.to(dx.dtype) for d in (dbias, dweight, dln_bias))
 
 
 def _fwd_fake(x, bias, weight, ln_bias, eps, act, backend):
+    operands = _operands(x, bias, weight, act)
+    check("gelu_layer_norm", x.device, [*operands, ("ln_bias", ln_bias, x.shape[1:], x.dtype)])
     stats = x.new_empty(x.shape[0], dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stats, torch.empty_like(stats)
 
@@ -137,12 +145,9 @@ def gelu_layer_norm(
         (T, E), in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation.
+        ValueError: shapes or devices that do not fit, an unknown activation. TypeError: an argument that is no dense
+            floating-point tensor.
     """
-    width = x.shape[-1]
-    check_rows("gelu_layer_norm", x, bias=(bias, width), weight=(weight, width), ln_bias=(ln_bias, width))
-    if act not in ACTS:
-        raise ValueError(f"gelu_layer_norm: unknown act {act!r}; known: {', '.join(ACTS)}")
     bias, weight, ln_bias = as_dtype(x, bias, weight, ln_bias)
     traced = needs_dispatcher(x, bias, weight, ln_bias)
     call = torch.ops.albert_fast.gelu_layer_norm_fwd if traced else _fwd

@@ -13,15 +13,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..losses import IGNORED, widened
-from ..registration import (
-    as_dtype,
-    check_devices,
-    forbid_second_derivative,
-    needs_dispatcher,
-    register,
-    register_autograd,
-    rows,
-)
+from ..operands import Operand, check, check_launch, hold, matrix
+from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
 
 
 def _raise_bad(labels: Tensor, row: int, size: int) -> None:
@@ -68,22 +61,34 @@ def _bwd_ref(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, labels: Tens
     return dx.to(x.dtype), dweight.to(weight.dtype), dlogits.sum(0).to(bias.dtype)
 
 
+def _operands(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> list[Operand]:
+    """What both kernels read, in the order of the C++ functions."""
+    op, dtype = "linear_cross_entropy", x.dtype
+    (tokens, width), (size, _) = matrix(op, "x", x, "embedding size"), matrix(op, "weight", weight, "embedding size")
+    if size == 0:
+        raise ValueError(f"{op}: the vocabulary is empty")
+    return [("x", x, (tokens, width), dtype), ("weight", weight, (size, width), dtype), ("bias", bias, (size,), dtype),
+            ("labels", labels, (tokens,), torch.int64)]  # fmt: skip
+
+
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (); row_max and row_sum (N,), the largest logit and the sum of exp(logit - row_max), 0 where ignored.
 
     Two numbers and not their log-sum-exp, whose rounding would scale a whole row of probabilities by as much.
     """
+    operands = _operands(x, weight, bias, labels)
     backend = dispatch.resolve("linear_cross_entropy", x.device.type, x.dtype, backend)
     if backend == "cpp":
-        x, weight, bias, labels = map(rows, (x, weight, bias, labels))
+        memory, size = hold("linear_cross_entropy", x.device, operands), len(weight)
         loss, row_max, row_sum = (torch.empty(shape, dtype=torch.float32) for shape in ((), len(x), len(x)))
         bad = dispatch.extension().linear_cross_entropy_fwd_cpu(
-            x.data_ptr(), weight.data_ptr(), bias.data_ptr(), labels.data_ptr(), loss.data_ptr(), row_max.data_ptr(),
-            row_sum.data_ptr(), *x.shape, len(weight), dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+            *memory.addresses, loss.data_ptr(), row_max.data_ptr(), row_sum.data_ptr(), *x.shape, size,
+            dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
         )  # fmt: skip
         if bad >= 0:
-            _raise_bad(labels, bad, len(weight))
+            _raise_bad(labels, bad, size)
         return loss, row_max, row_sum
+    check_launch("linear_cross_entropy", backend, x.device, operands)
     if backend == "triton":
         from ..kernels.linear_cross_entropy import linear_cross_entropy_fwd
 
@@ -102,17 +107,21 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
+    # Of the loss, so in its dtype.
+    sums = torch.promote_types(x.dtype, torch.float32)
+    operands: list[Operand] = [("grad", grad, (), sums), *_operands(x, weight, bias, labels)]
+    operands += [(name, t, x.shape[:1], sums) for name, t in (("row_max", row_max), ("row_sum", row_sum))]
     backend = dispatch.resolve("linear_cross_entropy", x.device.type, x.dtype, backend)
     if backend == "cpp":
-        x, weight, bias, labels = map(rows, (x, weight, bias, labels))
-        dx = torch.empty_like(x)
+        memory = hold("linear_cross_entropy", x.device, operands)
+        dx = torch.empty(x.shape, dtype=x.dtype)
         dweight, dbias = (torch.empty(t.shape, dtype=torch.float32) for t in (weight, bias))
         dispatch.extension().linear_cross_entropy_bwd_cpu(
-            grad.data_ptr(), x.data_ptr(), weight.data_ptr(), bias.data_ptr(), labels.data_ptr(), row_max.data_ptr(),
-            row_sum.data_ptr(), dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), *x.shape, len(weight),
-            dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+            *memory.addresses, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), *dx.shape, len(dbias),
+            dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads(),
         )  # fmt: skip
-        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
+        return dx, dweight.to(dx.dtype), dbias.to(dx.dtype)
+    check_launch("linear_cross_entropy", backend, x.device, operands)
     if backend == "triton":
         from ..kernels.linear_cross_entropy import linear_cross_entropy_bwd
 
@@ -121,6 +130,7 @@ def _bwd(
 
 
 def _fwd_fake(x, weight, bias, labels, backend):
+    check("linear_cross_entropy", x.device, _operands(x, weight, bias, labels))
     dtype = torch.promote_types(x.dtype, torch.float32)
     return tuple(x.new_empty(shape, dtype=dtype) for shape in ((), x.shape[:1], x.shape[:1]))
 
@@ -171,17 +181,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor
             for, such a label makes the loss NaN; nothing is read outside the tensors.
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
-    if x.dim() != 2 or weight.shape[1:] != x.shape[1:] or bias.shape != weight.shape[:1] or labels.shape != x.shape[:1]:
-        shapes = [tuple(t.shape) for t in (x, weight, bias, labels)]
-        raise ValueError(
-            "linear_cross_entropy: expected x (N, E), weight (V, E), bias (V,), labels (N,), got "
-            + ", ".join(map(str, shapes))
-        )
-    if not len(weight):
-        raise ValueError("linear_cross_entropy: the vocabulary is empty")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"linear_cross_entropy: labels must be a tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"linear_cross_entropy: labels must be integers, got {labels.dtype}")
-    check_devices("linear_cross_entropy", x, weight, bias, labels)
     weight, bias = as_dtype(x, weight, bias)
     call = torch.ops.albert_fast.linear_cross_entropy_fwd if needs_dispatcher(x, weight, bias) else _fwd
     # Under autocast the reference's product would run in the lower dtype.

@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import dispatch
 from ..gemm import linear
 from ..losses import widened
+from ..operands import Operand, check, check_choice, check_launch, matrix
 from ..registration import (
     as_dtype,
-    check_devices,
     forbid_derivative,
     forbid_second_derivative,
     needs_dispatcher,
@@ -40,8 +40,17 @@ def _bwd_ref(
     return dx, dweight, du.sum(0).to(x.dtype)
 
 
+def _operands(x: Tensor, weight: Tensor, act: str, bias: Tensor | None = None) -> list[Operand]:
+    op, dtype = "linear_gelu", x.dtype
+    (tokens, depth), (columns, _) = matrix(op, "x", x), matrix(op, "weight", weight)
+    check_choice(op, "act", act, ACTS)
+    return [("x", x, (tokens, depth), dtype), ("weight", weight, (columns, depth), dtype),
+            ("bias", bias, (columns,), dtype)]  # fmt: skip
+
+
 def _inference(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
     backend = dispatch.resolve("linear_gelu", x.device.type, x.dtype, backend)
+    check_launch("linear_gelu", backend, x.device, _operands(x, weight, act, bias))
     if backend == "cpp":
         return bias_gelu(linear(x, weight), bias, act, backend=backend)
     if backend == "triton":
@@ -54,6 +63,7 @@ def _inference(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) 
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> tuple[Tensor, Tensor]:
     """The output, and x @ weight^T + bias in its dtype, both (T, N)."""
     backend = dispatch.resolve("linear_gelu", x.device.type, x.dtype, backend)
+    check_launch("linear_gelu", backend, x.device, _operands(x, weight, act, bias))
     if backend == "triton":
         from ..kernels.linear_gelu import linear_gelu_fwd
 
@@ -72,7 +82,11 @@ def _bwd(
     grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, act: str, backend: str, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; empty, and no product, where they are not needed (of frozen weights, say)."""
+    operands = _operands(x, weight, act)
+    shape = len(x), len(weight)
+    operands += [(name, t, shape, x.dtype) for name, t in (("grad", grad), ("sums", sums))]
     backend = dispatch.resolve("linear_gelu", x.device.type, x.dtype, backend)
+    check_launch("linear_gelu", backend, x.device, operands)
     # As in the forward, also where a backward is called under autocast.
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
@@ -93,7 +107,8 @@ def _bwd_fake(grad, x, weight, sums, act, backend, need_x, need_weight):
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
-def _out_fake(x, weight, *_):
+def _out_fake(x, weight, bias, act, backend):
+    check("linear_gelu", x.device, _operands(x, weight, act, bias))
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -164,14 +179,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu_tanh",
         (T, N), in x's dtype; under autocast in autocast's, as torch.nn.functional.linear.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation.
+        ValueError: shapes or devices that do not fit, an unknown activation. TypeError: an argument that is no dense
+            floating-point tensor.
     """
-    if x.dim() != 2 or weight.shape[1:] != x.shape[1:] or bias.shape != weight.shape[:1]:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
-        raise ValueError(f"linear_gelu: expected x (T, K), weight (N, K), bias (N,), got {shapes}")
-    if act not in ACTS:
-        raise ValueError(f"linear_gelu: unknown act {act!r}; known: {', '.join(ACTS)}")
-    check_devices("linear_gelu", x, weight, bias)
+    matrix("linear_gelu", "x", x)
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         weight, bias = as_dtype(x, weight, bias)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..registration import check_devices, forbid_derivative, is_traced, needs_dispatcher, register
+from ..operands import Operand, check, check_choice, check_launch, head_size, hold, matrix
+from ..registration import forbid_derivative, needs_dispatcher, register
 from ._integers import (
     ARITHMETICS,
     FORMATS,
@@ -31,7 +32,7 @@ from ._integers import (
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import ACTS, bias_gelu_ref
-from .encoder import check_tokens, profile_address
+from .encoder import asked_rows, check_content, check_tokens, profile_address, raise_content
 
 # The vectors of a layer, in the order in which `vectors` has them.
 VECTORS = ("qkv_bias", "dense_bias", "norm_weight", "norm_bias", "ffn_bias", "ffn_output_bias", "full_norm_weight",
@@ -101,8 +102,8 @@ def quantized_encoder_ref(
         last = i + 1 == len(order) and rows is not None
         q, k, v = kept(product(exact, "qkv") + qkv_bias).split(width, dim=1)
         residual = kept(exact)
-        if last:
-            q, residual = q[rows], residual[rows]
+        if last and rows is not None and cu_rows is not None:
+            q, residual = (asked_rows(t, rows, cu_rows, cu_seqlens) for t in (q, residual))
         cu_queries = cu_rows if last and cu_rows is not None else cu_seqlens
         context = kept(attention(q, k, v, cu_queries, cu_seqlens, num_heads, softmax_scale))
         attended = add_layer_norm_ref(kept(product(context, "dense")), dense_bias, residual, norm, norm_bias, eps)
@@ -112,13 +113,53 @@ def quantized_encoder_ref(
     return exact.to(hidden.dtype)
 
 
+def _operands(
+    hidden: Tensor, vectors: Sequence[Tensor], integers: Sequence[Tensor], scales: Sequence[Tensor],
+    sums: Sequence[Tensor], rescales: Sequence[Tensor], shifts: Sequence[Tensor], order: Sequence[int], cu_seqlens: Tensor,
+    rows: Tensor | None, cu_rows: Tensor | None, schedule: Tensor | None, num_heads: int, act: str, precision: str,
+) -> tuple[list[Operand], list[list[Operand]]]:  # fmt: skip
+    """What is read beside weights, and of each distinct layer in the order of the C++ function's table."""
+    op, count = "quantized_encoder", len(vectors) // 8
+    products = {"integers": integers, "scales": scales, "sums": sums, "rescales": rescales, "shifts": shifts}
+    if not count or len(vectors) % 8 or any(len(items) != 4 * count for items in products.values()):
+        lengths = ", ".join(f"{len(items)} {name}" for name, items in {"vectors": vectors, **products}.items())
+        raise ValueError(f"{op}: {lengths} are not those of whole layers")
+    tokens = check_tokens(op, hidden, order, count, cu_seqlens, rows, cu_rows, num_heads, act)
+    tokens.append(("schedule", schedule, (cu_seqlens.shape[0] - 1,), torch.int32))
+    check_choice(op, "precision", precision, FORMATS)
+    if hidden.dtype not in FORMATS[precision].hidden:
+        known = " or ".join(str(dtype) for dtype in FORMATS[precision].hidden)
+        raise ValueError(f"{op}: {precision} expects hidden in {known}, got {hidden.dtype}")
+    width, panels, layers = hidden.shape[1], integers[0].dim() == 1, []
+    for layer in range(count):
+        own = slice(4 * layer, 4 * layer + 4)
+        layer_vectors = vectors[8 * layer : 8 * layer + 8]
+        middle = layer_vectors[VECTORS.index("ffn_bias")]
+        if middle.dim() != 1 or not len(middle):
+            raise ValueError(f"{op}: expected ffn_bias of shape (I,), I above 0, got {tuple(middle.shape)}")
+        # A symbolic size of a compiler has no hash.
+        expectation = _expected if type(width) is type(len(middle)) is int else _expected.__wrapped__
+        expected = expectation(width, len(middle), hidden.dtype, precision, panels)
+        # Product by product.
+        found = (*layer_vectors, *itertools.chain(*zip(*(items[own] for items in products.values()), strict=True)))
+        layers.append([(name, t, shape, dtype) for (name, shape, dtype), t in zip(expected, found, strict=True)])
+    return tokens, layers
+
+
 def _fwd(
     hidden: Tensor, vectors: list[Tensor], integers: list[Tensor], scales: list[Tensor], sums: list[Tensor],
     rescales: list[Tensor], shifts: list[Tensor], order: list[int], cu_seqlens: Tensor, rows: Tensor | None,
     cu_rows: Tensor | None, schedule: Tensor | None, max_seqlen: int, max_rows: int, num_heads: int,
     softmax_scale: float, eps: float, act: str, precision: str, backend: str,
 ) -> Tensor:  # fmt: skip
+    tokens, layers = _operands(
+        hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, schedule, num_heads,
+        act, precision,
+    )  # fmt: skip
     chosen = dispatch.resolve("quantized_encoder", hidden.device.type, hidden.dtype, backend)
+    if chosen != "cpp":
+        check_launch("quantized_encoder", chosen, hidden.device, [*tokens, *itertools.chain(*layers)])
+        check_content("quantized_encoder", len(hidden), cu_seqlens, rows, cu_rows)
     if chosen == "reference":
         return quantized_encoder_ref(
             hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, num_heads,
@@ -135,22 +176,34 @@ def _fwd(
             hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, schedule,
             max_seqlen, max_rows, num_heads, softmax_scale, eps, act,
         )  # fmt: skip
-    hidden, vectors = hidden.contiguous(), [v.contiguous() for v in vectors]
-    table = array.array("q")
-    for layer in range(len(vectors) // 8):
-        table.extend(v.data_ptr() for v in vectors[8 * layer : 8 * layer + 8])
-        for i in range(4 * layer, 4 * layer + 4):
-            table.extend(t[i].data_ptr() for t in (integers, scales, sums, rescales, shifts))
+    memory = hold("quantized_encoder", hidden.device, tokens[:4])
+    held = [hold("quantized_encoder", hidden.device, layer) for layer in layers]
+    table = array.array("q", [address for layer in held for address in layer.addresses])
     steps = array.array("q", order)
-    out = torch.empty((len(hidden) if rows is None else len(rows), hidden.shape[1]), dtype=torch.float32)
-    dispatch.extension().quantized_encoder_fwd_cpu(
-        hidden.data_ptr(), out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps),
-        cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(hidden), 0 if rows is None else rows.data_ptr(),
-        0 if cu_rows is None else cu_rows.data_ptr(), 0 if rows is None else len(rows), hidden.shape[1],
-        len(vectors[VECTORS.index("ffn_bias")]), num_heads, softmax_scale, eps, ACTS.index(act),
-        FORMATS[precision].dtype.itemsize * 8, profile_address(), torch.get_num_threads(),
+    (count, width), asked = tokens[0][2], 0 if rows is None else tokens[2][2][0]
+    out = torch.empty((count if rows is None else asked, width), dtype=torch.float32)
+    states, ends, rows_address, cu_rows_address = memory.addresses
+    fits = dispatch.extension().quantized_encoder_fwd_cpu(
+        states, out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps), ends, tokens[1][2][0] - 1,
+        count, rows_address, cu_rows_address, asked, width, layers[0][VECTORS.index("ffn_bias")][2][0], num_heads,
+        softmax_scale, eps, ACTS.index(act), FORMATS[precision].dtype.itemsize * 8, profile_address(),
+        torch.get_num_threads(),
     )  # fmt: skip
+    if not fits:
+        raise_content("quantized_encoder", count, cu_seqlens, rows, cu_rows)
     return out
+
+
+def _fwd_fake(
+    hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, schedule, max_seqlen,
+    max_rows, num_heads, softmax_scale, eps, act, precision, backend,
+):  # fmt: skip
+    tokens, layers = _operands(
+        hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, schedule, num_heads,
+        act, precision,
+    )  # fmt: skip
+    check("quantized_encoder", hidden.device, [*tokens, *itertools.chain(*layers)])
+    return hidden.new_empty((hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]))
 
 
 register(
@@ -159,9 +212,7 @@ register(
     "Tensor? schedule, SymInt max_seqlen, SymInt max_rows, int num_heads, float softmax_scale, float eps, str act, "
     "str precision, str backend) -> Tensor",
     _fwd,
-    lambda hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, *rest: hidden.new_empty(
-        (hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1])
-    ),
+    _fwd_fake,
 )
 
 forbid_derivative("quantized_encoder_fwd", "integers have no gradient; take the weights in float32")
@@ -196,33 +247,12 @@ def quantized_encoder(
         (T, H), or (Tq, H) for `rows`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown activation.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown activation or precision; on a CPU also cu_seqlens,
+            rows and cu_rows outside their ranges. TypeError: an argument that is no dense tensor.
     """
-    count = len(vectors) // 8
-    lists = {
-        "vectors": vectors,
-        "integers": integers,
-        "scales": scales,
-        "sums": sums,
-        "rescales": rescales,
-        "shifts": shifts,
-    }
-    if any(len(items) != count * (8 if name == "vectors" else 4) for name, items in lists.items()):
-        lengths = ", ".join(f"{len(items)} {name}" for name, items in lists.items())
-        raise ValueError(f"quantized_encoder: {lengths} are not those of whole layers")
-    cu_seqlens, rows, cu_rows, softmax_scale = check_tokens(
-        "quantized_encoder", hidden, order, count, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, act
-    )
-    if precision not in FORMATS:
-        raise ValueError(f"quantized_encoder: unknown precision {precision!r}; known: {', '.join(FORMATS)}")
-    if hidden.dtype not in FORMATS[precision].hidden:
-        known = " or ".join(str(dtype) for dtype in FORMATS[precision].hidden)
-        raise ValueError(f"quantized_encoder: {precision} expects hidden in {known}, got {hidden.dtype}")
-    _check_layers(hidden, vectors, integers, scales, sums, rescales, shifts, precision)
-    check_devices(
-        "quantized_encoder", hidden, *vectors, *integers, *scales, *sums, *rescales, *shifts, cu_seqlens, rows, cu_rows,
-        schedule,
-    )  # fmt: skip
+    width = matrix("quantized_encoder", "hidden", hidden)[1]
+    if softmax_scale is None:
+        softmax_scale = head_size("quantized_encoder", width, num_heads) ** -0.5
     max_seqlen = len(hidden) if max_seqlen is None else max_seqlen
     max_rows = max_seqlen if max_rows is None else max_rows
     call = torch.ops.albert_fast.quantized_encoder_fwd if needs_dispatcher(hidden, *vectors) else _fwd
@@ -232,40 +262,22 @@ def quantized_encoder(
     )  # fmt: skip
 
 
-def _check_layers(
-    hidden: Tensor, vectors: Sequence[Tensor], integers: Sequence[Tensor], scales: Sequence[Tensor],
-    sums: Sequence[Tensor], rescales: Sequence[Tensor], shifts: Sequence[Tensor], precision: str,
-) -> None:  # fmt: skip
-    """ValueError for a tensor whose elements are not as many, or not of the dtype, that the kernel reads."""
-    # The compiler looks through the cache, and warns of it.
-    expectation = _expected.__wrapped__ if is_traced() else _expected
-    panels = bool(integers) and integers[0].dim() == 1
-    for layer in range(len(integers) // 4):
-        own = slice(4 * layer, 4 * layer + 4)
-        layer_vectors = vectors[8 * layer : 8 * layer + 8]
-        middle = len(layer_vectors[VECTORS.index("ffn_bias")])
-        expected = expectation(hidden.shape[1], middle, hidden.dtype, precision, panels)
-        found = (*layer_vectors, *integers[own], *scales[own], *sums[own], *rescales[own], *shifts[own])
-        for (name, shape, dtype), tensor in zip(expected, found, strict=True):
-            if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-                raise ValueError(
-                    f"quantized_encoder: expected {name} of shape {shape} in {dtype}, "
-                    f"got {tuple(tensor.shape)} in {tensor.dtype}"
-                )
-
-
 @functools.lru_cache(maxsize=64)
 def _expected(
     width: int, middle: int, hidden: torch.dtype, precision: str, panels: bool
 ) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
-    """Name, shape and dtype of a layer's tensors: vectors, then by list those of each product."""
+    """Name, shape and dtype of a layer's tensors: vectors, then product by product those of each list."""
     f32, sizes = torch.float32, {"H": width, "3H": 3 * width, "I": middle}
     shapes = {name: (sizes[n], sizes[k]) for name, (n, k) in PRODUCTS.items()}
     laid = {name: expected_layout(name, shape, precision, panels) for name, shape in shapes.items()}
     lengths = {"qkv_bias": 3 * width, "ffn_bias": middle}
-    return (
-        *((name, (lengths.get(name, width),), hidden if "norm" in name else f32) for name in VECTORS),
-        *((f"integers of {name}", laid[name]["integers"], FORMATS[precision].dtype) for name in PRODUCTS),
-        *((f"{kind} of {name}", laid[name][kind], f32) for kind in ("scales", "sums") for name in PRODUCTS),
-        *((f"{kind} of {name}", shapes[name][1:], f32) for kind in ("rescales", "shifts") for name in PRODUCTS),
+    vectors = ((name, (lengths.get(name, width),), hidden if "norm" in name else f32) for name in VECTORS)
+    products = (
+        (
+            (f"integers of {name}", laid[name]["integers"], FORMATS[precision].dtype),
+            *((f"{kind} of {name}", laid[name][kind], f32) for kind in ("scales", "sums")),
+            *((f"{kind} of {name}", shape[1:], f32) for kind in ("rescales", "shifts")),
+        )
+        for name, shape in shapes.items()
     )
+    return (*vectors, *itertools.chain(*products))

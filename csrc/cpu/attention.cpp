@@ -129,38 +129,47 @@ void backward(const Inputs<T>& in, const Gradients<T>& gradients, int num_thread
 
 }  // namespace
 
-void attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse, Address cu_q, Address cu_k,
-                       std::int64_t B, std::int64_t num_heads, std::int64_t head_dim, std::int64_t q_stride,
-                       std::int64_t k_stride, std::int64_t v_stride, std::int64_t out_stride, double scale,
-                       double dropout_p, std::int64_t seed, int dtype, int num_threads) {
+bool attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse, Address cu_q, Address cu_k,
+                       std::int64_t B, std::int64_t Tq, std::int64_t T, std::int64_t longest_q, std::int64_t longest_k,
+                       std::int64_t num_heads, std::int64_t head_dim, std::int64_t q_stride, std::int64_t k_stride,
+                       std::int64_t v_stride, std::int64_t out_stride, double scale, double dropout_p,
+                       std::int64_t seed, int dtype, int num_threads) {
     const Shape shape{B, num_heads, head_dim, pointer<std::int32_t>(cu_q), pointer<std::int32_t>(cu_k)};
+    if (!is_ranges(shape.cu_q, B, Tq, longest_q) || !is_ranges(shape.cu_k, B, T, longest_k)) return false;
     with_dtype(dtype, [&](auto element) {
-        using T = decltype(element);
-        const Inputs<T> in{{pointer<T>(q), q_stride}, {pointer<T>(k), k_stride}, {pointer<T>(v), v_stride}, shape,
-                           static_cast<float>(scale), Dropout(dropout_p, seed)};
+        using Element = decltype(element);
+        const Inputs<Element> in{{pointer<Element>(q), q_stride}, {pointer<Element>(k), k_stride},
+                                 {pointer<Element>(v), v_stride}, shape,
+                                 static_cast<float>(scale),       Dropout(dropout_p, seed)};
         with_flag(in.dropout.active, [&](auto active) {
-            forward<active.value>(in, Rows<T>{pointer<T>(out), out_stride}, pointer<float>(lse), num_threads);
+            forward<active.value>(in, Rows<Element>{pointer<Element>(out), out_stride}, pointer<float>(lse),
+                                  num_threads);
         });
     });
+    return true;
 }
 
-void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address lse, Address dq, Address dk,
-                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
-                       std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
-                       std::int64_t v_stride, std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride,
-                       double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads) {
+bool attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address lse, Address dq, Address dk,
+                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t Tq, std::int64_t T,
+                       std::int64_t longest_q, std::int64_t longest_k, std::int64_t num_heads, std::int64_t head_dim,
+                       std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride, std::int64_t v_stride,
+                       std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride, double scale,
+                       double dropout_p, std::int64_t seed, int dtype, int num_threads) {
     const Shape shape{B, num_heads, head_dim, pointer<std::int32_t>(cu_q), pointer<std::int32_t>(cu_k)};
+    if (!is_ranges(shape.cu_q, B, Tq, longest_q) || !is_ranges(shape.cu_k, B, T, longest_k)) return false;
     with_dtype(dtype, [&](auto element) {
-        using T = decltype(element);
-        const Inputs<T> in{{pointer<T>(q), q_stride}, {pointer<T>(k), k_stride}, {pointer<T>(v), v_stride}, shape,
-                           static_cast<float>(scale), Dropout(dropout_p, seed)};
-        const Gradients<T> gradients{{pointer<T>(grad_out), go_stride},
-                                     pointer<float>(lse),
-                                     {pointer<T>(dq), dq_stride},
-                                     {pointer<T>(dk), dk_stride},
-                                     {pointer<T>(dv), dv_stride}};
+        using Element = decltype(element);
+        const Inputs<Element> in{{pointer<Element>(q), q_stride}, {pointer<Element>(k), k_stride},
+                                 {pointer<Element>(v), v_stride}, shape,
+                                 static_cast<float>(scale),       Dropout(dropout_p, seed)};
+        const Gradients<Element> gradients{{pointer<Element>(grad_out), go_stride},
+                                           pointer<float>(lse),
+                                           {pointer<Element>(dq), dq_stride},
+                                           {pointer<Element>(dk), dk_stride},
+                                           {pointer<Element>(dv), dv_stride}};
         with_flag(in.dropout.active, [&](auto active) { backward<active.value>(in, gradients, num_threads); });
     });
+    return true;
 }
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

@@ -27,6 +27,17 @@ struct Shape {
     std::int64_t all_queries() const { return cu_q[sequences]; }
 };
 
+// Whether cu_seqlens runs from 0 to `tokens` without falling, in steps of at most `longest`.
+static inline bool is_ranges(const std::int32_t* cu_seqlens, std::int64_t sequences, std::int64_t tokens,
+                             std::int64_t longest) {
+    if (cu_seqlens[0] != 0 || cu_seqlens[sequences] != tokens) return false;
+    for (std::int64_t b = 0; b < sequences; ++b) {
+        const std::int64_t length = static_cast<std::int64_t>(cu_seqlens[b + 1]) - cu_seqlens[b];
+        if (length < 0 || length > longest) return false;
+    }
+    return true;
+}
+
 // The sequences from the most work to the least (in 64 steps), so that no thread starts a long one last.
 static inline const std::int32_t* longest_first(const Shape& shape) {
     constexpr int kSteps = 64;

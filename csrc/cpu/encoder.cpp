@@ -36,13 +36,15 @@ void encoder_pack_cpu(Address query, Address key, Address value, Address dense, 
     });
 }
 
-void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
+bool encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
                      std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted, std::int64_t wanted_count,
                      std::int64_t H, std::int64_t I, std::int64_t num_heads, double scale, double eps, int act,
                      Address profile, int num_threads) {
-    const EncoderCall call(x, out, table, order, layers, cu_seqlens, B, T, wanted_rows, cu_wanted, wanted_count,
-                           num_heads, scale, eps, act, profile, num_threads);
+    EncoderCall call(x, out, table, order, layers, cu_seqlens, B, T, wanted_rows, cu_wanted, wanted_count, num_heads,
+                     scale, eps, act, profile, num_threads);
+    if (!call.prepare()) return false;
     run_encoder<Float32>(call, Sizes(H, I, kPanel));
+    return true;
 }
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

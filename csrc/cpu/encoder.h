@@ -336,7 +336,11 @@ private:
         const Range rows = by_columns ? Range{0, wanted_->count} : own;
         barrier(threads_ > 1, clock);
         for (std::int64_t row = own.begin; row < own.end; ++row) {
-            copy_rows(hidden_ + wanted_->rows[row] * stride, stride, {0, 1}, residual_ + row * stride, stride);
+            if (wanted_->rows[row] == kNoRow) {
+                __builtin_memset(residual_ + row * stride, 0, sizeof(float) * static_cast<std::size_t>(stride));
+            } else {
+                copy_rows(hidden_ + wanted_->rows[row] * stride, stride, {0, 1}, residual_ + row * stride, stride);
+            }
         }
         clock.lap(kCopy);
         round(own, residual_, layer.qkv(0), operand(residual_), clock);

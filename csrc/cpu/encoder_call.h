@@ -14,7 +14,8 @@
 namespace albert_fast::ALBERT_FAST_ISA {
 
 // What encoder_fwd_cpu and quantized_encoder_fwd_cpu are given: see kernels.h.
-struct EncoderCall {
+class EncoderCall {
+public:
     const float* x;
     float* out;
     const std::int64_t *table, *order;
@@ -40,6 +41,29 @@ struct EncoderCall {
           num_threads(num_threads) {}
 
     const Wanted* asked() const { return wanted.cu_seqlens == nullptr ? nullptr : &wanted; }
+
+    // Whether ranges and rows lie where kernels.h says; then a row of a sequence without tokens is kNoRow.
+    bool prepare() {
+        if (!is_ranges(batch.cu_seqlens, batch.sequences, batch.rows, batch.rows)) return false;
+        if (asked() == nullptr) return true;
+        if (!is_ranges(wanted.cu_seqlens, batch.sequences, wanted.count, wanted.count)) return false;
+        rows_.assign(wanted.rows, wanted.rows + wanted.count);
+        for (std::int64_t b = 0; b < batch.sequences; ++b) {
+            const std::int64_t begin = batch.cu_seqlens[b], end = batch.cu_seqlens[b + 1];
+            for (std::int64_t i = wanted.cu_seqlens[b]; i < wanted.cu_seqlens[b + 1]; ++i) {
+                if (begin == end) {
+                    rows_[i] = kNoRow;
+                } else if (rows_[i] < begin || rows_[i] >= end) {
+                    return false;
+                }
+            }
+        }
+        wanted.rows = rows_.data();
+        return true;
+    }
+
+private:
+    std::vector<std::int64_t> rows_;
 };
 
 // All layers for one group of sequences, on one thread: their states stay in its second cache from layer to layer.
@@ -59,7 +83,8 @@ static inline void run_group(const EncoderCall& call, const Sizes& sizes,
         first_out = cu_wanted[0];
         for (std::int64_t b = 0; b <= sequences; ++b) wanted_borders.push_back(cu_wanted[b] - cu_wanted[0]);
         for (std::int64_t i = 0; i < wanted_borders.back(); ++i) {
-            wanted_rows.push_back(call.wanted.rows[first_out + i] - first_row);
+            const std::int64_t row = call.wanted.rows[first_out + i];
+            wanted_rows.push_back(row == kNoRow ? kNoRow : row - first_row);
         }
         wanted = {wanted_rows.data(), wanted_borders.data(), wanted_borders.back()};
     }

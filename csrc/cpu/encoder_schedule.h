@@ -19,6 +19,9 @@ struct Batch {
     float scale, eps;
 };
 
+// Instead of the row of a sequence without tokens.
+constexpr std::int64_t kNoRow = -1;
+
 // The tokens that the last layer is asked for: packed rows, and where each sequence's begin among them.
 struct Wanted {
     const std::int64_t* rows;

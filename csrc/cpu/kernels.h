@@ -29,18 +29,22 @@ void embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address types, Addr
 
 // out (Tq,H) = dropout(softmax(scale * q k^T)) v for every sequence and head, H = num_heads * head_dim; q (Tq,H), k and
 // v (T,H); cu_q, cu_k (B+1) int32; lse (num_heads,Tq) f32 = log of the sum of exp(scale * q k^T). A sequence without
-// keys gives out = 0 and lse = -inf.
-void attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse, Address cu_q, Address cu_k,
-                       std::int64_t B, std::int64_t num_heads, std::int64_t head_dim, std::int64_t q_stride,
-                       std::int64_t k_stride, std::int64_t v_stride, std::int64_t out_stride, double scale,
-                       double dropout_p, std::int64_t seed, int dtype, int num_threads);
+// keys gives out = 0 and lse = -inf. Returns false, and writes nothing, where cu_q or cu_k does not run from 0 to Tq or
+// T without falling, or a sequence has more than longest_q queries or longest_k keys.
+bool attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse, Address cu_q, Address cu_k,
+                       std::int64_t B, std::int64_t Tq, std::int64_t T, std::int64_t longest_q, std::int64_t longest_k,
+                       std::int64_t num_heads, std::int64_t head_dim, std::int64_t q_stride, std::int64_t k_stride,
+                       std::int64_t v_stride, std::int64_t out_stride, double scale, double dropout_p,
+                       std::int64_t seed, int dtype, int num_threads);
 
-// dq (Tq,H), dk, dv (T,H) from grad_out (Tq,H), what the forward was given, and the lse that it returned.
-void attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address lse, Address dq, Address dk,
-                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t num_heads,
-                       std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
-                       std::int64_t v_stride, std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride,
-                       double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads);
+// dq (Tq,H), dk, dv (T,H) from grad_out (Tq,H), what the forward was given, and the lse that it returned. Returns what
+// the forward does.
+bool attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address lse, Address dq, Address dk,
+                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t Tq, std::int64_t T,
+                       std::int64_t longest_q, std::int64_t longest_k, std::int64_t num_heads, std::int64_t head_dim,
+                       std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride, std::int64_t v_stride,
+                       std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride, double scale,
+                       double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
 // out (T,N) = dropout(act(x (T,N) + bias (N))); out may be x.
 void bias_gelu_fwd_cpu(Address x, Address bias, Address out, std::int64_t T, std::int64_t N, int act, double dropout_p,
@@ -96,9 +100,11 @@ void encoder_pack_cpu(Address query, Address key, Address value, Address dense, 
 // out (T,H) = x (T,H) after `layers` layers without dropout, all f32. table (distinct layers, 17) int64: addresses, as
 // listed in csrc/cpu/encoder_layer.h; order (layers) int64: the row of the table for each layer; cu_seqlens (B+1)
 // int32. wanted_rows (wanted_count) int64, cu_wanted (B+1) int32: the rows of x that the last layer is computed for,
-// sequence by sequence, and then out is (wanted_count,H); cu_wanted = 0: all. profile (num_threads,9) f64 takes the
-// seconds of each thread and stage on top of what it holds; 0: nothing is timed.
-void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
+// sequence by sequence, and then out is (wanted_count,H); cu_wanted = 0: all. A row that is asked of a sequence without
+// tokens is computed from zeros. Returns false, and writes nothing, where cu_seqlens or cu_wanted does not run from 0 to
+// T or wanted_count without falling, or a row lies outside its sequence. profile (num_threads,9) f64 takes the seconds of
+// each thread and stage on top of what it holds; 0: nothing is timed.
+bool encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
                      std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted, std::int64_t wanted_count,
                      std::int64_t H, std::int64_t I, std::int64_t num_heads, double scale, double eps, int act,
                      Address profile, int num_threads);
@@ -108,7 +114,7 @@ void encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::
 // ffn_output_bias, full_norm_weight, full_norm_bias; then for qkv, dense, ffn and ffn_output each five: those of the
 // packed integers (csrc/cpu/integer_gemm.h), of each channel's scale and sum of integers, of each activation's factor
 // and shift. It is compiled for AVX512-VNNI too.
-void quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers,
+bool quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers,
                                Address cu_seqlens, std::int64_t B, std::int64_t T, Address wanted_rows,
                                Address cu_wanted, std::int64_t wanted_count, std::int64_t H, std::int64_t I,
                                std::int64_t num_heads, double scale, double eps, int act, int bits, Address profile,

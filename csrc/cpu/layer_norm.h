@@ -10,6 +10,13 @@ struct RowStatistics {
     float mean, rstd;
 };
 
+// 0, or NaN where torch's layer_norm has one: it joins moments of whole vectors, and the square of a mean that passes
+// float, of rows near 1e25, makes a NaN there.
+static inline float moments_overflow(float mean, std::int64_t n) {
+    constexpr std::int64_t kTorchLanes = kLanes > 8 ? 16 : 8;
+    return n < kTorchLanes || n % kTorchLanes == 0 ? 0.0f * (mean * mean) : 0.0f;
+}
+
 // Fills row (n, kept in L1) with input(i, lanes) and returns its statistics. The variance is that of the differences
 // from the mean, which does not cancel as E[x^2] - E[x]^2 does.
 template <class Input>
@@ -24,7 +31,8 @@ static inline RowStatistics normalise_row(float* row, std::int64_t n, float eps,
         const Vec difference = load(row + i, Full{}) - mean;
         return difference * difference;
     });
-    return {mean, 1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + eps)};
+    const float variance = squares / static_cast<float>(n) + moments_overflow(mean, n);
+    return {mean, 1.0f / __builtin_sqrtf(variance + eps)};
 }
 
 // out(i, (x - mean) * rstd * weight + bias, lanes) for every vector of the row that normalise_row filled.

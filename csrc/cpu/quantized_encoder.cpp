@@ -36,15 +36,17 @@ std::int64_t quantized_encoder_limit_cpu(int bits, std::int64_t repeats, int num
     return bits == 8 ? repeat_tile<Int8>(repeats, num_threads) : repeat_tile<Int16>(repeats, num_threads);
 }
 
-void quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers,
+bool quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers,
                                Address cu_seqlens, std::int64_t B, std::int64_t T, Address wanted_rows,
                                Address cu_wanted, std::int64_t wanted_count, std::int64_t H, std::int64_t I,
                                std::int64_t num_heads, double scale, double eps, int act, int bits, Address profile,
                                int num_threads) {
-    const EncoderCall call(x, out, table, order, layers, cu_seqlens, B, T, wanted_rows, cu_wanted, wanted_count,
-                           num_heads, scale, eps, act, profile, num_threads);
+    EncoderCall call(x, out, table, order, layers, cu_seqlens, B, T, wanted_rows, cu_wanted, wanted_count, num_heads,
+                     scale, eps, act, profile, num_threads);
+    if (!call.prepare()) return false;
     const Sizes sizes(H, I, kColumns);
     bits == 8 ? run_encoder<Integers<Int8>>(call, sizes) : run_encoder<Integers<Int16>>(call, sizes);
+    return true;
 }
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

@@ -69,9 +69,11 @@ struct RowStatistics {
     float mean, rstd;
 };
 
-// From the sum of squares of a row's E centred elements.
-ALBERT_FAST_HOST_DEVICE float reciprocal_deviation(float squares, std::int64_t E, float eps) {
-    return 1.0f / sqrtf(squares / static_cast<float>(E) + eps);
+// From the mean and the sum of squares of a row's E centred elements. As in torch's layer_norm on a CPU, where the
+// mean's square passes float the row is NaN, if it has whole vectors of elements.
+ALBERT_FAST_HOST_DEVICE float reciprocal_deviation(float mean, float squares, std::int64_t E, float eps) {
+    const float overflow = E % 16 == 0 ? 0.0f * (mean * mean) : 0.0f;
+    return 1.0f / sqrtf(squares / static_cast<float>(E) + overflow + eps);
 }
 
 ALBERT_FAST_HOST_DEVICE float normalised(float z, const RowStatistics& row) { return (z - row.mean) * row.rstd; }
