@@ -19,6 +19,7 @@ from ..registration import (
     register_autograd,
     rows,
 )
+from . import _torch
 from ._dropout import keep_scale_2d, seed_value
 
 
@@ -177,6 +178,8 @@ def add_layer_norm(
         raise ValueError(f"add_layer_norm: residual {tuple(residual.shape)} differs from x {tuple(x.shape)}")
     check_devices("add_layer_norm", x, residual)
     bias, residual, weight, ln_bias = as_dtype(x, bias, residual, weight, ln_bias)
+    if not dropout_p and dispatch.runs_on_torch("add_layer_norm", x.device.type, x.dtype, backend):
+        return _torch.add_layer_norm(x, bias, residual, weight, ln_bias, eps)
     traced = needs_dispatcher(x, bias, residual, weight, ln_bias)
     call = torch.ops.albert_fast.add_layer_norm_fwd if traced else _fwd
     return call(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, backend)[0]

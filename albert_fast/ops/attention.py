@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import dispatch
 from ..registration import check_devices, forbid_second_derivative, needs_dispatcher, register, register_autograd
 from ..slices import beside, empty_beside
+from . import _torch
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
 
@@ -247,6 +248,8 @@ def attention(
     if softmax_scale is None:
         softmax_scale = (q.shape[1] // num_heads) ** -0.5
     q, k, v = (t if t.stride(1) == 1 else t.contiguous() for t in (q, k, v))
+    if not dropout_p and dispatch.runs_on_torch("attention", q.device.type, q.dtype, backend):
+        return _torch.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale)
     call = torch.ops.albert_fast.attention_fwd if needs_dispatcher(q, k, v) else _fwd
     return call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed,

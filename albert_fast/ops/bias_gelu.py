@@ -21,6 +21,7 @@ from ..registration import (
     register_autograd,
     rows,
 )
+from . import _torch
 from ._dropout import keep_scale_2d, seed_value
 
 # The order is the numbering that the C++ and Triton kernels share.
@@ -155,5 +156,7 @@ def bias_gelu(
     if act not in ACTS:
         raise ValueError(f"bias_gelu: unknown act {act!r}; known: {', '.join(ACTS)}")
     (bias,) = as_dtype(x, bias)
+    if not dropout_p and dispatch.runs_on_torch("bias_gelu", x.device.type, x.dtype, backend):
+        return _torch.bias_gelu(x, bias, act)
     call = torch.ops.albert_fast.bias_gelu_fwd if needs_dispatcher(x, bias) else _fwd
     return call(x, bias, act, dropout_p, seed, backend)

@@ -7,6 +7,7 @@ again when they change. The Triton kernel reads them as they are.
 from __future__ import annotations
 
 import array
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ class _Packed:
         return self.versions == _versions(matrices) and all(map(torch.equal, map(_sample, matrices), self.samples))
 
 
-_profile: Tensor | None = None
+# Of each thread that asks: the tensor that `stage_seconds` yielded.
+_profile = threading.local()
 # Keyed by the first matrix of a layer, as long as that lives.
 _PACKED = WeakIdKeyDictionary()
 
@@ -118,23 +120,30 @@ def forget_packed(weights: Sequence[Tensor]) -> None:
     _PACKED.pop(weights[_MATRICES[0]], None)
 
 
-def profile_address() -> int:
-    """Where kernels add their seconds by stage; 0 where nobody asks."""
-    return 0 if _profile is None else _profile.data_ptr()
+def profile_address(threads: int) -> int:
+    """Where a kernel on `threads` threads adds its seconds by stage; 0 where this thread does not ask for them."""
+    seconds: Tensor | None = getattr(_profile, "seconds", None)
+    if seconds is None:
+        return 0
+    if len(seconds) < threads:  # torch.set_num_threads was called inside
+        before = len(seconds)
+        seconds.resize_(threads, len(STAGES))[before:] = 0.0
+    return seconds.data_ptr()
 
 
 @contextmanager
 def stage_seconds() -> Iterator[Tensor]:
     """Inside, calls of the C++ kernel add their seconds to the tensor that this yields: (threads, len(STAGES)) float64.
 
-    For one calling thread, and as many threads within the kernel as torch has on entry.
+    Only calls from the thread that entered count. The tensor has a row for each thread that torch has on entry, and grows
+    where torch.set_num_threads allows a kernel more.
     """
-    global _profile
-    _profile = torch.zeros(torch.get_num_threads(), len(STAGES), dtype=torch.float64)
+    before = getattr(_profile, "seconds", None)
+    _profile.seconds = torch.zeros(torch.get_num_threads(), len(STAGES), dtype=torch.float64)
     try:
-        yield _profile
+        yield _profile.seconds
     finally:
-        _profile = None
+        _profile.seconds = before
 
 
 def kernels_are_compared() -> bool:
@@ -186,14 +195,14 @@ def _fwd(
     table = array.array("q")
     for layer, matrices in zip(layers, memory, strict=True):
         table.extend([*(w.data_ptr() for w in layer), matrices.data_ptr()])
-    steps = array.array("q", order)
+    steps, threads = array.array("q", order), torch.get_num_threads()
     out = torch.empty((len(hidden) if rows is None else len(rows), hidden.shape[1]), dtype=torch.float32)
     dispatch.extension().encoder_fwd_cpu(
         hidden.data_ptr(), out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps),
         cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(hidden), 0 if rows is None else rows.data_ptr(),
         0 if cu_rows is None else cu_rows.data_ptr(), 0 if rows is None else len(rows), hidden.shape[1],
         len(layers[0][WEIGHT_NAMES.index("ffn")]), num_heads, softmax_scale, eps, ACTS.index(act),
-        profile_address(), torch.get_num_threads(),
+        profile_address(threads), threads,
     )  # fmt: skip
     return out
 

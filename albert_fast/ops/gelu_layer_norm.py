@@ -18,6 +18,7 @@ from ..registration import (
     register_autograd,
     rows,
 )
+from . import _torch
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 from .bias_gelu import ACTS, act_grad_ref, act_ref
 
@@ -144,6 +145,8 @@ def gelu_layer_norm(
     if act not in ACTS:
         raise ValueError(f"gelu_layer_norm: unknown act {act!r}; known: {', '.join(ACTS)}")
     bias, weight, ln_bias = as_dtype(x, bias, weight, ln_bias)
+    if dispatch.runs_on_torch("gelu_layer_norm", x.device.type, x.dtype, backend):
+        return _torch.gelu_layer_norm(x, bias, weight, ln_bias, eps, act)
     traced = needs_dispatcher(x, bias, weight, ln_bias)
     call = torch.ops.albert_fast.gelu_layer_norm_fwd if traced else _fwd
     return call(x, bias, weight, ln_bias, eps, act, backend)[0]

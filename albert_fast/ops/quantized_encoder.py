@@ -141,14 +141,14 @@ def _fwd(
         table.extend(v.data_ptr() for v in vectors[8 * layer : 8 * layer + 8])
         for i in range(4 * layer, 4 * layer + 4):
             table.extend(t[i].data_ptr() for t in (integers, scales, sums, rescales, shifts))
-    steps = array.array("q", order)
+    steps, threads = array.array("q", order), torch.get_num_threads()
     out = torch.empty((len(hidden) if rows is None else len(rows), hidden.shape[1]), dtype=torch.float32)
     dispatch.extension().quantized_encoder_fwd_cpu(
         hidden.data_ptr(), out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps),
         cu_seqlens.data_ptr(), len(cu_seqlens) - 1, len(hidden), 0 if rows is None else rows.data_ptr(),
         0 if cu_rows is None else cu_rows.data_ptr(), 0 if rows is None else len(rows), hidden.shape[1],
         len(vectors[VECTORS.index("ffn_bias")]), num_heads, softmax_scale, eps, ACTS.index(act),
-        FORMATS[precision].dtype.itemsize * 8, profile_address(), torch.get_num_threads(),
+        FORMATS[precision].dtype.itemsize * 8, profile_address(threads), threads,
     )  # fmt: skip
     return out
 
