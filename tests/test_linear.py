@@ -113,7 +113,9 @@ def test_a_misfit_is_an_error():
             gemm.linear(x, weight, bias[:39])
 
 
-@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 7, 5), (3, 1536, 1024), (37, 512, 384), (129, 256, 300), (1030, 128, 96)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"), [(1, 7, 5), (3, 1536, 1024), (37, 512, 384), (129, 256, 300), (1030, 128, 96)]
+)
 def test_gradients_of_any_number_of_rows(rows, columns, depth):
     leaves = [t.detach().requires_grad_() for t in made(rows, columns, depth)]
     exact = [t.detach().double().requires_grad_() for t in leaves]
