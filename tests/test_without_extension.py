@@ -40,8 +40,9 @@ def test_operators_on_torch_give_the_reference_s_numbers(op, no_extension, monke
     ran = []
     original = getattr(_torch, op)
     monkeypatch.setattr(_torch, op, lambda *arguments: ran.append(op) or original(*arguments))
-    for _, *case, dtype, _ in parity_grid(op, "reference"):
-        if dtype == torch.float32:
+    rows = [row for row in parity_grid(op, "reference") if row[4] == torch.float32]
+    for _, *case, dtype, _ in rows[::3]:
+        if not case[2].get("dropout_p"):
             check_forward(*case, dtype, "auto")
             check_backward(*case, dtype, "auto")
     assert ran, "torch's operators did not run"
