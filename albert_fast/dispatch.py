@@ -16,6 +16,8 @@ from types import ModuleType
 
 import torch
 
+from .registration import is_traced
+
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding_projection": {"cpu": ("cpp", "reference"), "cuda": ("cuda", "reference")},
     "attention": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
@@ -65,6 +67,8 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
             os.register_at_fork(after_in_child=_one_thread)
         return module, None
     except ImportError as error:
+        if str(error).startswith("ALBERT_FAST_ISA="):
+            return None, str(error)
         if importlib.util.find_spec("albert_fast._C") is None:
             return (
                 None,
@@ -83,6 +87,11 @@ def extension() -> ModuleType:
     if module is None:
         raise BackendUnavailableError(str(reason))
     return module
+
+
+def has_extension() -> bool:
+    """Whether `extension` finds one."""
+    return _load_extension()[0] is not None
 
 
 @functools.cache
@@ -132,7 +141,8 @@ def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str = "auto"
     An operator that has no kernel of the name asked for anywhere (embedding_projection has none in Triton) takes its best.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here; says why, and what can.
+        BackendUnavailableError: the backend asked for cannot run here; says why, and what can. ALBERT_FAST_ISA names no
+            instruction set of this machine.
     """
     if backend not in ("auto", *BACKENDS):
         raise BackendUnavailableError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
@@ -144,22 +154,50 @@ def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str = "auto"
                 f"backend={backend!r} cannot run here: {reason}. backend='auto' takes the best that can"
             )
         return backend
+    if device_type == "cpu" and (_load_extension()[1] or "").startswith("ALBERT_FAST_ISA="):
+        raise BackendUnavailableError(str(_load_extension()[1]))
     missing: list[str] = []
     for candidate in TABLE[op].get(device_type, ("reference",)):
         reason = why_not(op, device_type, candidate, dtype)
         if reason is None:
             if missing:
-                _say_fall_back(op, candidate, missing[0])
+                _say_fall_back(op, device_type, candidate, missing[0])
             return candidate
         missing.append(reason)
     raise AssertionError("the reference runs everywhere")
 
 
-def _say_fall_back(op: str, chosen: str, reason: str) -> None:
+def _say_fall_back(op: str, device_type: str, chosen: str, reason: str) -> None:
+    if device_type == "cpu" and not has_extension():
+        _say_no_extension(reason)
+        return
     # `resolve` is cached, so each operator says this once a process.
     warnings.warn(
         f"albert_fast: {op} runs on backend '{chosen}': {reason}. `python -m albert_fast.info` shows all.", stacklevel=3
     )
+
+
+@functools.cache
+def _say_no_extension(reason: str) -> None:
+    """The same reason holds for every operator on a CPU: it is said once a process."""
+    warnings.warn(
+        f"albert_fast: models on a CPU run on torch's own operators, which is slower: {reason}. "
+        "`python -m albert_fast.info` shows all.",
+        stacklevel=4,
+    )
+
+
+def runs_on_torch(op: str, device_type: str, dtype: torch.dtype, backend: str) -> bool:
+    """Whether an operator without kernels here runs on torch's fused ones (`ops._torch`), not on its eager reference.
+
+    So it is on a CPU in float32 without the extension, where no backend is asked for by name, nothing is traced and
+    autocast is off.
+    """
+    return (
+        backend == "auto" and device_type == "cpu" and dtype == torch.float32 and not has_extension()
+        and not is_traced() and not torch.is_autocast_enabled("cpu")
+        and resolve(op, device_type, dtype) == "reference"
+    )  # fmt: skip
 
 
 def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:

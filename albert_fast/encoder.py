@@ -21,10 +21,12 @@ from .parts import check_read, is_hooked, is_linear, product
 from .quantization import QuantizedAttention, QuantizedLinear
 from .registration import is_traced
 from .self_attention import Attention, Fused, add_norm, dropout
+from .unused_gradients import watch_graph
 
 # What a backward computes again instead of finding it kept: nothing; the FFN's activations, one of a layer's two largest
 # arrays (T, I) at the price of a pass over memory; or layers as a whole, of which the input (T, H) alone is kept.
 RECOMPUTE = ("nothing", "activations", "layers")
+_MAY_NEED_GRADIENT = "a gradient may be asked for: torch.no_grad() says that it is not"
 _NOT_FASTER = "one kernel was not measured faster: ALBERT_FAST_TUNE=1 measures, backend='triton' takes it"
 
 
@@ -107,7 +109,7 @@ class Encoder(nn.Module):
             return "the model is in training mode"
         weights = (parameter for layer in self.distinct() for parameter in layer.parameters())
         if torch.is_grad_enabled() and (hidden.requires_grad or any(weight.requires_grad for weight in weights)):
-            return "a gradient may be asked for: torch.no_grad() says that it is not"
+            return _MAY_NEED_GRADIENT
         # What costs nothing to ask comes first: most calls on a GPU end here.
         if chosen == "triton" and (reason := self._beyond_one_kernel(len(hidden), backend)):
             return reason
@@ -149,7 +151,11 @@ class Encoder(nn.Module):
                 backend=by,
             )  # fmt: skip
 
-        return run(backend if self.in_one_call(hidden, backend, run) is None else "operators")
+        reason = self.in_one_call(hidden, backend, run)
+        out = run(backend if reason is None else "operators")
+        if reason == _MAY_NEED_GRADIENT and out.device.type == "cpu":
+            watch_graph(out)
+        return out
 
     def _by_operators(
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,

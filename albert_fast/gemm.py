@@ -1,40 +1,100 @@
-"""Dense products: torch's own, by the fastest library that it carries.
+"""Dense products of modules outside fused operators: our own in C++, or torch's by the fastest library that it carries.
 
-On a CPU, `torch.nn.functional.linear` in float32 calls MKL, which on some chips runs at two thirds of the rate of oneDNN;
-torch ships oneDNN too, behind the operator that its compiler lowers a Linear with constant weights to. So float32 products
-go there, forward and backward, and everything else (other dtypes, GPUs, autocast, a torch without oneDNN) takes the
-ordinary way.
+On a CPU in float32 without a gradient, a module's product runs in C++ on a packed copy of its weight: a row's result is
+bitwise the same alone, in any batch and on any number of threads, and no number of rows costs memory that stays.
+
+Other products on a CPU are torch's. `torch.nn.functional.linear` in float32 calls MKL, which on some chips runs at two
+thirds of the rate of oneDNN; torch ships oneDNN too, behind the operator that its compiler lowers a Linear with constant
+weights to. So float32 products go there, forward and backward. oneDNN keeps a compiled kernel for each number of rows, half
+a megabyte each, and packed batches hardly ever repeat theirs: row counts are rounded up, so that few are seen.
+
+GPUs and autocast take the ordinary way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
-from .operands import check_launch, matrix
+from . import dispatch
+from .derived import Derived
+from .operands import check_launch, hold, hold_rows, matrix
 from .registration import is_traced, needs_dispatcher, register, register_autograd
 
 # Multiplications below which what oneDNN spends a call, more when its code is out of the caches, exceeds what its kernels gain.
 _SMALL = 2**22
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Row counts between a power of two and the next that products are rounded up to; the extra rows are 3% at most.
+_COUNTS_PER_DOUBLING = 16
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # torch's operator trusts its callers.
-    (tokens, depth), (columns, _) = matrix("onednn_linear", "x", x), matrix("onednn_linear", "weight", weight)
-    operands = [("x", x, (tokens, depth)), ("weight", weight, (columns, depth)), ("bias", bias, (columns,))]
-    check_launch("onednn_linear", "cpp", torch.device("cpu"), [(*operand, torch.float32) for operand in operands])
-    bias = None if bias is None else bias.contiguous()  # it reads one without strides
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return out
+def _check(op: str, *operands: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """Raise for a tensor that does not fit: torch's operator for oneDNN trusts its callers."""
+    first = operands[0][1]
+    assert first is not None
+    check_launch(op, "cpp", first.device, [(*operand, first.dtype) for operand in operands])
 
 
-# An operator of our own around it: the compiler accepts torch's only with weights that are frozen into the graph.
+def _step(rows: int) -> int:
+    """What a product's number of rows is rounded to a multiple of."""
+    doubling = 1 << (rows - 1).bit_length()
+    return max(doubling // (2 * _COUNTS_PER_DOUBLING), min(doubling, _COUNTS_PER_DOUBLING))
+
+
+def _more_rows(x: Tensor) -> int:
+    """How many rows `x` (T, K) lacks to a number of rows that products are computed for."""
+    return -len(x) % _step(len(x)) if len(x) else 0
+
+
+def _runs_onednn(multiplications: int, dtype: torch.dtype) -> bool:
+    return _HAS_ONEDNN and dtype == torch.float32 and multiplications >= _SMALL
+
+
+def _padded(x: Tensor, more: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, more)) if more else x
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    (tokens, depth), (columns, _) = matrix("linear", "x", x), matrix("linear", "weight", weight)
+    _check("linear", ("x", x, (tokens, depth)), ("weight", weight, (columns, depth)), ("bias", bias, (columns,)))
+    bias = None if bias is None else bias.contiguous()  # oneDNN's operator reads one without strides
+    more = _more_rows(x)
+    padded = _padded(x, more)
+    if _runs_onednn(x.shape[0] * weight.numel(), x.dtype):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
+    else:
+        out = F.linear(padded, weight, bias)
+    return out[: len(x)] if more else out
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    op = "linear_weight_gradient"
+    (tokens, columns), (_, depth) = matrix(op, "grad", grad), matrix(op, "x", x)
+    _check(op, ("grad", grad, (tokens, columns)), ("x", x, (tokens, depth)))
+    rest = len(x) % _step(len(x)) if len(x) else 0
+    whole = len(x) - rest
+    if not whole or not _runs_onednn(x.numel() * grad.shape[1], x.dtype):
+        more = _more_rows(x)
+        return _padded(grad, more).t() @ _padded(x, more)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(grad[:whole].t(), x[:whole].t(), None, "none", [], "")
+    # The rows beyond the last whole step are few: they cost less than a padded copy of all.
+    return out.addmm_(grad[whole:].t(), x[whole:]) if rest else out
+
+
+# Operators of our own around them: the compiler accepts oneDNN's only with weights that are frozen into the graph.
 register(
-    "onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _onednn,
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _product,
     lambda x, weight, bias: x.new_empty((x.shape[0], weight.shape[0])),
+)
+register(
+    "linear_weight_gradient(Tensor grad, Tensor x) -> Tensor",
+    _weight_gradient,
+    lambda grad, x: x.new_empty((grad.shape[1], x.shape[1])),
 )
 
 
@@ -45,35 +105,101 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    call = torch.ops.albert_fast.onednn_linear
     need_x, need_weight, need_bias = ctx.needs_input_grad
-    dx = call(grad, weight.t(), None) if need_x else None
-    dweight = call(grad.t(), x.t(), None) if need_weight else None
+    dx = torch.ops.albert_fast.linear(grad, weight.t(), None) if need_x else None
+    dweight = torch.ops.albert_fast.linear_weight_gradient(grad, x) if need_weight else None
     return dx, dweight, grad.sum(0) if need_bias else None
 
 
-register_autograd("onednn_linear", _backward, _setup)
+def _setup_gradient(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
 
 
-def _by_onednn(device_type: str, *dtypes: torch.dtype) -> bool:
-    f32 = all(dtype == torch.float32 for dtype in dtypes)
-    return f32 and device_type == "cpu" and _HAS_ONEDNN and not torch.is_autocast_enabled("cpu")
+def _backward_gradient(ctx, second):
+    grad, x = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad
+    dgrad = torch.ops.albert_fast.linear(x, second, None) if need_grad else None
+    return dgrad, torch.ops.albert_fast.linear(grad, second.t(), None) if need_x else None
+
+
+register_autograd("linear", _backward, _setup)
+register_autograd("linear_weight_gradient", _backward_gradient, _setup_gradient)
+
+
+def _by_torch(device_type: str, *dtypes: torch.dtype) -> bool:
+    """Whether `torch.nn.functional.linear` computes a product as it comes."""
+    return device_type != "cpu" or torch.is_autocast_enabled("cpu") or len(set(dtypes)) > 1
 
 
 def library(device_type: str, dtype: torch.dtype) -> str:
-    """What computes the products of such activations, in a word."""
+    """What computes the products of a module with such activations in the present modes, in a word."""
     if device_type != "cpu":
         return "cuBLAS"
-    return "oneDNN" if _by_onednn(device_type, dtype) else "torch"
+    if dtype == torch.float32 and not _by_torch("cpu") and not torch.is_grad_enabled() and dispatch.has_extension():
+        return "cpp"
+    return "oneDNN" if dtype == torch.float32 and _HAS_ONEDNN and not _by_torch("cpu") else "torch"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T (+ bias): x (T, K), weight (N, K), bias (N,) -> (T, N)."""
-    if not _by_onednn(x.device.type, x.dtype, weight.dtype):
-        return F.linear(x, weight, bias)
-    if not is_traced() and x.shape[0] * weight.numel() < _SMALL:
-        return F.linear(x, weight, bias)
+    if _by_torch(x.device.type, x.dtype, weight.dtype):
+        more = 0 if x.device.type != "cpu" or is_traced() else _more_rows(x)
+        return F.linear(_padded(x, more), weight, bias)[: len(x)] if more else F.linear(x, weight, bias)
     if needs_dispatcher(x, weight, bias):
-        out: Tensor = torch.ops.albert_fast.onednn_linear(x, weight, bias)
+        out: Tensor = torch.ops.albert_fast.linear(x, weight, bias)
         return out
-    return _onednn(x, weight, bias)
+    if _is_packable(weight) and x.dim() == 2:
+        return _by_packed(x, weight, bias, tanh=False)
+    return _product(x, weight, bias)
+
+
+def linear_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """tanh(linear(x, weight, bias)); torch's tanh rounds an element by its place in the array, ours does not."""
+    torchs = _by_torch(x.device.type, x.dtype, weight.dtype) or needs_dispatcher(x, weight, bias)
+    if not torchs and _is_packable(weight) and x.dim() == 2:
+        return _by_packed(x, weight, bias, tanh=True)
+    return torch.tanh(linear(x, weight, bias))
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad.T @ x: grad (T, N), x (T, K) -> (N, K), the gradient of the weight of `linear`."""
+    if _by_torch(x.device.type, x.dtype, grad.dtype):
+        return grad.t() @ x
+    if needs_dispatcher(grad, x):
+        out: Tensor = torch.ops.albert_fast.linear_weight_gradient(grad, x)
+        return out
+    return _weight_gradient(grad, x)
+
+
+def _is_packable(weight: Tensor) -> bool:
+    """Whether the C++ product takes `weight`: a module's own, which is there again in the next call."""
+    return (
+        isinstance(weight, Parameter) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        and weight.is_contiguous() and not weight.is_neg() and weight.data_ptr() != 0 and dispatch.has_extension()
+    )  # fmt: skip
+
+
+def _pack(weights: Sequence[Tensor]) -> Tensor:
+    """A weight (N, K) in the layout of the C++ product."""
+    (weight,), extension = weights, dispatch.extension()
+    memory = torch.empty(extension.linear_packed_size_cpu(*weight.shape), dtype=torch.float32)
+    held = hold("linear", memory.device, [("weight", weight, tuple(weight.shape), torch.float32)])
+    extension.linear_pack_cpu(*held.addresses, memory.data_ptr(), *weight.shape, torch.get_num_threads())
+    return memory
+
+
+_PACKED = Derived(_pack)
+
+
+def _by_packed(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    (tokens, depth), (columns, _) = matrix("linear", "x", x), weight.shape
+    expected = tokens, weight.shape[1]
+    rows, (stride,) = hold_rows("linear", weight.device, [("x", x, expected, torch.float32)])
+    vector = hold("linear", weight.device, [("bias", bias, (columns,), torch.float32)])
+    memory = _PACKED([weight])
+    out = torch.empty((tokens, columns), dtype=torch.float32)
+    dispatch.extension().linear_fwd_cpu(
+        *rows.addresses, stride, memory.data_ptr(), *vector.addresses, out.data_ptr(), tokens, columns, depth, tanh,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out

@@ -62,7 +62,7 @@ class SOPHead(nn.Module):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.classifier(self.dropout(pooled))
+        return project(self.classifier, self.dropout(pooled))
 
 
 class _HeadModel(FastModel):
@@ -189,7 +189,7 @@ class ALBERTForSequenceClassification(_HeadModel):
         self.init_weights()
 
     def head(self, encoded: Encoded, labels: Tensor | None) -> LogitsOutput:
-        logits = self.classifier(self.dropout(encoded.pooled))
+        logits = project(self.classifier, self.dropout(encoded.pooled))
         return LogitsOutput(None if labels is None else row_loss(logits, labels, self.config), logits)
 
 
@@ -203,7 +203,7 @@ class ALBERTForTokenClassification(_HeadModel):
         self.init_weights()
 
     def head(self, encoded: Encoded, labels: Tensor | None) -> LogitsOutput:
-        logits = self.classifier(self.dropout(encoded.hidden))
+        logits = project(self.classifier, self.dropout(encoded.hidden))
         loss = None if labels is None else cross_entropy(logits, encoded.labels(labels))
         return LogitsOutput(loss, encoded.scatter(logits))
 
@@ -229,7 +229,7 @@ class ALBERTForQuestionAnswering(_HeadModel):
             raise ValueError(
                 "ALBERTForQuestionAnswering takes start_positions and end_positions, not labels or output_tokens"
             )
-        scores = self.qa_outputs(encoded.hidden)
+        scores = project(self.qa_outputs, encoded.hidden)
         start, end = encoded.scatter(scores, torch.finfo(scores.dtype).min).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -273,5 +273,5 @@ class ALBERTForMultipleChoice(_HeadModel):
         )
 
     def head(self, encoded: Encoded, labels: Tensor | None, choices: int) -> LogitsOutput:
-        logits = self.classifier(self.dropout(encoded.pooled)).view(-1, choices)
+        logits = project(self.classifier, self.dropout(encoded.pooled)).view(-1, choices)
         return LogitsOutput(None if labels is None else cross_entropy(logits, labels), logits)

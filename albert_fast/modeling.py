@@ -26,7 +26,7 @@ from .fast_model import FastModel
 from .graphs import Call, GraphCache
 from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, check_mask, first_tokens, pack, packed_already, select, take
-from .parts import project
+from .parts import project_tanh
 from .registration import is_traced, refuse_onnx
 
 
@@ -243,7 +243,7 @@ class ALBERTModel(FastModel):
                 first = blank_empty(take(hidden, first_tokens(packing, hidden.shape[0]).rows), packing)
             else:
                 first = blank_empty(hidden, packing)
-            pooled = torch.tanh(project(self.pooler, first))
+            pooled = project_tanh(self.pooler, first)
         return Encoded(
             packing, output_tokens, hidden, pooled,
             None if states is None else tuple(packing.scatter(state) for state in states),

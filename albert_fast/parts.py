@@ -11,9 +11,10 @@ from __future__ import annotations
 import warnings
 from functools import cache
 
+import torch
 from torch import Tensor, nn
 
-from .gemm import linear
+from .gemm import linear, linear_tanh
 from .registration import is_traced
 
 
@@ -41,6 +42,13 @@ def is_plain_linear(module: nn.Module) -> bool:
 def project(module: nn.Module, x: Tensor) -> Tensor:
     """What `module`, a Linear or what stands in its place, makes of x (T, K): (T, N)."""
     return linear(x, module.weight, module.bias) if is_linear(module) else module(x)  # type: ignore[arg-type]
+
+
+def project_tanh(module: nn.Module, x: Tensor) -> Tensor:
+    """tanh(project(module, x))."""
+    if not is_linear(module):
+        return torch.tanh(module(x))
+    return linear_tanh(x, module.weight, module.bias)  # type: ignore[arg-type]
 
 
 def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

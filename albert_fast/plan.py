@@ -91,7 +91,9 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     last_pairs = float(lengths.sum()) if first_only else pairs
 
     def product(name: str, times: int, rows: int, k: int, n: int) -> Step:
-        return Step(name, times, rows, gemm.library(device, dtype), times * 2 * rows * k * n / 1e9, "torch's own GEMM")
+        library = gemm.library(device, dtype)
+        why = "weights packed once" if library == "cpp" else "torch's own GEMM"
+        return Step(name, times, rows, library, times * 2 * rows * k * n / 1e9, why)
 
     def operator(name: str, times: int, rows: int, gflop: float = 0.0) -> Step:
         chosen, why = _chosen(name, device, dtype, backend)

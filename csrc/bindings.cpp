@@ -5,6 +5,9 @@
 // runs.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cctype>
+#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -69,21 +72,43 @@ bool is_supported([[maybe_unused]] Isa isa) {
     return isa == Isa::kPortable;
 }
 
-// The instruction set that ALBERT_FAST_ISA names, else the widest that is compiled in and that this CPU has.
+std::string lower(std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(), [](unsigned char c) { return std::tolower(c); });
+    return text;
+}
+
+// The instruction set that ALBERT_FAST_ISA names, in any case, else the widest that is compiled in and that this CPU
+// has.
 Isa choose_isa() {
     const char* forced = std::getenv("ALBERT_FAST_ISA");
-    const bool free_choice = forced == nullptr || *forced == '\0';
+    const std::string wanted = forced == nullptr ? "" : lower(forced);
+    std::string usable;
     for (int i = static_cast<int>(Isa::kCount) - 1; i >= 0; --i) {
         const Isa isa = static_cast<Isa>(i);
-        if (!free_choice && std::string(forced) != kIsaNames[i]) continue;
-        if (is_compiled(isa) && is_supported(isa)) return isa;
-        if (free_choice) continue;
-        throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced + ": " +
-                                 (is_compiled(isa) ? "this CPU does not have it" : "not compiled into this build"));
+        if (!is_compiled(isa) || !is_supported(isa)) continue;
+        if (wanted.empty() || wanted == kIsaNames[i]) return isa;
+        usable += (usable.empty() ? "" : ", ") + std::string(kIsaNames[i]);
     }
-    throw std::runtime_error(std::string("ALBERT_FAST_ISA=") + forced +
-                             ": must be portable, avx2, avx512 or avx512_vnni");
+    std::string reason = "no such instruction set is known";
+    for (int i = 0; i < static_cast<int>(Isa::kCount); ++i) {
+        if (wanted != kIsaNames[i]) continue;
+        reason = is_compiled(static_cast<Isa>(i)) ? "this CPU does not have it" : "not compiled into this build";
+    }
+    throw std::runtime_error("ALBERT_FAST_ISA=" + std::string(forced) + ": " + reason + "; here it may be " + usable +
+                             ", or unset for the first of these");
 }
+
+// How long a kernel may run before Python is asked for signals, and then again and again.
+constexpr std::chrono::milliseconds kSignalInterval{200};
+thread_local std::chrono::steady_clock::time_point next_question;
+unsigned long main_thread = 0;  // Python runs signal handlers there alone
+
+// Around a kernel: the GIL is released, and the time until the first question begins.
+struct KernelCall {
+    KernelCall() { next_question = std::chrono::steady_clock::now() + kSignalInterval; }
+
+    py::gil_scoped_release released;
+};
 
 #if defined(ALBERT_FAST_HAS_AVX512_VNNI)
 #define IF_VNNI(function) isa >= Isa::kAvx512Vnni ? albert_fast::avx512_vnni::function:
@@ -147,15 +172,25 @@ py::dict build_info(Isa isa) {
 
 }  // namespace
 
+void albert_fast::check_signals() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now < next_question) return;
+    next_question = now + kSignalInterval;
+    if (PyThread_get_thread_ident() != main_thread) return;
+    const py::gil_scoped_acquire held;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 PYBIND11_MODULE(_C, module) {
     const Isa isa = choose_isa();
+    main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
     module.def(
         "build_info", [isa] { return build_info(isa); },
         "What was compiled in, and the instruction set that was chosen when the module was imported.");
 
 // CHOICES: the instruction sets beside the portable one that a function is compiled for, the widest first.
 #define EXPORT_FOR(CHOICES, function) \
-    module.def(#function, CHOICES albert_fast::portable::function, py::call_guard<py::gil_scoped_release>())
+    module.def(#function, CHOICES albert_fast::portable::function, py::call_guard<KernelCall>())
 #define EXPORT(function) EXPORT_FOR(IF_AVX512(function) IF_AVX2(function), function)
     EXPORT(embedding_layer_norm_fwd_cpu);
     EXPORT(embedding_layer_norm_bwd_cpu);
@@ -169,6 +204,9 @@ PYBIND11_MODULE(_C, module) {
     EXPORT(gelu_layer_norm_bwd_cpu);
     EXPORT(linear_cross_entropy_fwd_cpu);
     EXPORT(linear_cross_entropy_bwd_cpu);
+    EXPORT(linear_packed_size_cpu);
+    EXPORT(linear_pack_cpu);
+    EXPORT(linear_fwd_cpu);
     EXPORT(encoder_packed_size_cpu);
     EXPORT(encoder_pack_cpu);
     EXPORT(encoder_fwd_cpu);
@@ -180,7 +218,7 @@ PYBIND11_MODULE(_C, module) {
 #undef EXPORT
 #undef EXPORT_FOR
 #if defined(ALBERT_FAST_CUDA)
-#define EXPORT(function) module.def(#function, by_address(function), py::call_guard<py::gil_scoped_release>())
+#define EXPORT(function) module.def(#function, by_address(function), py::call_guard<KernelCall>())
     EXPORT(embedding_projection_fwd_cuda);
     EXPORT(embedding_projection_bwd_rows_cuda);
     EXPORT(embedding_projection_bwd_tables_cuda);

@@ -14,4 +14,8 @@ using Address = std::uintptr_t;
 enum DtypeCode : int { kFloat32 = 0, kBfloat16 = 1 };
 enum ActivationCode : int { kGeluTanh = 0, kGeluErf = 1, kRelu = 2 };
 
+// Throws what Python wants a call to end with, KeyboardInterrupt say, once a signal has come. Kernels ask often, on the
+// thread that called them: all but a few questions a second end at a look at the clock.
+void check_signals();
+
 }  // namespace albert_fast

@@ -52,8 +52,15 @@ def known(kernel: str, key: str) -> Tiles | None:
 
 @functools.cache
 def asked_for() -> bool:
-    """Whether ALBERT_FAST_TUNE=1 was set when the first kernel started; Triton's interpreter is never timed."""
-    return os.environ.get("ALBERT_FAST_TUNE", "0") == "1" and not triton.knobs.runtime.interpret
+    """Whether ALBERT_FAST_TUNE=1 was set when the first kernel started; Triton's interpreter is never timed.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get("ALBERT_FAST_TUNE", "").strip() or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"ALBERT_FAST_TUNE={value!r}: must be 1 to time kernels on this GPU, or 0")
+    return value == "1" and not triton.knobs.runtime.interpret
 
 
 @functools.cache

@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -55,6 +57,37 @@ def test_every_thread_counts():
         assert torch.equal(seconds, after), "outside nothing is counted"
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_threads_that_come_later_count_too(bits):
+    network, (ids, mask) = ALBERTModel(SMALL).eval(), batch()
+    if bits is not None:
+        quantize(network, f"int{bits}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), ops.stage_seconds() as seconds:
+            network(ids, mask)
+            once = seconds.clone()
+            torch.set_num_threads(4)
+            network(ids, mask)
+        assert seconds.shape == (4, len(ops.STAGES))
+        assert (seconds[0] >= once[0]).all(), "what was counted stays"
+        assert (seconds.sum(1) > 0).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_of_other_threads_do_not_count():
+    network, (ids, mask) = ALBERTModel(SMALL).eval().requires_grad_(False), batch()
+    with ops.stage_seconds() as seconds:
+        thread = threading.Thread(target=network, args=(ids, mask))
+        thread.start()
+        thread.join()
+        assert not seconds.any()
+        network(ids, mask)
+        assert seconds.any()
 
 
 def test_a_model_without_the_one_call_says_why():

@@ -78,7 +78,9 @@ def test_opcheck_of_the_gradient(name, backend):
 def test_opcheck_of_products_and_packing():
     x, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
     arguments = tuple(t.requires_grad_() for t in (x, weight, bias))
-    torch.library.opcheck(torch.ops.albert_fast.onednn_linear.default, arguments)
+    torch.library.opcheck(torch.ops.albert_fast.linear.default, arguments)
+    grad = torch.randn(5, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.albert_fast.linear_weight_gradient.default, (grad, arguments[0]))
     mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]])
     torch.library.opcheck(torch.ops.albert_fast.pack_indices.default, (mask,))
     _, cu_seqlens = torch.ops.albert_fast.pack_indices(mask)

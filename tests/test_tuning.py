@@ -175,3 +175,9 @@ def test_only_the_variable_starts_it_and_never_in_the_interpreter(
     assert _tuning.choose("other", lambda: "D64", [SLOW], clock.launch) == SLOW
     assert len(clock.launched) == (3 if expected is FAST else 0)
     assert (tmp_path / "albert_fast" / "tiles.json").exists() == (expected is FAST)
+
+
+def test_another_value_of_the_variable_is_an_error(monkeypatch, fresh_caches):
+    monkeypatch.setenv("ALBERT_FAST_TUNE", "true")
+    with pytest.raises(ValueError, match="ALBERT_FAST_TUNE='true': must be 1"):
+        _tuning.asked_for()

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import dispatch
 from ..operands import Operand, check, check_launch, hold, matrix
 from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
+from . import _torch
 from ._dropout import keep_scale_2d, seed_value
 
 
@@ -180,6 +181,10 @@ def add_layer_norm(
         ValueError: shapes or devices that do not fit. TypeError: an argument that is no dense floating-point tensor.
     """
     bias, residual, weight, ln_bias = as_dtype(x, bias, residual, weight, ln_bias)
+    if not dropout_p and dispatch.runs_on_torch("add_layer_norm", x.device.type, x.dtype, backend):
+        operands = _operands(x, bias, residual, weight)
+        check("add_layer_norm", x.device, [*operands, ("ln_bias", ln_bias, x.shape[1:], x.dtype)])
+        return _torch.add_layer_norm(x, bias, residual, weight, ln_bias, eps)
     traced = needs_dispatcher(x, bias, residual, weight, ln_bias)
     call = torch.ops.albert_fast.add_layer_norm_fwd if traced else _fwd
     return call(x, bias, residual, weight, ln_bias, eps, dropout_p, seed, backend)[0]

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from .. import dispatch
 from ..operands import Operand, check, check_launch, head_size, hold, hold_rows, matrix
 from ..registration import forbid_second_derivative, is_traced, needs_dispatcher, register, register_autograd
+from . import _torch
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
 
@@ -356,6 +357,12 @@ def attention(
         softmax_scale = head_size("attention", matrix("attention", "q", q)[1], num_heads) ** -0.5
     if softmax_scale < 0:  # kernels look for the largest score before they scale it
         q, softmax_scale = -q, -softmax_scale
+    if not dropout_p and dispatch.runs_on_torch("attention", q.device.type, q.dtype, backend):
+        strided, dense = _operands(q, k, v, cu_seqlens_q, cu_seqlens_k, order, num_heads)
+        check("attention", q.device, [*strided, *dense])
+        _check_order(order)
+        _check_both_ranges(len(q), len(k), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return _torch.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale)
     call = torch.ops.albert_fast.attention_fwd if needs_dispatcher(q, k, v) else _fwd
     return call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed,

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import dispatch
 from ..operands import Operand, check, check_choice, check_launch, hold, matrix
 from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
+from . import _torch
 from ._dropout import keep_scale_2d, seed_value
 
 # The order is the numbering that the C++ and Triton kernels share.
@@ -161,5 +162,8 @@ def bias_gelu(
             seed. TypeError: an argument that is no dense tensor of floating-point numbers.
     """
     (bias,) = as_dtype(x, bias)
+    if not dropout_p and dispatch.runs_on_torch("bias_gelu", x.device.type, x.dtype, backend):
+        check("bias_gelu", x.device, _operands(x, bias, act))
+        return _torch.bias_gelu(x, bias, act)
     call = torch.ops.albert_fast.bias_gelu_fwd if needs_dispatcher(x, bias) else _fwd
     return call(x, bias, act, dropout_p, seed, backend)

@@ -1,8 +1,8 @@
 """embedding_projection: three table look-ups, their sum, LayerNorm and the projection E -> H, as one operator.
 
 The factorised embedding of Lan et al. 2019, section 3.1; in Hugging Face `AlbertEmbeddings` followed by
-`embedding_hidden_mapping_in`. On a CPU the look-ups, the sum and LayerNorm are one C++ pass and the product is torch's; on
-a GPU all of it is one CUDA kernel. Backward, the products are torch's on both.
+`embedding_hidden_mapping_in`. On a CPU the look-ups, the sum and LayerNorm are one C++ pass, and the product
+is `gemm`'s; on a GPU all of it is one CUDA kernel. Backward, the products are torch's on both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..gemm import linear
+from ..gemm import linear, weight_gradient
 from ..operands import Operand, check, check_launch, hold, matrix
 from ..registration import (
     as_dtype,
@@ -25,7 +25,7 @@ from ..registration import (
     register,
     register_autograd,
 )
-from . import _reports
+from . import _reports, _torch
 from ._dropout import keep_scale_2d, seed_value
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 
@@ -253,7 +253,7 @@ def _bwd(
         normed, dembeds, *table_grads = _bwd_cuda(dnormed, *dense, eps, padding_idx, dropout_p, seed_number)
         dinputs = word.new_empty(0, word.shape[1]) if dembeds is None else dembeds
         dproj_bias = grad.sum(0, dtype=f32).to(word.dtype)
-        return dinputs, *table_grads, linear(grad.t(), normed.t()), dproj_bias  # type: ignore[return-value]
+        return dinputs, *table_grads, weight_gradient(grad, normed), dproj_bias  # type: ignore[return-value]
     if backend == "cpp":
         sizes = len(word), len(token_type), len(position)
         normed, mean, rstd = _normed_cpu(operands, sizes, eps, dropout_p, seed_number)
@@ -283,7 +283,7 @@ def _bwd(
     dword = torch.zeros(word.shape, dtype=f32, device=word.device) if input_ids is None else dembeds
     if 0 <= padding_idx < len(dword):
         dword[padding_idx] = 0.0  # torch.nn.Embedding's padding_idx, as in Hugging Face
-    dproj_weight = linear(grad.t(), normed.to(grad.dtype).t())
+    dproj_weight = weight_gradient(grad, normed.to(grad.dtype))
     dinputs = dembeds if input_ids is None else dembeds.new_empty(0, word.shape[1])
     grads = (dinputs, dword, dtype_table, dposition, dln_weight, dln_bias, dproj_weight, grad.sum(0, dtype=f32))
     return tuple(g.to(word.dtype) for g in grads)  # type: ignore[return-value]
@@ -368,6 +368,13 @@ def embedding_projection(
     if inputs_embeds is not None:
         (inputs_embeds,) = as_dtype(word, inputs_embeds)
     tensors = (inputs_embeds, word, *as_dtype(word, *parameters))
+    if not dropout_p and dispatch.runs_on_torch("embedding_projection", word.device.type, word.dtype, backend):
+        operands = _operands(input_ids, tensors[0], token_type_ids, position_ids, *tensors[1:6])
+        check("embedding_projection", word.device, [*operands, *_projection(word, *tensors[6:])])
+        check_ids((input_ids, token_type_ids, position_ids), (len(word), len(token_type), len(position)))
+        return _torch.embedding_projection(
+            input_ids, tensors[0], token_type_ids, position_ids, *tensors[1:], eps, padding_idx
+        )
     call: Any = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
     device = word.device.type
     # Under autocast the product inside would change the dtype that the schema promises.

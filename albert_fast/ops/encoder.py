@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -107,7 +108,8 @@ def _pack(matrices: Sequence[Tensor]) -> Tensor:
     return memory
 
 
-_profile: Tensor | None = None
+# Of each thread that asks: the tensor that `stage_seconds` yielded.
+_profile = threading.local()
 _PACKED = Derived(_pack)
 
 
@@ -121,23 +123,30 @@ def forget_packed(weights: Sequence[Tensor]) -> None:
     _PACKED.forget([weights[i] for i in _MATRICES])
 
 
-def profile_address() -> int:
-    """Where kernels add their seconds by stage; 0 where nobody asks."""
-    return 0 if _profile is None else _profile.data_ptr()
+def profile_address(threads: int) -> int:
+    """Where a kernel on `threads` threads adds its seconds by stage; 0 where this thread does not ask for them."""
+    seconds: Tensor | None = getattr(_profile, "seconds", None)
+    if seconds is None:
+        return 0
+    if len(seconds) < threads:  # torch.set_num_threads was called inside
+        before = len(seconds)
+        seconds.resize_(threads, len(STAGES))[before:] = 0.0
+    return seconds.data_ptr()
 
 
 @contextmanager
 def stage_seconds() -> Iterator[Tensor]:
     """Inside, calls of the C++ kernel add their seconds to the tensor that this yields: (threads, len(STAGES)) float64.
 
-    For one calling thread, and as many threads within the kernel as torch has on entry.
+    Only calls from the thread that entered count. The tensor has a row for each thread that torch has on entry, and grows
+    where torch.set_num_threads allows a kernel more.
     """
-    global _profile
-    _profile = torch.zeros(torch.get_num_threads(), len(STAGES), dtype=torch.float64)
+    before = getattr(_profile, "seconds", None)
+    _profile.seconds = torch.zeros(torch.get_num_threads(), len(STAGES), dtype=torch.float64)
     try:
-        yield _profile
+        yield _profile.seconds
     finally:
-        _profile = None
+        _profile.seconds = before
 
 
 def kernels_are_compared() -> bool:
@@ -195,14 +204,14 @@ def _fwd(
     table = array.array("q")
     for layer, own in zip(held, matrices, strict=True):
         table.extend((*layer.addresses, own.data_ptr()))
-    steps = array.array("q", order)
+    steps, threads = array.array("q", order), torch.get_num_threads()
     tokens, asked = vectors[0][2][0], 0 if rows is None else vectors[2][2][0]
     out = torch.empty((tokens if rows is None else asked, width), dtype=torch.float32)
     states, ends, rows_address, cu_rows_address = memory.addresses
     fits = dispatch.extension().encoder_fwd_cpu(
         states, out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps), ends, vectors[1][2][0] - 1,
         tokens, rows_address, cu_rows_address, asked, width, layers[0][_FFN][2][0], num_heads,
-        softmax_scale, eps, ACTS.index(act), profile_address(), torch.get_num_threads(),
+        softmax_scale, eps, ACTS.index(act), profile_address(threads), threads,
     )  # fmt: skip
     if not fits:
         raise_content("encoder", tokens, cu_seqlens, rows, cu_rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import dispatch
 from ..operands import Operand, check, check_choice, check_launch, hold, matrix
 from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
+from . import _torch
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 from .bias_gelu import ACTS, act_grad_ref, act_ref
 
@@ -149,6 +150,10 @@ def gelu_layer_norm(
             floating-point tensor.
     """
     bias, weight, ln_bias = as_dtype(x, bias, weight, ln_bias)
+    if dispatch.runs_on_torch("gelu_layer_norm", x.device.type, x.dtype, backend):
+        operands = _operands(x, bias, weight, act)
+        check("gelu_layer_norm", x.device, [*operands, ("ln_bias", ln_bias, x.shape[1:], x.dtype)])
+        return _torch.gelu_layer_norm(x, bias, weight, ln_bias, eps, act)
     traced = needs_dispatcher(x, bias, weight, ln_bias)
     call = torch.ops.albert_fast.gelu_layer_norm_fwd if traced else _fwd
     return call(x, bias, weight, ln_bias, eps, act, backend)[0]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..gemm import linear
+from ..gemm import linear, weight_gradient
 from ..losses import widened
 from ..operands import Operand, check, check_choice, check_launch, matrix
 from ..registration import (
@@ -23,6 +23,7 @@ from ..registration import (
     register,
     register_autograd,
 )
+from . import _torch
 from .bias_gelu import ACTS, act_grad_ref, act_ref, bias_gelu
 
 
@@ -99,7 +100,7 @@ def _bwd(
             zeros = sums.new_zeros(sums.shape[1])
             du, dbias = torch.ops.albert_fast.bias_gelu_bwd(grad, sums, zeros, act, 0.0, None, backend)
         dx = linear(du, weight.t()) if need_x else x.new_empty(0)
-        return dx, linear(du.t(), x.t()) if need_weight else weight.new_empty(0), dbias
+        return dx, weight_gradient(du, x) if need_weight else weight.new_empty(0), dbias
 
 
 def _bwd_fake(grad, x, weight, sums, act, backend, need_x, need_weight):
@@ -186,6 +187,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu_tanh",
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         weight, bias = as_dtype(x, weight, bias)
+        if dispatch.runs_on_torch("linear_gelu", device, x.dtype, backend):
+            check("linear_gelu", x.device, _operands(x, weight, act, bias))
+            return _torch.linear_gelu(x, weight, bias, act)
         return _call(x, weight, bias, act, backend)
     if x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))

@@ -179,15 +179,14 @@ def _fwd(
     memory = hold("quantized_encoder", hidden.device, tokens[:4])
     held = [hold("quantized_encoder", hidden.device, layer) for layer in layers]
     table = array.array("q", [address for layer in held for address in layer.addresses])
-    steps = array.array("q", order)
+    steps, threads = array.array("q", order), torch.get_num_threads()
     (count, width), asked = tokens[0][2], 0 if rows is None else tokens[2][2][0]
     out = torch.empty((count if rows is None else asked, width), dtype=torch.float32)
     states, ends, rows_address, cu_rows_address = memory.addresses
     fits = dispatch.extension().quantized_encoder_fwd_cpu(
         states, out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps), ends, tokens[1][2][0] - 1,
         count, rows_address, cu_rows_address, asked, width, layers[0][VECTORS.index("ffn_bias")][2][0], num_heads,
-        softmax_scale, eps, ACTS.index(act), FORMATS[precision].dtype.itemsize * 8, profile_address(),
-        torch.get_num_threads(),
+        softmax_scale, eps, ACTS.index(act), FORMATS[precision].dtype.itemsize * 8, profile_address(threads), threads,
     )  # fmt: skip
     if not fits:
         raise_content("quantized_encoder", count, cu_seqlens, rows, cu_rows)

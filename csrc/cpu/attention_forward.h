@@ -75,6 +75,13 @@ static inline void softmax(float* scores, std::int64_t row, std::int64_t keys, c
     });
 }
 
+// The scratch memory of forward_task, in floats.
+static inline std::int64_t forward_floats(std::int64_t keys, std::int64_t head_dim) {
+    const std::int64_t width = round_up(head_dim, kLanes);
+    return 2 * Arrays::padded(keys * width) + 2 * kQueryBlock * width + Arrays::padded(keys * kQueryBlock) +
+           2 * kQueryBlock;
+}
+
 // The queries of parts `part` of `parts`; lse may be null.
 template <bool kDropout, class T>
 static inline void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std::int64_t parts,
@@ -89,8 +96,7 @@ static inline void forward_task(const Inputs<T>& in, const Head& head, std::int6
         for (std::int64_t i = begin; lse != nullptr && i < end; ++i) lse[head.first_query + i] = -__builtin_inff();
         return;
     }
-    Arrays arrays(scratch<Purpose::kTask>(2 * Arrays::padded(head.keys * width) + 2 * kQueryBlock * width +
-                                          Arrays::padded(head.keys * kQueryBlock) + 2 * kQueryBlock));
+    Arrays arrays(scratch<Purpose::kTask>(forward_floats(head.keys, d)));
     float* keys = arrays.take(head.keys * width);
     float* values = arrays.take(head.keys * width);
     float* rows = arrays.take(kQueryBlock * width);  // Q's block, later the output's

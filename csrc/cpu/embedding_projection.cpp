@@ -1,6 +1,6 @@
 // dropout(LayerNorm(word + token type + position)) for packed tokens: the part of embedding_projection before its
-// product, which is torch's. The gather, the two additions, LayerNorm and dropout make one pass; the gradient scatters
-// without atomics.
+// product (linear.cpp, or torch's). The gather, the two additions, LayerNorm and dropout make one pass; the gradient
+// scatters without atomics.
 #include "choose.h"
 #include "dropout.h"
 #include "kernels.h"

@@ -33,11 +33,12 @@ class Encoder {
     using Operand = typename Format::Operand;
 
 public:
-    // `wanted` may be null: all rows.
-    Encoder(const Batch& batch, const Sizes& sizes, const Wanted* wanted, int act, int threads)
+    // `wanted` may be null: all rows. Work is skipped once `region` has failed.
+    Encoder(const Batch& batch, const Sizes& sizes, const Wanted* wanted, int act, int threads, Region& region)
         : batch_(batch),
           sizes_(sizes),
           wanted_(wanted),
+          region_(region),
           act_(act),
           threads_(threads),
           few_(0),
@@ -67,7 +68,17 @@ public:
         }
     }
 
-    // What one thread does; all threads call it, inside one parallel region.
+    // Takes the memory that a thread will need in `run`, where to fail would leave the others at a barrier.
+    void reserve() const {
+        std::int64_t longest = 0;
+        for (std::int64_t b = 0; b < batch_.sequences; ++b) {
+            longest = larger(longest, batch_.cu_seqlens[b + 1] - batch_.cu_seqlens[b]);
+        }
+        const std::int64_t attention = Format::attention_floats(longest, sizes_.hidden / batch_.heads);
+        scratch<Purpose::kTask>(larger(attention, round_up(sizes_.hidden, kLanes)));
+    }
+
+    // What one thread does; all threads call it, inside one parallel region, after reserve().
     void run(int thread, const float* x, const std::vector<Layer>& layers, float* out, double* profile) const {
         Clock clock(profile == nullptr ? nullptr : profile + thread * kStages);
         const bool by_columns = few_rows(batch_.rows, threads_);
@@ -116,6 +127,7 @@ private:
     const Batch& batch_;
     const Sizes& sizes_;
     const Wanted* wanted_;
+    Region& region_;
     int act_, threads_;
     std::int64_t few_;        // rows at most, by columns
     std::int64_t row_block_;  // by rows
@@ -201,6 +213,7 @@ private:
         const std::int64_t hidden = sizes_.hidden, panels = sizes_.panels();
         const Range mine = team.share(parts.size() * panels);
         in_blocks(rows, row_block_, [&](Range block) {
+            if (region_.stopped()) return;
             for (std::int64_t part = parts.begin; part < parts.end; ++part) {
                 const std::int64_t offset = (part - parts.begin) * panels;
                 const float* bias = layer.vectors.qkv_bias[part];
@@ -227,7 +240,7 @@ private:
         for (; b < batch_.sequences && cu_queries[b] < rows.end; ++b) {
             for (std::int64_t number = heads.begin; number < heads.end; ++number) {
                 const Head head = Head(shape, b, number).within(rows.begin, rows.end);
-                if (head.queries > 0) Format::attention(in, head, Rows<float>{context_, stride});
+                if (head.queries > 0 && !region_.stopped()) Format::attention(in, head, Rows<float>{context_, stride});
             }
         }
     }
@@ -236,7 +249,7 @@ private:
     void add_norm(Range rows, const float* product, const float* bias, const float* residual, const float* weight,
                   const float* norm_bias, float* to, const Matrix* matrix, const Operand& rounded) const {
         const std::int64_t n = sizes_.hidden, stride = sizes_.stride;
-        float* line = scratch<Purpose::kTask>(round_up(n, kLanes));
+        float* line = scratch<Purpose::kTask>(round_up(n, kLanes));  // reserved: inside a region this allocates nothing
         for (std::int64_t row = rows.begin; row < rows.end; ++row) {
             const RowStatistics statistics = normalise_row(line, n, batch_.eps, [&](std::int64_t i, auto lanes) {
                 const Vec sum = load(product + row * stride + i, lanes) + load(bias + i, lanes);
@@ -268,8 +281,10 @@ private:
             };
             round(mine_of_all, context_, layer.dense(), operand(context_), clock);
             barrier(shared && Format::kRounds, clock);
-            Format::product(operand(context_).from(block.begin), count, layer.dense(), panels.begin, panels.end,
-                            into_product);
+            if (!region_.stopped()) {
+                Format::product(operand(context_).from(block.begin), count, layer.dense(), panels.begin, panels.end,
+                                into_product);
+            }
             clock.lap(kDense);
             barrier(shared, clock);
             const Matrix up = layer.ffn(0);
@@ -294,7 +309,7 @@ private:
                     clock.lap(kRounding);
                     barrier(shared, clock);
                 }
-                for (std::int64_t slice = first; slice < last; ++slice) {
+                for (std::int64_t slice = first; slice < last && !region_.stopped(); ++slice) {
                     const Operand from = middle(work, slice - first);
                     const Matrix matrix = layer.ffn_output(slice);
                     if (slice == 0) {
@@ -318,6 +333,7 @@ private:
                      float* to) const {
         const std::int64_t begin = slice * kSlice;
         const Range panels = team.share(divide_up(sizes_.slice_columns(slice), sizes_.panel));
+        if (region_.stopped()) return;
         with_activation(act_, [&](auto act) {
             Format::product(attended(work), rows, layer.ffn(slice), panels.begin, panels.end,
                             [&](std::int64_t row, std::int64_t column, Vec sum) {

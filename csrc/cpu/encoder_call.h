@@ -69,7 +69,8 @@ private:
 // All layers for one group of sequences, on one thread: their states stay in its second cache from layer to layer.
 template <class Format>
 static inline void run_group(const EncoderCall& call, const Sizes& sizes,
-                             const std::vector<typename Format::Layer>& layers, Group group, double* profile) {
+                             const std::vector<typename Format::Layer>& layers, Group group, double* profile,
+                             Region& region) {
     const std::int32_t* cu = call.batch.cu_seqlens + group.first;
     const std::int64_t sequences = group.last - group.first, first_row = cu[0];
     std::vector<std::int32_t> borders, wanted_borders;
@@ -88,7 +89,8 @@ static inline void run_group(const EncoderCall& call, const Sizes& sizes,
         }
         wanted = {wanted_rows.data(), wanted_borders.data(), wanted_borders.back()};
     }
-    const Encoder<Format> encoder(batch, sizes, call.asked() == nullptr ? nullptr : &wanted, call.act, 1);
+    const Encoder<Format> encoder(batch, sizes, call.asked() == nullptr ? nullptr : &wanted, call.act, 1, region);
+    encoder.reserve();
     encoder.run(0, call.x + first_row * sizes.hidden, layers, call.out + first_out * sizes.hidden, profile);
 }
 
@@ -102,32 +104,40 @@ static inline void run_encoder(const EncoderCall& call, const Sizes& sizes) {
     const double pair_cost = 1.0 / static_cast<double>(2 * sizes.hidden + sizes.middle);
     const std::int64_t most = Encoder<Format>::rows_of_block(sizes);
     const int threads = static_cast<int>(larger(smaller(call.num_threads, call.batch.rows), 1));
+    Region region;
     const auto run_groups = [&](const Deal& deal, int thread, double* profile) {
-        for (const Group& group : deal.of(thread)) run_group<Format>(call, sizes, layers, group, profile);
+        for (const Group& group : deal.of(thread)) {
+            region.run([&] { run_group<Format>(call, sizes, layers, group, profile, region); });
+        }
     };
 #if defined(_OPENMP)
     if (threads > 1) {
         const Deal deal(call.batch, most, pair_cost, threads);
         std::optional<const Encoder<Format>> together;
         if (few_rows(call.batch.rows, threads) || !deal.even) {
-            together.emplace(call.batch, sizes, call.asked(), call.act, threads);
+            together.emplace(call.batch, sizes, call.asked(), call.act, threads, region);
         }
         bool done = true;
+        std::atomic<int> ready{0};
 #pragma omp parallel num_threads(threads)
         {
             const int thread = omp_get_thread_num();
             if (omp_get_num_threads() != threads) {
                 if (thread == 0) done = false;  // inside another parallel region, or at the limit of threads
             } else if (together) {
-                together->run(thread, call.x, layers, call.out, call.profile);
+                ready += region.run([&] { together->reserve(); });
+                // Threads must agree to run: behind the barrier no thread changes the count any more.
+#pragma omp barrier
+                if (ready == threads) together->run(thread, call.x, layers, call.out, call.profile);
             } else {
                 run_groups(deal, thread, call.profile == nullptr ? nullptr : call.profile + thread * kStages);
             }
         }
-        if (done) return;
+        if (done) return region.finish();
     }
 #endif
     run_groups(Deal(call.batch, most, pair_cost, 1), 0, call.profile);
+    region.finish();
 }
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

@@ -63,6 +63,9 @@ struct Float32 {
     }
     static void round(const float*, const Matrix&, const Operand&, std::int64_t) {}
 
+    static std::int64_t attention_floats(std::int64_t keys, std::int64_t head_dim) {
+        return forward_floats(keys, head_dim);
+    }
     static void attention(const Inputs<float>& in, const Head& head, Rows<float> out) {
         forward_task<false>(in, head, 0, 1, out, nullptr);
     }

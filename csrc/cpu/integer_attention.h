@@ -92,6 +92,18 @@ static inline void round_values(const Rows<const float>& v, const Head& head, st
     transpose(pairs, width, pair_rows, reinterpret_cast<float*>(to), round_up(d, 4), stride / 4);
 }
 
+// The scratch memory of integer_attention, in floats.
+static inline std::int64_t integer_attention_floats(std::int64_t keys, std::int64_t d) {
+    const std::int64_t steps = divide_up(d, 2), row = rounded_row_bytes<std::int16_t>(d);
+    const std::int64_t value_row = rounded_row_bytes<std::int16_t>(round_up(keys, 8)), width = round_up(d, kLanes);
+    const std::int64_t pair_rows = divide_up(keys, 2);
+    return Arrays::padded(keys * row / 4) + Arrays::padded(2 * keys) + Arrays::padded(round_up(d, 4) * value_row / 4) +
+           Arrays::padded(2 * width) + Arrays::padded(larger(value_row / 4, pair_rows) * width) +
+           Arrays::padded(kColumns * row / 4) + Arrays::padded((steps + 4) * kColumns) + 2 * Arrays::padded(kColumns) +
+           Arrays::padded((keys + 1) * kColumns) + Arrays::padded((pair_rows + 1) * kColumns) +
+           2 * Arrays::padded(round_up(d, kColumns) * kColumns);
+}
+
 // out = softmax(scale * q k^T) v for the queries of `head`.
 static inline void integer_attention(const Inputs<float>& in, const Head& head, Rows<float> out) {
     const std::int64_t d = in.shape.head_dim, steps = divide_up(d, 2), keys = head.keys;
@@ -99,12 +111,7 @@ static inline void integer_attention(const Inputs<float>& in, const Head& head, 
     const std::int64_t value_row = rounded_row_bytes<std::int16_t>(round_up(keys, 8)), width = round_up(d, kLanes);
     if (keys == 0) return zero_rows(out, head.first_query, head.column, head.queries, d);
     const float query_levels = smaller(8191, ((std::int64_t{1} << 31) - 1) / (8191 * smaller(d, kShortRun)));
-    Arrays arrays(scratch<Purpose::kTask>(
-        Arrays::padded(keys * row / 4) + Arrays::padded(2 * keys) + Arrays::padded(round_up(d, 4) * value_row / 4) +
-        Arrays::padded(2 * width) + Arrays::padded(larger(value_row / 4, pair_rows) * width) +
-        Arrays::padded(kColumns * row / 4) + Arrays::padded((steps + 4) * kColumns) + 2 * Arrays::padded(kColumns) +
-        Arrays::padded((keys + 1) * kColumns) + Arrays::padded((pair_rows + 1) * kColumns) +
-        2 * Arrays::padded(round_up(d, kColumns) * kColumns)));
+    Arrays arrays(scratch<Purpose::kTask>(integer_attention_floats(keys, d)));
     char* rounded_keys = reinterpret_cast<char*>(arrays.take(keys * row / 4));
     RowScale* key_scales = reinterpret_cast<RowScale*>(arrays.take(2 * keys));
     char* rounded_values = reinterpret_cast<char*>(arrays.take(round_up(d, 4) * value_row / 4));

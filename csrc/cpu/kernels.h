@@ -90,6 +90,15 @@ void linear_cross_entropy_bwd_cpu(Address grad, Address x, Address weight, Addre
                                   Address row_max, Address row_sum, Address dx, Address dweight, Address dbias,
                                   std::int64_t N, std::int64_t E, std::int64_t V, int dtype, int num_threads);
 
+// Floats of weight (N,K) f32 in the layout of linear_fwd_cpu, which differs between instruction sets; and that layout.
+std::int64_t linear_packed_size_cpu(std::int64_t N, std::int64_t K);
+void linear_pack_cpu(Address weight, Address packed, std::int64_t N, std::int64_t K, int num_threads);
+
+// out (T,N) = x (T,K) weight^T + bias (N), or tanh of that; all f32; bias = 0: none. A row's result is bitwise the same
+// whatever rows are beside it.
+void linear_fwd_cpu(Address x, std::int64_t x_stride, Address packed, Address bias, Address out, std::int64_t T,
+                    std::int64_t N, std::int64_t K, bool tanh, int num_threads);
+
 // Floats of a layer's four matrices in the layout of encoder_fwd_cpu, which differs between instruction sets.
 std::int64_t encoder_packed_size_cpu(std::int64_t H, std::int64_t I);
 

@@ -53,6 +53,18 @@ static inline Vec exp2(Vec x) {
 
 static inline Vec magnitude(Vec x) { return from_bits(bits_of(x) & 0x7FFFFFFFu); }
 
+// x + x^3 P(x^2), P minimax of degree 4, for |x| < 0.625, where 1 - 2 / (exp(2|x|) + 1) would cancel.
+static inline Vec tanh(Vec x) {
+    const Vec size = magnitude(x), square = x * x;
+    Vec p = -5.70498873e-3f * square + 2.06390888e-2f;
+    p = p * square - 5.37397156e-2f;
+    p = p * square + 1.33314422e-1f;
+    p = p * square - 3.33332819e-1f;
+    const Vec large = 1.0f - 2.0f / (exp(smaller(splat(20.0f), size + size)) + 1.0f);
+    const Vec signed_large = from_bits(bits_of(large) | (bits_of(x) & 0x80000000u));
+    return size < 0.625f ? x + x * (p * square) : signed_large;
+}
+
 // exp(-x^2 / 2).
 static inline Vec normal_density(Vec x) { return exp2(x * x * -0.721347520f); }
 

@@ -1,11 +1,15 @@
 // Threads, memory for temporaries, and the split of rows into chunks.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <new>
+#include <thread>
 
+#include "../common.h"
 #include "vec.h"
 
 #if defined(__linux__)
@@ -25,19 +29,64 @@ static inline T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Made by the thread that called, before a parallel region: keeps the first exception of any thread, since one that
+// leaves a region ends the process, and has the calling thread ask for signals.
+class Region {
+public:
+    Region() = default;
+    Region(const Region&) = delete;
+    Region& operator=(const Region&) = delete;
+
+    // Calls body(), unless the region has failed; whether body() ran to its end.
+    template <class Body>
+    bool run(Body body) noexcept {
+        return !stopped() && attempt(body);
+    }
+
+    // Whether the result is lost, so that all threads may skip their work; they still meet at every barrier.
+    bool stopped() noexcept {
+        if (std::this_thread::get_id() == caller_) attempt(check_signals);
+        return failed_.load(std::memory_order_relaxed);
+    }
+
+    // Behind the region: throws what was kept.
+    void finish() const {
+        if (error_) std::rethrow_exception(error_);
+    }
+
+private:
+    const std::thread::id caller_ = std::this_thread::get_id();
+    std::atomic<bool> failed_{false}, kept_{false};
+    std::exception_ptr error_;
+
+    template <class Body>
+    bool attempt(Body body) noexcept {
+        try {
+            body();
+            return true;
+        } catch (...) {
+            if (!kept_.exchange(true)) error_ = std::current_exception();
+            failed_.store(true, std::memory_order_relaxed);
+            return false;
+        }
+    }
+};
+
 // Calls body(task) for every task in [0, tasks), on up to num_threads threads of the OpenMP pool that torch uses too;
-// whoever is free takes the next one. Tasks must not depend on each other.
+// whoever is free takes the next one. Tasks must not depend on each other. Throws the first exception of a task.
 template <class Body>
 static inline void parallel_for(std::int64_t tasks, int num_threads, Body body) {
     [[maybe_unused]] const int threads = static_cast<int>(smaller(num_threads, tasks));
+    Region region;
 #if defined(_OPENMP)
     if (threads > 1) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-        for (std::int64_t task = 0; task < tasks; ++task) body(task);
-        return;
+        for (std::int64_t task = 0; task < tasks; ++task) region.run([&] { body(task); });
+        return region.finish();
     }
 #endif
-    for (std::int64_t task = 0; task < tasks; ++task) body(task);
+    for (std::int64_t task = 0; task < tasks; ++task) region.run([&] { body(task); });
+    region.finish();
 }
 
 // Rows [begin, end) of a chunk, in an even split of `rows` that is the same for every number of threads.

@@ -43,6 +43,9 @@ struct Integers {
                                    reinterpret_cast<Element*>(to.rows + row * to.stride));
     }
 
+    static std::int64_t attention_floats(std::int64_t keys, std::int64_t head_dim) {
+        return integer_attention_floats(keys, head_dim);
+    }
     static void attention(const Inputs<float>& in, const Head& head, Rows<float> out) {
         integer_attention(in, head, out);
     }

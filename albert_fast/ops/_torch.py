@@ -1,0 +1,91 @@
+"""The operators composed of torch's fused ones: what runs on a CPU where the C++ extension is missing.
+
+Results and gradients are those of the references, which say what is computed; these say it in the operators that torch
+has fast kernels for. Shapes and names are those of the public functions; there is no dropout here.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..gemm import linear
+
+
+def activation(x: Tensor, act: str) -> Tensor:
+    """act(x) for one of `ACTS`."""
+    if act == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def bias_gelu(x: Tensor, bias: Tensor, act: str) -> Tensor:
+    """act(x + bias): x (T, I), bias (I,)."""
+    return activation(x + bias, act)
+
+
+def add_layer_norm(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x + bias + residual): x, residual (T, N), the others (N,)."""
+    return F.layer_norm((x + bias) + residual, x.shape[1:], weight, ln_bias, eps)
+
+
+def gelu_layer_norm(x: Tensor, bias: Tensor, weight: Tensor, ln_bias: Tensor, eps: float, act: str) -> Tensor:
+    """LayerNorm(act(x + bias)): x (T, E), the others (E,)."""
+    return F.layer_norm(activation(x + bias, act), x.shape[1:], weight, ln_bias, eps)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    """act(x @ weight.T + bias): x (T, K), weight (N, K), bias (N,)."""
+    return activation(linear(x, weight, bias), act)
+
+
+def embedding_projection(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
+    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
+    eps: float, padding_idx: int,
+) -> Tensor:  # fmt: skip
+    """The projected embeddings (T, H) of ids that lie in their tables; `inputs_embeds` (T, E) in the place of input_ids."""
+    row = padding_idx if 0 <= padding_idx < len(word) else None
+    words = inputs_embeds if input_ids is None else F.embedding(input_ids, word, padding_idx=row)
+    assert words is not None, "one of input_ids and inputs_embeds"
+    z = (words + F.embedding(token_type_ids, token_type)) + F.embedding(position_ids, position)
+    return linear(F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, eps), proj_weight, proj_bias)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int, softmax_scale: float
+) -> Tensor:
+    """Attention (Tq, H) of packed sequences; neighbours of equal lengths are one call."""
+    pairs = [(e - b, f - c) for (b, e), (c, f) in zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True)]
+    parts: list[Tensor] = []
+    first_query = first_key = 0
+    for (queries, keys), run in itertools.groupby(pairs):
+        count = len(list(run))
+        batch = [
+            t[first : first + count * length].unflatten(0, (count, length)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+            for t, first, length in ((q, first_query, queries), (k, first_key, keys), (v, first_key, keys))
+        ] if queries and keys else []  # fmt: skip
+        if batch:
+            out = _attention(*batch, softmax_scale)
+            parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        elif queries:
+            parts.append(q.new_zeros((count * queries, q.shape[1])))
+        first_query, first_key = first_query + count * queries, first_key + count * keys
+    if not parts:
+        return q.new_zeros(q.shape)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """q (B, heads, Sq, D); k, v (B, heads, Sk, D) -> (B, heads, Sq, D)."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        # The backward of torch's fused kernel leaves rounding where a softmax over one key has no gradient.
+        return torch.softmax((q @ k.transpose(2, 3)) * scale, dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _ranges(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(cu_seqlens.tolist()))
