@@ -79,6 +79,11 @@ class Encoder(nn.Module):
         """The layers that have weights of their own, group after group."""
         return [layer for group in self.albert_layer_groups for layer in group.albert_layers]  # type: ignore[union-attr]
 
+    def is_plain(self) -> bool:
+        """Whether the layers compute just what the encoder operators do: see `Layer.is_plain`; no hooks on groups."""
+        groups = self.albert_layer_groups
+        return not any(is_hooked(group) for group in groups) and all(layer.is_plain() for layer in self.distinct())
+
     @property
     def quantized(self) -> str | None:
         """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
@@ -110,7 +115,7 @@ class Encoder(nn.Module):
         # What costs nothing to ask comes first: most calls on a GPU end here.
         if chosen == "triton" and (reason := self._beyond_one_kernel(len(hidden), backend)):
             return reason
-        if not all(layer.is_plain() for layer in self.distinct()):
+        if not self.is_plain():
             return "a layer has hooks or replaced parts"
         if chosen == "triton" and backend == "auto":
             config = self.config
@@ -154,33 +159,17 @@ class Encoder(nn.Module):
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
         states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        order, distinct = self.order(), self.distinct()
         if states is not None:
             states.append(hidden)
-        for number in order[:-1]:
-            hidden = self._layer(distinct[number], hidden, packing, None, backend, attentions)
-            if states is not None:
-                states.append(hidden)
-        last = distinct[order[-1]]
-        if states is None and attentions is None:
-            return self._layer(last, hidden, packing, queries, backend, None)
-        hidden = self._layer(last, hidden, packing, None, backend, attentions)
-        if states is not None:
-            states.append(hidden)
-        return hidden if queries is None else take(hidden, queries.rows)
-
-    def _layer(
-        self, layer: Layer, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
-        attentions: list[Tensor] | None,
-    ) -> Tensor:  # fmt: skip
         # What a compiled graph computes again its partitioner decides; torch cannot trace checkpoints of changing lengths.
         recompute = self.recompute if torch.is_grad_enabled() and not torch.compiler.is_compiling() else "nothing"
-        arguments = (hidden, packing, queries, backend, attentions, recompute == "activations")
-        # Run twice, a layer would append its probabilities twice.
-        if recompute == "layers" and attentions is None:
-            out: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
-            return out
-        return layer(*arguments)
+        asked = queries if states is None and attentions is None else None  # else every token's are to be shown
+        last = self.config.num_hidden_layers - 1
+        for step in range(last + 1):
+            group: Any = self.albert_layer_groups[self.config.group_of_layer(step)]
+            call = group if is_hooked(group) else group.forward  # a module's call costs as much as a launch
+            hidden = call(hidden, packing, asked if step == last else None, backend, recompute, states, attentions)
+        return hidden if queries is None or asked is not None else take(hidden, queries.rows)
 
     def _quantized(
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, states: list[Tensor] | None,
@@ -198,7 +187,7 @@ class Encoder(nn.Module):
             raise TypeError(
                 f"{precision} layers run in {expected} here, the model was converted to {hidden.dtype}: load it again"
             )
-        if not all(layer.is_plain() for layer in distinct):
+        if not self.is_plain():
             raise RuntimeError(
                 "integer layers run as a whole: hooks on their parts and replaced parts would not be seen"
             )
@@ -239,6 +228,22 @@ class LayerGroup(nn.Module):
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
         self.albert_layers = nn.ModuleList(Layer(config) for _ in range(config.inner_group_num))
+
+    def forward(
+        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, recompute: str,
+        states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(T, H) -> (T, H), or (Tq, H) for `queries`; `recompute` is one of RECOMPUTE."""
+        last = len(self.albert_layers) - 1
+        for inner, layer in enumerate(self.albert_layers):
+            wanted = queries if inner == last else None
+            arguments = (hidden, packing, wanted, backend, attentions, recompute == "activations")
+            # Run twice, a layer would append its probabilities twice.
+            again = recompute == "layers" and attentions is None
+            hidden = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+            if states is not None:
+                states.append(hidden)
+        return hidden
 
 
 class Layer(nn.Module):

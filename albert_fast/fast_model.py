@@ -81,7 +81,7 @@ class FastModel(PretrainedMixin):
                     ids = torch.zeros((batch, columns), dtype=torch.int64, device=device)
                     # A graph is captured the second time; a mask's kernels are others.
                     for mask in (None, None, torch.ones_like(ids)):
-                        base(ids, mask, output_tokens=asked_for)
+                        base(ids, mask, None, None, None, False, False, output_tokens=asked_for)
         finally:
             base.train(training)
 
