@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +121,6 @@ class MLMModel(HeadModel):
     """What the two models with a masked-language head share: `predictions`, tied to the word embeddings."""
 
     predictions: MLMHead
-    _tied_weights_keys: ClassVar[dict[str, str] | None] = {
-        "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
-        "predictions.decoder.bias": "predictions.bias",
-    }
 
     def scores_and_loss(
         self, encoded: Encoded, labels: Tensor | None, output_logits: bool

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import ALBERTConfig
 from .config_attributes import DEFAULTS, HUB_ARGUMENTS
-from .weights import Checkpoint, config_path, weights_names
+from .weights import config_path, weights_names
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,7 +83,7 @@ class LoadArguments:
         if (token := given.pop("use_auth_token", None)) is not None:
             given.setdefault("token", token)
         arguments.hub = {name: given.pop(name) for name in (*HUB_ARGUMENTS, "proxies") if name in given}
-        arguments.names = weights_names(given.pop("use_safetensors", None) or None, given.pop("variant", None))
+        arguments.names = weights_names(given.pop("use_safetensors", None), given.pop("variant", None))
         if "add_pooling_layer" in given:
             if not bare:
                 raise TypeError("add_pooling_layer is for ALBERTModel: a head decides itself whether it pools")
@@ -159,7 +159,7 @@ class LoadArguments:
                 raise TypeError(f"from_pretrained takes no {name!r}; did you mean {close[0]!r}?")
         return config.replace(**self.changes)
 
-    def chosen_precision(self, config: ALBERTConfig, state: Checkpoint, held: str | None) -> str:
+    def chosen_precision(self, config: ALBERTConfig, state: Mapping[str, Tensor], held: str | None) -> str:
         """The precision to load in: as asked for, else what the checkpoint holds where it is integers, else float32."""
         if self.precision is not None:
             return self.precision

@@ -14,6 +14,11 @@ from .load_arguments import LoadArguments, as_config
 
 # Variance of new rows around the mean of the old ones, as a part of the old rows' covariance; transformers' value.
 _NEW_ROWS_VARIANCE = 1e-9
+# Tensors of a masked-language head that are one with another: alias -> name.
+_TIED = {
+    "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
+    "predictions.decoder.bias": "predictions.bias",
+}
 
 
 class ModelMethods(nn.Module):
@@ -25,8 +30,6 @@ class ModelMethods(nn.Module):
     main_input_name: ClassVar[str] = "input_ids"
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     framework: ClassVar[str] = "pt"
-    # Tensors that are one: alias -> name, as transformers 5 lists them.
-    _tied_weights_keys: ClassVar[dict[str, str] | None] = None
     _keys_to_ignore_on_save: ClassVar[None] = None
 
     def __init__(self) -> None:
@@ -57,6 +60,11 @@ class ModelMethods(nn.Module):
     def name_or_path(self) -> str:
         """What `from_pretrained` was given."""
         return self.config.name_or_path
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str] | None:
+        """As transformers 5 lists them; None where the model has no masked-language head."""
+        return dict(_TIED) if hasattr(self, "predictions") else None
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from . import dispatch, sentence_modules
 from .config import ALBERTConfig
 from .load_arguments import PRECISIONS, LoadArguments
 from .model_methods import ModelMethods
-from .weights import Checkpoint, load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint
+from .weights import load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint
 
 # How config.json names checkpoints with integer layers, which only this library reads.
 QUANT_METHOD = "albert_fast"
@@ -149,14 +149,10 @@ class PretrainedMixin(ModelMethods):
         config = read.configuration(path)
         config.name_or_path = "" if path_or_hub_id is None else path_or_hub_id
         held = held_precision(config, path or Path("config"))
-        if read.state_dict is not None:
-            state = Checkpoint()
-            state.update(read.state_dict)
-        elif path is None:
+        if path is None and read.state_dict is None:
             raise TypeError("from_pretrained(None) needs config= and state_dict=")
-        else:
-            state = load_checkpoint(path, read.names)
-        state = rename_old_names(state, cls.prefix, read.key_mapping)
+        found = read.state_dict if read.state_dict is not None else load_checkpoint(path or "", read.names)
+        state = rename_old_names(found, cls.prefix, read.key_mapping)
         precision = read.chosen_precision(config, state, held)
         if held is not None and precision != held:
             raise ValueError(f"{path}: holds {held} weights: load it with precision={held!r}, not {precision!r}")

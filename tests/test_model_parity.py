@@ -378,6 +378,7 @@ def test_explain_says_what_runs_where_and_why():
     assert one.gflop == pytest.approx(sum(step.gflop for step in layers))
     assert "24 real tokens" in str(plan)
     assert "40% padding" in str(plan)
+    assert "3 layers in 1 group(s), 4 heads of 10, " in plan.summary
     steps = {step.name: step for step in plan.steps}
     assert steps["attention"].backend == "cpp"
     assert steps["attention"].times == 2
