@@ -32,7 +32,7 @@ def keeps_other_keys(cls: Config) -> Config:
 
     A keyword that looks like a misspelt field is kept too, with a warning that names the field.
     """
-    init, names = cls.__init__, {f.name for f in dataclasses.fields(cls)}  # type: ignore[misc, arg-type]
+    init, names = cls.__init__, {f.name for f in dataclasses.fields(cls)}
 
     @functools.wraps(init)
     def constructor(self: Any, *args: Any, **values: Any) -> None:
@@ -75,7 +75,7 @@ class ConfigAttributes:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        known = name == "extra" or name in self.__dataclass_fields__ or hasattr(type(self), name)  # type: ignore[attr-defined]
+        known = name == "extra" or name in self.__dataclass_fields__ or hasattr(type(self), name)
         if not known and "extra" in self.__dict__:
             self.extra["dtype" if name == "torch_dtype" else name] = _plain(name, value)
             return
@@ -86,22 +86,22 @@ class ConfigAttributes:
             self._name_labels(value)
 
     def has_field(self, name: str) -> bool:
-        return name in self.__dataclass_fields__ and name != "extra"  # type: ignore[attr-defined]
+        return name in self.__dataclass_fields__ and name != "extra"
 
     def has_key(self, name: str) -> bool:
         """Whether `name`, which is no field, can be read and set: a key of config.json, or one with a default."""
-        return name in DEFAULTS or name in ("dtype", "torch_dtype") or name in self.extra  # type: ignore[attr-defined]
+        return name in DEFAULTS or name in ("dtype", "torch_dtype") or name in self.extra
 
     def _name_labels(self, names: Mapping[Any, str] | None) -> None:
         """Make id2label, label2id and num_labels agree: `names`, or for None as transformers names num_labels classes."""
         if names is None:
-            names = {index: f"LABEL_{index}" for index in range(self.num_labels)}  # type: ignore[attr-defined]
+            names = {index: f"LABEL_{index}" for index in range(self.num_labels)}
         id2label = {int(key): str(label) for key, label in names.items()}
         values = {"id2label": id2label, "num_labels": len(id2label)}
         self.__dict__.update(values, label2id={label: key for key, label in id2label.items()})
 
     def __copy__(self) -> ALBERTConfig:
-        return self.replace()  # type: ignore[attr-defined, no-any-return]
+        return self.replace()
 
     def __iter__(self) -> Iterator[str]:
         """The names in `to_dict()`."""
@@ -110,13 +110,13 @@ class ConfigAttributes:
     @property
     def use_return_dict(self) -> bool:
         """What a forward's `return_dict=None` means: False where config.json asks for tuples."""
-        asked = self.return_dict is not False and self.extra.get("use_return_dict", True)  # type: ignore[attr-defined]
-        return bool(asked) and not self.extra.get("torchscript", False)  # type: ignore[attr-defined]
+        asked = self.return_dict is not False and self.extra.get("use_return_dict", True)
+        return bool(asked) and not self.extra.get("torchscript", False)
 
     @property
     def name_or_path(self) -> str:
         """What `from_pretrained` was given; "" for a configuration made otherwise."""
-        return str(self.__dict__.get("_source", self.extra.get("_name_or_path", "")))  # type: ignore[attr-defined]
+        return str(self.__dict__.get("_source", self.extra.get("_name_or_path", "")))
 
     @name_or_path.setter
     def name_or_path(self, value: Any) -> None:
@@ -135,7 +135,7 @@ class ConfigAttributes:
         Raises:
             ValueError: values that do not fit together; nothing is set then.
         """
-        self.replace(**{name: value for name, value in values.items() if name in self.__dataclass_fields__})  # type: ignore[attr-defined]
+        self.replace(**{name: value for name, value in values.items() if name in self.__dataclass_fields__})
         for name, value in values.items():
             setattr(self, name, value)
 

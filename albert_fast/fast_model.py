@@ -11,8 +11,9 @@ import torch
 from . import dispatch, ops
 from .encoder import RECOMPUTE
 from .graphs import GraphCache
+from .load_arguments import PRECISIONS
 from .packing import pack
-from .pretrained import PRECISIONS, Calibration, PretrainedMixin
+from .pretrained import Calibration, PretrainedMixin
 from .quantization import PRECISIONS as QUANTIZED
 from .quantization import QuantizedLinear, Rows, calibration_batches, random_batches
 

@@ -52,7 +52,7 @@ class LoadArguments:
     """
 
     precision: str | None
-    device: torch.device | str | int | None
+    device: torch.device | str | None
     from_file: bool = False  # dtype="auto"
     hub: dict[str, Any] = field(default_factory=dict)
     names: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ class LoadArguments:
             device = torch.device("cuda", device)
         if self.device is not None and torch.device(self.device) != torch.device(device):
             raise TypeError(f"device_map={device_map!r} and device={self.device!r} contradict each other: give one")
-        self.device = device
+        self.device = torch.device(device)
 
     def configuration(self, path: Path | None) -> ALBERTConfig:
         """The configuration of the model: `config` if one was given, else that of the checkpoint, with `changes`.

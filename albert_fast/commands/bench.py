@@ -140,7 +140,7 @@ def _sides(
 ) -> tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
     """Sides by name, the reference first, and the reference in float32; real tokens' hidden states (T, H)."""
     from .. import ALBERTModel, reference
-    from ..pretrained import PRECISIONS
+    from ..load_arguments import PRECISIONS
 
     real = batch["attention_mask"].bool()
     # The others have no integer formats: they run what they would run instead.
