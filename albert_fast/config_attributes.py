@@ -32,7 +32,7 @@ def keeps_other_keys(cls: Config) -> Config:
 
     A keyword that looks like a misspelt field is kept too, with a warning that names the field.
     """
-    init, names = cls.__init__, {f.name for f in dataclasses.fields(cls)}
+    init, names = cls.__init__, {f.name for f in dataclasses.fields(cls)}  # type: ignore[misc]
 
     @functools.wraps(init)
     def constructor(self: Any, *args: Any, **values: Any) -> None:
