@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .config_attributes import ConfigAttributes, keeps_other_keys
 
 # Names as they stand in config.json -> the activation that our kernels implement.
 ACTIVATIONS = {
@@ -22,12 +25,14 @@ ACTIVATIONS = {
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
+@keeps_other_keys
 @dataclass
-class ALBERTConfig:
+class ALBERTConfig(ConfigAttributes):
     """The fields of config.json (Lan et al. 2019, section 3 and table 1); defaults are Hugging Face's (the xxlarge sizes).
 
     `ffn_output_dropout` is ours: Google's code drops out the FFN's output, Hugging Face's defines that dropout and never
-    applies it; off by default, as in Hugging Face. Keys that are not listed here are kept in `extra` and written back.
+    applies it; off by default, as in Hugging Face. Other keywords are accepted as transformers accepts them: they are kept
+    in `extra`, can be read and set as attributes, and are written back.
 
     Raises:
         ValueError: a size that is not positive, heads that do not divide `hidden_size`, an unknown activation or
@@ -58,6 +63,9 @@ class ALBERTConfig:
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
     problem_type: str | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
     ffn_output_dropout: bool = False
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -83,11 +91,15 @@ class ALBERTConfig:
             )
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"config: problem_type {self.problem_type!r} is none of {PROBLEM_TYPES}")
-        if self.id2label is not None:
-            self.id2label = {int(key): str(label) for key, label in self.id2label.items()}
-            self.num_labels = len(self.id2label)
-            if self.label2id is None:
-                self.label2id = {label: key for key, label in self.id2label.items()}
+        for name in ("output_hidden_states", "output_attentions", "return_dict"):
+            value = getattr(self, name)
+            if value not in (None, True, False):
+                raise ValueError(f"config: {name} must be true or false, got {value!r}")
+        self.extra = dict(self.extra)  # a copy of the configuration has its own
+        names = self.label2id
+        self._name_labels(self.id2label)
+        if names is not None:
+            self.label2id = dict(names)
 
     @property
     def head_dim(self) -> int:
@@ -109,9 +121,7 @@ class ALBERTConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ALBERTConfig:
         """From the contents of a config.json; nothing is lost on the way to `to_dict` and back."""
-        model_type = values.get("model_type", "albert")
-        if model_type != "albert":
-            raise ValueError(f"config: model_type is {model_type!r}, expected 'albert'")
+        cls.check_model_type(values.get("model_type", "albert"))
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         extra = {key: value for key, value in values.items() if key not in known and key != "model_type"}
         return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
@@ -134,23 +144,33 @@ class ALBERTConfig:
         values = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extra", "num_labels")
         }
-        if self.id2label is None:
-            # Hugging Face counts the classes by their names, so unnamed ones are written out unless they are its default 2.
-            values.pop("id2label"), values.pop("label2id")
-            if self.num_labels != 2:
-                values["id2label"] = {str(i): self.label(i) for i in range(self.num_labels)}
-                values["label2id"] = {self.label(i): i for i in range(self.num_labels)}
-        else:
-            values["id2label"] = {str(key): label for key, label in self.id2label.items()}
-        if not self.ffn_output_dropout:
-            values.pop("ffn_output_dropout")
+        values["id2label"] = {str(key): label for key, label in (self.id2label or {}).items()}
+        # Hugging Face counts the classes by their names; two that have none are its default.
+        if (self.id2label, self.label2id) == ({0: "LABEL_0", 1: "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}):
+            del values["id2label"], values["label2id"]
+        for name in ("ffn_output_dropout", "output_hidden_states", "output_attentions", "return_dict"):
+            if values[name] is (name == "return_dict"):  # the default
+                del values[name]
         return {**self.extra, "model_type": "albert", **values}
 
     def replace(self, **changes: Any) -> ALBERTConfig:
-        """A copy with some fields changed; `num_labels` drops names that no longer fit."""
-        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
-        if unknown:
-            raise TypeError(f"config has no field {', '.join(unknown)}")
+        """A copy with some fields, or other keys that it has, changed; names of labels that no longer fit are dropped.
+
+        Raises:
+            TypeError: a name that is neither a field nor a key; suggests the closest field.
+        """
+        fields = {f.name for f in dataclasses.fields(self)}
+        extra = {name: changes.pop(name) for name in list(changes) if name not in fields and self.has_key(name)}
+        if unknown := sorted(changes.keys() - fields):
+            close = difflib.get_close_matches(unknown[0], fields, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"config has no field {', '.join(unknown)}{hint}")
         if "num_labels" in changes and "id2label" not in changes and changes["num_labels"] != self.num_labels:
             changes |= {"id2label": None, "label2id": None}
-        return dataclasses.replace(self, **changes)
+        elif "id2label" in changes and "label2id" not in changes:
+            changes["label2id"] = None
+        copy = dataclasses.replace(self, **changes)
+        for name, value in extra.items():
+            setattr(copy, name, value)
+        copy.name_or_path = self.name_or_path
+        return copy

@@ -82,6 +82,11 @@ class Encoder(nn.Module):
         """The layers that have weights of their own, group after group."""
         return [layer for group in self.albert_layer_groups for layer in group.albert_layers]  # type: ignore[union-attr]
 
+    def is_plain(self) -> bool:
+        """Whether the layers compute just what the encoder operators do: see `Layer.is_plain`; no hooks on groups."""
+        groups = self.albert_layer_groups
+        return not any(is_hooked(group) for group in groups) and all(layer.is_plain() for layer in self.distinct())
+
     @property
     def quantized(self) -> str | None:
         """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
@@ -113,7 +118,7 @@ class Encoder(nn.Module):
         # What costs nothing to ask comes first: most calls on a GPU end here.
         if chosen == "triton" and (reason := self._beyond_one_kernel(len(hidden), backend)):
             return reason
-        if not all(layer.is_plain() for layer in self.distinct()):
+        if not self.is_plain():
             return "a layer has hooks or replaced parts"
         if chosen == "triton" and backend == "auto":
             config = self.config
@@ -161,35 +166,22 @@ class Encoder(nn.Module):
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
         states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        order, distinct = self.order(), self.distinct()
-        # Once a forward for each distinct layer, however often it is applied.
-        layers = [(layer, _fused_ahead(layer)) for layer in distinct]
         if states is not None:
             states.append(hidden)
-        for number in order[:-1]:
-            hidden = self._layer(*layers[number], hidden, packing, None, backend, attentions)
-            if states is not None:
-                states.append(hidden)
-        last = layers[order[-1]]
-        if states is None and attentions is None:
-            return self._layer(*last, hidden, packing, queries, backend, None)
-        hidden = self._layer(*last, hidden, packing, None, backend, attentions)
-        if states is not None:
-            states.append(hidden)
-        return hidden if queries is None else take(hidden, queries.rows)
-
-    def _layer(
-        self, layer: Layer, fused: Fused | None, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
-        attentions: list[Tensor] | None,
-    ) -> Tensor:  # fmt: skip
         # What a compiled graph computes again its partitioner decides; torch cannot trace checkpoints of changing lengths.
         recompute = self.recompute if torch.is_grad_enabled() and not is_traced() else "nothing"
-        arguments = (hidden, packing, queries, backend, attentions, recompute == "activations", fused)
-        # Run twice, a layer would append its probabilities twice.
-        if recompute == "layers" and attentions is None:
-            out: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
-            return out
-        return layer(*arguments)
+        asked = queries if states is None and attentions is None else None  # else every token's are to be shown
+        groups: list[Any] = list(self.albert_layer_groups)
+        # Once a forward for each distinct layer, however often it is applied.
+        fused = [None if is_hooked(group) else list(map(_fused_ahead, group.albert_layers)) for group in groups]
+        last = self.config.num_hidden_layers - 1
+        for step in range(last + 1):
+            number = self.config.group_of_layer(step)
+            group = groups[number]
+            call = group if is_hooked(group) else group.forward  # a module's call costs as much as a launch
+            wanted = asked if step == last else None
+            hidden = call(hidden, packing, wanted, backend, recompute, states, attentions, fused[number])
+        return hidden if queries is None or asked is not None else take(hidden, queries.rows)
 
     def _quantized(
         self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, states: list[Tensor] | None,
@@ -207,7 +199,7 @@ class Encoder(nn.Module):
             raise TypeError(
                 f"{precision} layers run in {expected} here, the model was converted to {hidden.dtype}: load it again"
             )
-        if not all(layer.is_plain() for layer in distinct):
+        if not self.is_plain():
             raise RuntimeError(
                 "integer layers run as a whole: hooks on their parts and replaced parts would not be seen"
             )
@@ -248,6 +240,23 @@ class LayerGroup(nn.Module):
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
         self.albert_layers = nn.ModuleList(Layer(config) for _ in range(config.inner_group_num))
+
+    def forward(
+        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, recompute: str,
+        states: list[Tensor] | None = None, attentions: list[Tensor] | None = None, fused: list[Fused | None] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(T, H) -> (T, H), or (Tq, H) for `queries`; `recompute` is one of RECOMPUTE, `fused` what is joined already."""
+        last = len(self.albert_layers) - 1
+        for inner, layer in enumerate(self.albert_layers):
+            wanted = queries if inner == last else None
+            joined = None if fused is None else fused[inner]
+            arguments = (hidden, packing, wanted, backend, attentions, recompute == "activations", joined)
+            # Run twice, a layer would append its probabilities twice.
+            again = recompute == "layers" and attentions is None
+            hidden = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+            if states is not None:
+                states.append(hidden)
+        return hidden
 
 
 class Layer(nn.Module):

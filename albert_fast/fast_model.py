@@ -11,8 +11,9 @@ import torch
 from . import dispatch, ops
 from .encoder import RECOMPUTE
 from .graphs import GraphCache
+from .load_arguments import PRECISIONS
 from .packing import pack
-from .pretrained import PRECISIONS, Calibration, PretrainedMixin
+from .pretrained import Calibration, PretrainedMixin
 from .quantization import PRECISIONS as QUANTIZED
 from .quantization import QuantizedLinear, Rows, calibration_batches, random_batches
 
@@ -81,7 +82,7 @@ class FastModel(PretrainedMixin):
                     ids = torch.zeros((batch, columns), dtype=torch.int64, device=device)
                     # A graph is captured the second time; a mask's kernels are others.
                     for mask in (None, None, torch.ones_like(ids)):
-                        base(ids, mask, output_tokens=asked_for)
+                        base(ids, mask, None, None, None, False, False, output_tokens=asked_for)
         finally:
             base.train(training)
 

@@ -1,98 +1,30 @@
-"""The six heads on the fast encoder: what the caller sees of Hugging Face's `Albert*` classes, computed on packed tokens."""
+"""The six heads on the fast encoder: what the caller sees of Hugging Face's `Albert*` classes, computed on packed tokens.
+
+Labels of -100 and labels at padding are ignored by every cross-entropy, and the mean over no label is 0.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .config import ALBERTConfig
-from .fast_model import FastModel
+from .head_model import HeadModel, MLMHead, MLMModel, SOPHead, classifier_dropout
 from .losses import cross_entropy, position_loss, row_loss
-from .modeling import ALBERTModel, Encoded, exactly_one
+from .modeling import exactly_one
 from .outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
-from .parts import check_read, product, project
+from .parts import project
 
 
-def _classifier_dropout(config: ALBERTConfig) -> nn.Dropout:
-    p = config.classifier_dropout_prob
-    return nn.Dropout(config.hidden_dropout_prob if p is None else p)
+class ALBERTForMaskedLM(MLMModel):
+    """The encoder and a masked-language head (paper, section 3.1)."""
 
-
-class MLMHead(nn.Module):
-    """(N, H) -> gelu_layer_norm of the product with dense (N, E) -> scores (N, V) by the decoder, tied to the embedding."""
-
-    def __init__(self, config: ALBERTConfig, word_embeddings: nn.Embedding) -> None:
-        super().__init__()
-        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
-        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
-        self.act = config.activation
-        if config.tie_word_embeddings:
-            self.decoder.weight, self.decoder.bias = word_embeddings.weight, self.bias
-
-    def forward(self, hidden: Tensor, backend: str) -> Tensor:
-        return project(self.decoder, self.transform(hidden, backend))
-
-    def transform(self, hidden: Tensor, backend: str) -> Tensor:
-        """(N, H) -> (N, E), what the decoder takes."""
-        norm = self.LayerNorm
-        check_read(norm, nn.LayerNorm, "predictions.LayerNorm")
-        x, bias = product(self.dense, hidden)
-        return ops.gelu_layer_norm(x, bias, norm.weight, norm.bias, norm.eps, self.act, backend=backend)
-
-    def loss(self, hidden: Tensor, labels: Tensor, backend: str) -> Tensor:
-        """The cross-entropy of the scores of `hidden` (N, H) and labels (N,); the scores never stand in memory."""
-        check_read(self.decoder, nn.Linear, "predictions.decoder")
-        x, decoder = self.transform(hidden, backend), self.decoder
-        return ops.linear_cross_entropy(x, decoder.weight, decoder.bias, labels, backend=backend)
-
-
-class SOPHead(nn.Module):
-    """(B, H) -> sentence order scores (B, num_labels); Google's releases have two."""
-
-    def __init__(self, config: ALBERTConfig) -> None:
-        super().__init__()
-        self.dropout = _classifier_dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return project(self.classifier, self.dropout(pooled))
-
-
-class _HeadModel(FastModel):
-    """An encoder in `albert` and `head(encoded, labels, ...)` on top of it.
-
-    forward: ALBERTModel's arguments, the task's labels and `return_dict`. Labels of -100 and labels at padding are
-    ignored, and the mean over no label is 0.
-    """
-
-    prefix = "albert."
-    output_tokens = "all"
-    accepts_loss_kwargs = False  # asked by transformers' Trainer: the loss is the batch's own mean
-    head: Callable[..., Any]
-    takes: frozenset[str]  # what `head` names
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.takes = frozenset(inspect.signature(cls.head).parameters)
-
-    def __init__(self, config: ALBERTConfig, add_pooling_layer: bool, backend: str) -> None:
-        super().__init__(config)
-        self.albert = ALBERTModel(config, add_pooling_layer, backend=backend)
-
-    @property
-    def backend(self) -> str:
-        return self.albert.backend
-
-    @backend.setter
-    def backend(self, name: str) -> None:
-        self.albert.backend = name
+    def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
+        super().__init__(config, False, backend)
+        self.predictions = MLMHead(config, self.albert.embeddings.word_embeddings)
+        self.init_weights()
 
     def forward(
         self,
@@ -102,53 +34,40 @@ class _HeadModel(FastModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         output_tokens: Tensor | None = None,
-        **more: Any,
+        output_logits: bool = True,
     ) -> Any:
-        for name in more:
-            if name not in self.takes:
-                raise TypeError(f"{type(self).__name__}.forward() got an unexpected argument {name!r}")
-        if output_tokens is not None and self.output_tokens != "all":
-            raise ValueError(f"{type(self).__name__} reads the pooled token alone and takes no output_tokens")
-        encoded = self.albert.encode(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states, output_attentions,
-            self.output_tokens if output_tokens is None else output_tokens,
-        )  # fmt: skip
-        output = self.head(encoded, labels, **more)
-        output.hidden_states, output.attentions = encoded.hidden_states, encoded.attentions
-        return output if return_dict else output.to_tuple()
+        """Scores of every word at every token, or at those that are asked for.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states,
+                output_attentions, return_dict: as `ALBERTModel.forward` takes them.
+            labels: (B, S) ids, -100 where there is nothing to predict; gives a loss.
+            output_tokens: (B, S) bool, such as `labels != -100`: the last layer and the scores are computed for those alone.
+            output_logits: False gives the loss alone, and needs no memory for the scores.
+
+        Returns:
+            LogitsOutput: loss (), the mean over the labels; logits (B, S, V), zeros at padding, or, with output_tokens,
+            (N, V), row by row; hidden_states; attentions.
+
+        Raises:
+            As `ALBERTModel.forward`; ValueError for labels of another shape, or output_logits=False without labels.
+        """
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        encoded = self.encode(*inputs, output_hidden_states, output_attentions, output_tokens)
+        if labels is None and not output_logits:
+            raise ValueError("output_logits=False leaves the loss alone, which needs labels")
+        scores, loss = self.scores_and_loss(encoded, labels, output_logits)
+        return self.finish(
+            LogitsOutput(loss, None if scores is None else encoded.scatter(scores)), encoded, return_dict
+        )
 
 
-class ALBERTForMaskedLM(_HeadModel):
-    """labels (B, S) -> loss; logits (B, S, V), zeros at padding. Paper, section 3.1.
-
-    With output_tokens, (B, S) bool such as `labels != -100`, the last layer and the scores are computed for those tokens
-    alone, and logits are (N, V), row by row. With output_logits=False there is the loss alone, and no memory for scores.
-    """
-
-    def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
-        super().__init__(config, False, backend)
-        self.predictions = MLMHead(config, self.albert.embeddings.word_embeddings)
-        self.init_weights()
-
-    def head(self, encoded: Encoded, labels: Tensor | None, output_logits: bool = True) -> LogitsOutput:
-        if not output_logits:
-            if labels is None:
-                raise ValueError("output_logits=False leaves the loss alone, which needs labels")
-            return LogitsOutput(self.predictions.loss(encoded.hidden, encoded.labels(labels), self.backend))
-        scores = self.predictions(encoded.hidden, self.backend)
-        loss = None if labels is None else cross_entropy(scores, encoded.labels(labels))
-        return LogitsOutput(loss, encoded.scatter(scores))
-
-
-class ALBERTForPreTraining(_HeadModel):
-    """labels (B, S) and sentence_order_label (B,), both -> loss, their sum; prediction_logits (B, S, V), sop_logits (B, 2).
-
-    With output_logits=False there are no prediction_logits, and no memory for them.
-    """
+class ALBERTForPreTraining(MLMModel):
+    """The encoder, a masked-language head and a sentence order head (paper, section 3.1)."""
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, True, backend)
@@ -156,60 +75,144 @@ class ALBERTForPreTraining(_HeadModel):
         self.sop_classifier = SOPHead(config)
         self.init_weights()
 
-    def head(
+    def forward(
         self,
-        encoded: Encoded,
-        labels: Tensor | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         sentence_order_label: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         output_logits: bool = True,
-    ) -> PreTrainingOutput:
-        if encoded.pooled is None:
-            raise ValueError("ALBERTForPreTraining needs the pooled token and takes no output_tokens")
-        predictions, hidden, order = self.predictions, encoded.hidden, self.sop_classifier(encoded.pooled)
-        scores = predictions(hidden, self.backend) if output_logits else None
-        loss = None
-        if labels is not None and sentence_order_label is not None:
-            labels = encoded.labels(labels)
-            loss = predictions.loss(hidden, labels, self.backend) if scores is None else cross_entropy(scores, labels)
-            loss = loss + cross_entropy(order, sentence_order_label.flatten())
-        elif scores is None:
+    ) -> Any:
+        """Scores of every word at every token, and of the order of two segments.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states,
+                output_attentions, return_dict: as `ALBERTModel.forward` takes them.
+            labels: (B, S) ids, -100 where there is nothing to predict.
+            sentence_order_label: (B,), 0 where the segments are in order, 1 where they are swapped. Both give a loss.
+            output_logits: False gives no prediction_logits, and needs no memory for them.
+
+        Returns:
+            PreTrainingOutput: loss (), the sum of both; prediction_logits (B, S, V), zeros at padding; sop_logits (B, 2),
+            or as wide as num_labels; hidden_states; attentions.
+
+        Raises:
+            As `ALBERTModel.forward`; ValueError for labels of another shape, or output_logits=False without both.
+        """
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        encoded = self.encode(*inputs, output_hidden_states, output_attentions)
+        if not output_logits and (labels is None or sentence_order_label is None):
             raise ValueError("output_logits=False leaves the loss alone, which needs labels and sentence_order_label")
-        return PreTrainingOutput(loss, None if scores is None else encoded.scatter(scores), order)
+        order = self.sop_classifier(encoded.pooled)
+        both = labels is not None and sentence_order_label is not None
+        scores, loss = self.scores_and_loss(encoded, labels if both else None, output_logits)
+        if loss is not None and sentence_order_label is not None:
+            loss = loss + cross_entropy(order, sentence_order_label.flatten())
+        output = PreTrainingOutput(loss, None if scores is None else encoded.scatter(scores), order)
+        return self.finish(output, encoded, return_dict)
 
 
-class ALBERTForSequenceClassification(_HeadModel):
-    """labels (B,) or (B, num_labels) -> loss by problem type; logits (B, num_labels). The last layer sees pooled tokens only."""
+class ALBERTForSequenceClassification(HeadModel):
+    """The encoder and a classifier of its pooled token; the last layer is computed for first tokens alone."""
 
     output_tokens = "first"
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, True, backend)
-        self.dropout = _classifier_dropout(config)
+        self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()
 
-    def head(self, encoded: Encoded, labels: Tensor | None) -> LogitsOutput:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """One score for each class, or value, of a text or a pair of texts.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states,
+                output_attentions, return_dict: as `ALBERTModel.forward` takes them.
+            labels: by `config.problem_type` (B,) classes, (B,) or (B, num_labels) numbers, or (B, num_labels) zeros and
+                ones; without one, num_labels = 1 means numbers, integers mean classes, and floats zeros and ones.
+
+        Returns:
+            LogitsOutput: loss (), cross-entropy, squared error or binary cross-entropy; logits (B, num_labels);
+            hidden_states; attentions.
+
+        Raises:
+            As `ALBERTModel.forward`; ValueError for labels of another shape.
+        """
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        encoded = self.encode(*inputs, output_hidden_states, output_attentions)
         logits = project(self.classifier, self.dropout(encoded.pooled))
-        return LogitsOutput(None if labels is None else row_loss(logits, labels, self.config), logits)
+        loss = None if labels is None else row_loss(logits, labels, self.config)
+        return self.finish(LogitsOutput(loss, logits), encoded, return_dict)
+
+    def loss_function(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+        """The loss that `forward` computes of logits (B, num_labels) and labels."""
+        return row_loss(logits, labels, self.config)
 
 
-class ALBERTForTokenClassification(_HeadModel):
-    """labels (B, S) -> loss; logits (B, S, num_labels), zeros at padding."""
+class ALBERTForTokenClassification(HeadModel):
+    """The encoder and a classifier of every token."""
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, False, backend)
-        self.dropout = _classifier_dropout(config)
+        self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()
 
-    def head(self, encoded: Encoded, labels: Tensor | None) -> LogitsOutput:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        output_tokens: Tensor | None = None,
+    ) -> Any:
+        """One score for each class of every token, or of those that are asked for.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states,
+                output_attentions, return_dict: as `ALBERTModel.forward` takes them.
+            labels: (B, S) classes, -100 where there is none; gives a loss.
+            output_tokens: (B, S) bool: the last layer and the scores are computed for those alone.
+
+        Returns:
+            LogitsOutput: loss (), the mean over the labels; logits (B, S, num_labels), zeros at padding, or, with
+            output_tokens, (N, num_labels), row by row; hidden_states; attentions.
+
+        Raises:
+            As `ALBERTModel.forward`; ValueError for labels of another shape.
+        """
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        encoded = self.encode(*inputs, output_hidden_states, output_attentions, output_tokens)
         logits = project(self.classifier, self.dropout(encoded.hidden))
         loss = None if labels is None else cross_entropy(logits, encoded.labels(labels))
-        return LogitsOutput(loss, encoded.scatter(logits))
+        return self.finish(LogitsOutput(loss, encoded.scatter(logits)), encoded, return_dict)
 
 
-class ALBERTForQuestionAnswering(_HeadModel):
-    """start_positions, end_positions (B,) -> loss; start_logits, end_logits (B, S), the lowest finite value at padding."""
+class ALBERTForQuestionAnswering(HeadModel):
+    """The encoder and, for every token, how likely an answer starts and ends there."""
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         if config.num_labels != 2:
@@ -218,38 +221,58 @@ class ALBERTForQuestionAnswering(_HeadModel):
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()
 
-    def head(
+    def forward(
         self,
-        encoded: Encoded,
-        labels: Tensor | None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-    ) -> QuestionAnsweringOutput:
-        if labels is not None or isinstance(encoded.output_tokens, Tensor):
-            raise ValueError(
-                "ALBERTForQuestionAnswering takes start_positions and end_positions, not labels or output_tokens"
-            )
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """One score for the start and one for the end of an answer at every token.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states,
+                output_attentions, return_dict: as `ALBERTModel.forward` takes them.
+            start_positions, end_positions: (B,) columns; both give a loss. One behind the last column or at padding is
+                ignored, one below 0 counts as 0.
+
+        Returns:
+            QuestionAnsweringOutput: loss (), the mean of two cross-entropies over the columns; start_logits and end_logits
+            (B, S), the lowest finite value at padding; hidden_states; attentions.
+
+        Raises:
+            As `ALBERTModel.forward`; ValueError for positions of another shape.
+        """
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        encoded = self.encode(*inputs, output_hidden_states, output_attentions)
         scores = project(self.qa_outputs, encoded.hidden)
         start, end = encoded.scatter(scores, torch.finfo(scores.dtype).min).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             real = encoded.packing.mask()
             loss = (position_loss(start, start_positions, real) + position_loss(end, end_positions, real)) / 2
-        return QuestionAnsweringOutput(loss, start.contiguous(), end.contiguous())
+        output = QuestionAnsweringOutput(loss, start.contiguous(), end.contiguous())
+        return self.finish(output, encoded, return_dict)
 
 
-class ALBERTForMultipleChoice(_HeadModel):
-    """input_ids and the rest (B, choices, S); labels (B,) -> loss; logits (B, choices)."""
+class ALBERTForMultipleChoice(HeadModel):
+    """The encoder and one score for each of several choices, of its pooled token."""
 
     output_tokens = "first"
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, True, backend)
-        self.dropout = _classifier_dropout(config)
+        self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.init_weights()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -257,21 +280,31 @@ class ALBERTForMultipleChoice(_HeadModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
+        """One score for each choice.
+
+        Args:
+            input_ids, attention_mask, token_type_ids, position_ids: (B, choices, S); inputs_embeds: (B, choices, S, E).
+            output_hidden_states, output_attentions, return_dict: as `ALBERTModel.forward` takes them, for B x choices rows.
+            labels: (B,), the right choice; gives a loss.
+
+        Returns:
+            LogitsOutput: loss (), cross-entropy over the choices; logits (B, choices); hidden_states; attentions.
+
+        Raises:
+            As `ALBERTModel.forward`; ValueError for labels of another shape.
+        """
         given = exactly_one(input_ids, inputs_embeds)
         if given.dim() != (3 if inputs_embeds is None else 4):
             raise ValueError(f"expected (B, choices, S) ids or (B, choices, S, E) embeddings, got {tuple(given.shape)}")
-        flat: Any = [
-            None if t is None else t.flatten(0, 1)
+        ids, mask, types, positions, embeds = (
+            None if t is None else t.expand(len(given) if len(t) == 1 else -1, *t.shape[1:]).flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        ]
-        return super().forward(  # type: ignore[call-arg]
-            *flat, labels, output_hidden_states, output_attentions, return_dict, choices=given.shape[1]
         )
-
-    def head(self, encoded: Encoded, labels: Tensor | None, choices: int) -> LogitsOutput:
-        logits = project(self.classifier, self.dropout(encoded.pooled)).view(-1, choices)
-        return LogitsOutput(None if labels is None else cross_entropy(logits, labels), logits)
+        encoded = self.encode(ids, mask, types, positions, embeds, output_hidden_states, output_attentions)
+        logits = project(self.classifier, self.dropout(encoded.pooled)).view(-1, given.shape[1])
+        loss = None if labels is None else cross_entropy(logits, labels)
+        return self.finish(LogitsOutput(loss, logits), encoded, return_dict)

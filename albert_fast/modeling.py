@@ -41,6 +41,18 @@ class Encoded:
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
+    @classmethod
+    def of(cls, output: BaseModelOutput, packing: Packing, output_tokens: Tensor | str) -> Encoded:
+        """Packed again, what a call of the encoder returned."""
+        hidden = output.last_hidden_state
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"the encoder returned no last_hidden_state (B, S, H): a hook made it {type(output).__name__}"
+            )
+        if not isinstance(output_tokens, Tensor):
+            hidden = packing.gather(hidden)
+        return cls(packing, output_tokens, hidden, output.pooler_output, output.hidden_states, output.attentions)
+
     def scatter(self, per_token: Tensor, fill: float = 0.0) -> Tensor:
         """(T, ...) -> (B, S, ...); where only some tokens were asked for they stay as they are, (N, ...)."""
         return per_token if isinstance(self.output_tokens, Tensor) else self.packing.scatter(per_token, fill)
@@ -86,21 +98,21 @@ class ALBERTModel(FastModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         output_tokens: Tensor | str = "all",
     ) -> Any:
         """Encode a padded batch.
 
         Args:
             input_ids: (B, S) integers, or `inputs_embeds` (B, S, E), exactly one of them.
-            attention_mask: (B, S), 0 where padded, in any pattern: right, left, holes, whole rows. What stands there is
-                never read.
-            token_type_ids: (B, S), default 0. position_ids: (B, S) or (1, S), default the column.
+            attention_mask: (B, S), or (1, S) for all rows, of any dtype: 0 where padded, in any pattern: right, left, holes,
+                whole rows. What stands there is never read.
+            token_type_ids: (B, S) or (1, S), default 0. position_ids: (B, S) or (1, S), default the column.
             output_hidden_states, output_attentions: also return every layer's states (B, S, H), the projected embeddings
                 first, and probabilities (B, heads, S, S), which are computed apart, without dropout.
-            return_dict: False returns the tuple of what is set.
+            return_dict: False returns the tuple of what is set. These three are as the configuration says where None.
             output_tokens: which tokens the caller needs; the last layer is computed for those alone. "all"; "first", for
                 `pooler_output` only (then last_hidden_state is None); or (B, S) bool (then last_hidden_state is (N, H), the
                 real ones among them, row by row, and there is no pooler_output).
@@ -127,8 +139,8 @@ class ALBERTModel(FastModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         output_tokens: Tensor | str = "all",
     ) -> Any:
         """Encode a batch that holds no padding.
@@ -147,6 +159,7 @@ class ALBERTModel(FastModel):
         Raises:
             As `forward`; ValueError where cu_seqlens does not run from 0 to T without falling.
         """
+        output_hidden_states = self.asked("output_hidden_states", output_hidden_states)
         given = exactly_one(input_ids, inputs_embeds)
         if given.dim() != (1 if inputs_embeds is None else 2):
             raise ValueError(f"expected input_ids (T,) or inputs_embeds (T, E), got the shape {tuple(given.shape)}")
@@ -170,8 +183,8 @@ class ALBERTModel(FastModel):
 
     def encode(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
-        position_ids: Tensor | None, inputs_embeds: Tensor | None, output_hidden_states: bool, output_attentions: bool,
-        output_tokens: Tensor | str,
+        position_ids: Tensor | None, inputs_embeds: Tensor | None, output_hidden_states: bool | None,
+        output_attentions: bool | None, output_tokens: Tensor | str,
     ) -> Encoded:  # fmt: skip
         """`forward` as the heads want it: the real tokens still packed."""
         given = exactly_one(input_ids, inputs_embeds)
@@ -182,8 +195,11 @@ class ALBERTModel(FastModel):
         batch, columns = given.shape[:2]
         if position_ids is None:
             self._check_length(columns)
-        elif position_ids.shape == (1, columns):
-            position_ids = position_ids.expand(batch, columns)
+        position_ids, token_type_ids, attention_mask = (
+            for_all_rows(tensor, batch, columns) for tensor in (position_ids, token_type_ids, attention_mask)
+        )
+        output_hidden_states = self.asked("output_hidden_states", output_hidden_states)
+        output_attentions = self.asked("output_attentions", output_attentions)
         if not (output_hidden_states or output_attentions):
             call = input_ids, token_type_ids, position_ids, output_tokens, attention_mask
             if (replayed := self._replay((batch, columns), *call)) is not None:
@@ -250,7 +266,7 @@ class ALBERTModel(FastModel):
             None if attentions is None else tuple(attentions),
         )  # fmt: skip
 
-    def _output(self, encoded: Encoded, return_dict: bool) -> Any:
+    def _output(self, encoded: Encoded, return_dict: bool | None) -> Any:
         every = isinstance(encoded.output_tokens, Tensor) or encoded.output_tokens == "all"  # of the tokens asked for
         output = BaseModelOutput(
             last_hidden_state=encoded.scatter(encoded.hidden) if every else None,
@@ -258,7 +274,7 @@ class ALBERTModel(FastModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return output if self.asked("use_return_dict", return_dict) else output.to_tuple()
 
     def embed(
         self, packing: Packing, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor,
@@ -306,6 +322,13 @@ def exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tenso
     if given.is_meta:
         raise ValueError("tensors on meta hold no ids: load the model and its input on the CPU or a GPU")
     return given
+
+
+def for_all_rows(tensor: Tensor | None, batch: int, columns: int) -> Tensor | None:
+    """(1, S) as (B, S); anything else as it is."""
+    if batch != 1 and isinstance(tensor, Tensor) and tensor.shape == (1, columns):
+        return tensor.expand(batch, columns)
+    return tensor
 
 
 def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:

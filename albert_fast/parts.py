@@ -66,6 +66,11 @@ def check_read(module: nn.Module, kind: type[nn.Module], where: str) -> None:
             f"{where} was replaced by {type(module).__name__}, which a fused operator would pass over: leave it out of the "
             "adapter's targets, merge the adapter, or take albert_fast.reference, which calls every module"
         )
+    check_heard(module, where)
+
+
+def check_heard(module: nn.Module, where: str) -> None:
+    """A warning, once, where `module` has hooks although it is not called."""
     if is_hooked(module) and not is_traced():
         _warn_of_hooks(where)
 

@@ -166,7 +166,8 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     summary = (
         f"{type(model).__name__}, {precision} on {device}, backend={backend!r}: {batch} x {columns} "
         f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "
-        f"group(s), the last one for {wanted}; {sum(s.gflop for s in steps):.2f} GFLOP"
+        f"group(s), {config.num_attention_heads} heads of {config.head_dim}, the last one for {wanted}; "
+        f"{sum(s.gflop for s in steps):.2f} GFLOP"
         + (f"; layers operator by operator: {apart_because}" if apart_because else "")
         + graphs
     )

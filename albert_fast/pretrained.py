@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import dispatch
+from . import dispatch, sentence_modules
 from .config import ALBERTConfig
-from .weights import config_path, load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint, tied
+from .load_arguments import PRECISIONS, LoadArguments
+from .model_methods import ModelMethods
+from .weights import load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint, tied
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# What transformers' from_pretrained takes under another name, or not at all.
-_ELSEWHERE = {
-    "dtype": "take precision='bf16' or the like",
-    "torch_dtype": "take precision='bf16' or the like",
-    "device_map": "take device='cuda'",
-    "attn_implementation": "take backend='reference' for plain attention",
-    "output_attentions": "it is an argument of forward",
-    "output_hidden_states": "it is an argument of forward",
-}
 # How config.json names checkpoints with integer layers, which only this library reads.
 QUANT_METHOD = "albert_fast"
 _QUANTIZED: dict[str, dict[str, Any]] = {
@@ -39,11 +32,12 @@ def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
     values.pop("quantization_config", None)
     if model.quantized is not None:
         values["quantization_config"] = {"quant_method": QUANT_METHOD, **_QUANTIZED[model.quantized]}
+    values["vocab_size"] = model.get_input_embeddings().weight.shape[0]  # of a table that was replaced by hand
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {**values, "architectures": [type(model).__name__.replace("ALBERT", "Albert")], "dtype": dtype}
 
 
-def _quantized(config: ALBERTConfig, path: Path) -> str | None:
+def held_precision(config: ALBERTConfig, path: Path) -> str | None:
     """The precision of the weights beside a config.json, where they were rounded by us."""
     values = config.extra.get("quantization_config")
     if values is None:
@@ -68,7 +62,7 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class PretrainedMixin(nn.Module):
+class PretrainedMixin(ModelMethods):
     """from_pretrained and save_pretrained, for every model of `reference.py` and `modeling.py`.
 
     `prefix` is what the encoder's names begin with. A bare model (prefix "") takes `add_pooling_layer` as its second
@@ -85,18 +79,6 @@ class PretrainedMixin(nn.Module):
                 f"config must be an ALBERTConfig, got {kind}: ALBERTConfig.from_dict(config.to_dict()) is one"
             )
         self.config = config
-
-    def init_weights(self) -> None:
-        """Linear and Embedding weights from N(0, initializer_range), zero biases, a zero row for the pad token."""
-        done = set[int]()
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and id(module.weight) not in done:
-                done.add(id(module.weight))  # a decoder is tied to the embeddings, which come first
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                    nn.init.zeros_(module.weight[module.padding_idx])
-                elif isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **options: Any) -> Any:
         """As of every Module; a parameter with two names, such as a tied decoder's, is under its second name a copy.
@@ -143,20 +125,19 @@ class PretrainedMixin(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        path_or_hub_id: str | Path,
+        path_or_hub_id: str | Path | None,
         *,
         backend: str = "auto",
-        precision: str = "fp32",
+        precision: str | None = None,
         device: str | torch.device | None = None,
         allow_missing_head: bool = False,
         calibration: Calibration | None = None,
-        **config_overrides: Any,
-    ) -> Model:
+        **arguments: Any,
+    ) -> Any:
         """The model of a checkpoint folder, weights file or hub id, in eval mode.
 
-        Float16 and bfloat16 checkpoints become float32 parameters unless `precision` says otherwise. A bare model has a
-        pooler if the checkpoint has one. `allow_missing_head` starts a new task: see `load_into`. `config_overrides`
-        are fields of ALBERTConfig.
+        Without `precision` a checkpoint of integers loads as it is, and any other as float32. A bare model has a pooler if
+        the checkpoint has one, or as `add_pooling_layer` says. `allow_missing_head` starts a new task: see `load_into`.
 
         "int8", "int16" (on a CPU) and "fp8" (on a GPU from the H100 on) round the layers' weights on the way in.
         `calibration`, a list of (input_ids, attention_mask) (B, S) or of what a tokenizer returns, as the model will see
@@ -164,42 +145,99 @@ class PretrainedMixin(nn.Module):
         model is bfloat16. What `save_pretrained` makes of it loads again in the same precision, as it is, on any device
         that has it.
 
+        `arguments` are transformers' own:
+            config, state_dict: in place of the checkpoint's; with both, path_or_hub_id may be None.
+            dtype or torch_dtype: another way to say `precision`; "auto" is the checkpoint's. device_map: one device.
+            revision, cache_dir, token, local_files_only, force_download, subfolder, variant, use_safetensors: which files.
+            ignore_mismatched_sizes: tensors of other shapes start from random weights, with a warning.
+            key_mapping: pattern -> replacement, for the names in the checkpoint.
+            output_loading_info: return (model, {"missing_keys": ..., "unexpected_keys": ..., "mismatched_keys": ...}).
+            fields of ALBERTConfig, such as num_labels, id2label and output_hidden_states.
+        attn_implementation, low_cpu_mem_usage, trust_remote_code and the like change nothing here.
+
         Raises:
             FileNotFoundError: no such checkpoint.
             ValueError: a checkpoint that does not fit, a calibration where nothing is rounded.
             BackendUnavailableError: a device, backend or precision that cannot run here; says why, and what can.
-            TypeError: an override that is no field of the configuration.
+            TypeError: an argument that is unknown, or means nothing here; says what to do.
         """
-        cls.check_backend(backend, precision)
-        dispatch.check_device(device)
-        for name in config_overrides.keys() & _ELSEWHERE:
-            raise TypeError(f"from_pretrained takes no {name!r}: {_ELSEWHERE[name]}")
-        if calibration is not None and precision not in _QUANTIZED:
-            raise ValueError(f"calibration is for precision='int8', 'int16' and 'fp8', not for {precision!r}")
-        path = resolve(path_or_hub_id)
-        config_file = config_path(path if path.is_dir() else path.parent)
-        if not config_file.is_file():
-            raise FileNotFoundError(
-                f"{path}: no config.json in {config_file.parent.resolve()}, where a checkpoint has it"
-            )
-        config = ALBERTConfig.from_json_file(config_file).replace(**config_overrides)
-        held = _quantized(config, config_file)
+        read = LoadArguments.sorted(not cls.prefix, precision, device, arguments)
+        cls.check_backend(backend, read.precision or "fp32")
+        dispatch.check_device(read.device)
+        path = None if path_or_hub_id is None else resolve(path_or_hub_id, names=read.names, **read.hub)
+        config = read.configuration(path)
+        config.name_or_path = "" if path_or_hub_id is None else path_or_hub_id
+        held = held_precision(config, path or Path("config"))
+        if path is None and read.state_dict is None:
+            raise TypeError("from_pretrained(None) needs config= and state_dict=")
+        found = read.state_dict if read.state_dict is not None else load_checkpoint(path or "", read.names)
+        state = rename_old_names(found, cls.prefix, read.key_mapping)
+        precision = read.chosen_precision(config, state, held)
         if held is not None and precision != held:
             raise ValueError(f"{path}: holds {held} weights: load it with precision={held!r}, not {precision!r}")
+        if calibration is not None and precision not in _QUANTIZED:
+            raise ValueError(f"calibration is for precision='int8', 'int16' and 'fp8', not for {precision!r}")
         if held is not None and calibration is not None:
             raise ValueError(f"{path}: holds {held} weights, which were rounded already: there is nothing to calibrate")
-        state = rename_old_names(load_checkpoint(path), cls.prefix)
-        arguments = () if cls.prefix else ("pooler.weight" in state,)
-        # A head that the checkpoint may lack starts from random weights, and so does all of such a model at first.
-        with contextlib.nullcontext() if allow_missing_head else _Undrawn():
-            model = cls(config, *arguments)
+        pools = "pooler.weight" in state if read.add_pooling_layer is None else read.add_pooling_layer
+        # What the checkpoint may lack starts from random weights, and so does all of such a model at first.
+        partial = allow_missing_head or read.ignore_mismatched_sizes
+        with contextlib.nullcontext() if partial else _Undrawn():
+            model = cls(config, *(() if cls.prefix else (pools,)))
         if held is not None:
             model.expect_quantized(held)
-        load_into(model, state, allow_missing_head=allow_missing_head)
-        model.to(device)
+        info = load_into(
+            model, state, allow_missing_head=allow_missing_head, ignore_mismatched_sizes=read.ignore_mismatched_sizes
+        )
+        model.to(read.device)
         model.use_backend(backend, precision, calibration)
-        return model.eval()
+        if not cls.prefix and path is not None:
+            _warn_of_pooling(path)
+        return (model.eval(), info) if read.output_loading_info else model.eval()
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors: see `save_checkpoint`. transformers reads them, unless layers are integers."""
-        save_checkpoint(self, _config_dict(self), directory)
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        save_function: Any = None,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write config.json and model.safetensors: see `save_checkpoint`. transformers reads them, unless layers are integers.
+
+        Args:
+            save_directory: the folder, made if need be.
+            is_main_process: False writes nothing, for all processes but one of a distributed run.
+            state_dict: tensors to write in place of the model's own.
+            push_to_hub: upload as well, to `repo_id` (the folder's name if not given) with `hub` arguments of `push_to_hub`.
+            max_shard_size, save_function: accepted; one file is written at any size.
+
+        Raises:
+            ValueError: safe_serialization=False or a variant, which are not written; tensors of other names in state_dict.
+            TypeError: an argument that `push_to_hub` does not take either.
+        """
+        if not safe_serialization or variant is not None:
+            raise ValueError("only model.safetensors is written: leave safe_serialization and variant out")
+        if hub and not push_to_hub:
+            raise TypeError(f"save_pretrained() got an unexpected argument {next(iter(hub))!r}")
+        if not is_main_process:
+            return
+        save_checkpoint(self, _config_dict(self), save_directory, state_dict)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **hub)
+
+
+def _warn_of_pooling(path: Path) -> None:
+    modules = sentence_modules.describe(path if path.is_dir() else path.parent)
+    if modules is not None:
+        warnings.warn(
+            f"{path}: a sentence-transformers folder: {modules} of its modules.json are not applied; last_hidden_state is "
+            "the encoder's alone, and pooler_output is not the sentence's vector",
+            stacklevel=3,
+        )

@@ -32,7 +32,7 @@ class ALBERTModel(PretrainedMixin):
     """ids and mask -> embeddings -> the layer of each group, num_hidden_layers times -> all tokens and the pooled one.
 
     forward: input_ids (B, S) integers or inputs_embeds (B, S, E), exactly one; attention_mask (B, S), 0 at padding, in
-    any pattern; token_type_ids (B, S), default 0; position_ids (B, S) or (1, S), default the column. What stands at
+    any pattern; token_type_ids (B, S), default 0; position_ids, default the column; these three also (1, S). What stands at
     padding is never read. Returns last_hidden_state (B, S, H), pooler_output (B, H) where there is a pooler (a row
     without any token pools a zero vector), hidden_states (the projected embeddings, then every inner layer's output)
     and attentions (B, heads, S, S; zeros at padding) on request.
@@ -59,9 +59,9 @@ class ALBERTModel(PretrainedMixin):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         mask = token_mask(input_ids, attention_mask, inputs_embeds)
         embedded = self.embeddings(mask, input_ids, token_type_ids, position_ids, inputs_embeds)
@@ -75,10 +75,10 @@ class ALBERTModel(PretrainedMixin):
         output = BaseModelOutput(
             hidden_states,
             pooled,
-            all_hidden_states if output_hidden_states else None,
-            attentions if output_attentions else None,
+            all_hidden_states if self.asked("output_hidden_states", output_hidden_states) else None,
+            attentions if self.asked("output_attentions", output_attentions) else None,
         )
-        return output if return_dict else output.to_tuple()
+        return output if self.asked("use_return_dict", return_dict) else output.to_tuple()
 
 
 class Embeddings(nn.Module):
@@ -117,8 +117,6 @@ class Embeddings(nn.Module):
                     f"inputs_embeds {tuple(inputs_embeds.shape)} do not have embedding_size = {width} columns"
                 )
             words = inputs_embeds.masked_fill(~mask[..., None], 0)
-        if position_ids.shape == (1, mask.shape[1]):
-            position_ids = position_ids.expand_as(mask)
         token_type_ids = checked_ids("token_type_ids", token_type_ids, mask, self.token_type_embeddings)
         position_ids = checked_ids("position_ids", position_ids, mask, self.position_embeddings)
         embedded = words + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
@@ -226,15 +224,17 @@ def token_mask(input_ids: Tensor | None, attention_mask: Tensor | None, inputs_e
     shape = tokens.shape[:2]
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=tokens.device)
-    if attention_mask.shape != shape:
+    if attention_mask.shape not in (shape, (1, shape[1])):
         raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit {name} of {tuple(tokens.shape)}")
-    return attention_mask != 0
+    return (attention_mask != 0).expand(shape)
 
 
 def checked_ids(name: str, ids: Tensor, mask: Tensor, table: nn.Embedding) -> Tensor:
     """`ids` (B, S) as int64 with 0 at padding, every one of them inside `table`."""
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise TypeError(f"{name} must be integers, got {ids.dtype}")
+    if ids.shape == (1, mask.shape[1]):
+        ids = ids.expand_as(mask)
     if ids.shape != mask.shape:
         raise ValueError(f"{name} {tuple(ids.shape)} does not fit the batch of {tuple(mask.shape)}")
     ids = ids.long().masked_fill(~mask, 0)
@@ -303,17 +303,17 @@ class HeadModel(PretrainedMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **more: Any,
     ) -> Any:
         mask = token_mask(input_ids, attention_mask, inputs_embeds)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.albert(*inputs, output_hidden_states, output_attentions)
+        encoded = self.albert(*inputs, output_hidden_states, output_attentions, True)
         output = self.head(encoded, mask, labels, **more)
         output.hidden_states, output.attentions = encoded.hidden_states, encoded.attentions
-        return output if return_dict else output.to_tuple()
+        return output if self.asked("use_return_dict", return_dict) else output.to_tuple()
 
 
 class ALBERTForMaskedLM(HeadModel):
@@ -427,9 +427,9 @@ class ALBERTForMultipleChoice(HeadModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **more: Any,
     ) -> Any:
         given = next((x for x in (input_ids, inputs_embeds) if x is not None), torch.empty(0))
@@ -437,7 +437,7 @@ class ALBERTForMultipleChoice(HeadModel):
         if not choices:
             raise ValueError(f"expected input_ids (B, C, S) or inputs_embeds (B, C, S, E), got {tuple(given.shape)}")
         ids, mask, types, positions, embeds = (
-            None if x is None else x.flatten(0, 1)
+            None if x is None else x.expand(len(given) if len(x) == 1 else -1, *x.shape[1:]).flatten(0, 1)
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         options = (output_hidden_states, output_attentions, return_dict)

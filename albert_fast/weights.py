@@ -7,7 +7,6 @@ old files, flushed to the disk, then renamed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -23,7 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import _vocabulary
+from . import _vocabulary, sentence_modules
+from ._hub import Repository, near
 
 WEIGHTS_NAMES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 BODY = ("embeddings.", "encoder.", "pooler.")
@@ -49,45 +49,64 @@ class Checkpoint(dict[str, Tensor]):
         self.files: dict[str, Path] = {}
 
 
-def resolve(path_or_hub_id: str | Path) -> Path:
+def resolve(
+    path_or_hub_id: str | Path, *, weights: bool = True, names: tuple[str, ...] = WEIGHTS_NAMES, **hub: Any
+) -> Path:
     """A local file or folder as it is; anything else is looked up on the Hugging Face hub (or in its local cache).
 
+    Args:
+        path_or_hub_id: a path, or `model` or `owner/model` on the hub.
+        weights: whether weights are needed, or config.json alone.
+        names: the files of weights that will do, the first one first.
+        hub: revision, cache_dir, token, local_files_only, force_download, subfolder: as huggingface_hub takes them.
+
     Raises:
-        FileNotFoundError: neither here nor there.
+        FileNotFoundError: neither here nor there; says at once what a misspelt path is close to.
         ImportError: not here, and huggingface_hub is not installed.
     """
+    hub = {name: value for name, value in hub.items() if value is not None and value != ""}
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
-        return path
+        folder = path / hub.get("subfolder", "")
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder}: no such file or folder{near(str(folder))}")
+        return folder
     name = str(path_or_hub_id)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise FileNotFoundError(f"{name}: no such file or folder")
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError
-    except ImportError as error:
-        raise ImportError(f"{name}: no such folder here; to look on the hub: pip install albert-fast[hub]") from error
+        raise FileNotFoundError(f"{name}: no such file or folder{near(name)}")
+    repository = Repository(name, **hub)
+    config = repository.fetch("config.json")
+    if config is None:
+        raise repository.missing("config.json")
+    # A name of the hub serves for text too.
+    for file in (*_vocabulary.FILES, *_vocabulary.SETTINGS, *sentence_modules.FILES) if weights else ():
+        repository.fetch(file)
+    for file in names if weights else ():
+        found = repository.fetch(file)
+        if found is None:
+            continue
+        if is_index(found):
+            for shard in sorted(set(_read_index(found).values())):
+                if repository.fetch(shard) is None:
+                    raise repository.missing(shard)
+        return config.parent
+    if weights:
+        raise repository.missing(", ".join(names))
+    return config.parent
 
-    def fetch(file: str) -> Path:
-        return Path(huggingface_hub.hf_hub_download(name, file))
 
-    try:
-        folder = fetch("config.json").parent
-        for file in (*_vocabulary.FILES, *_vocabulary.SETTINGS):  # a name of the hub serves for text too
-            with contextlib.suppress(EntryNotFoundError):
-                fetch(file)
-        for file in WEIGHTS_NAMES:
-            try:
-                weights = fetch(file)
-            except EntryNotFoundError:
-                continue
-            if file.endswith(".index.json"):
-                for shard in sorted(set(_read_index(weights).values())):
-                    fetch(shard)
-            return folder
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        raise FileNotFoundError(f"{name}: no such folder here, and the hub answers: {error}") from error
-    raise FileNotFoundError(f"{name}: this repository of the hub holds none of {', '.join(WEIGHTS_NAMES)}")
+def weights_names(use_safetensors: bool | None = None, variant: str | None = None) -> tuple[str, ...]:
+    """WEIGHTS_NAMES of one kind, with "fp16" say as `variant`: model.fp16.safetensors."""
+    names = [name for name in WEIGHTS_NAMES if use_safetensors in (None, "safetensors" in name)]
+    if variant is None:
+        return tuple(names)
+    stems = [name.rpartition(".") for name in names]
+    return tuple(f"{stem}.{variant}.{end}" for stem, _, end in stems)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file lists shards: model.safetensors.index.json, or with a variant before the ending."""
+    return path.suffix == ".json" and ".index" in path.name
 
 
 def shipped_model() -> Path:
@@ -102,8 +121,8 @@ def shipped_model() -> Path:
     return folder
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """All tensors of a checkpoint folder (the first of WEIGHTS_NAMES in it), of a single weights file or of an index.
+def load_checkpoint(path: str | Path, names: tuple[str, ...] = WEIGHTS_NAMES) -> Checkpoint:
+    """All tensors of a checkpoint folder (the first of `names` in it), of a single weights file or of an index.
 
     Raises:
         FileNotFoundError: no weights there.
@@ -111,12 +130,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in WEIGHTS_NAMES if (path / name).exists()]
+        found = [path / name for name in names if (path / name).exists()]
         if not found:
-            raise FileNotFoundError(f"{path}: holds none of {', '.join(WEIGHTS_NAMES)}")
+            raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
         path = found[0]
     checkpoint = Checkpoint()
-    if not path.name.endswith(".index.json"):
+    if not is_index(path):
         _read_file(path, checkpoint)
         return checkpoint
     weight_map = _read_index(path)
@@ -170,8 +189,12 @@ def _read_file(path: Path, checkpoint: Checkpoint) -> None:
         checkpoint.files[key] = path
 
 
-def rename_old_names(state: Mapping[str, Tensor], prefix: str = "") -> Checkpoint:
+def rename_old_names(
+    state: Mapping[str, Tensor], prefix: str = "", mapping: Mapping[str, str] | None = None
+) -> Checkpoint:
     """`state` under today's names, the encoder's under `prefix`: "" for a bare model, "albert." for one with a head.
+
+    `mapping` are patterns of names and their replacements, applied first.
 
     Raises:
         ValueError: two tensors of `state` come under one name.
@@ -179,7 +202,7 @@ def rename_old_names(state: Mapping[str, Tensor], prefix: str = "") -> Checkpoin
     renamed, origin = Checkpoint(), dict[str, str]()
     for old, tensor in state.items():
         key = old
-        for pattern, replacement in OLD_NAMES:
+        for pattern, replacement in (*(mapping or {}).items(), *OLD_NAMES):
             key = re.sub(pattern, replacement, key)
         key = key.removeprefix("albert.")
         if key in BUFFERS:
@@ -200,7 +223,13 @@ def _file(state: Mapping[str, Tensor], key: str | None = None) -> str:
     return str((files.get(key) if key else None) or next(iter(files.values()), "checkpoint"))
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_head: bool = False) -> None:
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    allow_missing_head: bool = False,
+    ignore_mismatched_sizes: bool = False,
+) -> dict[str, Any]:
     """Copy `state` into the parameters of `model`, in their dtypes; either all of it or, on an error, nothing.
 
     `state` bears the model's names (`rename_old_names`). Tensors of heads that the model does not have are left alone.
@@ -214,6 +243,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
     expected = model.state_dict(keep_vars=True)
     heads = {head: {key for key in expected if _head(key) == head} for head in HEADS}
     complete, problems = dict[str, Tensor](), list[str]()
+    missing, unexpected, mismatched = set[str](), set[str](), set[tuple[str, tuple[int, ...], tuple[int, ...]]]()
 
     def problem(key: str, text: str) -> None:
         problems.append(f"{_file(state, key)}: {key!r} {text}")
@@ -227,6 +257,10 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
             shape = tuple(expected[key].shape)
             if resize_sop and key.startswith(SOP):
                 shape = (2, *shape[1:])
+            if tuple(tensor.shape) != shape and ignore_mismatched_sizes:
+                mismatched.add((key, tuple(tensor.shape), shape))
+                complete[key] = expected[key]
+                continue
             if tuple(tensor.shape) != shape:
                 problem(key, f"has the shape {tuple(tensor.shape)}, expected {shape}")
             elif not _fits(tensor.dtype, expected[key].dtype) or tensor.layout != torch.strided or tensor.is_meta:
@@ -235,6 +269,8 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
             complete[key] = tensor
         elif head is None or heads[head]:
             problem(key, f"is not a tensor of {type(model).__name__}")
+        else:
+            unexpected.add(key)
 
     for alias, key in tied(model):
         both = complete.keys() & {alias, key}
@@ -247,6 +283,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
     for key in expected.keys() - complete.keys():
         if allow_missing_head and _head(key) in absent:
             complete[key] = expected[key]
+            missing.add(key)
         elif _head(key) in absent:
             problem(key, "is missing; allow_missing_head=True starts this head from random weights")
         else:
@@ -258,10 +295,16 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, allow_missing_he
     if absent:
         names = ", ".join(sorted(head.rstrip(".") for head in absent))
         warnings.warn(f"{_file(state)} has no weights for: {names}; they start at random", stacklevel=3)
+    if mismatched:
+        lines = "; ".join(f"{key} {found}, the model has {shape}" for key, found, shape in sorted(mismatched))
+        warnings.warn(f"{_file(state)}: tensors of other shapes start at random: {lines}", stacklevel=3)
     if resize_sop:
         head_model, old = model.get_submodule("sop_classifier"), model.get_parameter(f"{SOP}.weight")
         head_model.classifier = nn.Linear(old.shape[1], 2, device=old.device, dtype=old.dtype)
     model.load_state_dict(complete, strict=True)
+    return {
+        "missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": [],
+    }  # fmt: skip
 
 
 def _fits(found: torch.dtype, wanted: torch.dtype) -> bool:
@@ -283,19 +326,31 @@ def tied(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, first[id(parameter)]
 
 
-def save_checkpoint(model: nn.Module, values: Mapping[str, Any], directory: str | Path) -> None:
+def save_checkpoint(
+    model: nn.Module,
+    values: Mapping[str, Any],
+    directory: str | Path,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write config.json, of `values`, and model.safetensors into `directory`; one process at a time, other files there stay.
+
+    `tensors` are written in place of the model's own; ValueError where they have other names or shapes.
 
     A kill at any moment leaves the checkpoint that was there, or the new one, whole: both files are written aside and
     flushed first; renaming the weights is the moment of change, and a configuration that was not renamed any more is
     found by `config_path` and renamed by the next save.
     """
-    directory = Path(directory)
+    directory, state = Path(directory), model.state_dict(keep_vars=True)
+    aliases = {alias for alias, _ in tied(model)}
+    given = state if tensors is None else tensors
+    for key in sorted((given.keys() ^ state.keys()) - aliases):
+        raise ValueError(f"state_dict: {key!r} is {'missing' if key in state else 'not a tensor of the model'}")
+    for key, tensor in given.items():
+        if tensor.shape != state[key].shape:
+            raise ValueError(f"state_dict: {key!r} has the shape {tuple(tensor.shape)}, not {tuple(state[key].shape)}")
     directory.mkdir(parents=True, exist_ok=True)
     _tidy(directory)
-    state = model.state_dict(keep_vars=True)
-    aliases = {alias for alias, _ in tied(model)}
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items() if key not in aliases}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in given.items() if key not in aliases}
     token = secrets.token_hex(8)
     weights = directory / f".model.safetensors.{token}.part"
     config = directory / f".config.json.{token}.part"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,3 +337,45 @@ def test_a_long_json_line_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "x" * LONGEST_LINE}) + "\n")
     with Lines(str(path), InputFormat.auto, "utf-8", False) as lines, pytest.raises(InputError, match="longer than"):
         lines.window(1)
+
+
+def test_a_sentence_transformers_folder_asks_for_a_pooling(source: Path, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "st"
+    shutil.copytree(model, folder)
+    types = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in types.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    said = encode(source, folder, tmp_path / "out.npy", code=2)
+    assert re.search(r"modules.json asks for Pooling \(cls_token\), Dense, which is not read: name the --pooling", said)
+    assert not (tmp_path / "out.npy").exists()
+    encode(source, folder, tmp_path / "out.npy", "--pooling", "cls")
+    encode(source, model, tmp_path / "plain.npy", "--pooling", "cls")
+    assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "plain.npy").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["int16", "int8"])
+def test_the_precision_is_the_folders(source: Path, model: Path, tmp_path: Path, precision: str) -> None:
+    folder = tmp_path / precision
+    shutil.copytree(model, folder)
+    ALBERTForSequenceClassification.from_pretrained(model, precision=precision).save_pretrained(folder)
+    encode(source, folder, tmp_path / "stated.npy")
+    encode(source, folder, tmp_path / "asked.npy", "--precision", precision)
+    encode(source, model, tmp_path / "floats.npy")
+    stated, asked, floats = (np.load(tmp_path / f"{name}.npy") for name in ("stated", "asked", "floats"))
+    assert np.array_equal(stated, asked)
+    assert not np.array_equal(stated, floats)
+    assert np.abs(stated - floats).max() < 0.5
+    said = encode(source, folder, tmp_path / "other.npy", "--precision", "bf16", code=1)
+    assert f"holds {precision} weights" in said
+
+
+def test_config_json_does_not_change_what_commands_read(source: Path, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tuples"
+    shutil.copytree(model, folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"return_dict": False, "output_hidden_states": True}))
+    encode(source, folder, tmp_path / "tuples.npy")
+    encode(source, model, tmp_path / "plain.npy")
+    assert (tmp_path / "tuples.npy").read_bytes() == (tmp_path / "plain.npy").read_bytes()

@@ -110,7 +110,7 @@ def test_integers_and_masks_of_other_types_and_strides(model, dtype):
 
 def test_wrong_arguments_are_told_as_without_graphs(model):
     ids, mask = batch(2, 9)
-    wrong = [((ids.float(),), {}), ((ids, mask[:1]), {}), ((ids, -mask.float()), {}), ((ids, mask, ids[:1]), {}),
+    wrong = [((ids.float(),), {}), ((ids, mask[:, :4]), {}), ((ids, -mask.float()), {}), ((ids, mask, ids[:, :4]), {}),
              ((ids, mask), {"position_ids": ids[:, :3]}), ((ids,), {"output_tokens": "none"}),
              ((ids, None, ids.to("meta")), {})]  # fmt: skip
     exact = plain(model)
@@ -122,6 +122,16 @@ def test_wrong_arguments_are_told_as_without_graphs(model):
                     one(*arguments, **options)
                 told.append((type(error.value), str(error.value)))
             assert told[0] == told[1] == told[2]
+
+
+def test_a_replay_takes_one_row_for_all_rows(model):
+    ids, _ = batch(3, 9)
+    row, types = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 0, 1]]), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        expected = plain(model)(ids, row.repeat(3, 1), types.repeat(3, 1)).last_hidden_state
+        for _ in range(3):
+            torch.testing.assert_close(model(ids, row, types).last_hidden_state, expected)
+    assert len(model._graphs) == 1
 
 
 def test_the_switch_turns_graphs_off_and_on(capture):

@@ -140,6 +140,12 @@ APART = {
     "weights.py": ABOVE
     | BELOW
     | {"ops", "packing", "gemm", "dispatch", "pretrained", "modeling", "encoder", "heads", "reference", "tokenization"},
+    "_hub.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "config"},
+    "sentence_modules.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "config"},
+    "config_attributes.py": ABOVE | BELOW | (TOP - {"weights"}) | {"ops", "packing", "gemm", "dispatch"},
+    "load_arguments.py": ABOVE | BELOW | (TOP - {"weights"}) | {"ops", "packing", "gemm", "dispatch"},
+    "model_methods.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch"},
+    "head_model.py": ABOVE | BELOW | {"heads", "reference", "tokenization"},
     "pretrained.py": ABOVE
     | BELOW
     | {"ops", "packing", "gemm", "modeling", "encoder", "heads", "reference", "tokenization"},

@@ -233,3 +233,35 @@ def test_multiple_choice_needs_choices(module: ModuleType) -> None:
     model = module.ALBERTForMultipleChoice(ALBERTConfig(**SMALL))
     with pytest.raises(ValueError, match=r"\(2, 4\)"):
         model(IDS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("name", ["Model", "ForMaskedLM", "ForSequenceClassification"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8, torch.float32, torch.float16])
+def test_a_row_for_all_rows(module: ModuleType, name: str, dtype: torch.dtype) -> None:
+    """Masks, types and positions (1, S) are every row's, as in transformers, in any dtype."""
+    ours, theirs = twins(module, name, SMALL)
+    ids, whole = torch.randint(0, 40, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    mask, types = torch.tensor([[1, 1, 1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1, 0, 0]])
+    with torch.no_grad():
+        expected = ours(ids, mask * whole, types * whole, torch.arange(6).repeat(3, 1))[0]
+        actual = ours(ids, mask.to(dtype), types, torch.arange(6)[None])[0]
+        assert torch.equal(actual, expected)
+        assert not torch.equal(ours(ids)[0], expected)
+        if name == "ForSequenceClassification":
+            everywhere = theirs(ids, mask * whole, types * whole).logits
+            torch.testing.assert_close(actual, everywhere, rtol=1e-4, atol=1e-4)
+    for wrong in (torch.ones(2, 6), torch.ones(1, 5), torch.ones(6), torch.ones(3, 1, 1, 6)):
+        with pytest.raises(ValueError, match=r"attention_mask \(.*\) does not fit"):
+            ours(ids, wrong)
+        with pytest.raises(ValueError, match=r"token_type_ids \(.*\) does not fit"):
+            ours(ids, None, wrong.long())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_row_for_all_choices(module: ModuleType) -> None:
+    ours, _ = twins(module, "ForMultipleChoice", SMALL)
+    ids, mask = torch.randint(0, 40, (2, 3, 6)), torch.tensor([[[1] * 4 + [0] * 2, [1] * 6, [0] + [1] * 5]])
+    with torch.no_grad():
+        assert torch.equal(ours(ids, mask).logits, ours(ids, mask.repeat(2, 1, 1)).logits)
+        assert not torch.equal(ours(ids, mask).logits, ours(ids).logits)

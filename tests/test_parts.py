@@ -1,6 +1,7 @@
 """What a user puts in a Linear's place is computed: adapters, other forwards, hooks; what cannot be is refused."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, encoder
+import albert_fast
+from albert_fast import (
+    ALBERTConfig,
+    ALBERTForMaskedLM,
+    ALBERTForSequenceClassification,
+    ALBERTModel,
+    encoder,
+    head_model,
+)
 from albert_fast.fast_model import quantize
 from albert_fast.parts import check_read
 
@@ -201,6 +210,86 @@ def test_hooks_that_cannot_run_are_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_read(norm, nn.LayerNorm, "a norm of this test")
+
+
+HEADS = {
+    "ALBERTForMaskedLM": 2, "ALBERTForPreTraining": 2, "ALBERTForSequenceClassification": 2,
+    "ALBERTForTokenClassification": 2, "ALBERTForQuestionAnswering": 2, "ALBERTForMultipleChoice": 3,
+}  # fmt: skip
+# Modules that transformers' model calls, and how often in a forward of 3 layers in groups of 2.
+CALLED = {
+    "albert": 1, "albert.embeddings": 1, "albert.encoder": 1, "albert.encoder.albert_layer_groups.0": 3,
+    "albert.encoder.albert_layer_groups.0.albert_layers.1": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_hooks_on_parts_of_a_head_run_and_are_heard(name, grad):
+    torch.manual_seed(0)
+    head = getattr(albert_fast, name)(dataclasses.replace(CONFIG, inner_group_num=2)).eval()
+    ids = torch.randint(1, 61, (3, 7) if HEADS[name] == 2 else (3, 2, 7))
+    mask = torch.ones_like(ids)
+    mask[..., 1, 4:] = 0
+    types = torch.zeros_like(ids[:1])
+    with torch.set_grad_enabled(grad):
+        plain = head(ids, mask, types)
+        for part, times in CALLED.items():
+            module, before, after = head.get_submodule(part), [], []
+            handles = [
+                module.register_forward_pre_hook(lambda _, given, before=before: before.append(given)),
+                module.register_forward_hook(lambda _, __, out, after=after: after.append(out)),
+            ]
+            hooked = head(ids, mask, types)
+            for handle in handles:
+                handle.remove()
+            assert (len(before), len(after)) == (times, times), part
+            assert list(hooked) == list(plain)
+            for expected, actual in zip(plain.to_tuple(), hooked.to_tuple(), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+            assert (part != "albert") or after[0].last_hidden_state.shape == (ids[..., 0].numel(), 7, 40)
+            with module.register_forward_hook(lambda _, __, out: _scaled(out)):
+                assert not torch.allclose(head(ids, mask, types).to_tuple()[-1], plain.to_tuple()[-1]), part
+
+
+def _scaled(out):
+    """What a hook puts in the place of a result: something else."""
+    if isinstance(out, torch.Tensor):
+        return out * torch.linspace(-2, 2, out.shape[-1])
+    for key in out:
+        out[key] = -2 * out[key]
+    return out
+
+
+@pytest.mark.parametrize("part", ["albert.encoder", "albert.encoder.albert_layer_groups.0"])
+def test_backward_hooks_on_parts_run(batch, part):
+    head, seen = ALBERTForSequenceClassification(CONFIG), []
+    head.get_submodule(part).register_full_backward_hook(lambda *_: seen.append(1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        head(*batch).logits.sum().backward()
+    assert len(seen) == (1 if part == "albert.encoder" else 3)
+
+
+def test_backward_hooks_that_torch_passes_over_are_warned_of(batch):
+    head = ALBERTForSequenceClassification(CONFIG)
+    head.albert.register_full_backward_hook(lambda *_: None)
+    head_model._warn_of_backward_hooks.cache_clear()
+    with pytest.warns(UserWarning, match="backward hooks on albert do not run"):
+        head(*batch)
+
+
+def test_hooks_around_integer_layers(batch):
+    head = ALBERTForSequenceClassification(CONFIG).eval()
+    quantize(head.albert, "int8")
+    head.requires_grad_(False)
+    seen = []
+    with torch.no_grad(), head.albert.register_forward_hook(lambda *_: seen.append(1)):
+        head(*batch)
+    assert seen == [1]
+    head.albert.encoder.albert_layer_groups[0].register_forward_hook(lambda *_: None)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="hooks on their parts"):
+        head(*batch)
 
 
 def test_an_adapter_is_compiled_too(model, batch):

@@ -45,7 +45,12 @@ MaxLength = Annotated[
     typer.Option("--max-length", min=3, help="Cut texts to this many tokens.", show_default="what the model takes"),
 ]
 Backend = Annotated[str, typer.Option("--backend", help="auto, reference, or the name of a backend (see `info`).")]
-PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Number format of the computation.")]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(
+        "--precision", help="Number format of the computation.", show_default="fp32, or the integers that MODEL holds"
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda, cuda:1 ...", show_default="cuda if there is one"),
@@ -102,13 +107,24 @@ def shipped_model() -> Path:
 
 
 def load(
-    model_class: str, folder: Path, backend: str, precision: Precision, device: torch.device, **overrides: Any
+    model_class: str, folder: Path, backend: str, precision: Precision | None, device: torch.device, **overrides: Any
 ) -> Any:
-    """Model of a class of `albert_fast`, by its name, in evaluation mode."""
+    """Model of a class of `albert_fast`, by its name, in evaluation mode; it returns outputs with fields, and no more."""
     import albert_fast
 
     loader = getattr(albert_fast, model_class)
-    return loader.from_pretrained(folder, backend=backend, precision=precision.value, device=device, **overrides)
+    chosen = None if precision is None else precision.value
+    overrides = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, **overrides}
+    return loader.from_pretrained(folder, backend=backend, precision=chosen, device=device, **overrides)
+
+
+def stated_precision(folder: Path, precision: Precision | None) -> Precision:
+    """The precision that was asked for, or the one that a checkpoint's config.json states, or float32."""
+    from ..config import ALBERTConfig
+    from ..pretrained import held_precision
+
+    held = None if precision is not None else held_precision(ALBERTConfig.from_pretrained(folder), folder)
+    return precision or Precision(held or "fp32")
 
 
 def token_limit(tokenizer: Tokenizer, config: Any, wanted: int | None) -> int:

@@ -53,7 +53,7 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results and machine as JSON.")] = False,
     backend: options.Backend = "auto",
-    precision: options.PrecisionOption = options.Precision.fp32,
+    precision: options.PrecisionOption = None,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
@@ -77,14 +77,15 @@ def command(
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = _random_model(SIZES[size.value], Path(scratch)) if model is None else _resolved(model)
         batch = _batch(folder, batch_size, length, ragged, place)
+        chosen = options.stated_precision(folder, precision)
         if by_stage:
-            stages = _stages(folder, batch, backend, precision, place, rounds)
+            stages = _stages(folder, batch, backend, chosen, place, rounds)
         else:
-            sides, exact = _sides(folder, batch, backend, precision, place)
+            sides, exact = _sides(folder, batch, backend, chosen, place)
             rows = compare(sides, exact(), rounds, place)
     case = {
         "model": model or f"random {size.value}", "batch_size": batch_size, "length": length,
-        "tokens": int(batch["attention_mask"].sum()), "precision": precision.value, "device": str(place),
+        "tokens": int(batch["attention_mask"].sum()), "precision": chosen.value, "device": str(place),
         "threads": torch.get_num_threads(), "rounds": rounds,
     }  # fmt: skip
     if as_json:
@@ -139,7 +140,7 @@ def _sides(
 ) -> tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
     """Sides by name, the reference first, and the reference in float32; real tokens' hidden states (T, H)."""
     from .. import ALBERTModel, reference
-    from ..pretrained import PRECISIONS
+    from ..load_arguments import PRECISIONS
 
     real = batch["attention_mask"].bool()
     # The others have no integer formats: they run what they would run instead.

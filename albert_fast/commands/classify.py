@@ -40,7 +40,7 @@ def command(
     encoding: options.Encoding = "utf-8",
     replace_bad_bytes: options.ReplaceBadBytes = False,
     backend: options.Backend = "auto",
-    precision: options.PrecisionOption = options.Precision.fp32,
+    precision: options.PrecisionOption = None,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
@@ -113,7 +113,7 @@ class Classifier:
 
     def __init__(
         self, model: str | None, max_length: int | None = None, batch_size: int = 32, backend: str = "auto",
-        precision: options.Precision = options.Precision.fp32, device: str | None = None, threads: int | None = None,
+        precision: options.Precision | None = None, device: str | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         from ..tokenization import load_tokenizer
         from ..weights import resolve

@@ -40,8 +40,11 @@ def command(
         typer.Option("--output", "-o", help="FILE.npy or FILE.jsonl.", show_default="JSON lines on standard output"),
     ] = None,
     pooling: Annotated[
-        Pooling, typer.Option(help="mean of all tokens; cls: the first token's vector; pooler: the trained pooler's.")
-    ] = Pooling.mean,
+        Pooling | None,
+        typer.Option(
+            help="mean of all tokens; cls: the first token's vector; pooler: the trained pooler's.", show_default="mean"
+        ),
+    ] = None,
     max_length: options.MaxLength = None,
     batch_size: options.BatchSize = 32,
     window: Annotated[
@@ -56,7 +59,7 @@ def command(
     encoding: options.Encoding = "utf-8",
     replace_bad_bytes: options.ReplaceBadBytes = False,
     backend: options.Backend = "auto",
-    precision: options.PrecisionOption = options.Precision.fp32,
+    precision: options.PrecisionOption = None,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
@@ -119,19 +122,27 @@ class Encoder:
     """Texts, or (text, second text or None), to vectors (N, width)."""
 
     def __init__(
-        self, model: str, pooling: Pooling, max_length: int | None, batch_size: int, backend: str,
-        precision: options.Precision, device: str | None, threads: int | None,
+        self, model: str, pooling: Pooling | None, max_length: int | None, batch_size: int, backend: str,
+        precision: options.Precision | None, device: str | None, threads: int | None,
     ) -> None:  # fmt: skip
+        from .. import sentence_modules
         from ..tokenization import load_tokenizer
         from ..weights import resolve
 
         options.set_threads(threads)
-        self.folder, self.pooling, self.batch_size = resolve(model), pooling, batch_size
-        self.precision, self.backend, self.device = precision, backend, options.place(device)
+        self.folder, self.pooling, self.batch_size = resolve(model), pooling or Pooling.mean, batch_size
+        modules = sentence_modules.describe(self.folder if self.folder.is_dir() else self.folder.parent)
+        if pooling is None and modules is not None:
+            raise UsageError(
+                f"{model}: a sentence-transformers folder whose modules.json asks for {modules}, which is not read: "
+                "name the --pooling to use (a Dense layer or normalising is not applied)"
+            )
+        self.backend, self.device = backend, options.place(device)
         self.tokenizer = load_tokenizer(self.folder)
         self.model = options.load("ALBERTModel", self.folder, backend, precision, self.device)
+        self.precision = self.model.quantized or ("fp32" if precision is None else precision.value)
         self.limit = options.token_limit(self.tokenizer, self.model.config, max_length)
-        if pooling is Pooling.pooler and self.model.pooler is None:
+        if self.pooling is Pooling.pooler and self.model.pooler is None:
             raise UsageError(f"{model} has no pooler; --pooling mean or cls needs none")
 
     @property
@@ -152,7 +163,7 @@ class Encoder:
                         digest.update(block)
         return {
             "model": digest.hexdigest(), "pooling": self.pooling.value, "max_length": self.limit,
-            "batch_size": self.batch_size, "precision": self.precision.value, "backend": self.backend,
+            "batch_size": self.batch_size, "precision": self.precision, "backend": self.backend,
             "device": str(self.device),
         }  # fmt: skip
 

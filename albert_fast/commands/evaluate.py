@@ -27,7 +27,7 @@ def command(
     batch_size: options.BatchSize = 32,
     max_length: options.MaxLength = None,
     backend: options.Backend = "auto",
-    precision: options.PrecisionOption = options.Precision.fp32,
+    precision: options.PrecisionOption = None,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
@@ -45,7 +45,8 @@ def command(
     measured = evaluate(
         folder, file, metrics=metric or ["accuracy"], batch_size=batch_size, max_length=max_length,
         text_column=options.column(text_column), pair_column=options.column(pair_column),
-        label_column=options.column(label_column), backend=backend, precision=precision.value, device=device,
+        label_column=options.column(label_column), backend=backend,
+        precision=None if precision is None else precision.value, device=device,
         progress=sys.stderr.isatty(),
     )  # fmt: skip
     figures: dict[str, Any] = {"examples": measured.examples, "loss": measured.loss, **measured.metrics}

@@ -23,7 +23,7 @@ def command(
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Candidates for each mask.")] = 5,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="A JSON object for each text.")] = False,
     backend: options.Backend = "auto",
-    precision: options.PrecisionOption = options.Precision.fp32,
+    precision: options.PrecisionOption = None,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:

@@ -43,7 +43,7 @@ def evaluate(
     pair_column: str | int | None = None,
     label_column: str | int | None = None,
     backend: str = "auto",
-    precision: str = "fp32",
+    precision: str | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Evaluation:

@@ -148,7 +148,7 @@ def _step(
     if not labels:
         raise ValueError(f"a batch needs labels ({', '.join(LABEL_KEYS)}), got the keys {sorted(batch)}")
     inputs = {key: value for key, value in moved.items() if key not in LABEL_KEYS}
-    if criterion is None and not predictions and "output_logits" in getattr(model, "takes", ()):
+    if criterion is None and not predictions and "output_logits" in _arguments(model)[0]:
         inputs["output_logits"] = False
     outputs = _call(model, inputs, labels if criterion is None else {})
     pairs = _pairs(outputs, labels, inputs)
@@ -177,6 +177,8 @@ def _call(model: nn.Module, inputs: dict[str, Any], labels: dict[str, Any]) -> A
     if "input_ids" in inputs and "input_ids" not in names and "inputs_embeds" not in inputs:
         return model(inputs["input_ids"], **{key: value for key, value in inputs.items() if key in names})
     _warn_once(type(model).__name__, tuple(sorted(set(inputs) - names)))
+    if "return_dict" in names:  # whatever its config.json says
+        inputs = inputs | {"return_dict": True}
     return model(**{key: value for key, value in (inputs | labels).items() if key in names or key in labels})
 
 

@@ -1,0 +1,86 @@
+"""One repository of the Hugging Face hub, or of its local cache, through huggingface_hub."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from pathlib import Path
+from typing import Any
+
+# Seconds that the hub may take to answer at all. huggingface_hub alone retries for half a minute.
+TIMEOUT = 5.0
+
+
+class Repository:
+    """Files of the repository `name`; `arguments` are huggingface_hub's: revision, cache_dir, token, subfolder ...
+
+    Asks the hub once whether it answers. Where it does not, files come from the local cache alone.
+
+    Raises:
+        ImportError: huggingface_hub is not installed.
+        TypeError: `proxies` with a huggingface_hub that reads them from the environment.
+    """
+
+    def __init__(self, name: str, **arguments: Any) -> None:
+        try:
+            import huggingface_hub
+            from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+        except ImportError as error:
+            raise ImportError(
+                f"{name}: no such folder here; to look on the hub: pip install albert-fast[hub]"
+            ) from error
+        if not arguments.get("proxies"):
+            arguments.pop("proxies", None)
+        elif "proxies" not in inspect.signature(huggingface_hub.hf_hub_download).parameters:
+            raise TypeError("this huggingface_hub takes no proxies: set HTTPS_PROXY in the environment")
+        self.name, self.arguments = name, arguments
+        self.unreachable: Exception | None = None
+        self._hub, self._absent = huggingface_hub, EntryNotFoundError
+        if arguments.get("local_files_only"):
+            return
+        where = {key: arguments[key] for key in ("subfolder", "revision") if arguments.get(key)}
+        try:
+            url = huggingface_hub.hf_hub_url(name, "config.json", **where)
+            huggingface_hub.get_hf_file_metadata(url, token=arguments.get("token"), timeout=TIMEOUT)
+        except (HfHubHTTPError, EntryNotFoundError, ValueError):
+            pass  # it answered; `fetch` says what
+        except Exception as error:  # of the HTTP library that huggingface_hub uses
+            self.unreachable = error
+            self.arguments["local_files_only"] = True
+
+    def fetch(self, file: str) -> Path | None:
+        """The local copy of a file; None where the repository has no such file.
+
+        Raises:
+            FileNotFoundError: no such repository, or the hub refuses it.
+        """
+        try:
+            return Path(self._hub.hf_hub_download(self.name, file, **self.arguments))
+        except self._absent:
+            return None
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{self.name}: no such folder here{near(self.name)}, and the hub answers: {error}"
+            ) from error
+
+    def missing(self, what: str) -> FileNotFoundError:
+        """The error where `what`, which a checkpoint needs, is not there."""
+        if self.unreachable is not None:
+            return FileNotFoundError(
+                f"{self.name}: no such folder here{near(self.name)}; as a name on the hub it is not in the local cache, and "
+                f"the hub cannot be reached: {self.unreachable}. Check the path, or the network"
+            )
+        place = (
+            "the local cache holds" if self.arguments.get("local_files_only") else "this repository of the hub holds"
+        )
+        return FileNotFoundError(f"{self.name}: no such folder here{near(self.name)}; {place} none of {what}")
+
+
+def near(name: str) -> str:
+    """ " (there is ...)" where a file or folder with a similar name exists, else ""."""
+    path = Path(name).expanduser()
+    try:
+        found = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1)
+    except OSError:
+        return f" (nor is there a folder {path.parent})"
+    return f" (there is {path.parent / found[0]})" if found else ""
