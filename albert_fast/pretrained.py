@@ -121,6 +121,10 @@ class PretrainedMixin(nn.Module):
         """Make room for the rounded weights of a checkpoint."""
         raise ValueError(f"{type(self).__name__} is plain PyTorch and does not run {precision} weights")
 
+    def wrong_with(self, key: str, tensor: Tensor) -> str | None:
+        """What is wrong with a checkpoint's tensor of the right name, shape and dtype; None where nothing is."""
+        return None
+
     @classmethod
     def from_pretrained(
         cls: type[Model],
@@ -173,10 +177,13 @@ class PretrainedMixin(nn.Module):
         arguments = () if cls.prefix else ("pooler.weight" in state,)
         # A head that the checkpoint may lack starts from random weights, and so does all of such a model at first.
         with contextlib.nullcontext() if allow_missing_head else _Undrawn():
-            model = cls(config, *arguments)
+            try:
+                model = cls(config, *arguments).float()  # whatever torch.set_default_dtype says
+            except (RuntimeError, MemoryError, TypeError) as error:  # torch cannot allocate it, or count its elements
+                raise ValueError(f"{config_file}: a model of these sizes cannot be made here: {error}") from error
         if held is not None:
             model.expect_quantized(held)
-        load_into(model, state, allow_missing_head=allow_missing_head)
+        load_into(model, state, allow_missing_head=allow_missing_head, check=model.wrong_with)
         model.to(device)
         model.use_backend(backend, precision, calibration)
         return model.eval()

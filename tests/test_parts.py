@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, encoder
-from albert_fast.fast_model import quantize
+from albert_fast.calibration import quantize
 from albert_fast.parts import check_read
 
 CONFIG = ALBERTConfig(

@@ -13,9 +13,9 @@ from albert_fast import (
     ALBERTModel,
     reference,
 )
+from albert_fast.calibration import Rows, quantize
 from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.fast_model import quantize
-from albert_fast.quantization import QuantizedLinear, Rows, fits_sums, gptq, int16_scale, rescaling
+from albert_fast.quantization import NEAREST, Fit, QuantizedLinear, fits_sums, gptq, int16_scale, rescaling
 from albert_fast.testing import require_data
 
 CONFIG = ALBERTConfig(
@@ -185,8 +185,8 @@ def test_outliers_that_hardly_vary_cost_nothing(folder):
     linear = torch.nn.Linear(80, 80)
     exact = linear(inputs).detach()
     errors = {}
-    for name, given in (("calibrated", inputs), ("not", None)):
-        q = QuantizedLinear.rounded("dense", linear, "int8", given, True)
+    for name, fit in (("calibrated", Fit(inputs=True, weights=True, relative=False)), ("not", NEAREST)):
+        q = QuantizedLinear.rounded("dense", linear, "int8", fit, inputs)
         x = inputs * q.rescale + q.shift
         step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
         weight = q.state_dict()["weight"].float() * q.state_dict()["weight_scale"][:, None]
