@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ._errors import warn
+
 if TYPE_CHECKING:
     import torch
 
@@ -107,8 +109,25 @@ def load(
     """Model of a class of `albert_fast`, by its name, in evaluation mode."""
     import albert_fast
 
+    if precision is Precision.int8 and not _is_rounded(folder):
+        warn(
+            f"{folder} holds floats: they are rounded to int8, calibrated on random ids, at every start; "
+            f"`albert-fast quantize {folder} OUT --precision int8 --calibration FILE` stores a more exact rounding once"
+        )
     loader = getattr(albert_fast, model_class)
     return loader.from_pretrained(folder, backend=backend, precision=precision.value, device=device, **overrides)
+
+
+def _is_rounded(path: Path) -> bool:
+    """Whether a checkpoint's configuration speaks of integers; also where it cannot be read, which loading reports."""
+    from ..config import ALBERTConfig
+    from ..weights import config_path
+
+    try:
+        config = ALBERTConfig.from_json_file(config_path(path if path.is_dir() else path.parent))
+    except (OSError, ValueError):
+        return True
+    return config.extra.get("quantization_config") is not None
 
 
 def token_limit(tokenizer: Tokenizer, config: Any, wanted: int | None) -> int:
