@@ -92,10 +92,9 @@ class QuantizedLinear(nn.Module):
         module = cls(product, (weight.shape[0], weight.shape[1]), precision).to(weight.device)
         shift, rescale = weight.new_zeros(weight.shape[1]), weight.new_ones(weight.shape[1])
         if inputs is not None and fit.inputs:
-            sizes = _floored(F.linear(inputs, weight).square().sum(1, keepdim=True).sqrt())
-            row_weights = 1 / sizes if fit.relative else torch.ones_like(sizes)
-            shift = inputs.mean(0)
+            shift, row_weights = inputs.mean(0), inputs.new_ones(len(inputs), 1)
             if fit.relative:
+                row_weights = 1 / _floored(F.linear(inputs, weight).norm(dim=1, keepdim=True))
                 shift = best_shift(weight, inputs, row_weights, precision, parts)
             # Roundings of a row scale with the row, so this scales nothing but what its error counts.
             inputs = (inputs - shift) * row_weights

@@ -121,13 +121,23 @@ def test_broken_integer_checkpoints_are_named(folder, tmp_path):
 
     def check(changed, message):
         save_file({**state, **changed}, saved / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises((ValueError, RuntimeError), match=message):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
             ALBERTModel.from_pretrained(saved, precision="int16")
 
     check({key: state[key].float()}, rf"{key}.*is no dense tensor of torch.int16")
     check({key: state[key][:-1].clone()}, rf"{key}.*has the shape")
-    check({key: torch.full_like(state[key], -32768)}, "do not fit the 32 bits")
+    for named in (key, key.replace("ffn", "attention.query")):
+        check({named: torch.full_like(state[named], -32768)}, f"'{named}' has sums that do not fit the 32 bits")
     scale = key.replace("weight", "weight_scale")
+    for name in (scale, key.replace("weight", "rescale"), key.replace("weight", "shift")):
+        for wrong in (float("nan"), float("inf"), float("-inf")):
+            check(
+                {name: state[name].clone().index_fill_(0, torch.tensor([1]), wrong)},
+                f"'{name}' has elements that are NaN",
+            )
+        check({name: state[name].int()}, f"'{name}' is no dense tensor of floats")
+        check({name: state[name][1:].clone()}, f"'{name}' has the shape")
+    check({scale: -state[scale]}, f"'{scale}' has negative elements")
     save_file({k: v for k, v in state.items() if k != scale}, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{scale}.*is missing"):
         ALBERTModel.from_pretrained(saved, precision="int16")
