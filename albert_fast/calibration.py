@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ENOUGH_TOKENS = 32
 # About how many tokens roundings are compared on; of these one in eight was fitted to by none of them.
 TRIAL_TOKENS = 1024
+# A fit is kept if it leaves at most this share of the squared error: less gain may be chance, on few tokens.
+GAIN = 0.8
 Rounded = list[list[QuantizedLinear]]  # by distinct layer and product
 
 
@@ -33,7 +35,7 @@ def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None
     """Round the weights of all layers in place, to the nearest or as fits the inputs that they are given.
 
     int8 is fitted to random ids, and every precision to `calibration` where there is one. A fit is kept only if, on tokens
-    that it has not seen, the last layer's results are nearer to float32 than without it.
+    that it has not seen, the last layer's results are clearly nearer to float32 than without it.
 
     Raises:
         ValueError: layers that are rounded already, a calibration without a token. RuntimeError: layers that hold more
@@ -61,9 +63,12 @@ def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None
     nearest: Rounded = [layer.rounded(precision, NEAREST) for layer in distinct]
     fitted = [(sample, sample.rounded(encoder, precision, representative)) for sample, representative in samples]
     _place(encoder, nearest)
-    best, trial = nearest, Trial(encoder, precision, backend)
+    best = nearest
     for sample, candidates in fitted:
-        best = min([best, *candidates], key=lambda one: trial.error(one, sample.sequences))
+        trial = Trial(encoder, precision, backend, sample.sequences)
+        errors = [trial.error(one) for one in candidates]
+        if min(errors) < GAIN * trial.error(best):
+            best = candidates[errors.index(min(errors))]
     _place(encoder, best)
 
 
@@ -84,21 +89,22 @@ class Sequences:
 
 
 class Trial:
-    """Runs roundings on the kernels that will run them, or on their reference where that is asked for and they are not."""
+    """Runs the layers with one rounding after another, on the kernels, or on their reference where there are none."""
 
-    def __init__(self, encoder: Encoder, precision: str, backend: str) -> None:
+    def __init__(self, encoder: Encoder, precision: str, backend: str, sequences: list[Sequences]) -> None:
         """encoder: its layers are rounded already, so that a copy is small."""
+        self._sequences = sequences
         device = encoder.embedding_hidden_mapping_in.weight.device
         self._dtype = dispatch.quantized_dtype(precision, device.type)
         self._encoder = copy.deepcopy(encoder).to(self._dtype).eval()
         self._backend = backend if dispatch.why_not_quantized(precision, device, "auto") else "auto"
 
     @torch.no_grad()
-    def error(self, rounded: Rounded, sequences: list[Sequences]) -> float:
+    def error(self, rounded: Rounded) -> float:
         """The sum of squares by which the last layer's results leave those of float32, on the tokens held out."""
         _place(self._encoder, rounded)
         total = 0.0
-        for some in sequences:
+        for some in self._sequences:
             found = self._encoder(some.hidden.to(self._dtype), some.packing, None, self._backend)
             total += float((found[some.held_out] - some.exact).square().sum())
         return total

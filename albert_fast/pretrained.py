@@ -145,7 +145,8 @@ class PretrainedMixin(nn.Module):
 
         "int8", "int16" (on a CPU) and "fp8" (on a GPU from the H100 on) round the layers' weights on the way in.
         `calibration`, a list of (input_ids, attention_mask) (B, S) or of what a tokenizer returns, as the model will see
-        them, decides how; without it int8 is calibrated on random ids, the others not at all. On a GPU the rest of such a
+        them, decides how, where that errs less; without it int8 is calibrated on random ids, the others not at all.
+        `albert_fast.quantized_checkpoint.quantize_checkpoint` stores the result. On a GPU the rest of such a
         model is bfloat16. What `save_pretrained` makes of it loads again in the same precision, as it is, on any device
         that has it.
 

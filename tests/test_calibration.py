@@ -87,9 +87,8 @@ def test_a_calibration_never_hurts(structure: str, precision: str) -> None:
     calibration = [torch.randint(90, (4, 40), generator=generator), torch.randint(90, (3, 25), generator=generator)]
     ids = torch.randint(90, (6, 30), generator=generator)
     errors = [error(STRUCTURES[structure], precision, given, ids) for given in (None, calibration)]
-    # Where both are the same rounding they are equal; otherwise few tokens judge, so that a tie may fall either way.
-    assert errors[1] <= 1.05 * errors[0]
-    if precision == "int16" or structure == "ordinary":
+    assert errors[1] <= errors[0]
+    if (precision == "int16" and structure != "one huge channel") or structure == "ordinary":
         assert errors[1] < 0.85 * errors[0]
 
 
@@ -98,7 +97,7 @@ def test_a_calibration_of_float8_never_hurts(structure: str) -> None:
     generator = torch.Generator().manual_seed(8)
     calibration, ids = (torch.randint(90, shape, generator=generator) for shape in ((4, 40), (4, 30)))
     errors = [error(STRUCTURES[structure], "fp8", given, ids) for given in (None, [calibration])]
-    assert errors[1] <= 1.05 * errors[0]
+    assert errors[1] <= errors[0]
 
 
 @pytest.mark.parametrize("precision", ["int16", "int8"])
@@ -117,7 +116,7 @@ def test_a_calibration_of_equal_tokens(precision: str) -> None:
     like, unlike = torch.full((2, 30), 7), torch.randint(90, (4, 30), generator=torch.Generator().manual_seed(8))
     change = STRUCTURES["few channels vary much"]
     errors = [error(change, precision, given, like) for given in (None, calibration)]
-    assert errors[1] <= 1.05 * errors[0]
+    assert errors[1] <= errors[0]
     assert error(change, precision, calibration, unlike) < 0.5, "worse for data that it has not seen, and no nonsense"
 
 
