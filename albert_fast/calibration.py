@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ENOUGH_TOKENS = 32
 # About how many tokens roundings are compared on; of these one in eight was fitted to by none of them.
 TRIAL_TOKENS = 1024
+# Between rows of such a ratio of sizes it matters which of them a fit counts: it is tried both ways, at twice the time.
+UNEVEN = 4.0
 # A fit is kept if it leaves at most this share of the squared error: less gain may be chance, on few tokens.
 GAIN = 0.8
 Rounded = list[list[QuantizedLinear]]  # by distinct layer and product
@@ -153,9 +155,16 @@ class Sample:
             _, hidden = distinct[number].inputs(hidden, packing)
         self.sequences.append(Sequences(embedded, packing, held_out, hidden[held_out]))
 
+    def _is_uneven(self) -> bool:
+        """Whether hidden states that a layer is given, of one token and another, differ much in size."""
+        sizes = [seen[0].gathered().norm(dim=1) for seen in self._seen if seen[0].gathered() is not None]
+        return any(bool(some.max() > UNEVEN * some.min()) for some in sizes)
+
     def rounded(self, encoder: Encoder, precision: str, fit_weights: bool) -> list[Rounded]:
         """The layers' weights, fitted to the inputs in each way that there is."""
-        fits = [Fit(inputs=True, weights=fit_weights, relative=relative) for relative in (False, True)]
+        fits = [Fit(inputs=True, weights=fit_weights, relative=False)]
+        if self._is_uneven():
+            fits.append(replace(fits[0], relative=True))
         layers = list(zip(encoder.distinct(), self._seen, strict=True))
         return [[layer.rounded(precision, fit, [rows.gathered() for rows in seen]) for layer, seen in layers]
                 for fit in fits]  # fmt: skip
