@@ -51,17 +51,16 @@ def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None
         raise RuntimeError(
             f"{precision} takes the place of plain Linears: merge adapters, and remove parametrisations and hooks, first"
         )
+    given = None if calibration is None else Sample(model, calibration)
+    if given is not None and given.tokens < ENOUGH_TOKENS:
+        warnings.warn(
+            f"albert_fast: a calibration of {given.tokens} tokens is too short to fit to, {ENOUGH_TOKENS} or more are "
+            "needed: weights are rounded as without one",
+            stacklevel=2,
+        )
+        given = None
     samples = [(Sample(model, random_batches(model.config)), False)] if precision == "int8" else []
-    if calibration is not None:
-        given = Sample(model, calibration)
-        if given.tokens >= ENOUGH_TOKENS:
-            samples.append((given, True))
-        else:
-            warnings.warn(
-                f"albert_fast: a calibration of {given.tokens} tokens is too short to fit to, {ENOUGH_TOKENS} or more are "
-                "needed: weights are rounded as without one",
-                stacklevel=2,
-            )
+    samples += [] if given is None else [(given, True)]
     nearest: Rounded = [layer.rounded(precision, NEAREST) for layer in distinct]
     fitted = [(sample, sample.rounded(encoder, precision, representative)) for sample, representative in samples]
     _place(encoder, nearest)

@@ -108,8 +108,10 @@ def _new_folder(path: Path) -> tuple[Path, int]:
         folder = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
         folder.mkdir()
         # Another process may have taken it for a dead one's before the lock.
-        if (descriptor := _locked(folder)) is not None and folder.is_dir():
-            return folder, descriptor
+        if (descriptor := _locked(folder)) is not None:
+            if folder.is_dir():
+                return folder, descriptor
+            os.close(descriptor)
 
 
 def _locked(folder: Path) -> int | None:
