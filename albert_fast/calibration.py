@@ -156,7 +156,7 @@ class Sample:
 
     def _is_uneven(self) -> bool:
         """Whether hidden states that a layer is given, of one token and another, differ much in size."""
-        sizes = [seen[0].gathered().norm(dim=1) for seen in self._seen if seen[0].gathered() is not None]
+        sizes = [rows.norm(dim=1) for seen in self._seen if (rows := seen[0].gathered()) is not None]
         return any(bool(some.max() > UNEVEN * some.min()) for some in sizes)
 
     def rounded(self, encoder: Encoder, precision: str, fit_weights: bool) -> list[Rounded]:

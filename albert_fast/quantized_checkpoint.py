@@ -125,7 +125,8 @@ def _batches(
     tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], limit: int, batch_size: int
 ) -> list[dict[str, Any]]:
     """Padded batches of texts of similar length."""
-    rows = [tokenizer(*((text,) if isinstance(text, str) else text), max_length=limit) for text in texts]
+    pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+    rows = [tokenizer(first, second, max_length=limit) for first, second in pairs]
     rows.sort(key=lambda row: len(row["input_ids"]))
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     if not batches:

@@ -10,7 +10,7 @@ import typer
 
 from . import _options as options
 from ._errors import UsageError, reports_errors
-from ._lines import Lines
+from ._lines import Lines, Record
 
 
 class StoredPrecision(str, Enum):
@@ -55,7 +55,7 @@ def command(
 
     options.set_threads(threads)
     with Lines(calibration, input_format, encoding, replace_bad_bytes) as lines:
-        records = []
+        records: list[Record] = []
         while len(records) < max_lines and (some := lines.window(max_lines - len(records), patience=None)):
             records += some
     texts = [record.text if record.pair is None else (record.text, record.pair) for record in records]
