@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "fill_mask": "Complete [MASK] in a text.",
     "train": "Train a classifier on labelled text.",
     "evaluate": "Measure a classifier on labelled text.",
+    "quantize": "Store a model in int8 or int16.",
     "demo": "Check this installation.",
     "bench": "Measure speed and error on this machine.",
     "info": "Show what runs here, and what is missing.",

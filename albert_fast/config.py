@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import _config_checks
 from .config_attributes import ConfigAttributes, keeps_other_keys
+from .files import read_json_object
 
 # Names as they stand in config.json -> the activation that our kernels implement.
 ACTIVATIONS = {
@@ -35,8 +36,8 @@ class ALBERTConfig(ConfigAttributes):
     in `extra`, can be read and set as attributes, and are written back.
 
     Raises:
-        ValueError: a size that is not positive, heads that do not divide `hidden_size`, an unknown activation or
-            problem type, a probability outside [0, 1).
+        ValueError: a field of another type or out of its range, heads that do not divide `hidden_size`, an unknown
+            activation or problem type, more layers than `_config_checks` allows; the message names field and value.
     """
 
     vocab_size: int = 30000
@@ -70,31 +71,14 @@ class ALBERTConfig(ConfigAttributes):
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_hidden_groups", "num_attention_heads",
-            "intermediate_size", "inner_group_num", "max_position_embeddings", "type_vocab_size",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"config: {name} must be a positive integer, got {value!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"config: {name} must lie in [0, 1), got {value!r}")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"config: hidden_act {self.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}"
-            )
+        if self.id2label is not None:
+            self.id2label = _config_checks.class_names(self.id2label)
+        if self.label2id is not None:
+            self.label2id = _config_checks.class_numbers(self.label2id)
+        _config_checks.check(self)
+        _config_checks.check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"config: problem_type {self.problem_type!r} is none of {PROBLEM_TYPES}")
-        for name in ("output_hidden_states", "output_attentions", "return_dict"):
-            value = getattr(self, name)
-            if value not in (None, True, False):
-                raise ValueError(f"config: {name} must be true or false, got {value!r}")
         self.extra = dict(self.extra)  # a copy of the configuration has its own
         names = self.label2id
         self._name_labels(self.id2label)
@@ -128,12 +112,7 @@ class ALBERTConfig(ConfigAttributes):
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> ALBERTConfig:
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        values = read_json_object(Path(path))
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:

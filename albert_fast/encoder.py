@@ -6,7 +6,7 @@ between they run operator by operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .config import ALBERTConfig
 from .gemm import linear
 from .packing import Packing, Queries, take
 from .parts import check_read, is_hooked, is_linear, product
-from .quantization import QuantizedAttention, QuantizedLinear
+from .quantization import Fit, QuantizedAttention, QuantizedLinear
 from .registration import is_traced
 from .self_attention import Attention, Fused, add_norm, dropout
 from .unused_gradients import watch_graph
@@ -301,10 +301,10 @@ class Layer(nn.Module):
         out = add_norm(down, self.ffn_output.bias, attended, norm, self, 0.0, "auto")
         return [hidden, context, attended, middle], out
 
-    def quantize(self, precision: str, inputs: list[Tensor | None], representative: bool) -> None:
-        """Put integers in the place of the four Linears; `inputs` are what each was given: see `QuantizedLinear.rounded`."""
+    def rounded(self, precision: str, fit: Fit, inputs: Sequence[Tensor | None] = (None,) * 4) -> list[QuantizedLinear]:
+        """The four Linears in integers; `inputs` are what each was given: see `QuantizedLinear.rounded`."""
         linears = zip(ops.PRODUCTS, self.products(), inputs, strict=True)
-        self.place([QuantizedLinear.rounded(name, old, precision, x, representative) for name, old, x in linears])
+        return [QuantizedLinear.rounded(name, old, precision, fit, x) for name, old, x in linears]
 
     def place(self, linears: list[Any]) -> None:
         """Put these QuantizedLinears, in the order of `ops.PRODUCTS`, in the place of the float ones."""

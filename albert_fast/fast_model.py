@@ -7,15 +7,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from . import dispatch, ops
+from .calibration import quantize
 from .encoder import RECOMPUTE
 from .graphs import GraphCache
 from .load_arguments import PRECISIONS
-from .packing import pack
 from .pretrained import Calibration, PretrainedMixin
 from .quantization import PRECISIONS as QUANTIZED
-from .quantization import QuantizedLinear, Rows, calibration_batches, random_batches
+from .quantization import QuantizedLinear, wrong_in_rounded
 
 if TYPE_CHECKING:
     from .modeling import ALBERTModel
@@ -55,7 +56,8 @@ class FastModel(PretrainedMixin):
         if not fast:
             warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
         if self.quantized is None:
-            quantize(self.base, precision, calibration)
+            self.float()
+            quantize(self.base, precision, calibration, backend)
         self.requires_grad_(False)
 
     def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
@@ -137,6 +139,9 @@ class FastModel(PretrainedMixin):
     def quantized(self) -> str | None:
         return self.base.encoder.quantized
 
+    def wrong_with(self, key: str, tensor: Tensor) -> str | None:
+        return None if self.quantized is None else wrong_in_rounded(self.quantized, key, tensor)
+
     def expect_quantized(self, precision: str) -> None:
         config = self.config
         sizes = {"H": config.hidden_size, "3H": 3 * config.hidden_size, "I": config.intermediate_size}
@@ -144,34 +149,3 @@ class FastModel(PretrainedMixin):
             layer.place(
                 [QuantizedLinear(name, (sizes[n], sizes[k]), precision) for name, (n, k) in ops.PRODUCTS.items()]
             )
-
-
-def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None = None) -> None:
-    """Round the weights of all layers in place, calibrated on batches, for int8 by default on random ids."""
-    encoder, device = model.encoder, model.embeddings.word_embeddings.weight.device
-    if encoder.quantized is not None:
-        raise ValueError(f"the layers hold {encoder.quantized} weights already")
-    distinct = encoder.distinct()
-    if not all(layer.is_plain() for layer in distinct):
-        raise RuntimeError(
-            f"{precision} takes the place of plain Linears: merge adapters, and remove parametrisations and hooks, first"
-        )
-    seen = [[Rows() for _ in ops.PRODUCTS] for _ in distinct]
-    representative = calibration is not None
-    if calibration is None:
-        calibration = random_batches(model.config) if precision == "int8" else []
-    with torch.no_grad():
-        for ids, mask in calibration_batches(calibration):
-            model._check_length(ids.shape[1])
-            ids, mask = ids.to(device), None if mask is None else mask.to(device)
-            packing = pack((ids.shape[0], ids.shape[1]), mask, device)
-            positions = torch.arange(ids.shape[1], device=device)[None].expand(ids.shape)
-            hidden = model.embed(packing, ids, None, positions, None)
-            for number in encoder.order():
-                inputs, hidden = distinct[number].inputs(hidden, packing)
-                for rows, given in zip(seen[number], inputs, strict=True):
-                    rows.add(given)
-        if representative and seen[0][0].gathered() is None:
-            raise ValueError("calibration: there is no token in it; leave it out to have none")
-        for layer, products in zip(distinct, seen, strict=True):
-            layer.quantize(precision, [rows.gathered() for rows in products], representative)

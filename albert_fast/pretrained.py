@@ -122,6 +122,10 @@ class PretrainedMixin(ModelMethods):
         """Make room for the rounded weights of a checkpoint."""
         raise ValueError(f"{type(self).__name__} is plain PyTorch and does not run {precision} weights")
 
+    def wrong_with(self, key: str, tensor: Tensor) -> str | None:
+        """What is wrong with a checkpoint's tensor of the right name, shape and dtype; None where nothing is."""
+        return None
+
     @classmethod
     def from_pretrained(
         cls: type[Model],
@@ -141,7 +145,8 @@ class PretrainedMixin(ModelMethods):
 
         "int8", "int16" (on a CPU) and "fp8" (on a GPU from the H100 on) round the layers' weights on the way in.
         `calibration`, a list of (input_ids, attention_mask) (B, S) or of what a tokenizer returns, as the model will see
-        them, decides how; without it int8 is calibrated on random ids, the others not at all. On a GPU the rest of such a
+        them, decides how, where that errs less; without it int8 is calibrated on random ids, the others not at all.
+        `albert_fast.quantized_checkpoint.quantize_checkpoint` stores the result. On a GPU the rest of such a
         model is bfloat16. What `save_pretrained` makes of it loads again in the same precision, as it is, on any device
         that has it.
 
@@ -183,12 +188,17 @@ class PretrainedMixin(ModelMethods):
         # What the checkpoint may lack starts from random weights, and so does all of such a model at first.
         partial = allow_missing_head or read.ignore_mismatched_sizes
         with contextlib.nullcontext() if partial else _Undrawn():
-            model = cls(config, *(() if cls.prefix else (pools,)))
+            try:
+                # Float32, whatever torch.set_default_dtype says.
+                model = cls(config, *(() if cls.prefix else (pools,))).float()
+            except (RuntimeError, MemoryError, TypeError) as error:  # torch cannot allocate it, or count its elements
+                raise ValueError(f"{path}: a model of these sizes cannot be made here: {error}") from error
         if held is not None:
             model.expect_quantized(held)
         info = load_into(
-            model, state, allow_missing_head=allow_missing_head, ignore_mismatched_sizes=read.ignore_mismatched_sizes
-        )
+            model, state, allow_missing_head=allow_missing_head, ignore_mismatched_sizes=read.ignore_mismatched_sizes,
+            check=model.wrong_with,
+        )  # fmt: skip
         model.to(read.device)
         model.use_backend(backend, precision, calibration)
         if not cls.prefix and path is not None:

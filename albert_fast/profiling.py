@@ -105,7 +105,7 @@ def profile(
 
 def _product_rate() -> float:
     """GFLOPS of a product that is large enough to be limited by arithmetic alone."""
-    x, weight = torch.randn(1024, 768), torch.randn(3072, 768)
+    x, weight = torch.randn(1024, 768, dtype=torch.float32), torch.randn(3072, 768, dtype=torch.float32)
     return 2 * x.numel() * len(weight) / _seconds(lambda: linear(x, weight)) / 1e9
 
 
@@ -118,7 +118,7 @@ def _integer_rate(bits: int) -> float:
 
 def _add_rate(rows: int, columns: int) -> float:
     """GB/s of adding two (rows, columns) arrays into a third."""
-    a, b = torch.randn(2, max(rows, 1), columns)
+    a, b = torch.randn(2, max(rows, 1), columns, dtype=torch.float32)
     out = torch.empty_like(a)
     return 3 * 4 * a.numel() / _seconds(lambda: torch.add(a, b, out=out)) / 1e9
 

@@ -10,20 +10,36 @@ exponents of their own: for these r is 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import NoneType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ALBERTConfig
-from .ops._integers import FORMATS, SLICE, Format, lay_out, slices, unpack, unpack_channels
+from .ops._integers import FORMATS, SLICE, Format, lay_out, product_ref, slices, unpack, unpack_channels
 
 PRECISIONS = ("int16", "int8", "fp8")
 # Elements of a row whose products int16 adds up in 32 bits: kRun steps of csrc/cpu/integer_gemm.h.
 RUN = 256
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What of a rounding is fitted to the inputs of a product.
+
+    inputs: shift and factor of each channel. weights: the integers, by GPTQ; fitted to random ids they err more than the
+    nearest. relative: each row of inputs counts by its error relative to its output, not by its error: where rows differ
+    much in size (the first layer is given the embeddings, the others what a LayerNorm made), small ones matter too.
+    """
+
+    inputs: bool
+    weights: bool
+    relative: bool
+
+
+NEAREST = Fit(inputs=False, weights=False, relative=False)
 
 
 class QuantizedLinear(nn.Module):
@@ -45,11 +61,11 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.product, self.shape, self.precision = product, shape, precision
         n, k = shape
-        self.bias = nn.Parameter(torch.zeros(n), requires_grad=False)
-        self.register_buffer("rescale", torch.ones(k))
-        self.register_buffer("shift", torch.zeros(k))
+        self.bias = nn.Parameter(torch.zeros(n, dtype=torch.float32), requires_grad=False)
+        self.register_buffer("rescale", torch.ones(k, dtype=torch.float32))
+        self.register_buffer("shift", torch.zeros(k, dtype=torch.float32))
         for name in ("integers", "scales", "sums"):  # until `_set` has what they are made of
-            self.register_buffer(name, torch.empty(0), persistent=False)
+            self.register_buffer(name, torch.empty(0, dtype=torch.float32), persistent=False)
 
     def _set(self, integers: Tensor, scale: Tensor) -> None:
         integers, scale = integers.to(self.bias.device), scale.to(self.bias.device)
@@ -68,32 +84,30 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def rounded(
-        cls, product: str, linear: nn.Linear, precision: str, inputs: Tensor | None, representative: bool
+        cls, product: str, linear: nn.Linear, precision: str, fit: Fit = NEAREST, inputs: Tensor | None = None
     ) -> QuantizedLinear:
-        """`linear` in integers or float8.
-
-        `inputs` (T, K) are what it was given in float32; None: neither shift nor factor. Where they are representative of
-        what it will be given, weights of 8 bits are fitted to them; fitted to random ids they err more than the nearest.
-        """
-        form = FORMATS[precision]
+        """`linear` in integers or float8; `inputs` (T, K), what it was given in float32, are what is fitted to."""
+        form, parts = FORMATS[precision], slices(product, linear.weight.shape[1], SLICE)
         weight, bias = linear.weight.detach().float(), linear.bias.detach().float()
         module = cls(product, (weight.shape[0], weight.shape[1]), precision).to(weight.device)
         shift, rescale = weight.new_zeros(weight.shape[1]), weight.new_ones(weight.shape[1])
-        if inputs is not None:
-            shift = inputs.mean(0)
-            inputs = inputs - shift
+        if inputs is not None and fit.inputs:
+            shift, row_weights = inputs.mean(0), inputs.new_ones(len(inputs), 1)
+            if fit.relative:
+                row_weights = 1 / _floored(F.linear(inputs, weight).norm(dim=1, keepdim=True))
+                shift = best_shift(weight, inputs, row_weights, precision, parts)
+            # Roundings of a row scale with the row, so this scales nothing but what its error counts.
+            inputs = (inputs - shift) * row_weights
             if precision != "fp8":
                 rescale = balanced(weight, inputs)
             if precision == "int8":
                 # Slices are the C++ kernel's: whole rows, as on a GPU, would give other factors to the same checkpoint.
-                parts = slices(product, weight.shape[1], SLICE)
                 with torch.inference_mode(False):  # the caller's mode has no gradients, not even for copies made in it
                     rescale = rescaling(weight.clone(), inputs.clone(), parts, rescale.clone())
             inputs = inputs * rescale
         rescaled = weight / rescale
-        scale = int16_scale(rescaled) if precision == "int16" else rescaled.abs().amax(1) / form.weight_levels
-        scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
-        if inputs is not None and representative and precision != "int16":
+        scale = steps(rescaled, precision)
+        if inputs is not None and fit.weights and precision != "int16":
             integers = gptq(rescaled, inputs.t() @ inputs, scale, form)
         else:
             integers = form.nearest(rescaled / scale[:, None])
@@ -128,7 +142,7 @@ class QuantizedLinear(nn.Module):
             weight, scale = self._natural()
         else:  # a checkpoint is being loaded, and asks what it must hold
             weight = torch.empty((n, k), dtype=FORMATS[self.precision].dtype, device="meta")
-            scale = torch.empty(n, device="meta")
+            scale = torch.empty(n, dtype=torch.float32, device="meta")
         destination[prefix + "weight"], destination[prefix + "weight_scale"] = weight, scale
 
     def _load_from_state_dict(
@@ -203,6 +217,30 @@ class QuantizedAttention(nn.Module):
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
 
+def steps(weight: Tensor, precision: str) -> Tensor:
+    """W (N, K) -> (N,): the step between two numbers of `precision` in each output channel."""
+    scale = int16_scale(weight) if precision == "int16" else weight.abs().amax(1) / FORMATS[precision].weight_levels
+    return torch.where(scale > 0, scale, 1.0)  # a channel of zeros
+
+
+def best_shift(weight: Tensor, inputs: Tensor, row_weights: Tensor, precision: str, parts: list[slice]) -> Tensor:
+    """W (N, K), inputs (T, K) and what each counts (T, 1) -> c (K,): their mean, the mean of those that count, or none."""
+    inputs, row_weights = (x[:: max(1, len(inputs) // 512)] for x in (inputs, row_weights))
+    exact, form = F.linear(inputs, weight), FORMATS[precision]
+
+    def error(shift: Tensor) -> float:
+        centred = inputs - shift
+        rescale = torch.ones_like(shift) if precision == "fp8" else balanced(weight, centred * row_weights)
+        scale = steps(weight / rescale, precision)
+        integers = form.nearest(weight / rescale / scale[:, None])
+        found = product_ref(centred * rescale, integers, scale, precision, parts) + weight @ shift
+        return float(((found - exact) * row_weights).square().sum())
+
+    squares = row_weights.square()
+    shifts = [inputs.mean(0), (inputs * squares).sum(0) / squares.sum(), torch.zeros_like(inputs[0])]
+    return min(shifts, key=error)
+
+
 def _run_sums(weight: Tensor) -> Tensor:
     """(N, K) -> (N, runs): sums of magnitudes over runs of RUN columns."""
     magnitude = F.pad(weight.double().abs(), (0, -weight.shape[1] % RUN))
@@ -219,6 +257,18 @@ def int16_scale(weight: Tensor) -> Tensor:
 def fits_sums(integers: Tensor) -> bool:
     """Whether int16 weights (N, K) keep what `int16_scale` promises."""
     return float(_run_sums(integers).amax()) * FORMATS["int16"].activation_levels < 2**31
+
+
+def wrong_in_rounded(precision: str, key: str, tensor: Tensor) -> str | None:
+    """What is wrong with a tensor of a rounded layer's state_dict, which has the right shape and dtype; None: nothing."""
+    name = key.rpartition(".")[2]
+    if name in ("weight_scale", "rescale", "shift") and not tensor.isfinite().all():
+        return "has elements that are NaN or infinite"
+    if name == "weight_scale" and (tensor < 0).any():
+        return "has negative elements, a step between two numbers is positive"
+    if tensor.dtype == torch.int16 and precision == "int16" and not fits_sums(tensor):
+        return "has sums that do not fit the 32 bits in which they are added up"
+    return None
 
 
 def balanced(weight: Tensor, inputs: Tensor) -> Tensor:
@@ -302,58 +352,3 @@ def gptq(
             left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin], alpha=-1)
         left[end:] -= factor[begin:end, end:].t() @ errors
     return torch.empty_like(integers).index_copy_(0, order, integers).t()
-
-
-def random_batches(config: ALBERTConfig) -> list[tuple[Tensor, Tensor | None]]:
-    """Random ids (B, S) of the vocabulary, for want of real text; the same in every process."""
-    generator = torch.Generator().manual_seed(0)
-    longest = min(128, config.max_position_embeddings)
-    return [(torch.randint(config.vocab_size, (8 * longest // n, n), generator=generator), None)
-            for n in sorted({max(1, longest // 8), max(1, longest // 2)})]  # fmt: skip
-
-
-def calibration_batches(calibration: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(input_ids, attention_mask) of each batch of `calibration`, in whichever of its forms.
-
-    Raises:
-        TypeError: what is no list of batches. ValueError: ids that are not (B, S), a mask of another shape.
-    """
-    expected = (
-        "calibration: expected a list of (input_ids, attention_mask), of what a tokenizer returns, or of input_ids"
-    )
-    pair = isinstance(calibration, tuple) and len(calibration) == 2 and all(isinstance(t, Tensor) for t in calibration)
-    if pair or isinstance(calibration, (Tensor, str, Mapping)) or not isinstance(calibration, Iterable):
-        raise TypeError(f"{expected}; got {'a bare pair of tensors' if pair else type(calibration).__name__}")
-    for number, batch in enumerate(calibration):
-        if isinstance(batch, Mapping) and "input_ids" in batch:
-            ids, mask = batch["input_ids"], batch.get("attention_mask")
-        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-            ids, mask = batch
-        else:
-            ids, mask = batch, None
-        if not isinstance(ids, Tensor) or not isinstance(mask, (Tensor, NoneType)):
-            raise TypeError(f"{expected}; batch {number} is {type(batch).__name__}")
-        if ids.dim() != 2 or ids.is_floating_point() or (mask is not None and mask.shape != ids.shape):
-            shapes = f"{tuple(ids.shape)} in {ids.dtype}" + ("" if mask is None else f" and {tuple(mask.shape)}")
-            raise ValueError(
-                f"calibration: batch {number}: expected integers (B, S) and a mask of that shape, got {shapes}"
-            )
-        yield ids, mask
-
-
-class Rows:
-    """About `most` rows (T, K), evenly chosen from all that are added."""
-
-    def __init__(self, most: int = 4096) -> None:
-        self._most, self._step, self._seen = most, 1, 0
-        self._parts: list[Tensor] = []
-
-    def add(self, rows: Tensor) -> None:
-        self._parts.append(rows[-self._seen % self._step :: self._step].clone())
-        self._seen += len(rows)
-        while sum(map(len, self._parts)) > 2 * self._most:
-            self._parts, self._step = [torch.cat(self._parts)[::2]], 2 * self._step
-
-    def gathered(self) -> Tensor | None:
-        """None where nothing was added."""
-        return torch.cat(self._parts) if self._seen else None

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _vocabulary
+from .files import replacing
 
 if TYPE_CHECKING:
     import tokenizers
@@ -225,8 +226,10 @@ class Tokenizer:
         with self._lock:
             self.backend.no_truncation()
             pipeline = self.backend.to_str(pretty=False)
-        _write(place / "tokenizer.json", pipeline)
-        _write(place / "tokenizer_config.json", json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
+        settings = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
+        for name, content in (("tokenizer.json", pipeline), ("tokenizer_config.json", settings)):
+            with replacing(place / name) as file:
+                file.write(content.encode())
 
     def _encode(
         self, rows: list[Any], limit: int | None, add_special_tokens: bool, with_offsets: bool
@@ -284,10 +287,3 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         key: torch.tensor(rows, dtype=torch.int64).view(*shape, *((2,) if key == "offset_mapping" else ()))
         for key, rows in batch.items()
     }
-
-
-def _write(path: Path, content: str) -> None:
-    """Written aside and renamed: a reader never sees half a file."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(content, encoding="utf-8")
-    aside.replace(path)

@@ -7,13 +7,14 @@ old files, flushed to the disk, then renamed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import _vocabulary, sentence_modules
+from . import _vocabulary, files, sentence_modules
 from ._hub import Repository, near
 
 WEIGHTS_NAMES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
@@ -39,6 +40,19 @@ OLD_NAMES = (
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SOP = "sop_classifier.classifier"
+# A safetensors header has some 120 bytes a tensor; its reader takes seconds for the 100 MB that the format allows.
+LARGEST_HEADER = 16 << 20
+# Of a file of torch.save: its members lie in it as they are, so that it unpacks to less than its own size.
+MOST_MEMBERS = 100_000
+MOST_UNPACKED = 4
+_TENSORFLOW = (
+    "a checkpoint of TensorFlow or Flax, which is not read here; transformers 4 converts it to safetensors: "
+    "AlbertForPreTraining.from_pretrained(folder, from_tf=True) or from_flax=True, then save_pretrained; Google's .ckpt files "
+    "with its convert_albert_original_tf_checkpoint_to_pytorch.py"
+)
+_FOREIGN = re.compile(r"\.ckpt(-\w+)?\.(index|meta|data-\d+-of-\d+)$|\.ckpt-\w+$|\.h5$|\.msgpack$|^saved_model\.pb$")
+# What the scratch folders of saves are named after: one for both files of a checkpoint.
+CHECKPOINT = "checkpoint"
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -62,6 +76,8 @@ def resolve(
 
     Raises:
         FileNotFoundError: neither here nor there; says at once what a misspelt path is close to.
+        PermissionError: a file or folder that may not be read.
+        ValueError: a checkpoint of TensorFlow.
         ImportError: not here, and huggingface_hub is not installed.
     """
     hub = {name: value for name, value in hub.items() if value is not None and value != ""}
@@ -70,7 +86,11 @@ def resolve(
         folder = path / hub.get("subfolder", "")
         if not folder.exists():
             raise FileNotFoundError(f"{folder}: no such file or folder{near(str(folder))}")
+        if not os.access(folder, os.R_OK | os.X_OK if folder.is_dir() else os.R_OK):
+            raise PermissionError(errno.EACCES, "no permission to read it", str(folder))
         return folder
+    if path.with_name(f"{path.name}.index").exists():
+        raise ValueError(f"{path}: {_TENSORFLOW}")
     name = str(path_or_hub_id)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise FileNotFoundError(f"{name}: no such file or folder{near(name)}")
@@ -132,7 +152,9 @@ def load_checkpoint(path: str | Path, names: tuple[str, ...] = WEIGHTS_NAMES) ->
     if path.is_dir():
         found = [path / name for name in names if (path / name).exists()]
         if not found:
-            raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
+            foreign = sorted(file.name for file in path.iterdir() if _is_foreign(file))
+            why = f"; {foreign[0]} is {_TENSORFLOW}" if foreign else ""
+            raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}{why}")
         path = found[0]
     checkpoint = Checkpoint()
     if not is_index(path):
@@ -140,10 +162,12 @@ def load_checkpoint(path: str | Path, names: tuple[str, ...] = WEIGHTS_NAMES) ->
         return checkpoint
     weight_map = _read_index(path)
     for shard in sorted(set(weight_map.values())):
+        if not (path.parent / shard).is_file():
+            raise FileNotFoundError(f"{path} lists a shard that does not exist: {shard}")
         _read_file(path.parent / shard, checkpoint)
     for key in sorted(weight_map.keys() | checkpoint.keys()):
         if key not in checkpoint:
-            raise ValueError(f"{path.parent / weight_map[key]}: {key!r} is missing, of which {path.name} speaks")
+            raise ValueError(f"{path} lists {key!r} in {weight_map[key]}, which does not hold it")
         if key not in weight_map:
             raise ValueError(f"{path}: does not list {key!r}, which stands in {checkpoint.files[key]}")
         if weight_map[key] != checkpoint.files[key].name:
@@ -154,9 +178,8 @@ def load_checkpoint(path: str | Path, names: tuple[str, ...] = WEIGHTS_NAMES) ->
 def _read_index(path: Path) -> dict[str, str]:
     """key -> file name of its shard, beside the index."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = dict(weight_map)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        shards = dict(files.read_json_object(path)["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an index of shards: {error!r}") from error
     for key, shard in shards.items():
         # A plain name: an index must not lead out of its folder.
@@ -168,11 +191,15 @@ def _read_index(path: Path) -> dict[str, str]:
 def _read_file(path: Path, checkpoint: Checkpoint) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if _is_foreign(path):
+        raise ValueError(f"{path}: {_TENSORFLOW}")
     try:
         if path.suffix == ".safetensors":
+            _check_header(path)
             with safetensors.safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         elif path.suffix in (".bin", ".pt", ".pth"):
+            _check_members(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise ValueError("expected .safetensors, .bin, .pt, .pth or .index.json")
@@ -189,6 +216,35 @@ def _read_file(path: Path, checkpoint: Checkpoint) -> None:
         checkpoint.files[key] = path
 
 
+def _check_header(path: Path) -> None:
+    """ValueError for a safetensors header that its reader would take seconds over, or that the file does not have."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > LARGEST_HEADER:
+        raise ValueError(f"its header of {length} bytes is too long, at most {LARGEST_HEADER} bytes are read")
+
+
+def _check_members(path: Path) -> None:
+    """ValueError for a zip file that would unpack to much more than its own size, which torch.save never writes."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # torch's format before 1.6, a pickle
+            return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if len(members) > MOST_MEMBERS:
+        raise ValueError(f"it has {len(members)} members, at most {MOST_MEMBERS} are read")
+    size, unpacked = path.stat().st_size, sum(member.file_size for member in members)
+    if unpacked > MOST_UNPACKED * size:
+        raise ValueError(
+            f"its {size} bytes would unpack to {unpacked}: members are compressed or overlap, which torch.save never does"
+        )
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file holds weights of TensorFlow or Flax, by its name."""
+    return _FOREIGN.search(path.name) is not None
+
+
 def rename_old_names(
     state: Mapping[str, Tensor], prefix: str = "", mapping: Mapping[str, str] | None = None
 ) -> Checkpoint:
@@ -197,10 +253,14 @@ def rename_old_names(
     `mapping` are patterns of names and their replacements, applied first.
 
     Raises:
-        ValueError: two tensors of `state` come under one name.
+        ValueError: two tensors of `state` come under one name, or a name is TensorFlow's.
     """
     renamed, origin = Checkpoint(), dict[str, str]()
     for old, tensor in state.items():
+        if "/" in old:
+            raise ValueError(
+                f"{_file(state, old)}: {old!r} names a variable of TensorFlow or Flax; it is {_TENSORFLOW}"
+            )
         key = old
         for pattern, replacement in (*(mapping or {}).items(), *OLD_NAMES):
             key = re.sub(pattern, replacement, key)
@@ -229,16 +289,18 @@ def load_into(
     *,
     allow_missing_head: bool = False,
     ignore_mismatched_sizes: bool = False,
+    check: Callable[[str, Tensor], str | None] = lambda key, tensor: None,
 ) -> dict[str, Any]:
     """Copy `state` into the parameters of `model`, in their dtypes; either all of it or, on an error, nothing.
 
     `state` bears the model's names (`rename_old_names`). Tensors of heads that the model does not have are left alone.
     A head of the model that `state` does not have at all keeps its random weights, with a warning, if
     `allow_missing_head`. A tensor that the model ties to another may be absent. A sentence order head of width 2, as in
-    Google's releases, replaces one of num_labels.
+    Google's releases, replaces one of num_labels. `check` says what is wrong with a tensor of the right shape and dtype.
 
     Raises:
-        ValueError: missing, extra or misshapen tensors, tensors that are not floats, tied tensors that differ.
+        ValueError: missing, extra or misshapen tensors, tensors that are not floats, tied tensors that differ, what
+            `check` finds.
     """
     expected = model.state_dict(keep_vars=True)
     heads = {head: {key for key in expected if _head(key) == head} for head in HEADS}
@@ -266,6 +328,8 @@ def load_into(
             elif not _fits(tensor.dtype, expected[key].dtype) or tensor.layout != torch.strided or tensor.is_meta:
                 wanted = "floats" if expected[key].dtype in FLOATS else expected[key].dtype
                 problem(key, f"is no dense tensor of {wanted} but {tensor.dtype}")
+            elif (wrong := check(key, tensor)) is not None:
+                problem(key, wrong)
             complete[key] = tensor
         elif head is None or heads[head]:
             problem(key, f"is not a tensor of {type(model).__name__}")
@@ -336,9 +400,9 @@ def save_checkpoint(
 
     `tensors` are written in place of the model's own; ValueError where they have other names or shapes.
 
-    A kill at any moment leaves the checkpoint that was there, or the new one, whole: both files are written aside and
-    flushed first; renaming the weights is the moment of change, and a configuration that was not renamed any more is
-    found by `config_path` and renamed by the next save.
+    A kill at any moment leaves the checkpoint that was there, or the new one, whole: both files are written in a scratch
+    folder and flushed first; renaming the weights is the moment of change, and a configuration that was not renamed any
+    more is found by `config_path` and renamed by the next save.
     """
     directory, state = Path(directory), model.state_dict(keep_vars=True)
     aliases = {alias for alias, _ in tied(model)}
@@ -349,57 +413,37 @@ def save_checkpoint(
         if tensor.shape != state[key].shape:
             raise ValueError(f"state_dict: {key!r} has the shape {tuple(tensor.shape)}, not {tuple(state[key].shape)}")
     directory.mkdir(parents=True, exist_ok=True)
-    _tidy(directory)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in given.items() if key not in aliases}
-    token = secrets.token_hex(8)
-    weights = directory / f".model.safetensors.{token}.part"
-    config = directory / f".config.json.{token}.part"
-    try:
+    with files.scratch(directory / CHECKPOINT, _finish) as folder:
         # In this order: `config_path` takes a configuration without its weights for a committed one.
+        weights, config = folder / "model.safetensors", folder / "config.json"
         safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-        _flush(weights)
+        files.flush(weights)
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _flush(config)
+        files.flush(config)
         shutil.copymode(config, weights)  # safetensors creates files that nobody else may read
-        _flush(directory)
+        files.flush(folder)
+        files.flush(directory)
         os.replace(weights, directory / "model.safetensors")
-    except BaseException:
-        config.unlink(missing_ok=True)
-        weights.unlink(missing_ok=True)
-        raise
-    os.replace(config, directory / "config.json")
-    _flush(directory)
+    files.flush(directory)
 
 
 def config_path(directory: Path) -> Path:
     """config.json of a checkpoint, or what a save that was killed at the very end had not yet renamed to it."""
-    for config in directory.glob(".config.json.*.part"):
-        if not _weights_of(config).exists():
-            return config
+    for folder in files.scratch_folders(directory / CHECKPOINT):
+        if _is_committed(folder):
+            return folder / "config.json"
     return directory / "config.json"
 
 
-def _weights_of(config: Path) -> Path:
-    return config.with_name(config.name.replace(".config.json.", ".model.safetensors."))
+def _is_committed(folder: Path) -> bool:
+    """Whether a save's scratch folder has lost its weights to the checkpoint, and still has the configuration."""
+    return (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
 
 
-def _tidy(directory: Path) -> None:
-    """Finish or drop what killed saves have left."""
-    for config in directory.glob(".config.json.*.part"):
-        if _weights_of(config).exists():
-            config.unlink()
-        else:
-            os.replace(config, directory / "config.json")
-    for weights in directory.glob(".model.safetensors.*.part"):
-        weights.unlink()
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that a rename can never come before the contents."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _finish(folder: Path) -> None:
+    """Removes a save's scratch folder; a configuration whose weights are in the checkpoint already follows them."""
+    if _is_committed(folder):
+        os.replace(folder / "config.json", folder.parent / "config.json")
+    (folder / "config.json").unlink(missing_ok=True)  # before the weights: alone it would count as committed
+    shutil.rmtree(folder)

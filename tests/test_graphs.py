@@ -12,7 +12,7 @@ import torch
 
 import albert_fast
 from albert_fast import ALBERTForSequenceClassification, ALBERTModel, graphs
-from albert_fast.fast_model import quantize
+from albert_fast.calibration import quantize
 from albert_fast.graphs import Bucket
 from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, in_threads, plain
 from albert_fast.testing.tf32 import tf32_asked_for

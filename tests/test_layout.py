@@ -149,6 +149,10 @@ APART = {
     "pretrained.py": ABOVE
     | BELOW
     | {"ops", "packing", "gemm", "modeling", "encoder", "heads", "reference", "tokenization"},
+    "files.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "config"},
+    "_config_checks.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
+    "calibration.py": ABOVE | BELOW | {"graphs", "fast_model", "heads", "reference", "tokenization", "weights"},
+    "quantized_checkpoint.py": ABOVE | BELOW | {"ops", "packing", "gemm", "dispatch", "reference"},
     "quantization.py": ABOVE | BELOW | TOP | {"packing", "gemm", "dispatch"},
     "plan.py": ABOVE | BELOW | {"reference", "tokenization", "weights"},
     "info.py": ABOVE | BELOW | {"ops", "modeling", "encoder", "heads", "reference", "tokenization", "weights"},

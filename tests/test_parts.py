@@ -18,7 +18,7 @@ from albert_fast import (
     encoder,
     head_model,
 )
-from albert_fast.fast_model import quantize
+from albert_fast.calibration import quantize
 from albert_fast.parts import check_read
 
 CONFIG = ALBERTConfig(

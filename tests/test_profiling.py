@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTModel, explain, ops
+from albert_fast.calibration import quantize
 from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.fast_model import quantize
 from albert_fast.profiling import profile
 
 ROUNDING = "rounding to integers"  # a stage of integer models alone

@@ -13,9 +13,9 @@ from albert_fast import (
     ALBERTModel,
     reference,
 )
+from albert_fast.calibration import Rows, quantize
 from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.fast_model import quantize
-from albert_fast.quantization import QuantizedLinear, Rows, fits_sums, gptq, int16_scale, rescaling
+from albert_fast.quantization import NEAREST, Fit, QuantizedLinear, fits_sums, gptq, int16_scale, rescaling
 from albert_fast.testing import require_data
 
 CONFIG = ALBERTConfig(
@@ -121,13 +121,23 @@ def test_broken_integer_checkpoints_are_named(folder, tmp_path):
 
     def check(changed, message):
         save_file({**state, **changed}, saved / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises((ValueError, RuntimeError), match=message):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: .*{message}"):
             ALBERTModel.from_pretrained(saved, precision="int16")
 
     check({key: state[key].float()}, rf"{key}.*is no dense tensor of torch.int16")
     check({key: state[key][:-1].clone()}, rf"{key}.*has the shape")
-    check({key: torch.full_like(state[key], -32768)}, "do not fit the 32 bits")
+    for named in (key, key.replace("ffn", "attention.query")):
+        check({named: torch.full_like(state[named], -32768)}, f"'{named}' has sums that do not fit the 32 bits")
     scale = key.replace("weight", "weight_scale")
+    for name in (scale, key.replace("weight", "rescale"), key.replace("weight", "shift")):
+        for wrong in (float("nan"), float("inf"), float("-inf")):
+            check(
+                {name: state[name].clone().index_fill_(0, torch.tensor([1]), wrong)},
+                f"'{name}' has elements that are NaN",
+            )
+        check({name: state[name].int()}, f"'{name}' is no dense tensor of floats")
+        check({name: state[name][1:].clone()}, f"'{name}' has the shape")
+    check({scale: -state[scale]}, f"'{scale}' has negative elements")
     save_file({k: v for k, v in state.items() if k != scale}, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{scale}.*is missing"):
         ALBERTModel.from_pretrained(saved, precision="int16")
@@ -185,8 +195,8 @@ def test_outliers_that_hardly_vary_cost_nothing(folder):
     linear = torch.nn.Linear(80, 80)
     exact = linear(inputs).detach()
     errors = {}
-    for name, given in (("calibrated", inputs), ("not", None)):
-        q = QuantizedLinear.rounded("dense", linear, "int8", given, True)
+    for name, fit in (("calibrated", Fit(inputs=True, weights=True, relative=False)), ("not", NEAREST)):
+        q = QuantizedLinear.rounded("dense", linear, "int8", fit, inputs)
         x = inputs * q.rescale + q.shift
         step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
         weight = q.state_dict()["weight"].float() * q.state_dict()["weight_scale"][:, None]

@@ -33,7 +33,8 @@ class Disk:
 
     def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = steps
-        for owner, name in ((os, "replace"), (os, "fsync"), (shutil, "copymode"), (Path, "unlink")):
+        steps_of = {os: ("replace", "fsync", "rmdir"), shutil: ("copymode", "rmtree"), Path: ("mkdir", "unlink")}
+        for owner, name in ((owner, name) for owner, names in steps_of.items() for name in names):
             monkeypatch.setattr(owner, name, self.dying(getattr(owner, name), None))
         monkeypatch.setattr(Path, "write_text", self.dying(Path.write_text, lambda path, *_: path))
         save_file = safetensors.torch.save_file
@@ -102,8 +103,8 @@ def test_a_kill_at_any_step(what: str, tmp_path: Path) -> None:
 def test_a_kill_while_a_killed_save_is_tidied_up(tmp_path: Path) -> None:
     """Every state that one kill leaves, then every state that a second one leaves."""
     old, new, third = model_of(OLD, 0), model_of(NEW["sizes"], 1), model_of(SMALL, 2)
-    for first in range(9):
-        for second in range(13):
+    for first in range(15):
+        for second in range(first % 2, 19, 2):
             folder = tmp_path / f"{first}-{second}"
             old.save_pretrained(folder)
             for model, steps in ((new, first), (third, second)):
@@ -148,14 +149,18 @@ def test_a_real_kill(tmp_path: Path) -> None:
             expected = models[loaded.config.num_hidden_layers - 1].state_dict()
             assert all(torch.equal(tensor, expected[key]) for key, tensor in loaded.state_dict().items())
             seen.add(loaded.config.num_hidden_layers)
-        print(sorted(seen))
+        models[0].save_pretrained(folder)
+        print(sorted(seen), sorted(os.listdir(folder)))
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "model")],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "[1, 2]\n", "no child was killed before, or none after, it had saved"
+    assert run.stdout.startswith("[1, 2]"), "no child was killed before, or none after, it had saved"
+    assert run.stdout.endswith("] ['config.json', 'model.safetensors']\n"), (
+        "the next save removes what the killed ones left"
+    )
 
 
 @pytest.mark.parametrize("failing", ["save_file", "write_text"])

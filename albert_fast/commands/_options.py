@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ._errors import warn
+
 if TYPE_CHECKING:
     import torch
 
@@ -112,6 +114,11 @@ def load(
     """Model of a class of `albert_fast`, by its name, in evaluation mode; it returns outputs with fields, and no more."""
     import albert_fast
 
+    if precision is Precision.int8 and not _is_rounded(folder):
+        warn(
+            f"{folder} holds floats: they are rounded to int8, calibrated on random ids, at every start; "
+            f"`albert-fast quantize {folder} OUT --precision int8 --calibration FILE` stores a more exact rounding once"
+        )
     loader = getattr(albert_fast, model_class)
     chosen = None if precision is None else precision.value
     overrides = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, **overrides}
@@ -125,6 +132,18 @@ def stated_precision(folder: Path, precision: Precision | None) -> Precision:
 
     held = None if precision is not None else held_precision(ALBERTConfig.from_pretrained(folder), folder)
     return precision or Precision(held or "fp32")
+
+
+def _is_rounded(path: Path) -> bool:
+    """Whether a checkpoint's configuration speaks of integers; also where it cannot be read, which loading reports."""
+    from ..config import ALBERTConfig
+    from ..weights import config_path
+
+    try:
+        config = ALBERTConfig.from_json_file(config_path(path if path.is_dir() else path.parent))
+    except (OSError, ValueError):
+        return True
+    return config.extra.get("quantization_config") is not None
 
 
 def token_limit(tokenizer: Tokenizer, config: Any, wanted: int | None) -> int:

@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+from ..files import replacing
 from ._errors import UsageError
 
 if TYPE_CHECKING:
@@ -166,9 +167,8 @@ class ResumableFile:
         self._flush()  # the rows first: the note must never promise more than there is
         self.rows += len(records)
         note = {"rows": self.rows, "bytes": self._file.tell(), "digest": digest, "settings": self.settings}
-        aside = self.progress.with_name(self.progress.name + ".tmp")
-        aside.write_text(json.dumps(note), encoding="utf-8")
-        aside.replace(self.progress)
+        with replacing(self.progress) as file:
+            file.write(json.dumps(note).encode())
 
     def finish(self) -> None:
         """Makes OUT.partial into OUT."""

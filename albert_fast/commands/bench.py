@@ -130,7 +130,8 @@ def _batch(folder: Path, batch_size: int, length: int, ragged: bool, place: torc
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
     shortest = max(1, length // 8) if ragged else length
-    lengths = torch.linspace(shortest, length, batch_size).round().long() if batch_size > 1 else torch.tensor([length])
+    spread = torch.linspace(shortest, length, batch_size, dtype=torch.float32).round().long()
+    lengths = spread if batch_size > 1 else torch.tensor([length])
     mask = (torch.arange(length) < lengths[:, None]).long()
     return {"input_ids": ids.to(place), "attention_mask": mask.to(place)}
 

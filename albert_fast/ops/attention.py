@@ -58,7 +58,7 @@ def _fwd_ref(
     dropout_p: float, seed: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.full((num_heads, q.shape[0]), float("-inf"), device=q.device)
+    lse = torch.full((num_heads, q.shape[0]), float("-inf"), dtype=torch.float32, device=q.device)
     for (q0, q1), (k0, k1) in zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True):
         if q0 == q1 or k0 == k1:
             continue

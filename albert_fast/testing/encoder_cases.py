@@ -163,7 +163,7 @@ def quantized_encoder_inputs(
             rescale = torch.rand(weight.shape[1], generator=generator) * 1.5 + 0.5
             linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
             linear.weight.data = weight.float().cpu() / rescale
-            state = QuantizedLinear.rounded(name, linear, precision, None, False).state_dict()
+            state = QuantizedLinear.rounded(name, linear, precision).state_dict()
             laid = lay_out(name, state["weight"], state["weight_scale"], panels=dtype == torch.float32)
             shift = torch.randn(weight.shape[1], generator=generator)
             for key, tensor in zip(lists, (*laid, rescale, shift), strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import replacing
+
 STATE_NAME = "training_state.pt"
 LOG_NAME = "log.jsonl"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Writes `training_state.pt`; a crash or a kill at any moment leaves the old file or the new one, whole."""
-    with _replacing(folder / STATE_NAME) as file:
+    with replacing(folder / STATE_NAME) as file:
         torch.save(state, file)
 
 
@@ -62,31 +63,8 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 def write_log(folder: Path, records: Sequence[dict[str, Any]]) -> None:
     """Writes `log.jsonl`, an object a line."""
-    with _replacing(folder / LOG_NAME) as file:
+    with replacing(folder / LOG_NAME) as file:
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-
-
-class _replacing:
-    """An open binary file that takes its name when it is complete and on the disk; an error leaves the old one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.aside = path, path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Any:
-        self.file = self.aside.open("wb")
-        return self.file
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
-        if kind is None:
-            os.replace(self.aside, self.path)
-        else:
-            self.aside.unlink(missing_ok=True)
 
 
 __all__ = ["LOG_NAME", "STATE_NAME", "load_state", "random_state", "save_state", "set_random_state", "write_log"]

@@ -193,7 +193,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         self.lengths = [len(ids) for ids in self.input_ids]
         self.pad_id = int(tokenizer.pad_token_id)
         self.mask_id: int | None = tokenizer.mask_token_id
-        self.special_ids = torch.tensor(sorted({int(i) for i in tokenizer.all_special_ids}))
+        self.special_ids = torch.tensor(sorted({int(i) for i in tokenizer.all_special_ids}), dtype=torch.int64)
         self.piece_dropout, self.position_shift = piece_dropout, position_shift
 
     @classmethod
@@ -225,7 +225,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         batch["labels"] = torch.tensor([item["labels"] for item in items])
         if self.piece_dropout:
             assert self.mask_id is not None
-            dropped = torch.rand(batch["input_ids"].shape) < self.piece_dropout
+            dropped = torch.rand(batch["input_ids"].shape, dtype=torch.float32) < self.piece_dropout
             batch["input_ids"][dropped & ~torch.isin(batch["input_ids"], self.special_ids)] = self.mask_id
         return batch
 

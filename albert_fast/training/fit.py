@@ -161,7 +161,7 @@ def _pretrain(
     data = MaskedTextDataset(
         lines, tokenizer, recipe.max_length, mask_probability=recipe.mask_probability, with_output_tokens=True
     )
-    model = ALBERTForMaskedLM(config)
+    model = ALBERTForMaskedLM(config).float()
     if init_from is not None:
         _start_from(model, init_from)
     rate = recipe.pretrain_learning_rate
@@ -186,7 +186,7 @@ def _classify(
 ) -> None:  # fmt: skip
     """The classifier (or regressor) on top of the pre-trained encoder, `init_from`, or random weights."""
     recipe = run.recipe
-    model = ALBERTForSequenceClassification(config)
+    model = ALBERTForSequenceClassification(config).float()
     if encoder is not None:
         left = model.albert.load_state_dict(encoder.state_dict(), strict=False)
         assert not left.unexpected_keys, left

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .data import TextDataset
 
-RUN_WEIGHTS = torch.tensor([1.0, 1 / 2, 1 / 3])
+RUN_WEIGHTS = torch.tensor([1.0, 1 / 2, 1 / 3], dtype=torch.float32)
 IGNORED = -100
 
 
@@ -57,7 +57,7 @@ class MaskedTextDataset(TextDataset):
         batch["labels"] = torch.where(hidden, ids, IGNORED)
         if self.with_output_tokens:
             batch["output_tokens"] = hidden
-        fate = torch.rand(ids.shape)
+        fate = torch.rand(ids.shape, dtype=torch.float32)
         other = self.ordinary_ids[torch.randint(len(self.ordinary_ids), ids.shape)]
         assert self.mask_id is not None
         ids = torch.where(hidden & (fate < 0.8), self.mask_id, ids)

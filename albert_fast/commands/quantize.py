@@ -1,0 +1,68 @@
+"""`albert-fast quantize`: store a checkpoint in int8 or int16."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _options as options
+from ._errors import UsageError, reports_errors
+from ._lines import Lines, Record
+
+
+class StoredPrecision(str, Enum):
+    int8 = "int8"
+    int16 = "int16"
+
+
+@reports_errors
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its name on the hub.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    precision: Annotated[
+        StoredPrecision, typer.Option("--precision", help="int8: least memory; int16: nearest to float32.")
+    ],
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration", metavar="FILE", help="Text as the model will be given it, one a line, or JSON lines."
+        ),
+    ],
+    max_lines: Annotated[int, typer.Option("--max-lines", min=1, help="Read this many lines of FILE at most.")] = 1000,
+    max_length: options.MaxLength = None,
+    batch_size: options.BatchSize = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    input_format: options.InputFormatOption = options.InputFormat.auto,
+    encoding: options.Encoding = "utf-8",
+    replace_bad_bytes: options.ReplaceBadBytes = False,
+    threads: options.Threads = None,
+) -> None:
+    """Store MODEL with its layers rounded to integers: it starts at once, and its answers are the same at every start.
+
+    FILE decides how the weights are rounded: a few hundred lines of the text that the model will work on are enough. No
+    labels are needed. OUT gets the weights, the configuration and the tokenizer, and appears when it is complete; other
+    commands take it as --model.
+
+    \b
+    Examples:
+      albert-fast quantize my-classifier my-classifier-int8 --precision int8 --calibration reviews.txt
+      albert-fast classify reviews.txt -m my-classifier-int8 --precision int8
+    """
+    from ..quantized_checkpoint import quantize_checkpoint
+
+    options.set_threads(threads)
+    with Lines(calibration, input_format, encoding, replace_bad_bytes) as lines:
+        records: list[Record] = []
+        while len(records) < max_lines and (some := lines.window(max_lines - len(records), patience=None)):
+            records += some
+    texts = [record.text if record.pair is None else (record.text, record.pair) for record in records]
+    texts = [text for text in texts if "".join(text).strip()]
+    if not texts:
+        raise UsageError(f"--calibration {calibration} holds no text")
+    tokens = quantize_checkpoint(
+        model, output, precision.value, texts, max_length=max_length, batch_size=batch_size, overwrite=overwrite
+    )
+    typer.echo(f"{output}: {precision.value}, calibrated on {tokens} tokens of {len(texts)} lines")
