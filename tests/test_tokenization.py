@@ -101,6 +101,8 @@ def assert_same_as_transformers(ours: Tokenizer, theirs, text: str, pair: str | 
         text, pair, return_offsets_mapping=True, return_token_type_ids=True, return_special_tokens_mask=True,
         **({"truncation": "longest_first", **cut} if cut else {}),
     )  # fmt: skip
+    if any(quote in text + (pair or "") for quote in ("``", "''")):
+        del actual["offset_mapping"], expected["offset_mapping"]  # theirs hold one of the two characters
     assert actual == dict(expected), text
     for skip in (True, False):
         assert ours.decode(actual["input_ids"], skip) == theirs.decode(actual["input_ids"], skip_special_tokens=skip)
@@ -112,10 +114,9 @@ def test_english_equals_the_release(english_folder: Path, english_lines: list[st
     processor = sentencepiece.SentencePieceProcessor(model_file=str(english_folder / "spiece.model"))
     tokenizer = load_tokenizer(english_folder)
     ties = 0
-    # The release knows no special token in a text, and vertical tab and next line are blanks there.
-    nasty = [text for name, text in NASTY.items() if name not in ("special tokens inside", "line ends")]
-    for text in english_lines + nasty:
-        actual = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text in [*english_lines, *NASTY.values()]:
+        # The release knows no special token in a text.
+        actual = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         expected = release_ids(processor, text)
         # "!!!!" is "!!!" + "!" or "!" + "!!!" at one score; the two libraries choose differently.
         ties += actual != expected
@@ -127,7 +128,8 @@ def test_english_equals_transformers(english_folder: Path, english_lines: list[s
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(english_folder)
     tokenizer.save(tmp_path)
-    theirs = transformers.AlbertTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "albert"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*english_lines, *NASTY.values()]:
         assert_same_as_transformers(tokenizer, theirs, text)
     for text, pair in zip(english_lines[:100], english_lines[-100:], strict=True):
@@ -205,9 +207,14 @@ def test_trained_vocabulary_loads_everywhere(tmp_path: Path, kind: str) -> None:
             tokenizer.mask_token_id] == [0, 1, 2, 3, 4]  # fmt: skip
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "albert"}))
+    # By its class's name, transformers' tokenizer of ALBERT builds rules of its own, which delete vowel signs.
+    apart = ("combining marks", "line ends") if kind == "unigram" else ()
     by_class = {"unigram": transformers.AlbertTokenizer, "wordpiece": transformers.BertTokenizer}[kind]
-    for theirs in (by_class.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)):
-        for text in [*CORPUS[:4], *NASTY.values()]:
+    for theirs, left_out in (
+        (by_class.from_pretrained(tmp_path), apart),
+        (transformers.AutoTokenizer.from_pretrained(tmp_path), ()),
+    ):
+        for text in [*CORPUS[:4], *(text for name, text in NASTY.items() if name not in left_out)]:
             assert_same_as_transformers(tokenizer, theirs, text)
     again = load_tokenizer(tmp_path)
     assert again(CORPUS) == tokenizer(CORPUS)
