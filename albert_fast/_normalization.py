@@ -3,7 +3,8 @@
 A step is a dict, in the form in which tokenizer.json holds it. ALBERT's steps follow the released code
 (tokenization.preprocess_text, then SentencePiece's own character map): blanks and quotes unified, NFKD without the
 characters whose canonical combining class is not 0, lower case as Python's str.lower. Vowel signs of Indic scripts
-and most marks of Thai have class 0 and stay. BERT's rule, NFD without category Mn, is the library's BertNormalizer.
+and most marks of Thai have class 0 and stay. BERT's rule, NFD without category Mn, is the library's BertNormalizer;
+it makes words of such scripts equal, so vocabularies that are trained here follow ALBERT's in this.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ def albert_steps(
     return _with_true_spans(steps)
 
 
+def accent_steps() -> list[Step]:
+    """Steps that take off accents and keep vowel signs, for the front of a BertNormalizer that keeps accents."""
+    return [{"type": "NFD"}, _combining_marks(), {"type": "NFC"}]
+
+
 def build(library: Any, steps: Iterable[Step]) -> Any:
     """Normalizer of the `tokenizers` library (its module `tokenizers`) from steps of `albert_steps`."""
     made = []
@@ -85,6 +91,10 @@ def obey(normalizer: Mapping[str, Any] | None, given: Mapping[str, Any], model: 
     steps = _flat(normalizer)
     if model == "Unigram":
         return _joined(_with_true_spans(_obey_albert(steps, given)))
+    if "strip_accents" in given and all(step in steps for step in accent_steps()):
+        if not given["strip_accents"]:
+            steps = [step for step in steps if step not in accent_steps()]
+        given = {key: value for key, value in given.items() if key != "strip_accents"}
     stated = {baked: given[key] for key, baked in _BERT_KEYS.items() if key in given}
     if stated and model == "WordPiece" and not any(step["type"] == "BertNormalizer" for step in steps):
         # transformers' BertTokenizer builds its own normalizer in place of any other.
@@ -121,7 +131,7 @@ def _obey_albert(steps: list[Step], given: Mapping[str, Any]) -> list[Step]:
 
 def _is_last(step: Step) -> bool:
     """Whether a step belongs behind the release's rules: SentencePiece's map and what prepares it."""
-    return step["type"] in ("NFC", "NFKC", "Precompiled") or step["type"] == "Replace" and step["content"] == " "
+    return step["type"] in ("NFC", "NFKC", "Precompiled") or (step["type"] == "Replace" and step["content"] == " ")
 
 
 def _before(steps: list[Step], found: Callable[[Step], bool], new: list[Step]) -> list[Step]:

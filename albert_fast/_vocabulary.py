@@ -359,18 +359,22 @@ def train_unigram(
 def train_wordpiece(
     lines: Iterable[str], vocab_size: int, lower_case: bool, keep_accents: bool
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """WordPiece's trainer of `tokenizers`, with BERT's text rules and special tokens (ids 0 to 4)."""
+    """WordPiece's trainer of `tokenizers`, with BERT's special tokens (ids 0 to 4) and text rules but for vowel signs."""
     backends = require("tokenizers")
     strip = not keep_accents if keep_accents == lower_case else None  # None: as lower_case says
     model = backends.models.WordPiece(unk_token=_WORDPIECE_TOKENS["unk_token"])
-    backend, settings = _wordpiece(model, {"do_lower_case": lower_case, "strip_accents": strip})
+    backend, settings = _wordpiece(model, {"do_lower_case": lower_case, "strip_accents": False})
+    if not keep_accents:
+        accents = _normalization.build(backends, _normalization.accent_steps())
+        backend.normalizer = backends.normalizers.Sequence([accents, backend.normalizer])
     specials = list(_WORDPIECE_TOKENS.values())
     trainer = backends.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
     texts: Iterator[str] = (line.rstrip("\r\n") for line in lines)
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() > vocab_size:
         raise ValueError(f"vocab_size {vocab_size} is less than the {backend.get_vocab_size()} characters of this text")
-    return _trained(backend, {**settings, "do_lower_case": lower_case, "strip_accents": strip})
+    settings = {**settings, "tokenizer_class": _AS_SAVED, "do_lower_case": lower_case, "strip_accents": strip}
+    return _trained(backend, settings)
 
 
 def _trained(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

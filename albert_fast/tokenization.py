@@ -5,7 +5,7 @@
 
 | file | what it is | who ships it |
 |---|---|---|
-| tokenizer.json | a whole pipeline, obeyed except where tokenizer_config.json states something else | what transformers and `Tokenizer.save` write |
+| tokenizer.json | a whole pipeline; tokenizer_config.json may change it | transformers, `Tokenizer.save` |
 | spiece.model | SentencePiece unigram, with the text rules of ALBERT's release | English ALBERT v1, v2 |
 | vocab.txt | WordPiece, one piece a line | Chinese ALBERT, BERT |
 
@@ -402,7 +402,7 @@ def _check_surrogates(rows: list[Any]) -> None:
 def _shares(first: int, second: int, room: int, strategy: str) -> tuple[int, int]:
     """Tokens that stay of two texts of `first` and `second` tokens so that they fill `room`."""
     over = first + second - room
-    if strategy == "only_first" or second == 0 and strategy == "longest_first":
+    if strategy == "only_first" or (second == 0 and strategy == "longest_first"):
         return first - over, second
     if strategy == "only_second":
         return first, second - over

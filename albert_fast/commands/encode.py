@@ -122,13 +122,12 @@ class Encoder:
         self, model: str, pooling: Pooling, max_length: int | None, batch_size: int, backend: str,
         precision: options.Precision, device: str | None, threads: int | None,
     ) -> None:  # fmt: skip
-        from ..tokenization import load_tokenizer
         from ..weights import resolve
 
         options.set_threads(threads)
         self.folder, self.pooling, self.batch_size = resolve(model), pooling, batch_size
         self.precision, self.backend, self.device = precision, backend, options.place(device)
-        self.tokenizer = load_tokenizer(self.folder)
+        self.tokenizer = options.text_tokenizer(self.folder)
         self.model = options.load("ALBERTModel", self.folder, backend, precision, self.device)
         self.limit = options.token_limit(self.tokenizer, self.model.config, max_length)
         if pooling is Pooling.pooler and self.model.pooler is None:
