@@ -43,14 +43,15 @@ def albert_steps(
         lower_case, keep_accents, remove_space: do_lower_case, keep_accents and remove_space of tokenizer_config.json.
         charsmap: precompiled character map of a SentencePiece model; empty for none.
         composes: whether that map composes characters. The library applies the map to graphemes of up to 5 bytes and
-            so never composes Hangul or vowel signs of two parts; NFC does.
+            so never composes the Hangul or vowel signs of two parts that NFKD took apart; NFC does. With accents kept
+            it must not run, because it sorts marks, which the map does not.
     """
     steps = [*([_BLANKS] if remove_space else ()), *_QUOTES]
     if not keep_accents:
         steps += [{"type": "NFKD"}, _combining_marks()]
     if lower_case:
         steps += _LOWER
-    if composes:
+    if composes and not keep_accents:
         steps.append({"type": "NFC"})
     if charsmap:
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
