@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FILES = ("tokenizer.json", "spiece.model", "vocab.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_BYTES = 128 << 20  # the largest vocabularies in use have 20 MB
+MAX_ID = 1 << 24  # the library writes a pipeline by counting from 0 to the highest id
 _UNIGRAM_TOKENS = {
     "pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
 }  # fmt: skip
@@ -137,25 +138,24 @@ def _settings_beside(file: Path) -> dict[str, Any]:
         if not right:
             want = "'left' or 'right'" if key in _SIDES else "true or false" if key in _FLAGS else "a name"
             raise ValueError(f"{place}: {key} is {value!r:.100}; expected {want}")
-    tokens = dict(config)
-    added = config.get("added_tokens_decoder")
+    added, older = config.get("added_tokens_decoder"), {}
+    where, older_place = f"{place}: added_tokens_decoder", file.with_name("special_tokens_map.json")
     if added is None:  # as in transformers, the two older files count only where this entry does not exist
-        place = file.with_name("special_tokens_map.json")
-        tokens.update(_json(place))
-        newer = _json(file.with_name("added_tokens.json"))
-        added = {str(index): {"content": content} for content, index in newer.items()}
+        older = _json(older_place)
+        where = str(file.with_name("added_tokens.json"))
+        added = {str(index): {"content": content} for content, index in _json(Path(where)).items()}
+    tokens = {**config, **older}
     for key in _UNIGRAM_TOKENS:
         if tokens.get(key) is not None:
-            known[key] = _content(tokens[key], f"{place}: {key}")
+            known[key] = _content(tokens[key], f"{older_place if key in older else place}: {key}")
     if not isinstance(added, dict):
-        raise ValueError(f"{place}: added_tokens_decoder is {added!r:.100}; expected an object of id and token")
-    where = f"{place}: added_tokens_decoder"
+        raise ValueError(f"{where} is {added!r:.100}; expected an object of id and token")
     known["added_tokens_decoder"] = {
         _index(index, where): {**(token if isinstance(token, dict) else {}), "content": _content(token, where)}
         for index, token in added.items()
     }
     extra = tokens.get("extra_special_tokens") or tokens.get("additional_special_tokens") or []
-    where = f"{place}: extra_special_tokens"
+    where = f"{place}: extra_special_tokens or additional_special_tokens"
     if not isinstance(extra, (list, dict)):
         raise ValueError(f"{where} is {extra!r:.100}; expected a list")
     known["extra_special_tokens"] = [
@@ -202,7 +202,10 @@ def _read_pipeline(file: Path, given: dict[str, Any]) -> tuple[tokenizers.Tokeni
     backends = require("tokenizers")
     content = _json(file)
     with naming(f"{file}: not a tokenizer.json that this version of tokenizers reads"):
-        kind = (content.get("model") or {}).get("type") or ""
+        model = content.get("model") or {}
+        kind, pieces = model.get("type") or "", model.get("vocab")
+        if isinstance(pieces, dict) and any(i >= MAX_ID for i in pieces.values()):
+            raise ValueError(f"an id of {max(pieces.values())}; expected less than {MAX_ID}")
         rules = {key: given[key] for key in _FLAGS if key in given}
         content["normalizer"] = _normalization.obey(content.get("normalizer"), rules, kind)
         backend = backends.Tokenizer.from_str(json.dumps(content))
