@@ -348,34 +348,6 @@ def test_threads_and_pickle(small: Tokenizer) -> None:
     assert not wrong
 
 
-def test_no_vocabulary(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"looked for tokenizer.json, spiece.model, vocab.txt"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_tokenizer(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("tokenizer.json", b'{"version": "1.0", "model": {"type"', "not readable as JSON"),
-        ("tokenizer.json", b"[]", "expected a JSON object"),
-        ("tokenizer.json", b"{}", "not a tokenizer.json"),
-        ("spiece.model", b"", "not a SentencePiece model"),
-        ("spiece.model", b"\x00garbage\xff" * 50, "not a SentencePiece model"),
-        ("vocab.txt", b"[PAD]\n\xff\xfe\n", "not UTF-8"),
-        ("vocab.txt", b"hello\nworld\n", r"without \[PAD\], \[UNK\], \[CLS\], \[SEP\]"),
-        ("words.bin", b"", "not a vocabulary"),
-    ],
-)
-def test_broken_files(tmp_path: Path, name: str, content: bytes, says: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=says) as caught:
-        load_tokenizer(tmp_path / name)
-    assert name in str(caught.value)
-
-
 def test_cut_sentencepiece_file(english_folder: Path, tmp_path: Path) -> None:
     whole = (english_folder / "spiece.model").read_bytes()
     for size in (1, 1000, len(whole) // 2, len(whole) - 1):
@@ -403,18 +375,6 @@ def test_added_tokens(chinese_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<user>": 30000}))
     with pytest.raises(ValueError, match="'<user>' is said to be 30000"):
         load_tokenizer(tmp_path)
-
-
-def test_special_tokens_of_other_names(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_bytes(b"<p>\n<u>\n<c>\n<s>\nfilm\n")
-    names = {"pad_token": "<p>", "unk_token": {"content": "<u>"}, "cls_token": "<c>", "sep_token": "<s>"}
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer("film dull")["input_ids"] == [2, 4, 1, 3]
-    assert tokenizer.mask_token is None
-    assert tokenizer.mask_token_id is None
-    assert tokenizer.model_max_length == 64
 
 
 def test_missing_libraries_name_the_extra(tmp_path: Path) -> None:

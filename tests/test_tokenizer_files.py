@@ -153,6 +153,46 @@ def test_twenty_thousand_added_tokens_are_added_at_once(tmp_path: Path, monkeypa
     assert tokenizer("a<t19999>")["input_ids"] == [2, 7, 20_009, 3]
 
 
+def test_no_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"looked for tokenizer.json, spiece.model, vocab.txt"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer.json", b'{"version": "1.0", "model": {"type"', "not readable as JSON"),
+        ("tokenizer.json", b"[]", "expected a JSON object"),
+        ("tokenizer.json", b"{}", "not a tokenizer.json"),
+        ("spiece.model", b"", "not a SentencePiece model"),
+        ("spiece.model", b"\x00garbage\xff" * 50, "not a SentencePiece model"),
+        ("vocab.txt", b"[PAD]\n\xff\xfe\n", "not UTF-8"),
+        ("vocab.txt", b"hello\nworld\n", r"without \[PAD\], \[UNK\], \[CLS\], \[SEP\]"),
+        ("words.bin", b"", "not a vocabulary"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says) as caught:
+        load_tokenizer(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_special_tokens_of_other_names(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes(b"<p>\n<u>\n<c>\n<s>\nfilm\n")
+    names = {"pad_token": "<p>", "unk_token": {"content": "<u>"}, "cls_token": "<c>", "sep_token": "<s>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("film dull")["input_ids"] == [2, 4, 1, 3]
+    assert tokenizer.mask_token is None
+    assert tokenizer.mask_token_id is None
+    assert tokenizer.model_max_length == 64
+
+
 def varint(number: int) -> bytes:
     out = b""
     while number > 127:
@@ -169,7 +209,7 @@ def test_a_number_where_a_message_belongs(tmp_path: Path, model: bytes, field: i
 
 
 def test_damaged_models_end_in_an_error_or_work(tmp_path: Path, model: bytes) -> None:
-    chance = random.Random(0)
+    chance, said = random.Random(0), []
     for _ in range(150):
         damaged = bytearray(model)
         for _ in range(chance.choice((1, 2, 20))):
@@ -178,7 +218,9 @@ def test_damaged_models_end_in_an_error_or_work(tmp_path: Path, model: bytes) ->
         try:
             load_tokenizer(path)("a film is [SEP] \x10 caf\u00e9", return_offsets=True, split_special_tokens=True)
         except ValueError as error:
-            assert "spiece.model" in str(error) or "pipeline" in str(error)
+            said.append(str(error))
+    assert said
+    assert [message for message in said if "spiece.model" not in message and "pipeline" not in message] == []
 
 
 def change(content: dict, path: str, value: Any) -> dict:
