@@ -150,7 +150,8 @@ def _with_true_spans(steps: list[Step]) -> list[Step]:
     """
     out: list[Step] = []
     for step in steps:
-        if step["type"] == "Precompiled" and (deletes := _leading(step["precompiled_charsmap"])) not in (None, *out):
+        deletes = _leading(step["precompiled_charsmap"]) if step["type"] == "Precompiled" else None
+        if deletes is not None and deletes not in out:
             out.append(deletes)
         out.append(step)
     return out
