@@ -115,9 +115,8 @@ def read(file: Path, warn: bool = True) -> tuple[tokenizers.Tokenizer, dict[str,
     settings = {**defaults, **given}
     with naming(str(file)):
         _add_tokens(backend, settings, given)
-        backend.encode(
-            " ".join(settings[key] or "" for key in _UNIGRAM_TOKENS) + " a,1"
-        )  # a broken pipeline shows here
+        probe = [settings[key] or "" for key in _UNIGRAM_TOKENS]
+        backend.encode(" ".join([*probe, "a,1"]))  # a broken pipeline shows here
     size = _json(file.with_name("config.json")).get("vocab_size")
     if warn and isinstance(size, int) and backend.get_vocab_size() > size:
         warnings.warn(
@@ -162,7 +161,10 @@ def _settings_beside(file: Path) -> dict[str, Any]:
         _content(token, where) for token in (extra.values() if isinstance(extra, dict) else extra)
     ]
     # transformers writes 1e30 where no limit is known.
-    limits = [config.get("model_max_length"), _json(file.with_name("config.json")).get("max_position_embeddings")]
+    longest = config.get("model_max_length")
+    if isinstance(longest, bool) or not isinstance(longest, (int, float, type(None))) or longest == 0:
+        raise ValueError(f"{place}: model_max_length is {longest!r:.100}; expected a number of tokens")
+    limits = [longest, _json(file.with_name("config.json")).get("max_position_embeddings")]
     real = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 1e9]
     if real:
         known["model_max_length"] = min(real)

@@ -281,7 +281,8 @@ def test_files_that_are_no_json_object(tmp_path: Path, trained: Tokenizer, name:
     "config",
     [
         {"do_lower_case": "false"}, {"do_lower_case": 0}, {"split_special_tokens": "yes"}, {"padding_side": "top"},
-        {"tokenizer_class": 3}, {"cls_token": 3}, {"pad_token": ""}, {"mask_token": ["[MASK]"]}, {"sep_token": "[NO]"},
+        {"tokenizer_class": 3}, {"model_max_length": "512"}, {"model_max_length": True},
+        {"cls_token": 3}, {"pad_token": ""}, {"mask_token": ["[MASK]"]}, {"sep_token": "[NO]"},
         {"added_tokens_decoder": []}, {"added_tokens_decoder": {"x": "y"}}, {"added_tokens_decoder": {"90": {}}},
         {"added_tokens_decoder": {"-1": "<a>"}}, {"added_tokens_decoder": {"2": "<a>"}},
         {"extra_special_tokens": "<a>"}, {"additional_special_tokens": [None]},
