@@ -266,6 +266,28 @@ def test_fill_mask(run, models) -> None:
     assert all(row[3].count("[MASK]") == 1 for row in rows)
 
 
+def test_special_tokens_in_the_input_are_text(run, models) -> None:
+    text = "a film [SEP] <pad> dull [MASK]"
+    tokenizer = load_tokenizer(models["classifier"])
+    model = reference.ALBERTForSequenceClassification.from_pretrained(models["classifier"])
+    with torch.no_grad():
+        as_text, as_tokens = (
+            model(**tokenizer(text, return_tensors="pt", split_special_tokens=split)).logits.softmax(-1)[0].tolist()
+            for split in (True, False)
+        )
+    assert as_text != pytest.approx(as_tokens, abs=1e-4)
+    options = ["classify", "-", "-m", models["classifier"], "-f", "jsonl", "--all-scores"]
+    answer = json.loads(run(*options, stdin=text + "\n").stdout)
+    assert list(answer["scores"].values()) == pytest.approx(as_text, abs=2e-5)
+    # fill-mask reads one special token, its own.
+    masked = reference.ALBERTForMaskedLM.from_pretrained(models["language"])
+    batch = tokenizer(text, return_tensors="pt", split_special_tokens=["[SEP]", "<pad>"])
+    with torch.no_grad():
+        scores = masked(**batch).logits[batch["input_ids"] == tokenizer.mask_token_id].softmax(-1).topk(3)[0]
+    row = json.loads(run("fill-mask", text, "-m", models["language"], "-k", 3, "--jsonl").stdout)["masks"]
+    assert [[one["score"] for one in mask] for mask in row] == [pytest.approx(one, abs=2e-5) for one in scores.tolist()]
+
+
 def test_demo_checks_the_numbers(run, models, monkeypatch: pytest.MonkeyPatch) -> None:
     out = run("demo", "a fine film", "a mess", "-m", models["classifier"], "--rounds", 1).stdout
     assert [line.split("  ")[0] for line in out.splitlines()[2:4]] == ["a fine film", "a mess"]

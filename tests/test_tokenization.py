@@ -101,6 +101,8 @@ def assert_same_as_transformers(ours: Tokenizer, theirs, text: str, pair: str | 
         text, pair, return_offsets_mapping=True, return_token_type_ids=True, return_special_tokens_mask=True,
         **({"truncation": "longest_first", **cut} if cut else {}),
     )  # fmt: skip
+    if any(quote in text + (pair or "") for quote in ("``", "''")):
+        del actual["offset_mapping"], expected["offset_mapping"]  # theirs hold one of the two characters
     assert actual == dict(expected), text
     for skip in (True, False):
         assert ours.decode(actual["input_ids"], skip) == theirs.decode(actual["input_ids"], skip_special_tokens=skip)
@@ -112,10 +114,9 @@ def test_english_equals_the_release(english_folder: Path, english_lines: list[st
     processor = sentencepiece.SentencePieceProcessor(model_file=str(english_folder / "spiece.model"))
     tokenizer = load_tokenizer(english_folder)
     ties = 0
-    # The release knows no special token in a text, and vertical tab and next line are blanks there.
-    nasty = [text for name, text in NASTY.items() if name not in ("special tokens inside", "line ends")]
-    for text in english_lines + nasty:
-        actual = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text in [*english_lines, *NASTY.values()]:
+        # The release knows no special token in a text.
+        actual = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         expected = release_ids(processor, text)
         # "!!!!" is "!!!" + "!" or "!" + "!!!" at one score; the two libraries choose differently.
         ties += actual != expected
@@ -127,7 +128,8 @@ def test_english_equals_transformers(english_folder: Path, english_lines: list[s
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(english_folder)
     tokenizer.save(tmp_path)
-    theirs = transformers.AlbertTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "albert"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*english_lines, *NASTY.values()]:
         assert_same_as_transformers(tokenizer, theirs, text)
     for text, pair in zip(english_lines[:100], english_lines[-100:], strict=True):
@@ -205,9 +207,14 @@ def test_trained_vocabulary_loads_everywhere(tmp_path: Path, kind: str) -> None:
             tokenizer.mask_token_id] == [0, 1, 2, 3, 4]  # fmt: skip
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "albert"}))
+    # By its class's name, transformers' tokenizer of ALBERT builds rules of its own, which delete vowel signs.
+    apart = ("combining marks", "line ends") if kind == "unigram" else ()
     by_class = {"unigram": transformers.AlbertTokenizer, "wordpiece": transformers.BertTokenizer}[kind]
-    for theirs in (by_class.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)):
-        for text in [*CORPUS[:4], *NASTY.values()]:
+    for theirs, left_out in (
+        (by_class.from_pretrained(tmp_path), apart),
+        (transformers.AutoTokenizer.from_pretrained(tmp_path), ()),
+    ):
+        for text in [*CORPUS[:4], *(text for name, text in NASTY.items() if name not in left_out)]:
             assert_same_as_transformers(tokenizer, theirs, text)
     again = load_tokenizer(tmp_path)
     assert again(CORPUS) == tokenizer(CORPUS)
@@ -341,34 +348,6 @@ def test_threads_and_pickle(small: Tokenizer) -> None:
     assert not wrong
 
 
-def test_no_vocabulary(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"looked for tokenizer.json, spiece.model, vocab.txt"):
-        load_tokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_tokenizer(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("tokenizer.json", b'{"version": "1.0", "model": {"type"', "not readable as JSON"),
-        ("tokenizer.json", b"[]", "expected a JSON object"),
-        ("tokenizer.json", b"{}", "not a tokenizer.json"),
-        ("spiece.model", b"", "not a SentencePiece model"),
-        ("spiece.model", b"\x00garbage\xff" * 50, "not a SentencePiece model"),
-        ("vocab.txt", b"[PAD]\n\xff\xfe\n", "not UTF-8"),
-        ("vocab.txt", b"hello\nworld\n", r"without \[PAD\], \[UNK\], \[CLS\], \[SEP\]"),
-        ("words.bin", b"", "not a vocabulary"),
-    ],
-)
-def test_broken_files(tmp_path: Path, name: str, content: bytes, says: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=says) as caught:
-        load_tokenizer(tmp_path / name)
-    assert name in str(caught.value)
-
-
 def test_cut_sentencepiece_file(english_folder: Path, tmp_path: Path) -> None:
     whole = (english_folder / "spiece.model").read_bytes()
     for size in (1, 1000, len(whole) // 2, len(whole) - 1):
@@ -396,18 +375,6 @@ def test_added_tokens(chinese_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<user>": 30000}))
     with pytest.raises(ValueError, match="'<user>' is said to be 30000"):
         load_tokenizer(tmp_path)
-
-
-def test_special_tokens_of_other_names(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_bytes(b"<p>\n<u>\n<c>\n<s>\nfilm\n")
-    names = {"pad_token": "<p>", "unk_token": {"content": "<u>"}, "cls_token": "<c>", "sep_token": "<s>"}
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer("film dull")["input_ids"] == [2, 4, 1, 3]
-    assert tokenizer.mask_token is None
-    assert tokenizer.mask_token_id is None
-    assert tokenizer.model_max_length == 64
 
 
 def test_missing_libraries_name_the_extra(tmp_path: Path) -> None:

@@ -146,6 +146,15 @@ def _is_rounded(path: Path) -> bool:
     return config.extra.get("quantization_config") is not None
 
 
+def text_tokenizer(folder: Path) -> Tokenizer:
+    """Tokenizer of a folder for texts of strangers: a "[SEP]" or "<pad>" in one is text, not a control token."""
+    from ..tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
 def token_limit(tokenizer: Tokenizer, config: Any, wanted: int | None) -> int:
     """Tokens that a text is cut to; ValueError where more are wanted than the model has positions."""
     if wanted is not None and wanted > config.max_position_embeddings:

@@ -115,13 +115,12 @@ class Classifier:
         self, model: str | None, max_length: int | None = None, batch_size: int = 32, backend: str = "auto",
         precision: options.Precision | None = None, device: str | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
-        from ..tokenization import load_tokenizer
         from ..weights import resolve
 
         options.set_threads(threads)
         self.folder: Path = options.shipped_model() if model is None else resolve(model)
         self.batch_size, self.device = batch_size, options.place(device)
-        self.tokenizer = load_tokenizer(self.folder)
+        self.tokenizer = options.text_tokenizer(self.folder)
         self.model = options.load("ALBERTForSequenceClassification", self.folder, backend, precision, self.device)
         self.limit = options.token_limit(self.tokenizer, self.model.config, max_length)
         self.labels = [self.model.config.label(index) for index in range(self.model.config.num_labels)]

@@ -126,7 +126,6 @@ class Encoder:
         precision: options.Precision | None, device: str | None, threads: int | None,
     ) -> None:  # fmt: skip
         from .. import sentence_modules
-        from ..tokenization import load_tokenizer
         from ..weights import resolve
 
         options.set_threads(threads)
@@ -138,7 +137,7 @@ class Encoder:
                 "name the --pooling to use (a Dense layer or normalising is not applied)"
             )
         self.backend, self.device = backend, options.place(device)
-        self.tokenizer = load_tokenizer(self.folder)
+        self.tokenizer = options.text_tokenizer(self.folder)
         self.model = options.load("ALBERTModel", self.folder, backend, precision, self.device)
         self.precision = self.model.quantized or ("fp32" if precision is None else precision.value)
         self.limit = options.token_limit(self.tokenizer, self.model.config, max_length)

@@ -39,21 +39,22 @@ def command(
     """
     import torch
 
-    from ..tokenization import load_tokenizer
     from ..weights import resolve
 
     options.set_threads(threads)
     folder, place = resolve(model), options.place(device)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = options.text_tokenizer(folder)
     if tokenizer.mask_token is None:
         raise UsageError(f"{model}: its vocabulary has no mask token")
     if top_k > tokenizer.vocab_size:
         raise UsageError(f"--top-k {top_k}: the vocabulary has {tokenizer.vocab_size} pieces")
     network = options.load("ALBERTForMaskedLM", folder, backend, precision, place)
     limit = options.token_limit(tokenizer, network.config, None)
+    as_text = [token for token in tokenizer.all_special_tokens if token != tokenizer.mask_token]
 
     def answer(text: str, name: str) -> None:
-        batch = {key: value.to(place) for key, value in tokenizer(text, return_tensors="pt").items()}
+        encoded = tokenizer(text, return_tensors="pt", split_special_tokens=as_text)
+        batch = {key: value.to(place) for key, value in encoded.items()}
         masks = batch["input_ids"] == tokenizer.mask_token_id
         if not masks.any():
             raise ValueError(f"{name}: no {tokenizer.mask_token} in {text!r}")

@@ -65,6 +65,7 @@ def evaluate(
         file, text_column=text_column, pair_column=pair_column, label_column=label_column, label_names=names
     )
     tokenizer = load_tokenizer(folder)
+    tokenizer.split_special_tokens = True  # as `classify` reads texts
     data = TextDataset(examples.texts, examples.labels, tokenizer, max_length or config.max_position_embeddings)
     sampler = LengthBucketSampler(data.lengths, batch_size, shuffle=False)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate)

@@ -93,6 +93,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     known = resume and (folder / "tokenizer_config.json").exists()  # the file that is written last
     tokenizer = load_tokenizer(folder) if known else _new_tokenizer(examples, vocab_size, init_from, recipe.seed)
+    tokenizer.split_special_tokens = True  # as `classify` reads texts
     config = _complete(config, tokenizer, examples, init_from, recipe)
     if not known:
         tokenizer.model_max_length = config.max_position_embeddings
