@@ -221,6 +221,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], file: P
 def train_unigram(
     lines: Iterable[str],
     vocab_size: int,
+    at_most: bool,
     lower_case: bool,
     keep_accents: bool,
     coverage: float,
@@ -237,6 +238,7 @@ def train_unigram(
             sentence_iterator=(normalizer.normalize_str(line.rstrip("\r\n")) for line in lines),
             model_writer=model,
             vocab_size=vocab_size,
+            hard_vocab_limit=not at_most,
             model_type="unigram",
             pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>", unk_piece="<unk>",
             control_symbols=["[CLS]", "[SEP]", "[MASK]"],
