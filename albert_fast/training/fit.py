@@ -130,15 +130,14 @@ def fit(
             "vocab_size": vocab_size if init_from is None else None,
             "train": _digest(examples), "dev": None if dev is None else _digest(dev),
         }  # fmt: skip
-        run = Run(folder, recipe, settings, place, progress, say)
+        if learnt:
+            tokenizer.model_max_length = config.max_position_embeddings
+            tokenizer.settings["model_max_length"] = config.max_position_embeddings
+        run = Run(folder, recipe, settings, place, progress, say, tokenizer if learnt else None)
         if resume:
             run.load()
         checks.check_disk(folder, config, recipe.ema_decay is not None)
         _introduce(say, run, examples, dev, train_file, vocab_size, init_from)
-        if learnt:
-            tokenizer.model_max_length = config.max_position_embeddings
-            tokenizer.settings["model_max_length"] = config.max_position_embeddings
-            tokenizer.save(folder)
         torch.manual_seed(recipe.seed)
         encoder = None
         if recipe.pretrain_epochs and run.stage == "pretrain":

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..pretrained import PretrainedMixin
+from ..tokenization import Tokenizer
 from .checkpointing import STATE_NAME, load_state, random_state, save_state, set_random_state, write_log
 from .data import LengthBucketSampler, TextDataset
 from .interrupts import Interrupts
@@ -103,7 +104,13 @@ class Recipe:
 
 
 class Run:
-    """One run in one folder. recipe: without None for learning rate and metric. report: called with a line of news.
+    """One run in one folder.
+
+    Args:
+        recipe: without None for learning rate and metric.
+        settings: what a resumed run must have in common with this one, for JSON.
+        report: called with a line of news.
+        tokenizer: saved before the first state, so that a run which fails earlier leaves nothing; None: it is there.
 
     Attributes:
         stage: "pretrain" or "classify", where a resumed run stands. saved: the state that it goes on from.
@@ -112,10 +119,10 @@ class Run:
 
     def __init__(
         self, folder: Path, recipe: Recipe, settings: dict[str, Any], device: torch.device, progress: bool,
-        report: Callable[[str], None],
+        report: Callable[[str], None], tokenizer: Tokenizer | None,
     ) -> None:  # fmt: skip
         self.folder, self.recipe, self.settings, self.device = folder, recipe, settings, device
-        self.progress, self.report = progress, report
+        self.progress, self.report, self.tokenizer = progress, report, tokenizer
         self.stage = "pretrain"
         self.saved: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
@@ -233,6 +240,9 @@ class Run:
             "settings": json.dumps(self.settings), "history": json.dumps(self.history),
             "best": (self.best_epoch, self.best_value),
         }  # fmt: skip
+        if self.tokenizer is not None:
+            self.tokenizer.save(self.folder)
+            self.tokenizer = None
         save_state(self.folder, state)
 
     def _restore(self, stage: str, parts: dict[str, Any]) -> tuple[int, int, float, int]:
