@@ -251,7 +251,13 @@ def train_unigram(
         )  # fmt: skip
     except RuntimeError as error:
         most = re.search(r"value <= (\d+)", str(error))
-        reason = f"it holds enough for {most[1]}; lower vocab_size" if most else str(error)
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if most:
+            reason = f"it holds enough for {most[1]}; lower vocab_size"
+        elif least:
+            reason = f"its characters alone need {least[1]}; raise vocab_size"
+        else:
+            reason = str(error)
         raise ValueError(f"no vocabulary of {vocab_size} pieces can be learnt from this text: {reason}") from error
     backend, settings = _unigram(model.getvalue(), lower_case, keep_accents, "the trained model")
     return _trained(backend, settings)

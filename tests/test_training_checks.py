@@ -14,7 +14,7 @@ import torch
 
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
 from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.tokenization import load_tokenizer
+from albert_fast.tokenization import load_tokenizer, train_tokenizer
 from albert_fast.training import Recipe, checks, evaluate, fit, loop
 from albert_fast.training import run as run_module
 from albert_fast.training.checkpointing import STATE_NAME
@@ -240,3 +240,15 @@ def test_a_small_text_gives_a_small_vocabulary(write, tmp_path: Path) -> None:
     assert "8 examples, 2 classes: bad (4), good (4)" in said[0]
     assert any("learning rate 0.001" in line and "cpu" in line for line in said)
     assert any(f"go to {tmp_path / 'out'}" in line for line in said)
+
+
+def test_a_vocabulary_of_at_most_is_the_largest_that_the_text_gives() -> None:
+    lines = [f"{a}{b} {b}{a}" for a in WORDS for b in WORDS]
+    with pytest.raises(ValueError, match=r"100000 pieces .* holds enough for \d+; lower vocab_size") as caught:
+        train_tokenizer(lines, 100_000)
+    most = int(str(caught.value).split("enough for ")[1].split(";")[0])
+    expected = train_tokenizer(lines, most).get_vocab()
+    assert train_tokenizer(lines, 100_000, at_most=True).get_vocab() == expected
+    assert train_tokenizer(lines, 40, at_most=True).get_vocab() == train_tokenizer(lines, 40).get_vocab()
+    with pytest.raises(ValueError, match=r"10 pieces .* its characters alone need \d+; raise vocab_size"):
+        train_tokenizer(lines, 10, at_most=True)
