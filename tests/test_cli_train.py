@@ -134,7 +134,7 @@ def test_ctrl_c_and_more_epochs(labelled: Path, tmp_path: Path) -> None:
     begun = len(torch.load(folder / STATE_NAME, weights_only=True)["history"])
     assert begun
     said = run(*command, "--resume", "--epochs", 99_999, "--lr", 1, code=1).stderr
-    assert "learning_rate was 0.001, now 1.0" in said
+    assert "learning_rate was 0.0005, now 1.0" in said
 
 
 def test_messages_and_more_epochs(labelled: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_messages_and_more_epochs(labelled: Path, tmp_path: Path) -> None:
     for says in (
         "40 examples, 2 classes: no (20), yes (20)",
         "pieces, all that this text gives (8000 were asked for)",
-        "a new model; 1 epochs of 5 steps, learning rate 0.001, batch size 8; cpu, 1 threads",
+        "a new model; 1 epochs of 5 steps, learning rate 0.0005, batch size 8; cpu, 1 threads",
         f"go to {tmp_path / 'model'} after each epoch",
         "epoch 1 of 1: classify, train_loss ",
     ):

@@ -81,6 +81,8 @@ def test_labels_of_every_split(write, tmp_path: Path) -> None:
     for label in ("good", 0, 1, 2.5):
         only = write([label] * 5, "one.tsv")
         refused(ValueError, f"all 5 examples have the label .*{label}.*: there is nothing to learn", only, folder)
+    texts = write([f"word{i}" for i in range(12)], "texts.tsv")
+    refused(ValueError, "12 different labels for 12 examples; is the label column right", texts, folder)
     with pytest.warns(UserWarning, match="no example has the label 'neutral'"):
         refused(StepTakenError, None, train, folder, label_names=["bad", "neutral", "good"])
     numbers = write([1.5, 2, 0.25], "numbers.tsv")
@@ -238,7 +240,7 @@ def test_a_small_text_gives_a_small_vocabulary(write, tmp_path: Path) -> None:
     assert vocabulary == f"vocabulary: {pieces} pieces, all that this text gives (8000 were asked for)"
     assert 20 < pieces < 100
     assert "8 examples, 2 classes: bad (4), good (4)" in said[0]
-    assert any("learning rate 0.001" in line and "cpu" in line for line in said)
+    assert any("learning rate 0.0005" in line and "cpu" in line for line in said)
     assert any(f"go to {tmp_path / 'out'}" in line for line in said)
 
 

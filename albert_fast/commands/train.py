@@ -43,7 +43,7 @@ def command(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--learning-rate", "--lr", min=0.0, help="The highest.", show_default="5e-5 with --init-from, else 1e-3"
+            "--learning-rate", "--lr", min=0.0, help="The highest.", show_default="5e-5 with --init-from, else 5e-4"
         ),
     ] = None,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.01,

@@ -33,8 +33,16 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 
 def check_train_labels(examples: Examples, file: str | Path, given_names: Sequence[str] | None) -> None:
-    """ValueError where all examples have the same label; a warning where a given class has no example."""
+    """ValueError where labels teach nothing: all alike, or nearly all different words.
+
+    A warning where a given class has no example.
+    """
     counts = _counts(examples)
+    words = given_names is None and examples.label_names is not None and not holds_probabilities(examples)
+    if words and len(counts) > max(FEW_CLASSES, len(examples.labels) // 2):
+        raise ValueError(
+            f"{file}: {len(counts)} different labels for {len(examples.labels)} examples; is the label column right?"
+        )
     if len(counts) == 1:
         raise ValueError(
             f"{file}: all {len(examples.labels)} examples have the label {next(iter(counts))!r}: "

@@ -40,7 +40,7 @@ from .masking import MaskedTextDataset, drop_contained_lines
 from .metrics import check_metrics
 from .run import Recipe, Run, dev_metrics
 
-FEW_STEPS = 200  # a new model that was trained for less still guesses, mostly
+FEW_STEPS = 400  # a new model that was trained for less still guesses, mostly
 
 
 @dataclass

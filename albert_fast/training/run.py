@@ -26,7 +26,7 @@ from .optimization import WeightAverage, linear_schedule, make_optimizer, set_ra
 
 LOWER_IS_BETTER = ("mse", "loss")
 # Peak learning rates: small steps for weights that are good already, larger ones for random weights.
-FINE_TUNING_RATE, FROM_SCRATCH_RATE = 5e-5, 1e-3
+FINE_TUNING_RATE, FROM_SCRATCH_RATE = 5e-5, 5e-4
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Recipe:
     Attributes:
         epochs, batch_size, learning_rate, weight_decay, warmup_ratio, max_grad_norm: AdamW with linear warm-up over
             `warmup_ratio` of the steps and linear decay to zero. learning_rate is the highest rate; None: 5e-5 where
-            `fit` starts from a checkpoint, 1e-3 for a new model.
+            `fit` starts from a checkpoint, 5e-4 for a new model.
         max_length: longer texts are cut.
         label_smoothing: of the cross-entropy over classes.
         piece_dropout, position_shift: of the training set, see `TextDataset`.
