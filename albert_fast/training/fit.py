@@ -106,7 +106,11 @@ def fit(
     place = checks.check_device(device)
     folder = Path(output_dir)
     with claimed(folder, resume):
-        columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+        columns: dict[str, Any] = {
+            "text_column": text_column,
+            "pair_column": pair_column,
+            "label_column": label_column,
+        }
         examples = read_examples(train_file, label_names=label_names, **columns)
         checks.check_train_labels(examples, train_file, label_names)
         numbers = examples.label_names is None
