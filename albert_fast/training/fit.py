@@ -33,7 +33,7 @@ from .. import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification,
 from ..tokenization import Tokenizer, load_tokenizer, train_tokenizer
 from ..weights import config_path, load_checkpoint, load_into, rename_old_names, resolve
 from . import checks
-from .checkpointing import claimed
+from .checkpointing import STATE_NAME, claimed
 from .data import Examples, LengthBucketSampler, TextDataset, read_examples
 from .evaluate import Evaluation, evaluate
 from .masking import MaskedTextDataset, drop_contained_lines
@@ -116,17 +116,15 @@ def fit(
         numbers = examples.label_names is None
         recipe = recipe.completed(from_checkpoint=init_from is not None, numbers=numbers)
         metrics = dev_metrics(recipe.metric)
-        measured: list[Examples | None] = []
-        for file in (dev_file, test_file):
-            if file is not None:
-                check_metrics(metrics, numbers=numbers)
-            split = (
-                None
-                if file is None
-                else checks.read_split(file, examples.label_names, columns, for_metrics=bool(metrics))
-            )
-            measured.append(split)
-        dev = measured[0]
+        if dev_file is not None or test_file is not None:
+            check_metrics(metrics, numbers=numbers)
+
+        def read_for_measuring(file: str | Path) -> Examples:
+            return checks.read_split(file, examples.label_names, columns, for_metrics=bool(metrics))
+
+        dev = None if dev_file is None else read_for_measuring(dev_file)
+        if test_file is not None:
+            read_for_measuring(test_file)  # for its errors alone: `evaluate` reads it at the end
         tokenizer, learnt = _tokenizer(folder, examples, vocab_size, init_from, recipe.seed, resume)
         config = _complete(config, tokenizer, examples, init_from, recipe)
         settings = dataclasses.asdict(recipe) | {
@@ -211,7 +209,7 @@ def _tokenizer(
     folder: Path, examples: Examples, vocab_size: int, init_from: str | Path | None, seed: int, resume: bool
 ) -> tuple[Tokenizer, bool]:
     """The vocabulary of the run to resume, of `init_from`, or one learnt from the training text; whether it is to be saved."""
-    if resume and (folder / "tokenizer_config.json").exists():  # the file that is written last
+    if resume and (folder / STATE_NAME).exists():  # written after the tokenizer
         return load_tokenizer(folder), False
     if init_from is not None:
         return load_tokenizer(resolve(init_from)), True
