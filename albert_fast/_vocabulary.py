@@ -327,6 +327,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], given: 
 def train_unigram(
     lines: Iterable[str],
     vocab_size: int,
+    at_most: bool,
     lower_case: bool,
     keep_accents: bool,
     coverage: float,
@@ -343,6 +344,7 @@ def train_unigram(
             sentence_iterator=(normalizer.normalize_str(line.rstrip("\r\n")) for line in lines),
             model_writer=model,
             vocab_size=vocab_size,
+            hard_vocab_limit=not at_most,
             model_type="unigram",
             pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>", unk_piece="<unk>",
             control_symbols=["[CLS]", "[SEP]", "[MASK]"],
@@ -355,7 +357,13 @@ def train_unigram(
         )  # fmt: skip
     except RuntimeError as error:
         most = re.search(r"value <= (\d+)", str(error))
-        reason = f"it holds enough for {most[1]}; lower vocab_size" if most else str(error)
+        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if most:
+            reason = f"it holds enough for {most[1]}; lower vocab_size"
+        elif least:
+            reason = f"its characters alone need {least[1]}; raise vocab_size"
+        else:
+            reason = str(error)
         raise ValueError(f"no vocabulary of {vocab_size} pieces can be learnt from this text: {reason}") from error
     backend, settings = _unigram(model.getvalue(), (lower_case, keep_accents, True), "the trained model")
     return _trained(backend, settings)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .locking import try_lock
+
 # More than an object of any checkpoint needs: 100,000 class names or tensors take 10 MB.
 LARGEST_JSON = 64 << 20
 
@@ -79,13 +81,7 @@ def scratch(path: Path, discard: Callable[[Path], None] = shutil.rmtree) -> Iter
 
     discard: how such a folder is removed, where it may hold what is still needed.
     """
-    for left in scratch_folders(path):
-        if (descriptor := _locked(left)) is not None:
-            try:
-                if left.is_dir():  # another process may have removed it before the lock
-                    discard(left)
-            finally:
-                os.close(descriptor)
+    remove_left(path, discard)
     folder, descriptor = _new_folder(path)
     try:
         yield folder
@@ -94,6 +90,17 @@ def scratch(path: Path, discard: Callable[[Path], None] = shutil.rmtree) -> Iter
             discard(folder)
         finally:
             os.close(descriptor)
+
+
+def remove_left(path: Path, discard: Callable[[Path], None] = shutil.rmtree) -> None:
+    """Removes the scratch folders that dead processes left for `path`; `discard` as in `scratch`."""
+    for left in scratch_folders(path):
+        if (descriptor := _locked(left)) is not None:
+            try:
+                if left.is_dir():  # another process may have removed it before the lock
+                    discard(left)
+            finally:
+                os.close(descriptor)
 
 
 def scratch_folders(path: Path) -> list[Path]:
@@ -121,19 +128,13 @@ def _locked(folder: Path) -> int | None:
     """
     if sys.platform == "win32":
         return os.open(os.devnull, os.O_RDONLY)
-    import fcntl
-
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except (FileNotFoundError, PermissionError):  # gone, or another user's
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(descriptor):
         os.close(descriptor)
         return None
-    except OSError:
-        pass
     return descriptor
 
 

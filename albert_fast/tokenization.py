@@ -61,6 +61,7 @@ def train_tokenizer(
     lines: Iterable[str],
     vocab_size: int,
     *,
+    at_most: bool = False,
     kind: str = "unigram",
     lower_case: bool = True,
     keep_accents: bool = False,
@@ -72,11 +73,12 @@ def train_tokenizer(
 
     kind "unigram" is SentencePiece with ALBERT's settings (<pad> 0, <unk> 1, [CLS] 2, [SEP] 3, [MASK] 4; punctuation
     that is always a piece of its own); "wordpiece" is BERT's. max_lines: draw that many lines for unigram, 0 for all.
-    Errors: ValueError where the text holds too little for vocab_size, naming both.
+    at_most: from a text that holds too little for vocab_size, take all that it gives.
+    Errors: ValueError where the text holds too little for vocab_size and `at_most` is off, naming both.
     """
     if kind == "unigram":
         backend, settings = _vocabulary.train_unigram(
-            lines, vocab_size, lower_case, keep_accents, character_coverage, max_lines, seed
+            lines, vocab_size, at_most, lower_case, keep_accents, character_coverage, max_lines, seed
         )
     elif kind == "wordpiece":
         backend, settings = _vocabulary.train_wordpiece(lines, vocab_size, lower_case, keep_accents)

@@ -385,7 +385,7 @@ def test_train_defaults_are_the_recipes(monkeypatch: pytest.MonkeyPatch, run, la
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "fit", fit)
-    assert "--resume continues" in run("train", labelled, tmp_path / "model", code=130).stderr
+    assert "interrupted; nothing was saved yet" in run("train", labelled, tmp_path / "model", code=130).stderr
     assert dataclasses.asdict(given["recipe"]) == dataclasses.asdict(training.Recipe())
     assert given["config"] is None
     run("train", labelled, tmp_path / "model", "--layers", "7", "--text-column", "0", "--label-names", "a,b", code=130)

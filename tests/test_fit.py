@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +16,13 @@ import torch
 
 import albert_fast
 from albert_fast import ALBERTConfig
+from albert_fast.locking import LockedError
 from albert_fast.testing import require_data
 from albert_fast.tokenization import load_tokenizer
 from albert_fast.training import Recipe, evaluate, fit
-from albert_fast.training.checkpointing import STATE_NAME
+from albert_fast.training import run as run_module
+from albert_fast.training.checkpointing import LOCK_NAME, STATE_NAME, claimed
+from albert_fast.training.optimization import linear_schedule
 
 CONFIG = ALBERTConfig(
     embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2,
@@ -91,7 +98,7 @@ def test_fit_refuses_what_does_not_fit(text_files: tuple[Path, Path], tmp_path: 
     run_fit(text_files, folder, recipe=short)
     with pytest.raises(FileExistsError, match="resume"):
         run_fit(text_files, folder, recipe=short)
-    with pytest.raises(ValueError, match="learning_rate was 5e-05, now 1"):
+    with pytest.raises(ValueError, match=r"learning_rate was 0.0005, now 1\.0"):
         run_fit(text_files, folder, recipe=Recipe(epochs=1, max_length=16, learning_rate=1.0), resume=True)
     (folder / STATE_NAME).write_bytes((folder / STATE_NAME).read_bytes()[:1000])
     with pytest.raises(ValueError, match="cannot be read"):
@@ -100,6 +107,131 @@ def test_fit_refuses_what_does_not_fit(text_files: tuple[Path, Path], tmp_path: 
         run_fit(text_files, tmp_path / "long", recipe=Recipe(max_length=17))
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf)"):
         run_fit(text_files, tmp_path / "far", recipe=Recipe(max_length=16, learning_rate=1e30))
+
+
+def test_more_epochs_go_on_with_the_rates_of_a_run_of_that_length(
+    text_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    real = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: object) -> object:
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    short = dataclasses.replace(RECIPE, pretrain_epochs=0)
+    longer = dataclasses.replace(short, epochs=4, checkpoint_steps=7)
+    first = run_fit(text_files, tmp_path / "run", recipe=short)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    rates.clear()
+    history = run_fit(text_files, tmp_path / "run", recipe=longer, resume=True)
+    assert history[:2] == first
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4]
+    weights = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(weights.parameters(), lr=3e-3)
+    planned = linear_schedule(optimizer, 40, short.warmup_ratio)
+    expected = []
+    for _ in range(40):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        planned.step()
+    assert rates == expected[20:]
+    assert run_fit(text_files, tmp_path / "again", recipe=longer, resume=True) == history
+    assert run_fit(text_files, tmp_path / "again", recipe=longer, resume=True) == history  # nothing is left to do
+    with pytest.raises(ValueError, match=r"4 epochs are done or begun.*cannot end after 3"):
+        run_fit(text_files, tmp_path / "run", recipe=dataclasses.replace(short, epochs=3), resume=True)
+
+
+def test_the_default_rate_learns_from_scratch(text_files: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe = Recipe(epochs=20, batch_size=8, max_length=16)
+    history = run_fit(text_files, tmp_path / "new", recipe=recipe)
+    assert max(record["dev_accuracy"] for record in history) > 0.8  # guessing gets 0.5
+    assert json.loads((tmp_path / "new" / "log.jsonl").read_text().splitlines()[0])["learning_rate"] == 5e-4
+    tuned = dataclasses.replace(recipe, epochs=1)
+    run_fit(text_files, tmp_path / "tuned", recipe=tuned, config=None, init_from=tmp_path / "new")
+    assert json.loads((tmp_path / "tuned" / "log.jsonl").read_text().splitlines()[0])["learning_rate"] == 5e-5
+
+
+def test_ctrl_c_finishes_the_step_and_saves(
+    text_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, pretrain_epochs=0, checkpoint_steps=None)
+    whole = run_fit(text_files, tmp_path / "whole", recipe=recipe)
+    steps, real = 0, torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *arguments: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 14:  # Ctrl-C comes in the middle of a step
+            signal.raise_signal(signal.SIGINT)
+        return real(self, *arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background may have it ignored
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", step)
+            with pytest.raises(KeyboardInterrupt, match=r"in epoch 2 of 2 \(classify\), after step 4"):
+                run_fit(text_files, tmp_path / "cut", recipe=recipe)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in (tmp_path / "cut").glob(".*")] == []  # no temporary file and no lock
+    steps = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        assert run_fit(text_files, tmp_path / "cut", recipe=recipe, resume=True) == whole
+    assert steps == 6, "the steps before the interruption were done again"
+
+
+def test_an_error_in_the_dev_set_costs_no_epoch(
+    text_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(RECIPE, pretrain_epochs=0, checkpoint_steps=None)
+    whole = run_fit(text_files, tmp_path / "whole", recipe=recipe)
+
+    def fails(*_args: object, **_options: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "test", fails)
+        with pytest.raises(MemoryError):
+            run_fit(text_files, tmp_path / "cut", recipe=recipe)
+    steps, real = [], torch.optim.AdamW.step
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", lambda *arguments: steps.append(1) or real(*arguments))
+        assert run_fit(text_files, tmp_path / "cut", recipe=recipe, resume=True) == whole
+    assert len(steps) == 10, "the first epoch was trained again"
+
+
+def test_what_dead_runs_left_is_removed(text_files: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    recipe = Recipe(epochs=1, max_length=16)
+    run_fit(text_files, folder, recipe=recipe)
+    left = [folder / f".{name}.0123456789abcdef.part" for name in (STATE_NAME, "log.jsonl")]
+    for path in left:
+        path.mkdir()
+        (path / "half").write_bytes(b"half")
+    left.append(folder / LOCK_NAME)
+    left[-1].write_bytes(b"half")
+    run_fit(text_files, folder, recipe=recipe, resume=True)
+    assert [path for path in left if path.exists()] == []
+
+
+def test_a_second_run_is_kept_out_of_the_folder(text_files: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with claimed(folder, resume=False):
+        for resume in (False, True):
+            with pytest.raises(LockedError, match=f"another run is writing there.* {os.getpid()} "):
+                run_fit(text_files, folder, resume=resume)
+        assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="need 17 positions") as kept:  # its frames live on
+        run_fit(text_files, folder, recipe=Recipe(epochs=1, max_length=17))
+    assert not folder.exists()
+    run_fit(text_files, folder, recipe=Recipe(epochs=1, max_length=16))
+    assert kept.tb is not None
 
 
 def test_fit_starts_from_a_checkpoint_and_predicts_numbers(text_files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ APART = {
     "gemm.py": ABOVE | BELOW | TOP | {"ops", "packing"},
     "unused_gradients.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "packing.py": ABOVE | BELOW | TOP | {"ops", "gemm"},
+    "locking.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "config"},
     "losses.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},
     "config.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "weights.py": ABOVE

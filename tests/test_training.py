@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 import albert_fast
 from albert_fast import ALBERTConfig, heads
+from albert_fast.dispatch import BackendUnavailableError
 from albert_fast.training import test as evaluate_epoch
 from albert_fast.training import train
 from albert_fast.training.metrics import compute_metrics, confidence_interval
@@ -210,8 +213,62 @@ def test_wrong_batches_are_named() -> None:
         evaluate_epoch(model, toy_loader(1), nn.CrossEntropyLoss(reduction="none"), **quietly)
     with pytest.raises(ValueError, match="returned none"):
         evaluate_epoch(model, toy_loader(1), None, **quietly)
-    with pytest.raises(ValueError, match="unknown metric"):
-        evaluate_epoch(model, toy_loader(1), criterion, metrics=["beauty"], **quietly)
+    with pytest.raises(ValueError, match="reduction='sum'"):
+        run(data_loader=toy_loader(1), criterion=nn.CrossEntropyLoss(reduction="sum"))
+    with pytest.raises(ValueError, match="used up before"):
+        run(data_loader=iter(()))
+    with pytest.raises(ValueError, match="-100"):
+        run(data_loader=[batch | {"labels": torch.full((16,), -100)} for batch in toy_loader(1)])
+
+
+def test_wrong_arguments_are_named_before_the_first_batch() -> None:
+    model, other, criterion = Bag(), Bag(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def untouched():
+        pytest.fail("a batch was drawn")
+        yield
+
+    with pytest.raises(ValueError, match="none of the model's parameters"):
+        train(other, untouched(), criterion, optimizer, **quietly)
+    with pytest.raises(TypeError, match="criterion must be a function"):
+        train(model, untouched(), optimizer, criterion, **quietly)
+    with pytest.raises(TypeError, match="optimizer must be"):
+        train(model, untouched(), criterion, None, **quietly)
+    with pytest.raises(TypeError, match="must be an nn"):
+        evaluate_epoch("a folder", untouched(), criterion, **quietly)
+    with pytest.raises(ValueError, match="unknown metric 'beauty'"):
+        evaluate_epoch(model, untouched(), criterion, metrics=["accuracy", "beauty"], **quietly)
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailableError, match="device='cpu'"):
+            train(model, untouched(), criterion, optimizer, "cuda", progress=False)
+
+
+@pytest.mark.parametrize("wrong", [2, 7, -1])
+def test_labels_outside_the_classes_are_named(wrong: int) -> None:
+    batch = batch_of("", torch.Generator().manual_seed(0))
+    batch["labels"] = torch.tensor([0, 1, wrong, -100])
+    model = albert_fast.ALBERTForSequenceClassification(CONFIG)
+    with pytest.raises(IndexError, match=f"label {wrong} is outside the 2 classes 0 to 1"):
+        evaluate_epoch(model, [batch], nn.CrossEntropyLoss(), **quietly)
+    with pytest.raises(IndexError, match=f"{wrong} is out of bounds.*labels from -100 to {max(wrong, 1)}"):
+        evaluate_epoch(model, [batch], None, **quietly)
+    batch["labels"][2] = -9  # the criterion's own mark of what is left out
+    batch["labels"][3] = 0
+    evaluate_epoch(model, [batch], nn.CrossEntropyLoss(ignore_index=-9), **quietly)
+
+
+def test_whole_numbers_are_predicted_with_a_plain_criterion() -> None:
+    torch.manual_seed(0)
+    model = albert_fast.ALBERTForSequenceClassification(CONFIG.replace(num_labels=1))
+    batch = batch_of("", torch.Generator().manual_seed(0)) | {"labels": torch.tensor([1, 4, 2, 5])}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = [train(model, [batch], nn.MSELoss(), optimizer, **quietly) for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+    _, values = evaluate_epoch(model, [batch], nn.MSELoss(), metrics=["mse"], **quietly)
+    assert values["mse"] == pytest.approx(evaluate_epoch(model, [batch], None, **quietly), rel=1e-5)
+    with pytest.raises(ValueError, match="accuracy counts classes"):
+        evaluate_epoch(model, [batch], nn.MSELoss(), metrics=["accuracy"], **quietly)
 
 
 def test_progress_goes_to_standard_error_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,6 +277,43 @@ def test_progress_goes_to_standard_error_only(capsys: pytest.CaptureFixture[str]
     evaluate_epoch(Bag(), toy_loader(1), nn.CrossEntropyLoss(), "cpu", progress=False)
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "")
+
+
+WITHOUT_LIBRARIES = """
+import sys
+sys.modules["sklearn"] = sys.modules["scipy"] = None  # as if they were not installed
+import numpy as np
+from albert_fast.training.metrics import compute_metrics
+labels, guesses = np.array([0, 2, 1, 1, 0]), np.array([0, 2, 1, 0, 1])
+print(compute_metrics(["accuracy", "mse"], labels, guesses))
+for name in ("f1", "precision", "recall", "matthews", "pearson", "spearman"):
+    try:
+        compute_metrics(["accuracy", name], labels, guesses)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_accuracy_and_mse_need_no_library() -> None:
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_LIBRARIES], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    figures, *refused = ran.stdout.splitlines()
+    assert figures == "{'accuracy': 0.6, 'mse': 0.4}"
+    assert len(refused) == 6
+    for line, name in zip(refused, ("f1", "precision", "recall", "matthews", "pearson", "spearman"), strict=True):
+        library = "SciPy" if name in ("pearson", "spearman") else "scikit-learn"
+        assert line.startswith(f"the metric '{name}' needs {library}: pip install 'albert-fast[train]'")
+
+
+def test_accuracy_and_mse_are_those_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="the train extra is not installed")
+    generator = np.random.default_rng(0)
+    labels, guesses = generator.integers(0, 5, (2, 997))
+    values = compute_metrics(["accuracy", "mse"], labels, guesses)
+    assert values["accuracy"] == pytest.approx(metrics.accuracy_score(labels, guesses), rel=1e-12)
+    assert values["mse"] == pytest.approx(metrics.mean_squared_error(labels, guesses), rel=1e-12)
+    numbers, near = generator.normal(3, 1, (2, 997)).astype(np.float32)
+    assert compute_metrics(["mse"], numbers, near)["mse"] == pytest.approx(metrics.mean_squared_error(numbers, near))
 
 
 def test_metrics_against_their_definitions() -> None:

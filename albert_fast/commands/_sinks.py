@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from ..files import replacing
+from ..locking import try_lock
 from ._errors import UsageError
 
 if TYPE_CHECKING:
@@ -134,15 +135,20 @@ class ResumableFile:
         self.rows, self.digest = 0, ""
         # Not opened for writing anew: another process may hold it, and the lock comes after opening.
         self._file: BinaryIO = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        _lock(self._file, self.partial)
-        if state is State.unfinished:
-            position = self._read_progress()
-        else:
-            self.progress.unlink(missing_ok=True)  # before the rows that it speaks of go
-            self._file.truncate(0)
-            position = self._file.write(form.head(0))
-        self._file.truncate(position)  # what was written after the last note is not known to be whole
-        self._file.seek(position)
+        try:
+            if not try_lock(self._file.fileno()):
+                raise UsageError(f"{self.partial} is being written by another process")
+            if state is State.unfinished:
+                position = self._read_progress()
+            else:
+                self.progress.unlink(missing_ok=True)  # before the rows that it speaks of go
+                self._file.truncate(0)
+                position = self._file.write(form.head(0))
+            self._file.truncate(position)  # what was written after the last note is not known to be whole
+            self._file.seek(position)
+        except BaseException:
+            self._file.close()  # the traceback of the error would keep the file open, and so locked
+            raise
 
     def _read_progress(self) -> int:
         """Takes over rows and digest; returns the bytes that are safe."""
@@ -187,15 +193,3 @@ class ResumableFile:
     def _flush(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keeps a second process from the same file; the lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"{path} is being written by another process") from None

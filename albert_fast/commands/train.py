@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from . import _options as options
-from ._errors import UsageError, reports_errors
+from ._errors import UsageError, reports_errors, warn
 
 
 @reports_errors
@@ -29,7 +29,9 @@ def command(
     init_from: Annotated[
         str | None, typer.Option("--init-from", help="Start from this checkpoint.", show_default="a new model")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUTPUT with the same losses.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in OUTPUT; --epochs may be another number than before.")
+    ] = False,
     text_column: options.TextColumn = None,
     pair_column: options.PairColumn = None,
     label_column: options.LabelColumn = None,
@@ -38,7 +40,12 @@ def command(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 32,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", min=0.0)] = 5e-5,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate", "--lr", min=0.0, help="The highest.", show_default="5e-5 with --init-from, else 5e-4"
+        ),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.01,
     warmup_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps that warm up.")] = 0.06,
     max_grad_norm: Annotated[float, typer.Option(min=0.0)] = 1.0,
@@ -56,13 +63,17 @@ def command(
     pretrain_learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
     mask_probability: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.15,
     metric: Annotated[
-        str, typer.Option(help="Chooses the best epoch: accuracy, f1, matthews, pearson, loss ...")
-    ] = "accuracy",
+        str | None,
+        typer.Option(
+            help="Chooses the best epoch: accuracy, f1, matthews, mse, pearson, loss ...",
+            show_default="accuracy; mse for numbers",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     checkpoint_steps: Annotated[
         int | None, typer.Option(min=1, help="Save the state every so many steps too.", show_default="every epoch")
     ] = None,
-    vocab_size: Annotated[int, typer.Option(min=10, help="New model: pieces of its vocabulary.")] = 8000,
+    vocab_size: Annotated[int, typer.Option(min=10, help="New model: pieces of its vocabulary, at most.")] = 8000,
     layers: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None,
     hidden_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="256")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None,
@@ -81,7 +92,7 @@ def command(
     """Train a text classifier, or a regressor where labels are numbers, from scratch or from a checkpoint.
 
     OUTPUT is a checkpoint folder for classify, encode and transformers. A run that was stopped goes on with --resume
-    and the same options.
+    and the same options; with more --epochs, a finished one does too. Everything is checked before the first step.
 
     \b
     Examples:
@@ -98,7 +109,7 @@ def command(
     chosen = {name: value for name, value in sizes.items() if value is not None}
     if init_from is not None and chosen:
         raise UsageError(f"--init-from has its own sizes; leave out what sets {', '.join(chosen)}")
-    from ..training import Recipe, evaluate, fit, small_config
+    from ..training import Recipe, fit, small_config
 
     options.set_threads(threads)
     bars = sys.stderr.isatty() if progress is None else progress
@@ -116,20 +127,21 @@ def command(
     )  # fmt: skip
     try:
         result = fit(
-            train_file, output_dir, dev_file=dev_file, recipe=recipe,
+            train_file, output_dir, dev_file=dev_file, test_file=test_file, recipe=recipe,
             config=small_config(max_length + position_shift).replace(**chosen) if chosen else None, vocab_size=vocab_size,
             init_from=init_from, label_names=None if label_names is None else label_names.split(","), resume=resume,
-            device=device, progress=bars, **columns,
+            device=device, progress=bars, report=warn, **columns,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command with --resume continues") from None
+    except KeyboardInterrupt as interrupt:
+        from ..training.checkpointing import STATE_NAME
+
+        saved = (output_dir / STATE_NAME).exists()
+        after = "the same command with --resume continues" if saved else "nothing was saved yet"
+        raise KeyboardInterrupt(f"{f'interrupted {interrupt}'.strip()}; {after}") from None
     for record in result.history:
         sys.stdout.write(json.dumps(record) + "\n")
-    best = "" if result.best_value is None else f", {metric} {result.best_value:.4f} on {dev_file}"
+    best = "" if result.best_value is None else f", {result.metric} {result.best_value:.4f} on {dev_file}"
     sys.stdout.write(f"{output_dir}: the model of epoch {result.best_epoch}{best}\n")
-    if test_file is not None:
-        measured = evaluate(
-            output_dir, test_file, metrics=[] if metric == "loss" else [metric], progress=bars, **columns
-        )
-        figures = {"examples": measured.examples, "loss": measured.loss, **measured.metrics}
+    if result.test is not None:
+        figures = {"examples": result.test.examples, "loss": result.test.loss, **result.test.metrics}
         sys.stdout.write(f"{test_file}: {json.dumps(figures)}\n")

@@ -1,20 +1,77 @@
-"""The state of an unfinished run on disk: written aside and renamed, read back without running code."""
+"""The output folder of a run, locked while it lasts, and the run's state on disk.
+
+Files are written aside and renamed, and read back without running code.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import remove_left, replacing
+from ..locking import LockedError, locked
+from ..weights import WEIGHTS_NAMES
 
 STATE_NAME = "training_state.pt"
 LOG_NAME = "log.jsonl"
+LOCK_NAME = ".train.lock"
+# What may change between a run and its continuation: how long it goes on, and how often it saves.
+CHANGEABLE = ("epochs", "checkpoint_steps")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """The output folder of a run: made if need be, locked inside, without what killed runs have left.
+
+    A folder that was made here and got no file is removed at the end.
+
+    Raises:
+        LockedError: another run writes to the folder.
+        FileExistsError: the folder holds a run, and `resume` is off; or a model of another origin.
+        OSError: the folder cannot be made or written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; the output needs a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(folder / LOCK_NAME))
+            except LockedError as error:
+                raise LockedError(f"{folder}: another run is writing there ({error}); choose another folder") from None
+            _check_contents(folder, resume)
+            _sweep(folder)
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+def _check_contents(folder: Path, resume: bool) -> None:
+    if resume and (folder / STATE_NAME).exists():
+        return
+    found = [name for name in (STATE_NAME, *WEIGHTS_NAMES, "config.json") if (folder / name).exists()]
+    if found and resume:
+        raise FileExistsError(f"{folder} holds {found[0]} but no {STATE_NAME} to go on from; choose another folder")
+    if found:
+        raise FileExistsError(
+            f"{folder} holds a model or an unfinished run ({found[0]}); "
+            "resume it (--resume, resume=True) or choose another folder"
+        )
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what was half-written when a run died: under the lock no live run's."""
+    for name in (STATE_NAME, LOG_NAME):
+        remove_left(folder / name)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -27,7 +84,8 @@ def load_state(folder: Path, settings: dict[str, Any], device: torch.device) -> 
     """The saved state, or None where there is none.
 
     Raises:
-        ValueError: a damaged file, or one of a run with other settings; the message names the file and the settings.
+        ValueError: a damaged file, or one of a run with other settings (those of CHANGEABLE may differ); the message
+            names the file and the settings.
     """
     path = folder / STATE_NAME
     if not path.exists():
@@ -35,16 +93,24 @@ def load_state(folder: Path, settings: dict[str, Any], device: torch.device) -> 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = json.loads(state["settings"])
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle can make the reader raise anything
         raise ValueError(f"{path}: cannot be read: {error}") from error
     current = json.loads(json.dumps(settings))
-    changed = sorted(key for key in {*saved, *current} if saved.get(key) != current.get(key))
+    changed = sorted(key for key in {*saved, *current} - {*CHANGEABLE} if saved.get(key) != current.get(key))
     if changed:
-        listed = "; ".join(f"{key} was {saved.get(key)!r}, now {current.get(key)!r}" for key in changed)
+        listed = "; ".join(_difference(key, saved.get(key), current.get(key)) for key in changed)
         raise ValueError(f"{path}: belongs to a run with other settings: {listed}")
     if state["device"] != device.type:
         raise ValueError(f"{path}: belongs to a run on {state['device']}, now {device.type}: its random numbers differ")
     return dict(state)
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """What changed in a setting; of a nested one, such as the model's config, only the fields that differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        fields = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        return "; ".join(_difference(f"{key}.{name}", before.get(name), now.get(name)) for name in fields)
+    return f"{key} was {before!r}, now {now!r}"
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -67,4 +133,13 @@ def write_log(folder: Path, records: Sequence[dict[str, Any]]) -> None:
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-__all__ = ["LOG_NAME", "STATE_NAME", "load_state", "random_state", "save_state", "set_random_state", "write_log"]
+__all__ = [
+    "LOG_NAME",
+    "STATE_NAME",
+    "claimed",
+    "load_state",
+    "random_state",
+    "save_state",
+    "set_random_state",
+    "write_log",
+]

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from .. import ALBERTConfig, ALBERTForSequenceClassification
 from ..tokenization import load_tokenizer
 from ..weights import config_path, resolve
-from .data import LengthBucketSampler, TextDataset, read_examples
+from .checks import check_device, check_length, check_vocabulary, read_split
+from .data import LengthBucketSampler, TextDataset
 from .loop import test
-from .metrics import Metric, confidence_interval
+from .metrics import Metric, check_metrics, confidence_interval
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,29 @@ def evaluate(
         backend, precision: see `from_pretrained`.
 
     Raises:
-        ValueError: a file that does not fit the model's labels.
+        ValueError: a file that does not fit the model's labels, metrics that do not, a max_length beyond the model's
+            positions, a tokenizer of another model; ImportError: a metric's library is missing. All of these, and those
+            of `from_pretrained`, before the first text is computed.
     """
+    place = check_device(device)
     folder = resolve(checkpoint)
     config = ALBERTConfig.from_json_file(config_path(folder))
-    names = None if config.problem_type == "regression" else [config.label(i) for i in range(config.num_labels)]
-    examples = read_examples(
-        file, text_column=text_column, pair_column=pair_column, label_column=label_column, label_names=names
-    )
+    if config.problem_type == "multi_label_classification":
+        raise ValueError(f"{checkpoint}: gives several labels a text; evaluate measures one class or number a text")
+    numbers = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    check_metrics(metrics, numbers=numbers)
+    names = None if numbers else [config.label(i) for i in range(config.num_labels)]
+    columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+    examples = read_split(file, names, columns, for_metrics=bool(metrics))
+    length = config.max_position_embeddings if max_length is None else max_length
+    check_length(length, config)
     tokenizer = load_tokenizer(folder)
     tokenizer.split_special_tokens = True  # as `classify` reads texts
-    data = TextDataset(examples.texts, examples.labels, tokenizer, max_length or config.max_position_embeddings)
+    check_vocabulary(tokenizer, config, checkpoint)
+    model = ALBERTForSequenceClassification.from_pretrained(folder, backend=backend, precision=precision, device=place)
+    data = TextDataset(examples.texts, examples.labels, tokenizer, length)
     sampler = LengthBucketSampler(data.lengths, batch_size, shuffle=False)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = ALBERTForSequenceClassification.from_pretrained(folder, backend=backend, precision=precision, device=place)
     loss, values = test(model, loader, None, place, metrics=metrics, progress=progress)
     interval = confidence_interval(round(values["accuracy"] * len(data)), len(data)) if "accuracy" in values else None
     return Evaluation(len(data), loss, values, interval)

@@ -8,7 +8,7 @@ back and `criterion(outputs, labels)` is called with:
 | the model returns | outputs | labels |
 |---|---|---|
 | a tensor | that tensor | as in the batch |
-| logits (B, C) and labels (B,) | the logits; (B,) where C = 1 | (B,) |
+| logits (B, C) and labels (B,) | the logits; (B,) where C = 1 | (B,); floats where C = 1 |
 | logits (B, S, C) and labels (B, S) | the logits of the real tokens (N, C) | (N,), -100 kept |
 | logits (N, C) of the batch's `output_tokens` | these logits | (N,), the labels there |
 | start_logits and end_logits | one call each, rows whose answer lies in the sequence; the mean of both | (N,) |
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .metrics import Metric, compute_metrics, predictions_of
+from ..dispatch import check_device
+from .metrics import Metric, check_metrics, compute_metrics, predictions_of
 
 LABEL_KEYS = ("labels", "start_positions", "end_positions", "sentence_order_label")
 Criterion = Callable[[Any, Any], Tensor]
@@ -58,12 +59,17 @@ def train(
         The mean loss over all examples (over all labelled tokens for token labels), measured before each step.
 
     Raises:
-        TypeError: a batch that is not a dict, a criterion that returns no tensor.
-        ValueError: no batch, no labels, a loss that is not a scalar, `criterion=None` with a model without a loss.
+        TypeError: a batch that is not a dict, a criterion that cannot be called or returns no tensor.
+        ValueError: no batch, no labels, a loss that is not a scalar or a sum, `criterion=None` with a model without a
+            loss, an optimizer of another model's parameters.
+        IndexError: a label outside the classes.
+        BackendUnavailableError: a device that is not there.
 
     The model is moved to `device`, trained in training mode and left in the mode in which it came, errors included.
     """
+    _check(model, criterion, device)
     model.to(device)
+    _check_optimizer(model, optimizer)
     total, count = 0.0, 0
     with _mode(model, training=True), _progress(data_loader, "train", progress) as (batches, show):
         for batch in batches:
@@ -103,10 +109,13 @@ def test(
         The mean loss over all examples (labelled tokens for token labels); with `metrics`, (mean loss, {name: value}).
 
     Raises:
-        TypeError, ValueError: as `train`; a metric of an unknown name; metrics for outputs that are not predictions.
+        TypeError, ValueError, IndexError, BackendUnavailableError: as `train`; a metric of an unknown name; metrics for
+            outputs that are not predictions. ImportError: a metric's library is missing.
 
     The model is moved to `device`, run in eval mode and left in the mode in which it came, errors included.
     """
+    check_metrics(metrics or ())
+    _check(model, criterion, device)
     model.to(device)
     total, count = 0.0, 0
     labels_seen: list[Tensor] = []
@@ -130,6 +139,26 @@ def test(
 test.__test__ = False  # type: ignore[attr-defined]  # pytest collects functions by this name wherever they are imported
 
 
+def _check(model: nn.Module, criterion: Criterion | None, device: torch.device | str) -> None:
+    """What can be refused before the first batch."""
+    check_device(device)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if criterion is not None and not callable(criterion):
+        raise TypeError(f"criterion must be a function of (outputs, labels) or None, got {type(criterion).__name__}")
+    reduction = getattr(criterion, "reduction", "mean")
+    if reduction not in ("mean", "batchmean"):
+        raise ValueError(f"the criterion has reduction={reduction!r}; its loss must be a scalar, the mean of a batch")
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("the optimizer holds none of the model's parameters; make it from this model's parameters()")
+
+
 def _step(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -150,13 +179,18 @@ def _step(
     inputs = {key: value for key, value in moved.items() if key not in LABEL_KEYS}
     if criterion is None and not predictions and "output_logits" in _arguments(model)[0]:
         inputs["output_logits"] = False
-    outputs = _call(model, inputs, labels if criterion is None else {})
+    try:
+        outputs = _call(model, inputs, labels if criterion is None else {})
+    except IndexError as error:
+        raise IndexError(f"{error} (the batch has {_ranges(inputs | labels)})") from error
     pairs = _pairs(outputs, labels, inputs)
     if criterion is None:
         loss = getattr(outputs, "loss", None)
         if loss is None:
             raise ValueError(f"criterion=None needs a model that returns a loss; {type(model).__name__} returned none")
     else:
+        for prediction, truth in pairs:
+            _check_classes(criterion, prediction, truth)
         losses = [criterion(prediction, truth) for prediction, truth in pairs if _count(truth)]
         # A batch without any label left (all -100): a loss of zero that still has a graph.
         loss = sum(losses) if losses else sum(prediction.sum() * 0 for prediction, _ in pairs)
@@ -167,6 +201,28 @@ def _step(
     if loss.dim():
         raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}: the criterion must take the mean")
     return loss, _count(pairs[0][1]), pairs
+
+
+def _check_classes(criterion: Criterion, outputs: Any, labels: Any) -> None:
+    """IndexError for a class that a cross-entropy has no logit for: on a GPU torch's own check ends the CUDA context."""
+    if not isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)) or not isinstance(outputs, Tensor):
+        return
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or outputs.dim() < 2:
+        return
+    classes, ignored = outputs.shape[1], criterion.ignore_index
+    wrong = (labels != ignored) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any()):
+        raise IndexError(f"label {int(labels[wrong][0])} is outside the {classes} classes 0 to {classes - 1}")
+
+
+def _ranges(tensors: Mapping[str, Any]) -> str:
+    """The smallest and largest value of every array of integers, for an error message."""
+    found = {
+        key: value
+        for key, value in tensors.items()
+        if isinstance(value, Tensor) and value.numel() and value.dtype in (torch.int64, torch.int32)
+    }
+    return ", ".join(f"{key} from {int(value.min())} to {int(value.max())}" for key, value in found.items())
 
 
 def _call(model: nn.Module, inputs: dict[str, Any], labels: dict[str, Any]) -> Any:
@@ -227,7 +283,8 @@ def _arrange(logits: Tensor | None, labels: Tensor, inputs: dict[str, Any]) -> t
     if logits.dim() == 2 and labels.dim() == 2 and wanted is not None:
         return logits, labels[real & wanted]
     if logits.dim() == 2 and logits.shape[1] == 1 and labels.dim() == 1:
-        return logits[:, 0], labels  # nn.MSELoss would otherwise broadcast the two to (B, B)
+        # nn.MSELoss would otherwise broadcast the two to (B, B), and has no gradient for whole numbers.
+        return logits[:, 0], labels.to(logits.dtype)
     return logits, labels
 
 
@@ -242,7 +299,10 @@ def _count(labels: Any) -> int:
 
 def _mean(total: float, count: int) -> float:
     if not count:
-        raise ValueError("data_loader gave no examples")
+        raise ValueError(
+            "data_loader gave no examples with a label: it is empty, an iterator that was used up before, or all its "
+            "labels are -100"
+        )
     return total / count
 
 

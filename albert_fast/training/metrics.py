@@ -1,7 +1,11 @@
-"""Predictions from outputs, and metrics over a whole data set (scikit-learn's and SciPy's, imported when asked for)."""
+"""Predictions from outputs, and metrics over a whole data set.
+
+Accuracy and the mean squared error need no library; the others are scikit-learn's and SciPy's, imported when asked for.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,12 +48,21 @@ def _average(labels: np.ndarray, predictions: np.ndarray) -> str:
     return "binary" if set(np.unique(labels)) | set(np.unique(predictions)) <= {0, 1} else "macro"
 
 
+def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
+    for name, values in (("labels", labels), ("predictions", predictions)):
+        if values.dtype.kind == "f":
+            raise ValueError(f"accuracy counts classes, and the {name} are {values.dtype} numbers; take mse or pearson")
+    return float(np.mean(labels == predictions))
+
+
+def _mean_squared_error(labels: np.ndarray, predictions: np.ndarray) -> float:
+    return float(np.mean((labels.astype(np.float64) - predictions.astype(np.float64)) ** 2))
+
+
 def _sklearn(name: str, averaged: bool = False) -> Metric:
     def metric(labels: np.ndarray, predictions: np.ndarray) -> float:
-        try:
-            from sklearn import metrics
-        except ImportError as error:
-            raise ImportError("metrics need scikit-learn: pip install 'albert-fast[train]'") from error
+        from sklearn import metrics
+
         options = {"average": _average(labels, predictions), "zero_division": 0} if averaged else {}
         return float(getattr(metrics, name)(labels, predictions, **options))
 
@@ -58,34 +71,66 @@ def _sklearn(name: str, averaged: bool = False) -> Metric:
 
 def _correlation(name: str) -> Metric:
     def metric(labels: np.ndarray, predictions: np.ndarray) -> float:
-        try:
-            from scipy import stats
-        except ImportError as error:
-            raise ImportError("correlations need SciPy, which comes with pip install 'albert-fast[train]'") from error
+        from scipy import stats
+
         return float(getattr(stats, name)(labels, predictions).statistic)
 
     return metric
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": _sklearn("accuracy_score"),
+    "accuracy": _accuracy,
     "f1": _sklearn("f1_score", averaged=True),
     "precision": _sklearn("precision_score", averaged=True),
     "recall": _sklearn("recall_score", averaged=True),
     "matthews": _sklearn("matthews_corrcoef"),
-    "mse": _sklearn("mean_squared_error"),
+    "mse": _mean_squared_error,
     "pearson": _correlation("pearsonr"),
     "spearman": _correlation("spearmanr"),
 }
+OF_CLASSES = ("accuracy", "f1", "precision", "recall", "matthews")
+# Metric -> (its module, the library's name).
+LIBRARIES = dict.fromkeys(
+    ("f1", "precision", "recall", "matthews"), ("sklearn.metrics", "scikit-learn")
+) | dict.fromkeys(("pearson", "spearman"), ("scipy.stats", "SciPy"))
+
+
+def check_metrics(wanted: Sequence[str | Metric], *, numbers: bool = False) -> None:
+    """Refuses, before a run, metrics that could not be computed after it.
+
+    Args:
+        wanted: names, or functions, which are not looked at.
+        numbers: the labels are numbers to predict, not classes.
+
+    Raises:
+        ValueError: an unknown name, a metric of classes for numbers. ImportError: a library that is not installed.
+    """
+    for metric in [wanted] if isinstance(wanted, str) else wanted:
+        if not isinstance(metric, str):
+            continue
+        if metric not in METRICS:
+            raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
+        if numbers and metric in OF_CLASSES:
+            known = ", ".join(name for name in METRICS if name not in OF_CLASSES)
+            raise ValueError(
+                f"the metric {metric!r} counts classes, and the labels are numbers to predict; take {known}"
+            )
+        if metric in LIBRARIES:
+            module, library = LIBRARIES[metric]
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ImportError(
+                    f"the metric {metric!r} needs {library}: pip install 'albert-fast[train]' (accuracy and mse do not)"
+                ) from error
 
 
 def compute_metrics(wanted: Sequence[str | Metric], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """{name: value} of metrics, names or functions (labels, predictions) -> float. ValueError: an unknown name."""
+    """{name: value} of metrics, names or functions (labels, predictions) -> float. Errors: see `check_metrics`."""
+    check_metrics(wanted)
     result = {}
     for metric in [wanted] if isinstance(wanted, str) else wanted:
         if isinstance(metric, str):
-            if metric not in METRICS:
-                raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
             result[metric] = METRICS[metric](labels, predictions)
         else:
             result[getattr(metric, "__name__", type(metric).__name__)] = float(metric(labels, predictions))
@@ -102,4 +147,4 @@ def confidence_interval(correct: int, total: int, z: float = 1.959964) -> tuple[
     return centre - half, centre + half
 
 
-__all__ = ["METRICS", "Metric", "compute_metrics", "confidence_interval", "predictions_of"]
+__all__ = ["METRICS", "Metric", "check_metrics", "compute_metrics", "confidence_interval", "predictions_of"]

@@ -32,6 +32,13 @@ def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: 
     return LambdaLR(optimizer, factor)
 
 
+def set_rates(schedule: LambdaLR) -> None:
+    """Gives the optimiser the rates of the schedule's present step, after a state was loaded that may hold others."""
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(schedule.last_epoch)
+
+
 class WeightAverage:
     """Exponential moving average of a model's parameters.
 
@@ -79,4 +86,4 @@ def _assign(model: nn.Module, values: list[Tensor]) -> None:
         parameter.copy_(value)  # in place and counted by autograd, so that cached copies of weights know
 
 
-__all__ = ["WeightAverage", "linear_schedule", "make_optimizer"]
+__all__ = ["WeightAverage", "linear_schedule", "make_optimizer", "set_rates"]

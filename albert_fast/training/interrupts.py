@@ -1,0 +1,42 @@
+"""Ctrl-C while a model trains: the step that has begun is finished, so that what is saved then is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+
+class Interrupts:
+    """Inside, the first Ctrl-C only sets `asked`; a second one interrupts at once.
+
+    Elsewhere than in the main thread, or where the program has a handler of its own, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._installed = False
+
+    def __enter__(self) -> Interrupts:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._installed = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._installed = False
+
+    def check(self, where: str) -> None:
+        """KeyboardInterrupt, with `where` as its text, if Ctrl-C came."""
+        if self.asked:
+            raise KeyboardInterrupt(where)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+__all__ = ["Interrupts"]
