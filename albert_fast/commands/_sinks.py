@@ -4,6 +4,7 @@
 |---|---|
 | OUT.partial | rows so far; becomes OUT by a rename when all are there |
 | OUT.progress | JSON: rows and bytes that are safe in OUT.partial, and what they were made from; goes with the rename |
+| OUT.lock | empty, locked while a process works on OUT; a killed process leaves it unlocked, and the next one removes it |
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from ._errors import UsageError
+from ._errors import UsageError, warn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +54,7 @@ class NpyForm:
 
 
 class JsonlForm:
-    """A line {"embedding": [...]} for each row, with the "id" of the input line where it had one."""
+    """A line {"embedding": [...]} for each row, with the "id" and the "label" of the input line where it had them."""
 
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
@@ -64,9 +65,11 @@ class JsonlForm:
     def body(self, vectors: np.ndarray, records: list[Record]) -> bytes:
         lines = []
         for record, vector in zip(records, vectors.astype(self.dtype, copy=False), strict=True):
-            key = "" if record.key is None else f'"id": {json.dumps(record.key, ensure_ascii=False)}, '
+            fields = {"id": record.key, "label": record.label}
+            given = {name: value for name, value in fields.items() if value is not None}
+            head = "".join(f'"{name}": {json.dumps(value, ensure_ascii=False)}, ' for name, value in given.items())
             # Shortest decimals that give the same float32 or float16 back.
-            lines.append(f'{{{key}"embedding": [{", ".join(_number(value) for value in vector)}]}}\n')
+            lines.append(f'{{{head}"embedding": [{", ".join(_number(value) for value in vector)}]}}\n')
         return "".join(lines).encode()
 
 
@@ -101,9 +104,66 @@ class State(Enum):
     complete = "complete"
 
 
+class OutputLock:
+    """Keeps other processes from an output until `release`; UsageError where one of them works on it now.
+
+    The system gives the lock up when the process ends, however it ends. Before a look at the output's files: what another
+    process has just finished or begun would not be seen.
+    """
+
+    def __init__(self, output: Path) -> None:
+        if not output.parent.is_dir():
+            raise UsageError(f"{output}: there is no folder {output.parent}")
+        self.path = output.with_name(output.name + ".lock")
+        self._fd: int | None = None
+        while self._fd is None:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            if not _try_lock(fd):
+                os.close(fd)
+                raise UsageError(f"{output} is being written by another process")
+            try:
+                current = os.path.samestat(os.fstat(fd), self.path.stat())
+            except FileNotFoundError:
+                current = False
+            if current:
+                self._fd = fd
+            else:
+                os.close(
+                    fd
+                )  # its holder has removed it since we opened it: the lock of a file without a name is no lock
+
+    def __enter__(self) -> OutputLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        if self._fd is not None:
+            self.path.unlink(missing_ok=True)  # while it is locked, or another process's new lock file would go
+            os.close(self._fd)
+            self._fd = None
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warn(f"warning: this file system has no locks ({error}); see that no other process writes the same output")
+    return True
+
+
 def state_of(output: Path, resume: bool, overwrite: bool) -> State:
-    """Looks at what earlier runs left; UsageError where neither option says what to do with it."""
+    """Looks at what earlier runs left; UsageError where neither option says what to do with it. Needs the output's lock."""
     partial, progress = _companions(output)
+    if not partial.exists():
+        progress.unlink(missing_ok=True)  # a kill between the two steps of `finish` left it
     if overwrite:
         return State.new
     if partial.exists() and progress.exists():
@@ -125,23 +185,28 @@ class ResumableFile:
     """Rows to a file by way of OUT.partial and OUT.progress; the first `rows` of them are safe.
 
     settings: what the rows depend on; going on under other settings is a UsageError that names the difference.
+    lock: the output's, where the caller took it before `state_of`; default: taken here, and released by `close`.
     """
 
-    def __init__(self, output: Path, form: Form, settings: dict[str, Any], state: State) -> None:
+    def __init__(
+        self, output: Path, form: Form, settings: dict[str, Any], state: State, lock: OutputLock | None = None
+    ) -> None:
         self.output, self.form, self.settings = output, form, settings
         self.partial, self.progress = _companions(output)
+        self._aside = self.progress.with_name(self.progress.name + ".tmp")
         self.rows, self.digest = 0, ""
-        # Not opened for writing anew: another process may hold it, and the lock comes after opening.
-        self._file: BinaryIO = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        _lock(self._file, self.partial)
-        if state is State.unfinished:
-            position = self._read_progress()
-        else:
-            self.progress.unlink(missing_ok=True)  # before the rows that it speaks of go
-            self._file.truncate(0)
-            position = self._file.write(form.head(0))
-        self._file.truncate(position)  # what was written after the last note is not known to be whole
-        self._file.seek(position)
+        self._lock = OutputLock(output) if lock is None else None
+        self._file: BinaryIO | None = None
+        try:
+            if state is not State.unfinished:
+                self.progress.unlink(missing_ok=True)  # before the rows that it speaks of go
+            self._file = self.partial.open("r+b" if state is State.unfinished else "wb")
+            position = self._read_progress() if state is State.unfinished else self._file.write(form.head(0))
+            self._file.truncate(position)  # what was written after the last note is not known to be whole
+            self._file.seek(position)
+        except BaseException:
+            self._release()
+            raise
 
     def _read_progress(self) -> int:
         """Takes over rows and digest; returns the bytes that are safe."""
@@ -151,7 +216,7 @@ class ResumableFile:
             before = dict(note["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.progress} is damaged ({error}); --overwrite starts again") from None
-        if os.fstat(self._file.fileno()).st_size < position:
+        if self.partial.stat().st_size < position:
             raise UsageError(f"{self.partial} is shorter than {self.progress} says; --overwrite starts again")
         for name, value in self.settings.items():
             if before.get(name) != value:
@@ -162,40 +227,41 @@ class ResumableFile:
 
     def append(self, vectors: np.ndarray, records: list[Record], digest: str) -> None:
         """Adds the rows of a window; `digest` is that of the input up to its end."""
+        assert self._file is not None
         self._file.write(self.form.body(vectors, records))
         self._flush()  # the rows first: the note must never promise more than there is
-        self.rows += len(records)
-        note = {"rows": self.rows, "bytes": self._file.tell(), "digest": digest, "settings": self.settings}
-        aside = self.progress.with_name(self.progress.name + ".tmp")
-        aside.write_text(json.dumps(note), encoding="utf-8")
-        aside.replace(self.progress)
+        rows = self.rows + len(records)
+        note = {"rows": rows, "bytes": self._file.tell(), "digest": digest, "settings": self.settings}
+        self._aside.write_text(json.dumps(note), encoding="utf-8")
+        self._aside.replace(self.progress)
+        self.rows = rows
 
     def finish(self) -> None:
         """Makes OUT.partial into OUT."""
+        assert self._file is not None
         self._file.seek(0)
         self._file.write(self.form.head(self.rows))
         self._flush()
-        self._file.close()
         self.partial.replace(self.output)
         self.progress.unlink(missing_ok=True)
+        self._release()
 
     def close(self) -> None:
-        self._file.close()
-        if not self.rows:  # nothing to go on from
+        if self._file is not None and not self.rows:  # nothing to go on from
             self.partial.unlink(missing_ok=True)
+            self.progress.unlink(missing_ok=True)
+        self._release()
 
     def _flush(self) -> None:
+        assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
 
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keeps a second process from the same file; the lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UsageError(f"{path} is being written by another process") from None
+    def _release(self) -> None:
+        """Lets the file and the lock go, in this order and once: from then on the output may be another process's."""
+        self._aside.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._lock is not None:
+            self._lock.release()
