@@ -128,6 +128,7 @@ APART = {
     "registration.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},
     "gemm.py": ABOVE | BELOW | TOP | {"ops", "packing"},
     "packing.py": ABOVE | BELOW | TOP | {"ops", "gemm"},
+    "locking.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "config"},
     "losses.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},
     "config.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "weights.py": ABOVE

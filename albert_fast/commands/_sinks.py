@@ -13,11 +13,14 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from ._errors import UsageError, warn
+from ..locking import LockedError, locked
+from ._errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,59 +107,20 @@ class State(Enum):
     complete = "complete"
 
 
-class OutputLock:
-    """Keeps other processes from an output until `release`; UsageError where one of them works on it now.
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Keeps other processes from an output inside; UsageError where one of them works on it now.
 
-    The system gives the lock up when the process ends, however it ends. Before a look at the output's files: what another
-    process has just finished or begun would not be seen.
+    Take it before `state_of`, or what another process has just finished or begun is not seen.
     """
-
-    def __init__(self, output: Path) -> None:
-        if not output.parent.is_dir():
-            raise UsageError(f"{output}: there is no folder {output.parent}")
-        self.path = output.with_name(output.name + ".lock")
-        self._fd: int | None = None
-        while self._fd is None:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            if not _try_lock(fd):
-                os.close(fd)
-                raise UsageError(f"{output} is being written by another process")
-            try:
-                current = os.path.samestat(os.fstat(fd), self.path.stat())
-            except FileNotFoundError:
-                current = False
-            if current:
-                self._fd = fd
-            else:
-                os.close(
-                    fd
-                )  # its holder has removed it since we opened it: the lock of a file without a name is no lock
-
-    def __enter__(self) -> OutputLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        if self._fd is not None:
-            self.path.unlink(missing_ok=True)  # while it is locked, or another process's new lock file would go
-            os.close(self._fd)
-            self._fd = None
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        warn(f"warning: this file system has no locks ({error}); see that no other process writes the same output")
-    return True
+    if not output.parent.is_dir():
+        raise UsageError(f"{output}: there is no folder {output.parent}")
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(output.with_name(output.name + ".lock")))
+        except LockedError as error:
+            raise UsageError(f"{output} is being written by another process ({error})") from None
+        yield
 
 
 def state_of(output: Path, resume: bool, overwrite: bool) -> State:
@@ -185,17 +149,19 @@ class ResumableFile:
     """Rows to a file by way of OUT.partial and OUT.progress; the first `rows` of them are safe.
 
     settings: what the rows depend on; going on under other settings is a UsageError that names the difference.
-    lock: the output's, where the caller took it before `state_of`; default: taken here, and released by `close`.
+    is_locked: the caller holds `output_lock`; off, it is taken here, until `finish` or `close`.
     """
 
     def __init__(
-        self, output: Path, form: Form, settings: dict[str, Any], state: State, lock: OutputLock | None = None
+        self, output: Path, form: Form, settings: dict[str, Any], state: State, *, is_locked: bool = False
     ) -> None:
         self.output, self.form, self.settings = output, form, settings
         self.partial, self.progress = _companions(output)
         self._aside = self.progress.with_name(self.progress.name + ".tmp")
         self.rows, self.digest = 0, ""
-        self._lock = OutputLock(output) if lock is None else None
+        self._held = ExitStack()
+        if not is_locked:
+            self._held.enter_context(output_lock(output))
         self._file: BinaryIO | None = None
         try:
             if state is not State.unfinished:
@@ -263,5 +229,4 @@ class ResumableFile:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._lock is not None:
-            self._lock.release()
+        self._held.close()

@@ -15,7 +15,7 @@ from . import _options as options
 from ._errors import UsageError, reports_errors, warn
 from ._lines import InputError, Lines
 from ._progress import Progress
-from ._sinks import JsonlForm, NpyForm, OutputLock, ResumableFile, StandardOutput, State, state_of
+from ._sinks import JsonlForm, NpyForm, ResumableFile, StandardOutput, State, output_lock, state_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +91,7 @@ def command(
     if label_column is not None and output is not None and output.suffix != ".jsonl":
         raise UsageError(f"--label-column: {output} has no place for labels; JSON lines have")
     columns = Columns(options.column(text_column), options.column(pair_column), options.column(label_column))
-    with OutputLock(output) if output is not None else nullcontext() as lock:
+    with output_lock(output) if output is not None else nullcontext():
         state = State.new if output is None else state_of(output, resume, overwrite)
         if state is State.complete:
             warn(f"{output} is complete; --overwrite makes it anew")
@@ -107,7 +107,7 @@ def command(
                     **encoder.settings(), "window": window, "dtype": dtype.value, "input format": lines.format.value,
                     "text column": columns.text, "pair column": columns.pair, "label column": columns.label,
                 }  # fmt: skip
-                sink = ResumableFile(output, form, settings, state, lock)
+                sink = ResumableFile(output, form, settings, state, is_locked=True)
             _encode(lines, encoder, sink, batch_size * window)
 
 
