@@ -256,7 +256,8 @@ class RowReader:
         if len(fields) != self._width:
             others = "the first row" if self._header is None else f"the header {self._header}"
             hint = "a text with a comma needs quotes" if self._format is Format.csv else "a text cannot hold a tab"
-            self._fail(f"{len(fields)} fields, but {others} has {self._width}; {hint}")
+            count = f"{len(fields)} field{'s' * (len(fields) != 1)}"
+            self._fail(f"{count}, but {others} has {self._width}; {hint}")
         values: Mapping[Any, str] = dict(
             enumerate(fields) if self._header is None else zip(self._header, fields, strict=True)
         )

@@ -56,7 +56,7 @@ def command(
         batch = {key: value.to(place) for key, value in tokenizer(text, return_tensors="pt").items()}
         masks = batch["input_ids"] == tokenizer.mask_token_id
         if not masks.any():
-            raise ValueError(f"{name}: no {tokenizer.mask_token} in {text!r}")
+            raise ValueError(f"{name}: no {tokenizer.mask_token} in {text!r}; write it where a word is to be found")
         if masks.shape[1] > limit:
             raise ValueError(f"{name}: {masks.shape[1]} tokens, the model takes {limit}")
         with torch.inference_mode():
@@ -82,6 +82,6 @@ def command(
         for position, text in enumerate(texts, 1):
             answer(text, f"text {position}")
         return
-    with Lines("-", options.InputFormat.text, "utf-8", False) as lines:
+    with Lines("-", options.InputFormat.text) as lines:
         while records := lines.window(1):
             answer(records[0].text, f"standard input, line {records[0].line}")
