@@ -137,6 +137,9 @@ def test_failures_name_what_to_do(run, models, tmp_path) -> None:
         (["fill-mask", "[MASK] " * 60, "-m", models["language"]], "the model takes 48"),
         (["demo", "--file", tmp_path / "none.txt"], "none.txt: No such file"),
         (["demo", "--file", "-", "-m", model], "holds no sentence"),
+        (["demo", "fine", "caf\udce9", "-m", model], "text 2: character 4 cannot be read"),
+        (["fill-mask", "caf\udce9 [MASK]", "-m", models["language"]], "text 1: character 4 cannot be read"),
+        (["classify", "caf\udce9 film", "-m", model], "the text, line 1: byte 4 of the line is not utf-8"),
     ]:
         error = run(*arguments, code=2 if "pooler" in says else 1, stdin="").stderr
         assert error.startswith("albert-fast: error: ")

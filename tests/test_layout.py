@@ -129,6 +129,8 @@ APART = {
     "gemm.py": ABOVE | BELOW | TOP | {"ops", "packing"},
     "packing.py": ABOVE | BELOW | TOP | {"ops", "gemm"},
     "locking.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "config"},
+    "line_reader.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "text_files"},
+    "text_files.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "losses.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},
     "config.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "weights.py": ABOVE

@@ -52,6 +52,7 @@ class Lines:
                 "--input-format csv, tsv or jsonl reads a table"
             )
         errors = "replace" if replace_bad_bytes else "strict"
+        self._hint = "" if given else "; --encoding names another encoding, --replace-bad-bytes reads on"
         if given:
             if len(path.split()) == 1:  # it may be the mistyped name of a file after all
                 warn(f"there is no file {path}; it is read as text")
@@ -107,14 +108,24 @@ class Lines:
                 rows.append(row)
                 self._count()
         except ValueError as error:
-            options = "; --encoding names another encoding, --replace-bad-bytes reads on"
-            hint = options if isinstance(error.__cause__, UnicodeDecodeError) else ""
+            hint = self._hint if isinstance(error.__cause__, UnicodeDecodeError) else ""
             raise InputError(f"{error}{hint}", rows) from error
         return rows
 
     def _count(self) -> None:
         self.count += 1
         self.digest = self._lines.checksum()  # taken here: the reader looks further, at blank lines or at a bad one
+
+
+def given_text(text: str, name: str) -> str:
+    """A text that is an argument. ValueError where its bytes are no text; Python keeps them as half surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start + 1} cannot be read; the terminal's encoding is UTF-8"
+        ) from None
+    return text
 
 
 def is_text(argument: str) -> bool:
@@ -142,4 +153,4 @@ def _checked_encoding(encoding: str) -> str:
     return name
 
 
-__all__ = ["CHUNK", "LONGEST_LINE", "InputError", "Lines", "Record", "is_text"]
+__all__ = ["CHUNK", "LONGEST_LINE", "InputError", "Lines", "Record", "given_text", "is_text"]

@@ -11,7 +11,7 @@ import typer
 from . import _options as options
 from ._compare import compare, table
 from ._errors import UsageError, reports_errors
-from ._lines import Lines
+from ._lines import Lines, given_text
 from .classify import Classifier, best
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def command(
     """
     if texts and file is not None:
         raise UsageError("give sentences or --file, not both")
-    sentences = list(texts or SENTENCES) if file is None else _read(file)
+    given = [given_text(text, f"text {position}") for position, text in enumerate(texts or SENTENCES, 1)]
+    sentences = given if file is None else _read(file)
     classifier = Classifier(model, backend=backend, device=device, threads=threads)
     answers = classifier([(text, None) for text in sentences])
     rows = [(text, best(answer), *(f"{answer[label]:.3f}" for label in classifier.labels)) for text, answer in

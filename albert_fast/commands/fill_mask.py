@@ -10,7 +10,7 @@ import typer
 
 from . import _options as options
 from ._errors import UsageError, reports_errors
-from ._lines import Lines
+from ._lines import Lines, given_text
 
 
 @reports_errors
@@ -80,7 +80,7 @@ def command(
 
     if texts != ["-"]:
         for position, text in enumerate(texts, 1):
-            answer(text, f"text {position}")
+            answer(given_text(text, f"text {position}"), f"text {position}")
         return
     with Lines("-", options.InputFormat.text) as lines:
         while records := lines.window(1):
