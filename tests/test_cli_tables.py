@@ -157,6 +157,24 @@ def test_rows_before_a_bad_one_are_answered(run, tmp_path: Path) -> None:
     assert len(run("classify", "x.txt.gz").stdout.splitlines()) == 5000
 
 
+def test_train_and_evaluate_name_the_row(run, model: Path, tmp_path: Path) -> None:
+    for content, says in [
+        (
+            "text,label\na,good\nnot bad, really,bad\n",
+            "x.csv, line 3: 3 fields, but the header ['text', 'label'] has 2",
+        ),
+        ("text,label\na,good\nb,\n", "x.csv, line 3, column 'label': empty"),
+        ("text,label\na,good\nb,fair\n", "x.csv, line 3: the label is 'fair', expected one of"),
+    ]:
+        Path("x.csv").write_text(content)
+        assert says in run("evaluate", "x.csv", code=1).stderr
+        arguments = ["train", "x.csv", "out", "--no-progress", "--label-names", "bad,good"]
+        result = CliRunner().invoke(APP, arguments)
+        assert result.exit_code == 1
+        assert says in result.stderr
+        assert not Path("out").exists()
+
+
 def test_wrong_columns_are_named(run, tmp_path: Path) -> None:
     Path("x.tsv").write_text("q\ta\nb\tc\n")
     Path("x.txt").write_text("a film\n")

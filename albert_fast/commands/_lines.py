@@ -9,7 +9,7 @@ import time
 from pathlib import PurePath
 from types import TracebackType
 
-from ..line_reader import CHUNK, LONGEST_LINE, LineReader, open_lines
+from ..line_reader import LineReader, open_lines
 from ..text_files import Columns, Format, Record, RowReader, table_format
 from ._errors import UsageError, warn
 from ._options import InputFormat
@@ -153,4 +153,4 @@ def _checked_encoding(encoding: str) -> str:
     return name
 
 
-__all__ = ["CHUNK", "LONGEST_LINE", "InputError", "Lines", "Record", "given_text", "is_text"]
+__all__ = ["InputError", "Lines", "Record", "given_text"]

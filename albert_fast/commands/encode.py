@@ -139,6 +139,10 @@ def _encode(lines: Lines, encoder: Encoder, sink: StandardOutput | ResumableFile
                 kept = f"; {sink.rows} lines are saved, --resume continues after them" if to_file and sink.rows else ""
                 raise ValueError(f"{bad_line}{kept}") from bad_line
         sink.finish()
+    except (OSError, RuntimeError, MemoryError):  # a full disk, a device that fails
+        if to_file and sink.rows:
+            warn(f"{sink.rows} lines are saved; --resume continues after them")
+        raise
     except KeyboardInterrupt:
         kept = f"; {sink.rows} lines are saved, --resume continues" if to_file and sink.rows else ""
         raise KeyboardInterrupt(f"interrupted{kept}") from None
