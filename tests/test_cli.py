@@ -136,6 +136,7 @@ def test_failures_name_what_to_do(run, models, tmp_path) -> None:
         (["fill-mask", "no mask", "-m", models["language"]], "text 1: no [MASK] in 'no mask'"),
         (["fill-mask", "[MASK] " * 60, "-m", models["language"]], "the model takes 48"),
         (["demo", "--file", tmp_path / "none.txt"], "none.txt: No such file"),
+        (["demo", "--file", "none"], "none: No such file"),
         (["demo", "--file", "-", "-m", model], "holds no sentence"),
         (["demo", "fine", "caf\udce9", "-m", model], "text 2: character 4 cannot be read"),
         (["fill-mask", "caf\udce9 [MASK]", "-m", models["language"]], "text 1: character 4 cannot be read"),

@@ -27,9 +27,10 @@ class InputError(ValueError):
 
 
 class Lines:
-    """Reads windows of rows from a path, from standard input for "-", or from a text that is no path.
+    """Reads windows of rows from a path, or from standard input for "-".
 
     format: auto: by the ending of the path, see `albert_fast.text_files`; all else is plain lines.
+    may_be_text: a path of no file that is words is itself the text.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Lines:
         encoding: str = "utf-8",
         replace_bad_bytes: bool = False,
         columns: Columns | None = None,
+        may_be_text: bool = False,
     ) -> None:
         encoding, columns = _checked_encoding(encoding), columns or Columns()
-        given = path != "-" and not os.path.exists(path) and is_text(path)
+        given = may_be_text and path != "-" and not os.path.exists(path) and is_text(path)
         if format is not InputFormat.auto:
             self.format = Format(format.value)
         else:

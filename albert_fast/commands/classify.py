@@ -76,7 +76,7 @@ def command(
       albert-fast classify pairs.tsv -m my-pair-model --text-column question --pair-column answer --all-scores
     """
     columns = Columns(options.column(text_column), options.column(pair_column), options.column(label_column))
-    with Lines(file, input_format, encoding, replace_bad_bytes, columns) as lines:
+    with Lines(file, input_format, encoding, replace_bad_bytes, columns, may_be_text=True) as lines:
         classifier = Classifier(model, max_length, batch_size, backend, precision, device, threads)
         with Progress(lines, "classify", answers_on_stdout=True) as progress:
             bad_line: InputError | None = None

@@ -96,7 +96,7 @@ def command(
         if state is State.complete:
             warn(f"{output} is complete; --overwrite makes it anew")
             return
-        with Lines(file, input_format, encoding, replace_bad_bytes, columns) as lines:
+        with Lines(file, input_format, encoding, replace_bad_bytes, columns, may_be_text=True) as lines:
             encoder = Encoder(model, pooling, max_length, batch_size, backend, precision, device, threads)
             sink: StandardOutput | ResumableFile
             if output is None:
