@@ -100,8 +100,8 @@ def read_table(path: str | Path, columns: Columns) -> Iterator[Record]:
 class RowReader:
     """Rows of an open file, one at a time.
 
-    skip_blank: pass over blank lines of a table. Off, one that is followed by a row is an error: whoever counts lines and
-    answers would be off by one behind it.
+    skip_blank: pass over blank lines of a table. If off, a blank line that a row follows is an error, because the answers
+    after it would not be on the lines of their rows; blank lines at the end are always passed over.
     """
 
     def __init__(self, lines: LineReader, format: Format, columns: Columns, *, skip_blank: bool = False) -> None:
