@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -135,7 +136,11 @@ def test_failures_name_what_to_do(run, models, tmp_path) -> None:
         (["fill-mask", "no mask", "-m", models["language"]], "text 1: no [MASK] in 'no mask'"),
         (["fill-mask", "[MASK] " * 60, "-m", models["language"]], "the model takes 48"),
         (["demo", "--file", tmp_path / "none.txt"], "none.txt: No such file"),
+        (["demo", "--file", "none"], "none: No such file"),
         (["demo", "--file", "-", "-m", model], "holds no sentence"),
+        (["demo", "fine", "caf\udce9", "-m", model], "text 2: character 4 cannot be read"),
+        (["fill-mask", "caf\udce9 [MASK]", "-m", models["language"]], "text 1: character 4 cannot be read"),
+        (["classify", "caf\udce9 film", "-m", model], "the text, line 1: byte 4 of the line is not utf-8"),
     ]:
         error = run(*arguments, code=2 if "pooler" in says else 1, stdin="").stderr
         assert error.startswith("albert-fast: error: ")
@@ -224,18 +229,27 @@ def test_bytes_that_are_not_utf8(run, models) -> None:
     ("bad", "says"),
     [
         ('{"text": "a"', "not JSON"),
-        ("", "empty; expected"),
-        ("[1]", "found list"),
+        ("", "line 3: empty; expected"),
+        ("[1]", "found a list"),
         ('{"txt": "a"}', "no field \"text\"; it has ['txt']"),
-        ('{"text": 3}', '"text" is not a string'),
-        ('{"text": "a", "text_pair": null}', '"text_pair" is not a string'),
+        ('{"text": 3}', "line 3, column 'text': expected a string, found a number"),
+        ('{"text": null}', "line 3, column 'text': expected a string, found null"),
+        ('{"text": "a", "text_pair": ["b"]}', "line 3, column 'text_pair': expected a string, found a list"),
+        ('{"text": "a \\ud83d b"}', "line 3, column 'text': character 3 of the text, '\\ud83d', is half a surrogate"),
+        ('{"text": "a", "id": "\\udfff"}', "line 3, column 'id': cannot be given back as JSON"),
+        ('{"text": "a", "id": 1e999}', "line 3, column 'id': cannot be given back as JSON"),
+        ('{"text": "a", "id": NaN}', "not JSON: NaN is no JSON value"),
+        ('{"text": "a", "text": "b"}', "the key 'text' is there twice"),
+        ('{"text": ' + "[" * 100_000, "not JSON: nested too deeply"),
+        ('{"text": "a", "id": ' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ('{"text": "\x00"}', "not JSON: Invalid control character"),
     ],
 )
 def test_bad_json_lines(run, models, tmp_path, bad: str, says: str) -> None:
     (tmp_path / "in.jsonl").write_text(f'{{"text": "a"}}\n{{"text": "b"}}\n{bad}\n{{"text": "c"}}\n')
     result = run("classify", tmp_path / "in.jsonl", "-m", models["classifier"], code=1)
     assert len(result.stdout.splitlines()) == 2
-    assert f"{tmp_path / 'in.jsonl'}, line 3: " in result.stderr
+    assert f"{tmp_path / 'in.jsonl'}, line 3" in result.stderr
     assert says in result.stderr
 
 
@@ -288,11 +302,21 @@ def test_special_tokens_in_the_input_are_text(run, models) -> None:
     assert [[one["score"] for one in mask] for mask in row] == [pytest.approx(one, abs=2e-5) for one in scores.tolist()]
 
 
-def test_demo_checks_the_numbers(run, models, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = run("demo", "a fine film", "a mess", "-m", models["classifier"], "--rounds", 1).stdout
-    assert [line.split("  ")[0] for line in out.splitlines()[2:4]] == ["a fine film", "a mess"]
-    assert "Same answers as the eager reference" in out
-    assert "reference" not in run("demo", "-m", models["classifier"], "--no-bench").stdout
+@pytest.mark.parametrize("installed", [True, False], ids=["transformers", "alone"])
+def test_demo_checks_the_numbers(run, models, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    if installed:
+        version = pytest.importorskip("transformers").__version__
+        peer, shown = "transformers' AlbertForSequenceClassification (sdpa), within", f", transformers {version}"
+    else:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        peer, shown = "albert_fast.reference (plain PyTorch; pip install transformers to compare with it), within", ""
+    lines = run("demo", "a fine film", "a mess", "-m", models["classifier"], "--rounds", 1).stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["a fine film", "a mess"]
+    assert lines[5].split()[:3] == ["float32", "transformers" if installed else "reference", "ms"]
+    assert f"1 thread; albert_fast {albert_fast.__version__}, Python " in lines[10]
+    assert shown in lines[10]
+    assert lines[11].startswith(f"Same answers as {peer}")
+    assert "Same" not in run("demo", "-m", models["classifier"], "--no-bench").stdout
     load = reference.ALBERTForSequenceClassification.from_pretrained
 
     def off_by_a_little(*arguments, **options):
@@ -302,7 +326,7 @@ def test_demo_checks_the_numbers(run, models, monkeypatch: pytest.MonkeyPatch) -
         return model
 
     monkeypatch.setattr(reference.ALBERTForSequenceClassification, "from_pretrained", off_by_a_little)
-    assert "differ from the reference" in run("demo", "-m", models["classifier"], "--rounds", 1, code=1).stderr
+    assert "the logits differ from those of" in run("demo", "-m", models["classifier"], "--rounds", 1, code=1).stderr
 
 
 def test_shipped_model_is_the_default(run) -> None:

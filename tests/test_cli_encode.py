@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import json
 import re
 import shutil
@@ -21,9 +23,9 @@ from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, reference
 from albert_fast.cli import build_app
 from albert_fast.commands import encode as encode_module
 from albert_fast.commands._errors import UsageError
-from albert_fast.commands._lines import CHUNK, LONGEST_LINE, InputError, Lines
-from albert_fast.commands._options import InputFormat
-from albert_fast.commands._sinks import NpyForm, ResumableFile, State
+from albert_fast.commands._lines import InputError, Lines
+from albert_fast.commands._sinks import NpyForm, ResumableFile, State, output_lock
+from albert_fast.line_reader import CHUNK, LONGEST_LINE
 from albert_fast.tokenization import load_tokenizer, train_tokenizer
 
 APP = build_app()
@@ -215,13 +217,65 @@ def test_overwrite_starts_again(model: Path, source: Path, unfinished: Path, mon
     assert not list(unfinished.parent.glob("out.npy*"))  # no note is left that speaks of rows that are gone
 
 
+def test_a_full_disk_keeps_what_was_done(
+    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(source, model, tmp_path / "whole.npy")
+    append, calls = ResumableFile.append, iter(range(3))
+
+    def fill_up(self, *arguments):
+        if next(calls, None) is None:
+            self._file.write(b"half a row")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableFile, "append", fill_up)
+        said = encode(source, model, tmp_path / "out.npy", code=1)
+    assert "12 lines are saved; --resume continues after them" in said
+    assert "No space left" in said
+    assert "continuing after 12 lines" in encode(source, model, tmp_path / "out.npy", "--resume")
+    assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
 def test_two_processes_do_not_share_an_output(model: Path, source: Path, unfinished: Path) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    with unfinished.with_name("out.npy.partial").open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with output_lock(unfinished):
         for option in ("--resume", "--overwrite"):
-            assert "is being written by another process" in encode(source, model, unfinished, option, code=2)
+            said = encode(source, model, unfinished, option, code=2)
+            assert f"{unfinished} is being written by another process" in said
     encode(source, model, unfinished, "--resume")
+    assert [path.name for path in unfinished.parent.glob("out.npy*")] == ["out.npy"]
+
+
+@pytest.mark.parametrize("left", ["head", "rows", "note aside", "note", "final head", "renamed"])
+def test_a_kill_at_any_step_can_be_resumed(
+    model: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """What is on the disk after a kill at this step; then --resume, which must give the rows of a run in one go."""
+    encode(source, model, tmp_path / "whole.npy")
+    whole, output = (tmp_path / "whole.npy").read_bytes(), tmp_path / "out.npy"
+    partial, progress = (tmp_path / f"out.npy.{end}" for end in ("partial", "progress"))
+    windows = {"head": 1, "rows": 1, "note aside": 3, "note": 3, "final head": 6, "renamed": 6}[left]
+    with monkeypatch.context() as patch:
+        interrupt_after(windows, patch)
+        encode(source, model, output, code=130)
+    (tmp_path / "out.npy.lock").touch()
+    if left in ("head", "rows"):
+        progress.unlink()
+        partial.write_bytes(partial.read_bytes()[: 17 if left == "head" else 300])
+    elif left == "note aside":
+        left = tmp_path / ".out.npy.progress.0123456789abcdef.part"
+        left.mkdir(exist_ok=True)
+        (left / "out.npy.progress").write_text('{"rows": 99')
+        partial.write_bytes(partial.read_bytes() + whole[-77:])
+    elif left == "final head":
+        partial.write_bytes(whole[:128] + partial.read_bytes()[128:] + whole[-50:])
+    elif left == "renamed":
+        partial.unlink()
+        output.write_bytes(whole)
+    encode(source, model, output, "--resume")
+    assert output.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.npy", "whole.npy"]
 
 
 def test_a_refusal_releases_the_lock_while_its_traceback_lives(unfinished: Path) -> None:
@@ -237,11 +291,19 @@ def test_bad_line_keeps_what_was_done(model: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"text": text}) for text in TEXTS]
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     source.write_text("\n".join([*rows[:9], "{bad", *rows[10:]]))
-    assert "line 10: not JSON" in encode(source, model, output, code=1)
-    source.write_text("\n".join(rows))
-    assert "continuing after 8 lines" in encode(source, model, output, "--resume")
+    said = encode(source, model, output, code=1)
+    assert "line 10: not JSON" in said
+    assert "; 9 lines are saved, --resume continues after them" in said
+    assert "line 10: not JSON" in encode(source, model, output, "--resume", code=1)  # not mended yet: nothing is lost
+    source.write_text("\n".join([*rows[:20], "", *rows[20:]]))
+    said = encode(source, model, output, "--resume", code=1)
+    assert "continuing after 9 lines" in said
+    assert "line 21: empty" in said
+    source.write_text("\n".join([*rows, "", " ", ""]))  # blank lines at the end are no rows
+    assert "continuing after 20 lines" in encode(source, model, output, "--resume")
     encode(source, model, tmp_path / "whole.npy")
-    assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    np.testing.assert_allclose(np.load(output), np.load(tmp_path / "whole.npy"), rtol=1e-5, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.npy", "whole.npy"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
@@ -311,7 +373,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-def test_long_lines_take_bounded_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_lines_take_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     with path.open("wb") as file:
         file.write(b"first\n")
@@ -319,20 +381,23 @@ def test_long_lines_take_bounded_memory(tmp_path: Path, capsys: pytest.CaptureFi
             file.write("\u00e9".encode() * (CHUNK // 2))
         file.write(b"\nlast")
     tracemalloc.start()
-    with Lines(str(path), InputFormat.text, "utf-8", False) as lines:
+    cut = f"line 2: {300 * CHUNK - LONGEST_LINE} bytes beyond the first"
+    with Lines(str(path)) as lines, pytest.warns(UserWarning, match=cut):
         texts = [record.text for record in lines.window(10)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [len(text) for text in texts] == [5, LONGEST_LINE // 2, 4]
     assert peak < 8 * LONGEST_LINE < path.stat().st_size
-    assert f"line 2: {300 * CHUNK - LONGEST_LINE} bytes beyond the first" in capsys.readouterr().err
     assert lines.consumed == path.stat().st_size + 1
 
 
-def test_many_lines_take_bounded_memory(tmp_path: Path) -> None:
-    path = tmp_path / "many.txt"
-    path.write_text("a line of text\n" * 150_000)
-    with Lines(str(path), InputFormat.text, "utf-8", False) as lines:
+@pytest.mark.parametrize("name", ["many.txt", "many.txt.gz", "many.csv", "many.jsonl"])
+def test_many_lines_take_bounded_memory(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    line = '{"text": "a line of text"}\n' if name == "many.jsonl" else "a line of text\n"
+    content = (("text\n" if name == "many.csv" else "") + line * 150_000).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    with Lines(str(path)) as lines:
         lines.window(100)
         tracemalloc.start()
         while lines.window(100):
@@ -340,13 +405,13 @@ def test_many_lines_take_bounded_memory(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert lines.count == 150_000
-    assert peak < 1_000_000 < path.stat().st_size
+    assert peak < 1_000_000 < len(content)
 
 
 def test_a_long_json_line_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": "x" * LONGEST_LINE}) + "\n")
-    with Lines(str(path), InputFormat.auto, "utf-8", False) as lines, pytest.raises(InputError, match="longer than"):
+    with Lines(str(path)) as lines, pytest.raises(InputError, match="line 1: longer than 1048576 bytes"):
         lines.window(1)
 
 

@@ -136,6 +136,8 @@ APART = {
     "unused_gradients.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "packing.py": ABOVE | BELOW | TOP | {"ops", "gemm"},
     "locking.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "config"},
+    "line_reader.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "text_files"},
+    "text_files.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "losses.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},
     "config.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
     "weights.py": ABOVE

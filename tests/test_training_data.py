@@ -62,10 +62,12 @@ def test_read_examples_kinds_of_labels_and_errors(tmp_path: Path) -> None:
     assert (words.labels, words.label_names) == ([1, 0], ["bad", "good"])
     numbers = read_examples(write("a\tb\t1.5\nc\td\t3\n"), text_column=0, pair_column=1, label_column=2)
     assert (numbers.texts, numbers.labels, numbers.label_names) == ([("a", "b"), ("c", "d")], [1.5, 3.0], None)
-    with pytest.raises(ValueError, match=r"line 3 has no column 'label'"):
+    with pytest.raises(ValueError, match=r"x.tsv, line 3: 1 field, but the header \['text', 'label'\] has 2"):
         read_examples(write("text\tlabel\na\t1\nb\n"))
-    with pytest.raises(ValueError, match=r"example 0 has the label 'good'"):
-        read_examples(write("text\tlabel\na\tgood\n"), label_names=["x", "y"])
+    with pytest.raises(ValueError, match=r"x.tsv, line 3: the label is 'good', expected one of \['x', 'y'\]"):
+        read_examples(write("text\tlabel\nb\tx\na\tgood\n"), label_names=["x", "y"])
+    with pytest.raises(ValueError, match=r"x.tsv, line 3: the label 'nan' is not a finite number"):
+        read_examples(write("text\tlabel\nb\t1\na\tnan\n"))
     with pytest.raises(ValueError, match="no examples"):
         read_examples(write("text\tlabel\n"))
     with pytest.raises(ValueError, match="cannot tell the format"):
@@ -108,7 +110,10 @@ def test_soft_labels_are_read_and_collated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected 3 probabilities"):
         read_examples(path, label_names=["a", "b", "c"])
     path.write_text('{"text": "a", "label": [0.25, 0.75]}\n{"text": "b", "label": 1}\n')
-    with pytest.raises(ValueError, match="1 of 2 labels"):
+    with pytest.raises(ValueError, match=r"line 2: the label is one value, that of .*line 1 a list"):
+        read_examples(path)
+    path.write_text('{"text": "a", "label": [0.25, 0.75]}\n{"text": "b", "label": [0.9, 0.3]}\n')
+    with pytest.raises(ValueError, match=r"line 2: the label is .0.9, 0.3., expected 2 probabilities"):
         read_examples(path)
 
 

@@ -1,40 +1,25 @@
-"""Lines of a file, of standard input or of a pipe, in windows: in constant memory, and a pipe is not waited for."""
+"""The texts that a command works on, in windows: in constant memory, and a pipe is not waited for."""
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import io
-import json
 import os
-import select
-import stat
-import sys
 import time
-from collections import deque
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from pathlib import PurePath
+from types import TracebackType
 
+from ..line_reader import LineReader, open_lines
+from ..text_files import Columns, Format, Record, RowReader, table_format
 from ._errors import UsageError, warn
 from ._options import InputFormat
 
-CHUNK = 1 << 16
-# More than any model reads of one text; the rest of a longer line is dropped unread, so that memory stays bounded.
-LONGEST_LINE = 1 << 20
-
-
-@dataclass
-class Record:
-    """One line of the input."""
-
-    line: int  # from 1
-    text: str
-    pair: str | None = None
-    key: Any = None  # the field "id" of a JSON line, given back with the answer
+# Endings of data files: a name with spaces in it that ends like this is a file, not a text.
+_FILE_ENDINGS = (".txt", ".text", ".tsv", ".csv", ".json", ".ndjson", ".gz", ".md", ".xml", ".parquet", ".xlsx", ".zip")
 
 
 class InputError(ValueError):
-    """A line that cannot be read; `before` holds the records of the same window that could."""
+    """A line that cannot be read; `before` holds the rows of the same window that could."""
 
     def __init__(self, message: str, before: list[Record]) -> None:
         super().__init__(message)
@@ -42,123 +27,119 @@ class InputError(ValueError):
 
 
 class Lines:
-    """Reads windows of records from a path, or from standard input for "-".
+    """Reads windows of rows from a path, or from standard input for "-".
 
-    A line ends at a line feed, a carriage return before it is dropped; the last one may lack it. `digest` covers the
-    bytes of all lines that were given out, `consumed` counts them.
+    format: auto: by the ending of the path, see `albert_fast.text_files`; all else is plain lines.
+    may_be_text: a path of no file that is words is itself the text.
     """
 
-    def __init__(self, path: str, format: InputFormat, encoding: str, replace_bad_bytes: bool) -> None:
-        self.name = "standard input" if path == "-" else path
-        self.jsonl = format is InputFormat.jsonl or (
-            format is InputFormat.auto and path.endswith((".jsonl", ".ndjson"))
-        )
-        self.encoding, self.errors = _checked_encoding(encoding), "replace" if replace_bad_bytes else "strict"
-        self._stream: BinaryIO = sys.stdin.buffer if path == "-" else open(path, "rb", buffering=0)  # noqa: SIM115
+    def __init__(
+        self,
+        path: str,
+        format: InputFormat = InputFormat.auto,
+        encoding: str = "utf-8",
+        replace_bad_bytes: bool = False,
+        columns: Columns | None = None,
+        may_be_text: bool = False,
+    ) -> None:
+        encoding, columns = _checked_encoding(encoding), columns or Columns()
+        given = may_be_text and path != "-" and not os.path.exists(path) and is_text(path)
+        if format is not InputFormat.auto:
+            self.format = Format(format.value)
+        else:
+            self.format = (None if given else table_format(path)) or Format.text
+        if self.format is Format.text and columns != Columns():
+            raise UsageError(
+                f"{'standard input' if path == '-' else path} is read as lines of text, which have no columns; "
+                "--input-format csv, tsv or jsonl reads a table"
+            )
+        errors = "replace" if replace_bad_bytes else "strict"
+        self._hint = "" if given else "; --encoding names another encoding, --replace-bad-bytes reads on"
+        if given:
+            if len(path.split()) == 1:  # it may be the mistyped name of a file after all
+                warn(f"there is no file {path}; it is read as text")
+            self._lines = LineReader(io.BytesIO(os.fsencode(path)), "the text", errors=errors)
+        else:
+            self._lines = open_lines(path, encoding, errors)
         try:
-            self._fd: int | None = self._stream.fileno()
-        except (OSError, io.UnsupportedOperation):
-            self._fd = None  # a stand-in for standard input in a test
-        regular = self._fd is None or stat.S_ISREG(os.fstat(self._fd).st_mode)
-        self.size = os.fstat(self._fd).st_size if regular and self._fd is not None else None
-        self._waits = not regular and os.name == "posix"
-        self._lines: deque[tuple[bytes, int]] = deque()  # (the line, bytes dropped at its end)
-        self._tail, self._dropped, self._ended = b"", 0, False
-        self.count, self.consumed = 0, 0
-        self._hash = hashlib.blake2b(digest_size=16)
+            self._rows = RowReader(self._lines, self.format, columns)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        self.count = 0  # rows that were given out
+        self.digest = ""  # checksum of the bytes up to the last of them
 
     def __enter__(self) -> Lines:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not sys.stdin.buffer:
-            self._stream.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lines.close()
 
     @property
-    def digest(self) -> str:
-        return self._hash.hexdigest()
+    def name(self) -> str:
+        return self._lines.name
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole input; None where that is not known."""
+        return self._lines.size
+
+    @property
+    def consumed(self) -> int:
+        """Bytes of the rows that were given out."""
+        return self._lines.consumed
 
     def skip(self, count: int) -> None:
-        """Passes over `count` lines, which are not looked at. EOFError where there are fewer."""
+        """Passes over `count` rows. EOFError where there are fewer."""
         for _ in range(count):
-            if not self._wait_for_line(None):
+            if self._rows.read() is None:
                 raise EOFError(f"{self.name} ends after {self.count} lines; {count} were done before")
-            self._take()
+            self._count()
 
     def window(self, size: int, patience: float | None = 0.02) -> list[Record]:
-        """Up to `size` records; on a pipe or a terminal those that arrive within `patience` seconds of the first (None:
+        """Up to `size` rows; on a pipe or a terminal those that arrive within `patience` seconds of the first (None:
         however long it takes). [] at the end. InputError at a line that is not what it should be.
         """
-        records: list[Record] = []
+        rows: list[Record] = []
         deadline = None
-        while len(records) < size and self._wait_for_line(deadline):
-            if deadline is None and patience is not None:
-                deadline = time.monotonic() + patience
-            raw, dropped = self._take()
-            try:
-                records.append(self._record(raw, dropped))
-            except ValueError as error:
-                raise InputError(f"{self.name}, line {self.count}: {error}", records) from error
-        return records
-
-    def _take(self) -> tuple[bytes, int]:
-        raw, dropped = self._lines.popleft()
-        self.count += 1
-        self.consumed += len(raw) + dropped + 1
-        self._hash.update(raw)
-        self._hash.update(b"\n")
-        return raw, dropped
-
-    def _wait_for_line(self, deadline: float | None) -> bool:
-        """Whether a line is there; reads on until it is, the input ends or the deadline passes."""
-        while not self._lines:
-            if self._ended:
-                return False
-            if self._waits and self._fd is not None:
-                patience = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not select.select([self._fd], [], [], patience)[0]:
-                    return False
-            self._read_chunk()
-        return True
-
-    def _read_chunk(self) -> None:
-        chunk = os.read(self._fd, CHUNK) if self._fd is not None else self._stream.read(CHUNK)
-        if not chunk:
-            self._ended = True
-            if self._tail or self._dropped:
-                self._lines.append((self._tail, self._dropped))
-            return
-        *whole, rest = chunk.split(b"\n")
-        for piece in whole:
-            self._extend(piece)
-            self._lines.append((self._tail, self._dropped))
-            self._tail, self._dropped = b"", 0
-        self._extend(rest)
-
-    def _extend(self, piece: bytes) -> None:
-        room = LONGEST_LINE - len(self._tail)
-        self._tail += piece[:room]
-        self._dropped += max(0, len(piece) - room)
-
-    def _record(self, raw: bytes, dropped: int) -> Record:
-        if self.count == 1 and self.encoding.startswith("utf-8"):
-            raw = raw.removeprefix(codecs.BOM_UTF8)
-        if dropped:
-            if self.jsonl:
-                raise ValueError(f"longer than {LONGEST_LINE} bytes")
-            warn(f"{self.name}, line {self.count}: {dropped} bytes beyond the first {LONGEST_LINE} are left out")
         try:
-            if dropped:  # the cut may lie within a character, which an incremental decoder leaves out
-                text = codecs.getincrementaldecoder(self.encoding)(self.errors).decode(raw)
-            else:
-                text = raw.decode(self.encoding, self.errors)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"byte {error.start + 1} of the line is not {self.encoding}; --encoding names another encoding, "
-                "--replace-bad-bytes reads on"
-            ) from error
-        text = text.removesuffix("\r")
-        return _json_record(text, self.count) if self.jsonl else Record(self.count, text)
+            while len(rows) < size and (row := self._rows.read(deadline)) is not None:
+                if deadline is None and patience is not None:
+                    deadline = time.monotonic() + patience
+                rows.append(row)
+                self._count()
+        except ValueError as error:
+            hint = self._hint if isinstance(error.__cause__, UnicodeDecodeError) else ""
+            raise InputError(f"{error}{hint}", rows) from error
+        return rows
+
+    def _count(self) -> None:
+        self.count += 1
+        self.digest = self._lines.checksum()  # taken here: the reader looks further, at blank lines or at a bad one
+
+
+def given_text(text: str, name: str) -> str:
+    """A text that is an argument. ValueError where its bytes are no text; Python keeps them as half surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: character {error.start + 1} cannot be read; the terminal's encoding is UTF-8"
+        ) from None
+    return text
+
+
+def is_text(argument: str) -> bool:
+    """Whether an argument that is no existing file is meant as a text: words, not the mistyped name of a file."""
+    words = argument.split()
+    if not words:
+        return False
+    ending = PurePath(words[-1]).suffix.lower()
+    folder, separator, _ = argument.rpartition(os.sep)
+    if len(words) > 1:
+        return not ending.startswith(_FILE_ENDINGS) and not (separator and os.path.isdir(folder or os.sep))
+    return not separator and "." not in argument.rstrip(".")
 
 
 def _checked_encoding(encoding: str) -> str:
@@ -174,14 +155,4 @@ def _checked_encoding(encoding: str) -> str:
     return name
 
 
-def _json_record(text: str, line: int) -> Record:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}" if text.strip() else 'empty; expected {"text": ...}') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'expected {{"text": ...}}, found {type(content).__name__}')
-    wrong = [name for name in ("text", "text_pair") if not isinstance(content.get(name, ""), str)]
-    if "text" not in content or wrong:
-        raise ValueError(f'"{wrong[0]}" is not a string' if wrong else f'no field "text"; it has {list(content)}')
-    return Record(line, content["text"], content.get("text_pair"), content.get("id"))
+__all__ = ["InputError", "Lines", "Record", "given_text"]

@@ -29,9 +29,12 @@ class Precision(str, Enum):
 class InputFormat(str, Enum):
     auto = "auto"
     text = "text"
+    csv = "csv"
+    tsv = "tsv"
     jsonl = "jsonl"
 
 
+INPUT_HELP = "Text, one a line, or a table (.csv, .tsv, .jsonl), also as .gz; - is standard input; or a text itself."
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder of a checkpoint, or its name on the Hugging Face hub.")
 ]
@@ -63,7 +66,9 @@ Threads = Annotated[
 ]
 InputFormatOption = Annotated[
     InputFormat,
-    typer.Option("--input-format", help='jsonl: {"text": ..., "text_pair": ...} a line; auto: by the ending of FILE.'),
+    typer.Option(
+        "--input-format", help='jsonl: {"text": ..., "text_pair": ...} a line; auto: by the ending of FILE, else text.'
+    ),
 ]
 Encoding = Annotated[str, typer.Option("--encoding", help="Character encoding of the input, such as latin-1.")]
 ReplaceBadBytes = Annotated[

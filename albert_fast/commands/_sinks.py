@@ -4,6 +4,7 @@
 |---|---|
 | OUT.partial | rows so far; becomes OUT by a rename when all are there |
 | OUT.progress | JSON: rows and bytes that are safe in OUT.partial, and what they were made from; goes with the rename |
+| OUT.lock | empty, locked while a process works on OUT; a killed process leaves it unlocked, and the next one removes it |
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from ..files import replacing
-from ..locking import try_lock
+from ..files import remove_left, replacing
+from ..locking import LockedError, locked
 from ._errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class NpyForm:
 
 
 class JsonlForm:
-    """A line {"embedding": [...]} for each row, with the "id" of the input line where it had one."""
+    """A line {"embedding": [...]} for each row, with the "id" and the "label" of the input line where it had them."""
 
     def __init__(self, dtype: str) -> None:
         self.dtype = dtype
@@ -66,9 +69,11 @@ class JsonlForm:
     def body(self, vectors: np.ndarray, records: list[Record]) -> bytes:
         lines = []
         for record, vector in zip(records, vectors.astype(self.dtype, copy=False), strict=True):
-            key = "" if record.key is None else f'"id": {json.dumps(record.key, ensure_ascii=False)}, '
+            fields = {"id": record.key, "label": record.label}
+            given = {name: value for name, value in fields.items() if value is not None}
+            head = "".join(f'"{name}": {json.dumps(value, ensure_ascii=False)}, ' for name, value in given.items())
             # Shortest decimals that give the same float32 or float16 back.
-            lines.append(f'{{{key}"embedding": [{", ".join(_number(value) for value in vector)}]}}\n')
+            lines.append(f'{{{head}"embedding": [{", ".join(_number(value) for value in vector)}]}}\n')
         return "".join(lines).encode()
 
 
@@ -103,9 +108,27 @@ class State(Enum):
     complete = "complete"
 
 
+@contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Keeps other processes from an output inside; UsageError where one of them works on it now.
+
+    Take it before `state_of`, or what another process has just finished or begun is not seen.
+    """
+    if not output.parent.is_dir():
+        raise UsageError(f"{output}: there is no folder {output.parent}")
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(output.with_name(output.name + ".lock")))
+        except LockedError as error:
+            raise UsageError(f"{output} is being written by another process ({error})") from None
+        yield
+
+
 def state_of(output: Path, resume: bool, overwrite: bool) -> State:
-    """Looks at what earlier runs left; UsageError where neither option says what to do with it."""
+    """Looks at what earlier runs left; UsageError where neither option says what to do with it. Needs the output's lock."""
     partial, progress = _companions(output)
+    if not partial.exists():
+        progress.unlink(missing_ok=True)  # a kill between the two steps of `finish` left it
     if overwrite:
         return State.new
     if partial.exists() and progress.exists():
@@ -127,27 +150,28 @@ class ResumableFile:
     """Rows to a file by way of OUT.partial and OUT.progress; the first `rows` of them are safe.
 
     settings: what the rows depend on; going on under other settings is a UsageError that names the difference.
+    is_locked: the caller holds `output_lock`; off, it is taken here, until `finish` or `close`.
     """
 
-    def __init__(self, output: Path, form: Form, settings: dict[str, Any], state: State) -> None:
+    def __init__(
+        self, output: Path, form: Form, settings: dict[str, Any], state: State, *, is_locked: bool = False
+    ) -> None:
         self.output, self.form, self.settings = output, form, settings
         self.partial, self.progress = _companions(output)
         self.rows, self.digest = 0, ""
-        # Not opened for writing anew: another process may hold it, and the lock comes after opening.
-        self._file: BinaryIO = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._held = ExitStack()
+        if not is_locked:
+            self._held.enter_context(output_lock(output))
+        self._file: BinaryIO | None = None
         try:
-            if not try_lock(self._file.fileno()):
-                raise UsageError(f"{self.partial} is being written by another process")
-            if state is State.unfinished:
-                position = self._read_progress()
-            else:
+            if state is not State.unfinished:
                 self.progress.unlink(missing_ok=True)  # before the rows that it speaks of go
-                self._file.truncate(0)
-                position = self._file.write(form.head(0))
+            self._file = self.partial.open("r+b" if state is State.unfinished else "wb")
+            position = self._read_progress() if state is State.unfinished else self._file.write(form.head(0))
             self._file.truncate(position)  # what was written after the last note is not known to be whole
             self._file.seek(position)
         except BaseException:
-            self._file.close()  # the traceback of the error would keep the file open, and so locked
+            self._release()
             raise
 
     def _read_progress(self) -> int:
@@ -158,7 +182,7 @@ class ResumableFile:
             before = dict(note["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.progress} is damaged ({error}); --overwrite starts again") from None
-        if os.fstat(self._file.fileno()).st_size < position:
+        if self.partial.stat().st_size < position:
             raise UsageError(f"{self.partial} is shorter than {self.progress} says; --overwrite starts again")
         for name, value in self.settings.items():
             if before.get(name) != value:
@@ -169,27 +193,40 @@ class ResumableFile:
 
     def append(self, vectors: np.ndarray, records: list[Record], digest: str) -> None:
         """Adds the rows of a window; `digest` is that of the input up to its end."""
+        assert self._file is not None
         self._file.write(self.form.body(vectors, records))
         self._flush()  # the rows first: the note must never promise more than there is
-        self.rows += len(records)
-        note = {"rows": self.rows, "bytes": self._file.tell(), "digest": digest, "settings": self.settings}
+        rows = self.rows + len(records)
+        note = {"rows": rows, "bytes": self._file.tell(), "digest": digest, "settings": self.settings}
         with replacing(self.progress) as file:
             file.write(json.dumps(note).encode())
+        self.rows = rows
 
     def finish(self) -> None:
         """Makes OUT.partial into OUT."""
+        assert self._file is not None
         self._file.seek(0)
         self._file.write(self.form.head(self.rows))
         self._flush()
-        self._file.close()
         self.partial.replace(self.output)
         self.progress.unlink(missing_ok=True)
+        self._release()
 
     def close(self) -> None:
-        self._file.close()
-        if not self.rows:  # nothing to go on from
+        if self._file is not None and not self.rows:  # nothing to go on from
             self.partial.unlink(missing_ok=True)
+            self.progress.unlink(missing_ok=True)
+        self._release()
 
     def _flush(self) -> None:
+        assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _release(self) -> None:
+        """Lets the file and the lock go, in this order and once: from then on the output may be another process's."""
+        remove_left(self.progress)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._held.close()

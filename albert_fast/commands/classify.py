@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from enum import Enum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..text_files import Columns
 from . import _options as options
 from ._errors import reports_errors
 from ._lines import InputError, Lines, Record
@@ -29,11 +31,16 @@ class Format(str, Enum):
 
 @reports_errors
 def command(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Text, one a line, or JSON lines; - is standard input.")],
+    file: Annotated[str, typer.Argument(metavar="FILE|TEXT", help=options.INPUT_HELP)],
     model: options.ClassifierModel = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="Form of the answers.")] = Format.tsv,
     all_scores: Annotated[bool, typer.Option("--all-scores", help="Add the score of every label.")] = False,
     with_text: Annotated[bool, typer.Option("--with-text", help="Add the text that was classified.")] = False,
+    text_column: options.TextColumn = None,
+    pair_column: options.PairColumn = None,
+    label_column: Annotated[
+        str | None, typer.Option("--label-column", help="Add the label that the table has, to compare.")
+    ] = None,
     max_length: options.MaxLength = None,
     batch_size: options.BatchSize = 32,
     input_format: options.InputFormatOption = options.InputFormat.auto,
@@ -44,10 +51,17 @@ def command(
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
-    """Label each line of a text: one answer a line, in order, for empty lines too.
+    """Label each line of a text, or each row of a table: one answer a line, in order, for empty lines too.
 
-    tsv: label TAB score; --all-scores adds label=score for every label, --with-text the text.
-    jsonl: {"label": "positive", "score": 0.93}; the options add "scores" and "text"; an "id" of the input comes back.
+    FILE is read by its ending: .csv, .tsv and .jsonl (also as .gz) are tables, as `train` takes them, with the text in
+    the column text, sentence or review and a second text in text_pair; all else is a text a line. Where there is no such
+    file and the argument is words, they are the text.
+
+    tsv: label TAB score; --all-scores adds label=score for every label, --with-text the text, --label-column
+    expected=label. jsonl: {"label": "positive", "score": 0.93}; the options add "scores", "text" and "expected"; an "id"
+    of the input comes back.
+
+    A line that cannot be read ends the work with exit code 1; the lines before it are answered.
 
     The score is the label's probability; for a regression model it is the value itself. On a pipe the answers come as
     the lines do.
@@ -57,9 +71,12 @@ def command(
       echo "A quiet, generous film." | albert-fast classify -
       albert-fast classify reviews.txt --format jsonl > answers.jsonl
       albert-fast classify reviews.txt | paste - reviews.txt | sort | less
-      albert-fast classify pairs.jsonl -m my-pair-model --all-scores
+      albert-fast classify "What a joy."
+      albert-fast classify reviews.csv.gz --text-column body --label-column stars
+      albert-fast classify pairs.tsv -m my-pair-model --text-column question --pair-column answer --all-scores
     """
-    with Lines(file, input_format, encoding, replace_bad_bytes) as lines:
+    columns = Columns(options.column(text_column), options.column(pair_column), options.column(label_column))
+    with Lines(file, input_format, encoding, replace_bad_bytes, columns, may_be_text=True) as lines:
         classifier = Classifier(model, max_length, batch_size, backend, precision, device, threads)
         with Progress(lines, "classify", answers_on_stdout=True) as progress:
             bad_line: InputError | None = None
@@ -85,9 +102,11 @@ def _tsv(answer: dict[str, float], record: Record, all_scores: bool, with_text: 
     columns = [label, f"{answer[label]:.6f}"]
     if all_scores:
         columns += [f"{name}={score:.6f}" for name, score in answer.items()]
+    if record.label is not None:
+        columns.append(f"expected={record.label}")
     if with_text:
-        columns += [part.replace("\t", " ") for part in (record.text, record.pair) if part is not None]
-    return "\t".join(columns)
+        columns += [part for part in (record.text, record.pair) if part is not None]
+    return "\t".join(re.sub("[\t\r\n]", " ", column) for column in columns)
 
 
 def _jsonl(answer: dict[str, float], record: Record, all_scores: bool, with_text: bool) -> str:
@@ -96,6 +115,8 @@ def _jsonl(answer: dict[str, float], record: Record, all_scores: bool, with_text
     content |= {"label": label, "score": round(answer[label], 6)}
     if all_scores:
         content["scores"] = {name: round(score, 6) for name, score in answer.items()}
+    if record.label is not None:
+        content["expected"] = record.label
     if with_text:
         content["text"] = record.text
         if record.pair is not None:

@@ -11,7 +11,7 @@ import typer
 from . import _options as options
 from ._compare import compare, table
 from ._errors import UsageError, reports_errors
-from ._lines import Lines
+from ._lines import Lines, given_text
 from .classify import Classifier, best
 
 if TYPE_CHECKING:
@@ -38,15 +38,16 @@ def command(
         str | None, typer.Option("--file", "-f", help="Sentences, one a line; - is standard input.")
     ] = None,
     model: options.ClassifierModel = None,
-    bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Compare with the eager reference.")] = True,
+    bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Compare numbers and speed.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of the comparison.")] = 7,
     backend: options.Backend = "auto",
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
-    """Check an installation: label a few sentences, then compare numbers and speed with the eager reference in float32.
+    """Check an installation: label a few sentences, then compare numbers and speed with transformers' AlbertModel.
 
-    Exit code 1 where the numbers are not those of the reference.
+    The comparison is in float32, with scaled dot-product attention. Where transformers is not installed, it is with
+    this package's own plain PyTorch reference. Exit code 1 where the numbers differ by more than rounding.
 
     \b
     Examples:
@@ -56,7 +57,8 @@ def command(
     """
     if texts and file is not None:
         raise UsageError("give sentences or --file, not both")
-    sentences = list(texts or SENTENCES) if file is None else _read(file)
+    given = [given_text(text, f"text {position}") for position, text in enumerate(texts or SENTENCES, 1)]
+    sentences = given if file is None else _read(file)
     classifier = Classifier(model, backend=backend, device=device, threads=threads)
     answers = classifier([(text, None) for text in sentences])
     rows = [(text, best(answer), *(f"{answer[label]:.3f}" for label in classifier.labels)) for text, answer in
@@ -68,7 +70,7 @@ def command(
 
 
 def _read(file: str) -> list[str]:
-    with Lines(file, options.InputFormat.text, "utf-8", False) as lines:
+    with Lines(file) as lines:
         sentences = [record.text for record in lines.window(1000, patience=None)]
     if not sentences:
         raise ValueError(f"{lines.name} holds no sentence")
@@ -80,37 +82,61 @@ def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return logits
 
 
+def _peer(classifier: Classifier) -> tuple[str, str, Any]:
+    """(short name, what it is, the model) of what the numbers are compared with, on the classifier's weights."""
+    from .. import reference
+
+    plain = reference.ALBERTForSequenceClassification.from_pretrained(classifier.folder, device=classifier.device)
+    try:
+        from transformers import AlbertConfig, AlbertForSequenceClassification
+    except ImportError:
+        return "reference", "albert_fast.reference (plain PyTorch; pip install transformers to compare with it)", plain
+    # From our own state, so that whatever checkpoint we read is compared.
+    config = AlbertConfig.from_dict(plain.config.to_dict(), attn_implementation="sdpa")
+    theirs: Any = AlbertForSequenceClassification(config)  # transformers types `to` for other arguments
+    theirs.load_state_dict(plain.state_dict())
+    return "transformers", "transformers' AlbertForSequenceClassification (sdpa)", theirs.to(classifier.device).eval()
+
+
+def _machine(device: torch.device) -> str:
+    """Processor, threads and versions, in one line."""
+    import torch
+
+    from ..info import describe
+
+    found = describe()
+    libraries = {"albert_fast": found["albert_fast"], "Python": found["python"]}
+    libraries |= {name: found["libraries"][name] for name in ("torch", "transformers")}
+    versions = ", ".join(f"{name} {version}" for name, version in libraries.items() if version is not None)
+    threads = torch.get_num_threads()
+    processor = f"{found['cpu']['model']}, {threads} thread{'s' * (threads != 1)}"
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    return f"{processor}; {versions}"
+
+
 def _bench(classifier: Classifier, sentences: list[str], rounds: int) -> None:
     import torch
 
-    from .. import reference
-
     device = classifier.device
-    plain = reference.ALBERTForSequenceClassification.from_pretrained(classifier.folder, device=device)
+    name, what, peer = _peer(classifier)
     many = (sentences * 32)[:32]
     rows, worst = [], 0.0
-    for name, texts in (("1 sentence", sentences[:1]), ("32 sentences", many)):
+    for size, texts in (("1 sentence", sentences[:1]), ("32 sentences", many)):
         batch = classifier.tokenizer(texts, max_length=classifier.limit, return_tensors="pt")
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.inference_mode():
-            expected = plain(**batch).logits
-        sides = {"eager": partial(_logits, plain, batch), "fast": partial(_logits, classifier.model, batch)}
-        eager, fast = compare(sides, expected, rounds, device)
-        worst = max(worst, fast.relative_error)
-        rows.append(
-            (
-                name,
-                f"{eager.seconds * 1e3:.2f}",
-                f"{fast.seconds * 1e3:.2f}",
-                f"{fast.speedup:.2f}x",
-                f"{fast.error:.1e}",
-            )
-        )
-    header = ("float32", "reference ms", "albert_fast ms", "speed-up", "largest difference")
-    sys.stdout.write(f"\n{table(header, rows)}\n")
+            expected = peer(**batch).logits
+        sides = {name: partial(_logits, peer, batch), "albert_fast": partial(_logits, classifier.model, batch)}
+        theirs, ours = compare(sides, expected, rounds, device)
+        worst = max(worst, ours.relative_error)
+        times = (f"{theirs.seconds * 1e3:.2f}", f"{ours.seconds * 1e3:.2f}")
+        rows.append((size, *times, f"{ours.speedup:.2f}x", f"{ours.error:.1e}"))
+    header = ("float32", f"{name} ms", "albert_fast ms", "speed-up", "largest difference")
+    sys.stdout.write(f"\n{table(header, rows)}\n\n{_machine(device)}\n")
     if not worst <= TOLERANCE:  # a NaN fails too
         raise RuntimeError(
-            f"the logits differ from the reference by {worst:.1e} of their size, more than rounding explains "
+            f"the logits differ from those of {what} by {worst:.1e} of their size, more than rounding explains "
             f"({TOLERANCE:.0e}); `albert-fast info` shows what ran"
         )
-    sys.stdout.write(f"Same answers as the eager reference (within {worst:.0e} of the largest logit).\n")
+    sys.stdout.write(f"Same answers as {what}, within {worst:.0e} of the largest logit.\n")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..text_files import Columns
 from . import _options as options
 from ._errors import UsageError, reports_errors, warn
-from ._lines import Lines
+from ._lines import InputError, Lines
 from ._progress import Progress
-from ._sinks import JsonlForm, NpyForm, ResumableFile, StandardOutput, State, state_of
+from ._sinks import JsonlForm, NpyForm, ResumableFile, StandardOutput, State, output_lock, state_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +35,7 @@ class VectorType(str, Enum):
 
 @reports_errors
 def command(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Text, one a line, or JSON lines; - is standard input.")],
+    file: Annotated[str, typer.Argument(metavar="FILE|TEXT", help=options.INPUT_HELP)],
     model: options.Model,
     output: Annotated[
         Path | None,
@@ -55,6 +57,11 @@ def command(
         bool, typer.Option("--resume", help="Continue interrupted work, or start where there is none.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT and unfinished work.")] = False,
+    text_column: options.TextColumn = None,
+    pair_column: options.PairColumn = None,
+    label_column: Annotated[
+        str | None, typer.Option("--label-column", help="Add the label that the table has; JSON lines only.")
+    ] = None,
     input_format: options.InputFormatOption = options.InputFormat.auto,
     encoding: options.Encoding = "utf-8",
     replace_bad_bytes: options.ReplaceBadBytes = False,
@@ -63,17 +70,20 @@ def command(
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
-    """Turn lines of text into vectors, one for each line, in order.
+    """Turn lines of text, or rows of a table, into vectors, one for each line, in order.
 
-    The input may be of any length: memory does not grow with it. OUTPUT appears when it is complete; until then the
-    rows are in OUTPUT.partial, and after an interruption --resume goes on after the last window that was saved and
-    gives the same bytes as a run in one go. Empty lines get a vector too.
+    FILE is read by its ending, as `classify` reads it. It may be of any length: memory does not grow with it. OUTPUT
+    appears when it is complete; until then the rows are in OUTPUT.partial, and after an interruption --resume goes on after
+    the last window that was saved and gives the same bytes as a run in one go. A line that cannot be read ends the work
+    with exit code 1; the lines before it are saved, and --resume goes on from there when the line is mended. Empty lines
+    get a vector too.
 
     \b
     Examples:
       albert-fast encode reviews.txt -m my-albert -o reviews.npy
       albert-fast encode reviews.txt -m my-albert -o reviews.npy --resume
-      zcat big.jsonl.gz | albert-fast encode - --input-format jsonl -m my-albert --pooling cls > vectors.jsonl
+      albert-fast encode reviews.csv.gz -m my-albert -o reviews.jsonl --text-column body --label-column stars
+      tail -f log.jsonl | albert-fast encode - --input-format jsonl -m my-albert --pooling cls > vectors.jsonl
     """
     if output is None and (resume or overwrite):
         raise UsageError("--resume and --overwrite need --output")
@@ -81,20 +91,27 @@ def command(
         raise UsageError("--resume continues, --overwrite starts again; give one of them")
     if output is not None and output.suffix not in (".npy", ".jsonl"):
         raise UsageError(f"--output {output}: expected a name that ends in .npy or .jsonl")
-    state = State.new if output is None else state_of(output, resume, overwrite)
-    if state is State.complete:
-        warn(f"{output} is complete; --overwrite makes it anew")
-        return
-    with Lines(file, input_format, encoding, replace_bad_bytes) as lines:
-        encoder = Encoder(model, pooling, max_length, batch_size, backend, precision, device, threads)
-        sink: StandardOutput | ResumableFile
-        if output is None:
-            sink = StandardOutput(JsonlForm(dtype.value))
-        else:
-            form = NpyForm(encoder.width, dtype.value) if output.suffix == ".npy" else JsonlForm(dtype.value)
-            settings = {**encoder.settings(), "window": window, "dtype": dtype.value, "jsonl input": lines.jsonl}
-            sink = ResumableFile(output, form, settings, state)
-        _encode(lines, encoder, sink, batch_size * window)
+    if label_column is not None and output is not None and output.suffix != ".jsonl":
+        raise UsageError(f"--label-column: {output} has no place for labels; JSON lines have")
+    columns = Columns(options.column(text_column), options.column(pair_column), options.column(label_column))
+    with output_lock(output) if output is not None else nullcontext():
+        state = State.new if output is None else state_of(output, resume, overwrite)
+        if state is State.complete:
+            warn(f"{output} is complete; --overwrite makes it anew")
+            return
+        with Lines(file, input_format, encoding, replace_bad_bytes, columns, may_be_text=True) as lines:
+            encoder = Encoder(model, pooling, max_length, batch_size, backend, precision, device, threads)
+            sink: StandardOutput | ResumableFile
+            if output is None:
+                sink = StandardOutput(JsonlForm(dtype.value))
+            else:
+                form = NpyForm(encoder.width, dtype.value) if output.suffix == ".npy" else JsonlForm(dtype.value)
+                settings = {
+                    **encoder.settings(), "window": window, "dtype": dtype.value, "input format": lines.format.value,
+                    "text column": columns.text, "pair column": columns.pair, "label column": columns.label,
+                }  # fmt: skip
+                sink = ResumableFile(output, form, settings, state, is_locked=True)
+            _encode(lines, encoder, sink, batch_size * window)
 
 
 def _encode(lines: Lines, encoder: Encoder, sink: StandardOutput | ResumableFile, window: int) -> None:
@@ -106,11 +123,29 @@ def _encode(lines: Lines, encoder: Encoder, sink: StandardOutput | ResumableFile
                 raise UsageError(f"the first {sink.rows} lines of {lines.name} are not those that were encoded before")
             warn(f"continuing after {sink.rows} lines")
         with Progress(lines, "encode", answers_on_stdout=not to_file) as progress:
-            # Windows of a file are always full, so that a resumed run has the same ones.
-            while records := lines.window(window, patience=None if to_file else 0.02):
-                sink.append(encoder([(r.text, r.pair) for r in records]), records, lines.digest)
+            bad_line: InputError | None = None
+            while bad_line is None:
+                # Windows of a file are full, so that a resumed run has the same ones; the first one after a bad line
+                # fills the one that was cut short.
+                try:
+                    records = (
+                        lines.window(window - sink.rows % window, patience=None) if to_file else lines.window(window)
+                    )
+                except InputError as error:
+                    records, bad_line = error.before, error
+                if not records and bad_line is None:
+                    break
+                if records:
+                    sink.append(encoder([(r.text, r.pair) for r in records]), records, lines.digest)
                 progress.update()
+            if bad_line is not None:
+                kept = f"; {sink.rows} lines are saved, --resume continues after them" if to_file and sink.rows else ""
+                raise ValueError(f"{bad_line}{kept}") from bad_line
         sink.finish()
+    except (OSError, RuntimeError, MemoryError):  # a full disk, a device that fails
+        if to_file and sink.rows:
+            warn(f"{sink.rows} lines are saved; --resume continues after them")
+        raise
     except KeyboardInterrupt:
         kept = f"; {sink.rows} lines are saved, --resume continues" if to_file and sink.rows else ""
         raise KeyboardInterrupt(f"interrupted{kept}") from None
@@ -187,5 +222,6 @@ class Encoder:
             first = torch.zeros_like(mask, dtype=torch.bool)
             first[:, 0] = True
             return self.model(**batch, output_tokens=first).last_hidden_state
-        # Padded positions are zeros, so they add nothing to the sum.
-        return self.model(**batch).last_hidden_state.float().sum(1) / mask.sum(1, keepdim=True)
+        hidden = self.model(**batch).last_hidden_state.float()
+        # Row by row: a sum over padded rows adds in an order that depends on the longest text of the batch.
+        return torch.stack([row[:length].mean(0) for row, length in zip(hidden, mask.sum(1).tolist(), strict=True)])

@@ -10,7 +10,7 @@ import typer
 
 from . import _options as options
 from ._errors import UsageError, reports_errors
-from ._lines import Lines
+from ._lines import Lines, given_text
 
 
 @reports_errors
@@ -57,7 +57,7 @@ def command(
         batch = {key: value.to(place) for key, value in encoded.items()}
         masks = batch["input_ids"] == tokenizer.mask_token_id
         if not masks.any():
-            raise ValueError(f"{name}: no {tokenizer.mask_token} in {text!r}")
+            raise ValueError(f"{name}: no {tokenizer.mask_token} in {text!r}; write it where a word is to be found")
         if masks.shape[1] > limit:
             raise ValueError(f"{name}: {masks.shape[1]} tokens, the model takes {limit}")
         with torch.inference_mode():
@@ -81,8 +81,8 @@ def command(
 
     if texts != ["-"]:
         for position, text in enumerate(texts, 1):
-            answer(text, f"text {position}")
+            answer(given_text(text, f"text {position}"), f"text {position}")
         return
-    with Lines("-", options.InputFormat.text, "utf-8", False) as lines:
+    with Lines("-", options.InputFormat.text) as lines:
         while records := lines.window(1):
             answer(records[0].text, f"standard input, line {records[0].line}")

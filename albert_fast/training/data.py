@@ -9,9 +9,6 @@ Example:
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-TEXT_COLUMNS = ("text", "sentence", "review")
-LABEL_COLUMN = "label"
+from ..text_files import LABEL_COLUMN, Columns, Record, read_table
 
 
 @dataclass
@@ -47,107 +43,85 @@ def read_examples(
 
     Args:
         text_column: name in the header, or number from 0 in a file without one; default: text, sentence or review.
-        pair_column: the second text of each example, for tasks over pairs.
+        pair_column: the second text of each example, for tasks over pairs; default: text_pair, if there is one.
         label_column: default: label.
         label_names: the classes in order of their ids; labels in the file are these names, or their ids. Default:
             found in the file. Whole numbers 0..n-1 are ids, other numbers are values to predict, words are sorted and
             numbered. In .jsonl a label may also be a list, the probability of each class.
 
     Raises:
-        ValueError: an unknown suffix, a missing column, a row with too few fields, a label outside `label_names`, a
-            file without examples; the message names the file and the line.
+        ValueError: an unknown suffix, a missing column, a row with more or fewer fields than the others, a text that is
+            not a string, an empty label or one outside `label_names`, bytes that are not UTF-8, a file without examples;
+            the message names the file, the line and the column. All that `albert_fast.text_files` says holds here.
     """
-    texts: list[Any] = []
-    labels: list[str] = []
-    soft: list[list[float]] = []
-    for line, row in _rows(Path(path), any(isinstance(c, int) for c in (text_column, pair_column, label_column))):
-        text: Any = _field(row, TEXT_COLUMNS if text_column is None else (text_column,), path, line)
-        if pair_column is not None:
-            text = (text, _field(row, (pair_column,), path, line))
-        texts.append(text)
-        label = LABEL_COLUMN if label_column is None else label_column
-        if isinstance(row.get(label), list):
-            soft.append(row[label])
-        else:
-            labels.append(_field(row, (label,), path, line).strip())
-    if not texts:
+    rows = list(
+        read_table(path, Columns(text_column, pair_column, LABEL_COLUMN if label_column is None else label_column))
+    )
+    if not rows:
         raise ValueError(f"{path}: no examples")
-    if soft:
-        return _soft_examples(texts, soft, label_names, path)
-    ids, names = encode_labels(labels, label_names, str(path))
-    return Examples(texts, ids, names)
+    places = [f"{path}, line {row.line}" for row in rows]
+    return Examples(_texts(rows, places), *_labels([row.label for row in rows], label_names, places))
 
 
-def _soft_examples(
-    texts: list[Any], soft: list[list[float]], label_names: Sequence[str] | None, path: str | Path
-) -> Examples:
-    """Examples whose labels are probabilities of the classes."""
-    names = [str(i) for i in range(len(soft[0]))] if label_names is None else list(label_names)
-    if len(soft) != len(texts):
-        raise ValueError(f"{path}: {len(soft)} of {len(texts)} labels are lists of probabilities, the others are not")
-    for i, row in enumerate(soft):
-        if len(row) != len(names) or abs(sum(row) - 1) > 1e-2 or min(row) < 0:
-            raise ValueError(f"{path}: example {i} has the label {row}, expected {len(names)} probabilities")
-    return Examples(texts, soft, names)
+def _texts(rows: Sequence[Record], places: Sequence[str]) -> list[str] | list[tuple[str, str]]:
+    """The texts, or pairs of texts where every row has a second one."""
+    alone = next((place for row, place in zip(rows, places, strict=True) if row.pair is None), None)
+    if alone is None:
+        return [(row.text, row.pair or "") for row in rows]
+    if paired := next((place for row, place in zip(rows, places, strict=True) if row.pair is not None), None):
+        raise ValueError(f"{alone}: no second text, which {paired} has; all rows need one, or none")
+    return [row.text for row in rows]
+
+
+def _labels(
+    labels: Sequence[Any], label_names: Sequence[str] | None, places: Sequence[str]
+) -> tuple[list[int] | list[float] | list[list[float]], list[str] | None]:
+    """(ids, names), (numbers, None) or (probabilities of the classes, names); `places` are for error messages."""
+    soft = [isinstance(label, list) for label in labels]
+    if not any(soft):
+        return encode_labels([str(label) for label in labels], label_names, places)
+    if not all(soft):
+        raise ValueError(
+            f"{places[soft.index(False)]}: the label is one value, that of {places[soft.index(True)]} a list of "
+            "probabilities; all rows need the same kind"
+        )
+    names = [str(i) for i in range(len(labels[0]))] if label_names is None else list(label_names)
+    for place, label in zip(places, labels, strict=True):
+        if len(label) != len(names) or abs(sum(label) - 1) > 1e-2 or min(label) < 0:
+            raise ValueError(f"{place}: the label is {label}, expected {len(names)} probabilities")
+    return list(labels), names
 
 
 def encode_labels(
-    labels: Sequence[str], label_names: Sequence[str] | None = None, source: str = "labels"
+    labels: Sequence[str], label_names: Sequence[str] | None = None, places: Sequence[str] | None = None
 ) -> tuple[list[int] | list[float], list[str] | None]:
-    """Labels as they stand in a file -> (ids, names), or (numbers, None); see `read_examples`."""
+    """Labels as they are in a file -> (ids, names), or (numbers, None); see `read_examples`.
+
+    places: where each label is, for error messages; default: "label 0" and so on.
+    """
+
+    def place(index: int) -> str:
+        return f"label {index}" if places is None else places[index]
+
     if label_names is not None:
         index = {str(i): i for i in range(len(label_names))} | {name: i for i, name in enumerate(label_names)}
         wrong = next((i for i, label in enumerate(labels) if label not in index), None)
         if wrong is not None:
-            raise ValueError(f"{source}: example {wrong} has the label {labels[wrong]!r}, expected {list(label_names)}")
+            raise ValueError(f"{place(wrong)}: the label is {labels[wrong]!r}, expected one of {list(label_names)}")
         return [index[label] for label in labels], list(label_names)
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
         names = sorted(set(labels))
-        return [names.index(label) for label in labels], names
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{source}: a label is not a finite number")
+        ids = {name: i for i, name in enumerate(names)}
+        return [ids[label] for label in labels], names
+    wrong = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
+    if wrong is not None:
+        raise ValueError(f"{place(wrong)}: the label {labels[wrong]!r} is not a finite number")
     whole = {int(number) for number in numbers if number == int(number) >= 0}
     if all(number in whole for number in numbers) and whole == set(range(len(whole))) and len(whole) > 1:
         return [int(number) for number in numbers], [str(i) for i in range(len(whole))]
     return numbers, None
-
-
-def _rows(path: Path, headless: bool) -> Iterator[tuple[int, Mapping[Any, Any]]]:
-    """(line number, fields by column name, or by number where there is no header) of every row."""
-    suffix = (path.suffixes[-2:] or [""])[0] if path.suffix == ".gz" else path.suffix
-    if suffix not in (".tsv", ".csv", ".jsonl"):
-        raise ValueError(f"{path}: cannot tell the format from the name; expected .tsv, .csv or .jsonl (also with .gz)")
-    opening = gzip.open if path.suffix == ".gz" else open
-    with opening(path, "rt", encoding="utf-8", newline="") as file:
-        if suffix == ".jsonl":
-            for number, content in enumerate(file, 1):
-                if content.strip():
-                    yield number, _json_row(content, path, number)
-            return
-        reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if suffix == ".tsv" else csv.reader(file)
-        header = None if headless else [name.strip().lstrip("\ufeff") for name in next(reader, [])]
-        for fields in reader:
-            if fields:
-                yield reader.line_num, dict(enumerate(fields) if header is None else zip(header, fields, strict=False))
-
-
-def _json_row(content: str, path: Path, line: int) -> Mapping[str, Any]:
-    try:
-        row = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {line}: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}: line {line}: expected an object, got {type(row).__name__}")
-    return row
-
-
-def _field(row: Mapping[Any, Any], names: Sequence[str | int], path: str | Path, line: int) -> str:
-    for name in names:
-        if row.get(name) is not None:
-            return str(row[name])
-    raise ValueError(f"{path}: line {line} has no column {' or '.join(map(repr, names))}; it has {list(row)}")
 
 
 class TextDataset(Dataset[dict[str, Any]]):
