@@ -194,8 +194,8 @@ def runs_on_torch(op: str, device_type: str, dtype: torch.dtype, backend: str) -
     autocast is off.
     """
     return (
-        backend == "auto" and device_type == "cpu" and dtype == torch.float32 and not has_extension()
-        and not is_traced() and not torch.is_autocast_enabled("cpu")
+        backend == "auto" and device_type == "cpu" and dtype == torch.float32 and not is_traced()
+        and not has_extension() and not torch.is_autocast_enabled("cpu")
         and resolve(op, device_type, dtype) == "reference"
     )  # fmt: skip
 

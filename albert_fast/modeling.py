@@ -13,7 +13,7 @@ become one product at run time.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -205,6 +205,8 @@ class ALBERTModel(FastModel):
             if (replayed := self._replay((batch, columns), *call)) is not None:
                 return replayed
         packing = pack((batch, columns), attention_mask, given.device)
+        if torch.jit.is_tracing():  # a trace keeps this number, and is run on batches of any length
+            packing = replace(packing, max_seqlen=max(int(columns), self.config.max_position_embeddings))
         if position_ids is None:
             position_ids = torch.arange(columns, device=given.device)[None].expand(batch, columns)
         return self.compute(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +21,7 @@ from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, reference
 from albert_fast.cli import build_app
 from albert_fast.commands import encode as encode_module
 from albert_fast.commands._errors import UsageError
-from albert_fast.commands._lines import InputError, Lines
 from albert_fast.commands._sinks import NpyForm, ResumableFile, State, output_lock
-from albert_fast.line_reader import CHUNK, LONGEST_LINE
 from albert_fast.tokenization import load_tokenizer, train_tokenizer
 
 APP = build_app()
@@ -371,48 +367,6 @@ def test_help_imports_nothing_heavy() -> None:
         "print({'torch', 'numpy', 'tokenizers', 'tqdm', 'transformers', 'triton'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
-
-
-def test_long_lines_take_bounded_memory(tmp_path: Path) -> None:
-    path = tmp_path / "long.txt"
-    with path.open("wb") as file:
-        file.write(b"first\n")
-        for _ in range(300):
-            file.write("\u00e9".encode() * (CHUNK // 2))
-        file.write(b"\nlast")
-    tracemalloc.start()
-    cut = f"line 2: {300 * CHUNK - LONGEST_LINE} bytes beyond the first"
-    with Lines(str(path)) as lines, pytest.warns(UserWarning, match=cut):
-        texts = [record.text for record in lines.window(10)]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert [len(text) for text in texts] == [5, LONGEST_LINE // 2, 4]
-    assert peak < 8 * LONGEST_LINE < path.stat().st_size
-    assert lines.consumed == path.stat().st_size + 1
-
-
-@pytest.mark.parametrize("name", ["many.txt", "many.txt.gz", "many.csv", "many.jsonl"])
-def test_many_lines_take_bounded_memory(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    line = '{"text": "a line of text"}\n' if name == "many.jsonl" else "a line of text\n"
-    content = (("text\n" if name == "many.csv" else "") + line * 150_000).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    with Lines(str(path)) as lines:
-        lines.window(100)
-        tracemalloc.start()
-        while lines.window(100):
-            pass
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert lines.count == 150_000
-    assert peak < 1_000_000 < len(content)
-
-
-def test_a_long_json_line_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "long.jsonl"
-    path.write_text(json.dumps({"text": "x" * LONGEST_LINE}) + "\n")
-    with Lines(str(path)) as lines, pytest.raises(InputError, match="line 1: longer than 1048576 bytes"):
-        lines.window(1)
 
 
 def test_a_sentence_transformers_folder_asks_for_a_pooling(source: Path, model: Path, tmp_path: Path) -> None:

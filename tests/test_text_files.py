@@ -7,10 +7,13 @@ import gzip
 import json
 import random
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from albert_fast.commands._lines import InputError, Lines
+from albert_fast.line_reader import CHUNK, LONGEST_LINE
 from albert_fast.text_files import Columns, Record, read_table
 
 LABEL = Columns(label="label")
@@ -216,3 +219,45 @@ def test_bytes_that_are_not_utf8_and_cut_gzip_data(tmp_path: Path) -> None:
         list(read_table(tmp_path / "none.csv", LABEL))
     with pytest.raises(ValueError, match=r"x\.txt: cannot tell the format from the name"):
         list(read_table(tmp_path / "x.txt", LABEL))
+
+
+def test_long_lines_take_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    with path.open("wb") as file:
+        file.write(b"first\n")
+        for _ in range(300):
+            file.write("\u00e9".encode() * (CHUNK // 2))
+        file.write(b"\nlast")
+    tracemalloc.start()
+    cut = f"line 2: {300 * CHUNK - LONGEST_LINE} bytes beyond the first"
+    with Lines(str(path)) as lines, pytest.warns(UserWarning, match=cut):
+        texts = [record.text for record in lines.window(10)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [len(text) for text in texts] == [5, LONGEST_LINE // 2, 4]
+    assert peak < 8 * LONGEST_LINE < path.stat().st_size
+    assert lines.consumed == path.stat().st_size + 1
+
+
+@pytest.mark.parametrize("name", ["many.txt", "many.txt.gz", "many.csv", "many.jsonl"])
+def test_many_lines_take_bounded_memory(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    line = '{"text": "a line of text"}\n' if name == "many.jsonl" else "a line of text\n"
+    content = (("text\n" if name == "many.csv" else "") + line * 150_000).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    with Lines(str(path)) as lines:
+        lines.window(100)
+        tracemalloc.start()
+        while lines.window(100):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert lines.count == 150_000
+    assert peak < 1_000_000 < len(content)
+
+
+def test_a_long_json_line_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "x" * LONGEST_LINE}) + "\n")
+    with Lines(str(path)) as lines, pytest.raises(InputError, match="line 1: longer than 1048576 bytes"):
+        lines.window(1)

@@ -69,7 +69,8 @@ def valid_calls(dtype: torch.dtype = torch.float32) -> dict[str, Inputs]:
         key: calls["linear_gelu_fwd"][key] for key in ("x", "weight", "bias", "act", "backend")
     }
     if dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        calls["onednn_linear"] = {key: calls["linear_gelu_fwd"][key] for key in ("x", "weight", "bias")}
+        calls["linear"] = {key: calls["linear_gelu_fwd"][key] for key in ("x", "weight", "bias")}
+        calls["linear_weight_gradient"] = {key: calls["linear_gelu_bwd"][key] for key in ("grad", "x")}
     calls["pack_indices"] = {"mask": torch.rand((3, 7), generator=generator) < 0.6}
     ends = calls["encoder_fwd"]["cu_seqlens"]
     calls["select_rows"] = {"flags": torch.rand(int(ends[-1]), generator=generator) < 0.5, "cu_seqlens": ends}
