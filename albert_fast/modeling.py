@@ -27,7 +27,7 @@ from .graphs import Call, GraphCache
 from .outputs import BaseModelOutput
 from .packing import Packing, blank_empty, check_mask, first_tokens, pack, packed_already, select, take
 from .parts import project_tanh
-from .registration import is_traced, refuse_onnx
+from .registration import is_jit_traced, is_traced, refuse_onnx
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class ALBERTModel(FastModel):
             if (replayed := self._replay((batch, columns), *call)) is not None:
                 return replayed
         packing = pack((batch, columns), attention_mask, given.device)
-        if torch.jit.is_tracing():  # a trace keeps this number, and is run on batches of any length
+        if is_jit_traced():  # a trace keeps this number, and is run on batches of any length
             packing = replace(packing, max_seqlen=max(int(columns), self.config.max_position_embeddings))
         if position_ids is None:
             position_ids = torch.arange(columns, device=given.device)[None].expand(batch, columns)

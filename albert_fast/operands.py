@@ -68,7 +68,7 @@ def hold(op: str, device: torch.device, operands: Iterable[Operand]) -> Memory:
         if not fits:
             _raise_misfit(op, device, operand)
         # From the shape and dtype that were checked: another thread may have put other memory into the tensor since.
-        _append(op, operand, addresses, held, storage, dense.storage_offset() * dtype.itemsize, math.prod(shape))
+        _append(op, operand, addresses, held, storage, int(dense.storage_offset()) * dtype.itemsize, math.prod(shape))
     return Memory(addresses, held)
 
 
@@ -88,7 +88,7 @@ def hold_rows(op: str, device: torch.device, operands: Iterable[Operand]) -> tup
         except RuntimeError:
             _raise_misfit(op, device, operand)
         extent = (shape[0] - 1) * stride + shape[1] if math.prod(shape) else 0
-        _append(op, operand, addresses, held, storage, rows.storage_offset() * dtype.itemsize, extent)
+        _append(op, operand, addresses, held, storage, int(rows.storage_offset()) * dtype.itemsize, extent)
         strides.append(stride)
     return Memory(addresses, held), strides
 
@@ -128,7 +128,7 @@ def check_launch(op: str, backend: str, device: torch.device, operands: Iterable
             raise ValueError(f"{op}: {name} is lazily negated: {name}.resolve_neg() has its numbers in memory")
         last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if math.prod(shape):
-            _check_room(op, operand, storage, (tensor.storage_offset() + last + 1) * dtype.itemsize)
+            _check_room(op, operand, storage, (int(tensor.storage_offset()) + last + 1) * dtype.itemsize)
 
 
 def _raise_misfit(op: str, device: torch.device, operand: Operand) -> NoReturn:

@@ -55,14 +55,20 @@ def is_traced() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or is_jit_traced()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
     )
 
 
+def is_jit_traced() -> bool:
+    """Whether torch.jit.trace records this call."""
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return traced
+
+
 def refuse_onnx() -> None:
     """RuntimeError inside torch.onnx.export by tracing: ONNX has no form of these operators."""
-    if torch.jit.is_tracing() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
+    if is_jit_traced() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             "albert_fast's operators have no ONNX form: call save_pretrained and export transformers' AlbertModel, or export "
             "the model of the same name in albert_fast.reference"

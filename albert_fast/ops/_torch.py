@@ -7,6 +7,7 @@ has fast kernels for. Shapes and names are those of the public functions; there 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def attention(
     first_query = first_key = 0
     for (queries, keys), run in itertools.groupby(pairs):
         count = len(list(run))
-        batch = [
+        batch: Any = [
             t[first : first + count * length].unflatten(0, (count, length)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
             for t, first, length in ((q, first_query, queries), (k, first_key, keys), (v, first_key, keys))
         ] if queries and keys else []  # fmt: skip

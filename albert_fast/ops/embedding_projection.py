@@ -250,7 +250,8 @@ def _bwd(
     if backend == "cuda":
         dnormed = linear(grad, proj_weight.t()).contiguous()
         dense: Any = [None if t is None else t.contiguous() for t in tensors]
-        normed, dembeds, *table_grads = _bwd_cuda(dnormed, *dense, eps, padding_idx, dropout_p, seed_number)
+        arguments: Any = (dnormed, *dense, eps, padding_idx, dropout_p, seed_number)
+        normed, dembeds, *table_grads = _bwd_cuda(*arguments)
         dinputs = word.new_empty(0, word.shape[1]) if dembeds is None else dembeds
         dproj_bias = grad.sum(0, dtype=f32).to(word.dtype)
         return dinputs, *table_grads, weight_gradient(grad, normed), dproj_bias  # type: ignore[return-value]
@@ -367,7 +368,7 @@ def embedding_projection(
     parameters = token_type, position, ln_weight, ln_bias, proj_weight, proj_bias
     if inputs_embeds is not None:
         (inputs_embeds,) = as_dtype(word, inputs_embeds)
-    tensors = (inputs_embeds, word, *as_dtype(word, *parameters))
+    tensors: Any = (inputs_embeds, word, *as_dtype(word, *parameters))
     if not dropout_p and dispatch.runs_on_torch("embedding_projection", word.device.type, word.dtype, backend):
         operands = _operands(input_ids, tensors[0], token_type_ids, position_ids, *tensors[1:6])
         check("embedding_projection", word.device, [*operands, *_projection(word, *tensors[6:])])

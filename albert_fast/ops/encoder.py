@@ -57,23 +57,10 @@ def _layer_ref(
     hidden: Tensor, weights: Sequence[Tensor], cu_seqlens: Tensor, rows: Tensor | None, cu_rows: Tensor,
     num_heads: int, softmax_scale: float, eps: float, act: str,
 ) -> Tensor:  # fmt: skip
-    (
-        w_q,
-        b_q,
-        w_k,
-        b_k,
-        w_v,
-        b_v,
-        dense,
-        dense_bias,
-        norm,
-        norm_bias,
-        ffn,
-        ffn_bias,
-        ffn_output,
-        ffn_output_bias,
-        *full,
-    ) = weights
+    w_q, b_q, w_k, b_k, w_v, b_v, dense, dense_bias, norm, norm_bias, ffn, ffn_bias, ffn_output, ffn_output_bias = (
+        weights[:14]
+    )
+    full, full_bias = weights[14:]
     fused = torch.nn.functional.linear(hidden, torch.cat([w_q, w_k, w_v]), torch.cat([b_q, b_k, b_v]))
     q, k, v = fused.split(hidden.shape[1], dim=1)
     if rows is not None:
@@ -81,7 +68,7 @@ def _layer_ref(
     context = attention_ref(q, k, v, cu_rows, cu_seqlens, num_heads, softmax_scale)
     attended = add_layer_norm_ref(context @ dense.t(), dense_bias, hidden, norm, norm_bias, eps)
     middle = bias_gelu_ref(attended @ ffn.t(), ffn_bias, act)
-    return add_layer_norm_ref(middle @ ffn_output.t(), ffn_output_bias, attended, *full, eps)
+    return add_layer_norm_ref(middle @ ffn_output.t(), ffn_output_bias, attended, full, full_bias, eps)
 
 
 def encoder_ref(
