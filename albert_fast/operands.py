@@ -171,6 +171,8 @@ def head_size(op: str, width: int, num_heads: int) -> int:
     """
     if isinstance(num_heads, float):
         raise TypeError(f"{op}: num_heads must be an integer, got {num_heads!r}")
-    if num_heads < 1 or width < 1 or width % num_heads:
-        raise ValueError(f"{op}: {width} columns are not a multiple of num_heads, {num_heads}, and above 0")
+    if num_heads < 1 or width < 1:
+        raise ValueError(f"{op}: num_heads and the number of columns must be at least 1, got {num_heads} and {width}")
+    if width % num_heads:
+        raise ValueError(f"{op}: {width} columns are not a multiple of num_heads = {num_heads}")
     return width // num_heads

@@ -251,6 +251,6 @@ def test_query_key_and_value_of_a_state_dict_are_named_one_by_one() -> None:
         model.load_state_dict(missing)
     assert model.load_state_dict(missing, strict=False).missing_keys == [value]
     for part in (state[query][:-1], state[query][:, :-1]):
-        with pytest.raises(RuntimeError, match=rf"size mismatch for {query}: \({len(part)}, {part.shape[1]}\)"):
+        with pytest.raises(RuntimeError, match=rf"size mismatch for {query}: .*\[{len(part)}, {part.shape[1]}\]"):
             model.load_state_dict({**state, query: part})
     assert_same_bits(model.state_dict(), state)

@@ -51,17 +51,17 @@ def test_parameters_of_other_dtypes_are_converted():
 
 def test_other_bad_input_is_named():
     ids, tables, rest = inputs()
-    with pytest.raises(ValueError, match=r"ln_weight \(4,\), expected \(8,\)"):
+    with pytest.raises(ValueError, match=r"expected ln_weight of shape \(8,\) .*, got \(4,\)"):
         ops.embedding_projection(*ids, *tables, torch.ones(4), *rest[1:])
     with pytest.raises(ValueError, match="one device"):
         ops.embedding_projection(*ids, *tables[:2], tables[2].to("meta"), *rest)
-    with pytest.raises(TypeError, match="input_ids must be int64"):
+    with pytest.raises(TypeError, match="input_ids"):
         ops.embedding_projection(ids[0].float(), *ids[1:], *tables, *rest)
-    with pytest.raises(ValueError, match=r"position_ids \(4,\)"):
+    with pytest.raises(ValueError, match=r"expected position_ids of shape \(5,\)"):
         ops.embedding_projection(*ids[:2], ids[2][:4], *tables, *rest)
     with pytest.raises(ValueError, match="exactly one"):
         ops.embedding_projection(None, *ids[1:], *tables, *rest)
-    with pytest.raises(ValueError, match=r"inputs_embeds \(5, 9\)"):
+    with pytest.raises(ValueError, match=r"inputs_embeds .*\(5, 9\)"):
         ops.embedding_projection(None, *ids[1:], *tables, *rest, inputs_embeds=torch.zeros(5, 9))
     nothing = [t[:0] for t in ids]
     assert ops.embedding_projection(*nothing, *tables, *rest).shape == (0, 12)

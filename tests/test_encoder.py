@@ -117,14 +117,17 @@ def test_nan_stays_in_its_sequence():
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        (r"multiple of num_heads, got \(7, 48\) and 5 heads", {"num_heads": 5}),
+        ("48 columns are not a multiple of num_heads = 5", {"num_heads": 5}),
         ("unknown act 'swish'", {"act": "swish"}),
-        (r"do not make the layers \[1\]", {"order": [1]}),
-        (r"do not make the layers \[\]", {"order": []}),
+        (r"each from 0 to 0, got \[1\]", {"order": [1]}),
+        (r"at least one layer, .* got \[\]", {"order": []}),
         (r"cu_seqlens must run from 0 to 7", {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}),
-        ("cu_seqlens must be int32", {"cu_seqlens": torch.tensor([0, 7])}),
+        (r"expected cu_seqlens of shape \(2,\) in torch.int32", {"cu_seqlens": torch.tensor([0, 7])}),
         ("rows and cu_rows come together", {"rows": torch.tensor([0])}),
-        (r"rows must lie in \[0, 7\)", {"rows": torch.tensor([7]), "cu_rows": torch.tensor([0, 1], dtype=torch.int32)}),
+        (
+            r"rows\[0\] is 7, outside its sequence.* 0 to 6",
+            {"rows": torch.tensor([7]), "cu_rows": torch.tensor([0, 1], dtype=torch.int32)},
+        ),
     ],
 )
 def test_bad_input_is_named(message, changes):
@@ -260,7 +263,8 @@ def test_triton_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
     inputs = make_inputs(CASE, ((5, 0, 2), 32, 2, 64, 1, 1), {}, torch.float32, "triton")
     device = inputs["hidden"].device
     inputs["rows"], inputs["cu_rows"] = torch.tensor([1, 3, 6], device=device), torch.arange(4, device=device).int()
-    torch.testing.assert_close(by_kernel(inputs), CASE.run(inputs, "reference"), atol=1e-5, rtol=1e-5)
+    # In C++ such a row is computed from zeros, here from the row of `hidden` that is asked for.
+    torch.testing.assert_close(by_kernel(inputs), CASE.eager(**inputs), atol=1e-5, rtol=1e-5)
     # Keys whose scores are all minus infinity are others than none: there torch has NaN.
     weights = dict(zip(ops.WEIGHTS, inputs["weights"], strict=True))
     weights["query_bias"][:], weights["key_bias"][:] = 1e25, -1e25

@@ -81,9 +81,9 @@ ROWS = [
     ({"cu_seqlens": torch.tensor([0, 3, 8, 8, 11], dtype=torch.int32)}, "cu_seqlens must run from 0 to 10"),
     ({"cu_seqlens": torch.tensor([1, 3, 8, 8, 10], dtype=torch.int32)}, "cu_seqlens must run from 0 to 10"),
     ({"cu_seqlens": torch.tensor([0, 2**31 - 1, -(2**31), 8, 10], dtype=torch.int32)}, "cu_seqlens must run"),
-    ({"order": [0, 1]}, r"order \[0, 1\] must name layers from 0 to 0"),
-    ({"num_heads": 0}, "num_heads, 0"),
-    ({"num_heads": 5}, "num_heads, 5"),
+    ({"order": [0, 1]}, r"each from 0 to 0, got \[0, 1\]"),
+    ({"num_heads": 0}, "at least 1, got 0"),
+    ({"num_heads": 5}, "num_heads = 5"),
     ({"act": "swish"}, "unknown act 'swish'"),
 ]
 

@@ -189,9 +189,9 @@ def test_rows_of_zeros_and_of_denormals_round_to_zero():
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        (r"multiple of num_heads, got \(7, 48\) and 5 heads", {"num_heads": 5}),
+        ("48 columns are not a multiple of num_heads = 5", {"num_heads": 5}),
         ("unknown act 'swish'", {"act": "swish"}),
-        (r"do not make the layers \[1\]", {"order": [1]}),
+        (r"each from 0 to 0, got \[1\]", {"order": [1]}),
         (r"cu_seqlens must run from 0 to 7", {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}),
         ("rows and cu_rows come together", {"rows": torch.tensor([0])}),
         ("unknown precision 'int4'; known: int8, int16, fp8", {"precision": "int4"}),

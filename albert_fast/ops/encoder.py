@@ -233,7 +233,7 @@ def check_tokens(
     head_size(op, shape[1], num_heads)
     check_choice(op, "act", act, ACTS)
     if not order or not all(0 <= number < layers for number in order):
-        raise ValueError(f"{op}: order {list(order)} must name layers from 0 to {layers - 1}, at least one")
+        raise ValueError(f"{op}: order must name at least one layer, each from 0 to {layers - 1}, got {list(order)}")
     if (rows is None) != (cu_rows is None):
         raise ValueError(f"{op}: rows and cu_rows come together")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:

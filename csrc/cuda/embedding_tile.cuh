@@ -187,7 +187,7 @@ __device__ __forceinline__ RowStatistics row_statistics(float (&z)[kLaneColumns]
             squares += centred * centred;
         }
     }
-    return {mean, reciprocal_deviation(sum_over_row_lanes(squares), a.E, a.eps)};
+    return {mean, reciprocal_deviation(mean, sum_over_row_lanes(squares), a.E, a.eps)};
 }
 
 // The rows that a token adds up, and the first table that does not have its row, or -1.
