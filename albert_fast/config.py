@@ -71,19 +71,16 @@ class ALBERTConfig(ConfigAttributes):
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.id2label is not None:
-            self.id2label = _config_checks.class_names(self.id2label)
-        if self.label2id is not None:
-            self.label2id = _config_checks.class_numbers(self.label2id)
+        id2label = None if self.id2label is None else _config_checks.class_names(self.id2label)
+        label2id = None if self.label2id is None else _config_checks.class_numbers(self.label2id)
         _config_checks.check(self)
         _config_checks.check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"config: problem_type {self.problem_type!r} is none of {PROBLEM_TYPES}")
         self.extra = dict(self.extra)  # a copy of the configuration has its own
-        names = self.label2id
-        self._name_labels(self.id2label)
-        if names is not None:
-            self.label2id = dict(names)
+        self._name_labels(id2label)
+        if label2id is not None:
+            self.label2id = label2id
 
     @property
     def head_dim(self) -> int:

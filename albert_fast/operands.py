@@ -139,7 +139,9 @@ def _raise_misfit(op: str, device: torch.device, operand: Operand) -> NoReturn:
         raise TypeError(f"{op}: {name} must be a dense tensor, got a nested one or one of layout {tensor.layout}")
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, other tensors on {device}; all must be on one device")
-    raise ValueError(f"{op}: expected {name} of shape {shape} in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}")
+    raise ValueError(
+        f"{op}: expected {name} of shape {tuple(shape)} in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}"
+    )
 
 
 def matrix(op: str, name: str, x: Tensor, width: str = "width") -> tuple[int, int]:

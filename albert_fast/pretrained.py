@@ -16,7 +16,7 @@ from . import dispatch, sentence_modules
 from .config import ALBERTConfig
 from .load_arguments import PRECISIONS, LoadArguments
 from .model_methods import ModelMethods
-from .weights import load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint, tied
+from .weights import config_path, load_checkpoint, load_into, rename_old_names, resolve, save_checkpoint, tied
 
 # How config.json names checkpoints with integer layers, which only this library reads.
 QUANT_METHOD = "albert_fast"
@@ -192,7 +192,8 @@ class PretrainedMixin(ModelMethods):
                 # Float32, whatever torch.set_default_dtype says.
                 model = cls(config, *(() if cls.prefix else (pools,))).float()
             except (RuntimeError, MemoryError, TypeError) as error:  # torch cannot allocate it, or count its elements
-                raise ValueError(f"{path}: a model of these sizes cannot be made here: {error}") from error
+                where = "config" if path is None else config_path(path if path.is_dir() else path.parent)
+                raise ValueError(f"{where}: a model of these sizes cannot be made here: {error}") from error
         if held is not None:
             model.expect_quantized(held)
         info = load_into(

@@ -107,9 +107,9 @@ def test_a_changed_weight_is_packed_again():
 def test_a_misfit_is_an_error():
     x, weight, bias = made(4, 40, 24)
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"expected x \(T, K\).*\(4, 23\)"):
+        with pytest.raises(ValueError, match=r"expected x of shape \(4, 24\).*\(4, 23\)"):
             gemm.linear(x[:, :23].contiguous(), weight, bias)
-        with pytest.raises(ValueError, match=r"bias \(N,\).*\(39,\)"):
+        with pytest.raises(ValueError, match=r"expected bias of shape \(40,\).*\(39,\)"):
             gemm.linear(x, weight, bias[:39])
 
 

@@ -399,7 +399,7 @@ def test_backends_that_cannot_run_say_why(tmp_path):
 
 def test_a_classifier_takes_no_output_tokens():
     _, fast = pair("ALBERTForSequenceClassification")
-    with pytest.raises(ValueError, match="output_tokens"):
+    with pytest.raises(TypeError, match="output_tokens"):
         fast(torch.zeros(1, 2, dtype=torch.long), output_tokens=torch.ones(1, 2) > 0)
 
 

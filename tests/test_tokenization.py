@@ -401,7 +401,7 @@ def test_a_name_on_the_hub_brings_its_vocabulary(small: Tokenizer, tmp_path: Pat
         (tmp_path / name).write_text("{}")
     fetched = []
 
-    def download(repository: str, file: str) -> str:
+    def download(repository: str, file: str, **options: object) -> str:
         if not (tmp_path / file).exists():
             raise hub.errors.EntryNotFoundError(f"404: {file}")
         fetched.append(file)

@@ -77,7 +77,13 @@ def test_labels_of_every_split(write, tmp_path: Path) -> None:
     train, folder = write(["good", "bad"] * 4), tmp_path / "out"
     for name in ("dev_file", "test_file"):
         wrong = write(["good", "bad", "odd"], "wrong.tsv")
-        refused(ValueError, r"wrong.tsv.*'odd', expected \['bad', 'good'\]", train, folder, **{name: wrong})
+        refused(
+            ValueError,
+            r"wrong.tsv, line 4: .* 'odd', expected one of \['bad', 'good'\]",
+            train,
+            folder,
+            **{name: wrong},
+        )
     for label in ("good", 0, 1, 2.5):
         only = write([label] * 5, "one.tsv")
         refused(ValueError, f"all 5 examples have the label .*{label}.*: there is nothing to learn", only, folder)

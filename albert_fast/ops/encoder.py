@@ -282,8 +282,9 @@ def _check_weights(hidden: Tensor, weights: Sequence[Tensor]) -> tuple[int, list
     middle, _ = matrix("encoder", "ffn", weights[_FFN])
     if width < 1 or middle < 1:
         raise ValueError(f"encoder: expected H and I above 0, got {width} and {middle}")
-    # A tracer looks through the cache, and warns of it.
-    shapes, dtype = (_shapes.__wrapped__ if is_traced() else _shapes)(width, middle), hidden.dtype
+    # A tracer looks through the cache, and warns of it; its symbols are no keys.
+    cached = not is_traced() and type(width) is int and type(middle) is int
+    shapes, dtype = (_shapes if cached else _shapes.__wrapped__)(width, middle), hidden.dtype
     return width, [
         [(name, weights[first + i], shape, dtype) for i, (name, shape) in enumerate(zip(WEIGHTS, shapes, strict=True))]
         for first in range(0, len(weights), _PER_LAYER)
