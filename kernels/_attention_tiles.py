@@ -39,8 +39,16 @@ _TILES: TileTable = {
     ("tf32", 128): ((128, 32, 128, 8, 2), (64, 32, 32, 8, 2)),
     ("tf32", 256): ((64, 16, 64, 8, 2),),
 }
-# The one that holds too much for a mask beside it: 8 spills under Triton 3.6 for sm_80.
-_NOT_WITH_DROPOUT = {"BLOCK_D": 64, "BLOCK_M": 128, "BLOCK_N": 128}
+# Those that hold too much for a mask beside it: 2 to 8 spills, for sm_80 or sm_100.
+_NOT_WITH_DROPOUT: tuple[Tiles, ...] = (
+    {"TF32": False, "BLOCK_D": 64, "BLOCK_M": 128, "BLOCK_N": 128},
+    {"TF32": False, "BLOCK_D": 128, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
+    {"TF32": True, "BLOCK_D": 128, "BLOCK_M": 128},
+)
+_DQ_NOT_WITH_DROPOUT: tuple[Tiles, ...] = ({"TF32": False, "BLOCK_D": 64, "BLOCK_M": 128},)
+# Registers of a thread, by operands, padded head size and BLOCK_N, in tiles of more than few queries: told no limit, ptxas
+# spills some of them to fit one program more.
+_REGISTERS = {(2, 16, 32): 128, (4, 32, 16): 128, (4, 64, 32): 255}
 
 # Of the backward, likewise; the default has the most rows that a program owns, as what it walks over is read again by each.
 _DQ_TILES: TileTable = {
@@ -57,7 +65,7 @@ _DQ_TILES: TileTable = {
     ("tf32", 16): ((64, 32, 16, 4, 2),),
     ("tf32", 32): ((64, 32, 32, 4, 2),),
     ("tf32", 64): ((128, 32, 64, 8, 1), (64, 32, 64, 8, 2)),
-    ("tf32", 128): ((64, 32, 32, 8, 1),),
+    ("tf32", 128): ((64, 16, 32, 8, 1),),
     ("tf32", 256): ((64, 16, 32, 8, 1),),
 }
 _DKDV_TILES: TileTable = {
@@ -77,8 +85,8 @@ _DKDV_TILES: TileTable = {
     ("tf32", 128): ((16, 64, 32, 8, 1),),
     ("tf32", 256): ((16, 64, 32, 8, 2),),
 }
-# Of a thread, in tiles of more than few queries: told no limit, ptxas spills some of them to fit one program more.
-_DQ_REGISTERS = {(2, 32): 255, (4, 64): 128}
+# The same of dQ, whatever BLOCK_N.
+_DQ_REGISTERS = {(2, 32): 255, (4, 64): 128, ("tf32", 64): 255, ("tf32", 128): 255}
 
 
 def _candidates(table: TileTable, head_dim: int, dtype: torch.dtype, tf32: bool) -> list[Tiles]:
@@ -101,24 +109,33 @@ def attention_tiles(
         ValueError: a head size above 256.
     """
     candidates = _candidates(_TILES, head_dim, dtype, tf32)
+    kind = ("tf32" if tf32 else dtype.itemsize, candidates[0]["BLOCK_D"])
     # As TF32, few queries go by the last of the candidates, the smallest.
     default = candidates[-1 if tf32 and max_seqlen_q <= _SOME_QUERIES else 0]
     if max_seqlen_q <= FEW_QUERIES:
-        # Larger key tiles hide the loads of few queries; exact float32 heads of 128 would spill, and so would those of 32
+        # Larger key tiles hide the loads of few queries; exact float32 heads of 128 would spill, and so would heads of 32
         # where ptxas is told no limit and aims at one more program.
-        kind = "tf32" if tf32 else (dtype.itemsize, default["BLOCK_D"])
         block_n = 16 if kind == (4, 128) else max(default["BLOCK_N"], 32)
-        limit = {"maxnreg": 255} if kind == (4, 32) else {}
+        limit = {(2, 32): {"maxnreg": 128}, (4, 32): {"maxnreg": 255}}.get(kind, {})
         return [default | {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4} | limit]
     if max_seqlen_q <= _SOME_QUERIES and tf32:
         return [default]
     if max_seqlen_q <= _SOME_QUERIES and default["BLOCK_M"] > 64:
         return [default | {"BLOCK_M": 64, "num_warps": 4}]
-    return [tiles for tiles in candidates if not (dropout and _NOT_WITH_DROPOUT.items() <= tiles.items())]
+    limits = [_REGISTERS.get((*kind, tiles["BLOCK_N"])) for tiles in candidates]
+    bounded = [
+        tiles | ({} if limit is None else {"maxnreg": limit}) for tiles, limit in zip(candidates, limits, strict=True)
+    ]
+    return _with_room(bounded, dropout, _NOT_WITH_DROPOUT)
+
+
+def _with_room(candidates: list[Tiles], dropout: bool, too_large: Sequence[Tiles]) -> list[Tiles]:
+    """The candidates without those that are too large beside dropout's mask."""
+    return [tiles for tiles in candidates if not (dropout and any(some.items() <= tiles.items() for some in too_large))]
 
 
 def attention_bwd_tiles(
-    head_dim: int, dtype: torch.dtype, max_seqlen_q: int, max_seqlen_k: int, tf32: bool = False
+    head_dim: int, dtype: torch.dtype, max_seqlen_q: int, max_seqlen_k: int, dropout: bool = False, tf32: bool = False
 ) -> tuple[list[Tiles], list[Tiles]]:
     """Candidates for the kernels of dQ and of dK and dV, for sequences of at most so many tokens, the default first.
 
@@ -127,6 +144,8 @@ def attention_bwd_tiles(
     """
     dq, dkdv = (_candidates(table, head_dim, dtype, tf32) for table in (_DQ_TILES, _DKDV_TILES))
     kind = ("tf32" if tf32 else dtype.itemsize, dq[0]["BLOCK_D"])
+    if kind == ("tf32", 64):  # spilt on sm_100 where ptxas is told no limit
+        dkdv = [tiles | {"maxnreg": 255} for tiles in dkdv]
     if max_seqlen_q <= FEW_QUERIES:
         # Float32 and wide heads keep their warps: with fewer they would spill, float32 heads of 64 in short chunks
         # too, and as TF32 heads of 128 where ptxas is told no limit.
@@ -137,6 +156,7 @@ def attention_bwd_tiles(
         dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer | other], [tiles | {"BLOCK_M": 16} | limit for tiles in dkdv]
     elif kind in _DQ_REGISTERS:
         dq = [tiles | {"maxnreg": _DQ_REGISTERS[kind]} for tiles in dq]
+    dq = _with_room(dq, dropout, _DQ_NOT_WITH_DROPOUT)
     # Of short sequences, no more rows than the smallest tile has.
     dq = [tiles for tiles in dq if max_seqlen_q > 64 or tiles["BLOCK_M"] <= 64]
     return dq, [tiles for tiles in dkdv if max_seqlen_k > 64 or tiles["BLOCK_N"] <= 64]

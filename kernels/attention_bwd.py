@@ -400,7 +400,7 @@ def attention_bwd(
     head_dim, sequences = q.shape[1] // num_heads, len(cu_seqlens_q) - 1
     grad = rows_contiguous(grad)
     tf32 = multiplies_tf32(q.dtype)
-    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k, tf32)
+    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k, dropout_p > 0.0, tf32)
     if not heads_in_words(num_heads, grad, q, k, v):
         grad, q, k, v = (padded_heads(t, num_heads) for t in (grad, q, k, v))
         gradients = wide_dq, wide_dk, wide_dv = tuple(torch.empty_like(t) for t in (q, k, v))

@@ -126,7 +126,7 @@ def test_every_tile_of_attention_is_checked(rows):
 
     def candidates(numbers, head_dim, queries, keys):
         dtype, tf32 = launches.NUMBERS[numbers], numbers == "tf32"
-        dq, dkdv = attention_bwd_tiles(head_dim, dtype, queries, keys, tf32)
+        dq, dkdv = attention_bwd_tiles(head_dim, dtype, queries, keys, tf32=tf32)
         return {"fwd": attention_tiles(head_dim, dtype, queries, tf32=tf32), "bwd_dq": dq, "bwd_dkdv": dkdv}
 
     checked = {(row["label"].split()[0], row["label"].split()[-1], row["tiles"]) for row in rows("attention")}
