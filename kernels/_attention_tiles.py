@@ -48,7 +48,7 @@ _NOT_WITH_DROPOUT: tuple[Tiles, ...] = (
 _DQ_NOT_WITH_DROPOUT: tuple[Tiles, ...] = ({"TF32": False, "BLOCK_D": 64, "BLOCK_M": 128},)
 # Registers of a thread, by operands, padded head size and BLOCK_N, in tiles of more than few queries: told no limit, ptxas
 # spills some of them to fit one program more.
-_REGISTERS = {(2, 16, 32): 128, (4, 32, 16): 128, (4, 64, 32): 255}
+_REGISTERS: dict[tuple[int | str, int, int], int] = {(2, 16, 32): 128, (4, 32, 16): 128, (4, 64, 32): 255}
 
 # Of the backward, likewise; the default has the most rows that a program owns, as what it walks over is read again by each.
 _DQ_TILES: TileTable = {
@@ -116,7 +116,8 @@ def attention_tiles(
         # Larger key tiles hide the loads of few queries; exact float32 heads of 128 would spill, and so would heads of 32
         # where ptxas is told no limit and aims at one more program.
         block_n = 16 if kind == (4, 128) else max(default["BLOCK_N"], 32)
-        limit = {(2, 32): {"maxnreg": 128}, (4, 32): {"maxnreg": 255}}.get(kind, {})
+        limits_of_few: dict[tuple[int | str, int], Tiles] = {(2, 32): {"maxnreg": 128}, (4, 32): {"maxnreg": 255}}
+        limit = limits_of_few.get(kind, {})
         return [default | {"BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": 4} | limit]
     if max_seqlen_q <= _SOME_QUERIES and tf32:
         return [default]

@@ -70,7 +70,7 @@ def attention(
             for t, first, length in ((q, first_query, queries), (k, first_key, keys), (v, first_key, keys))
         ] if queries and keys else []  # fmt: skip
         if batch:
-            out = _attention(*batch, softmax_scale)
+            out = _attention(batch[0], batch[1], batch[2], softmax_scale)
             parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         elif queries:
             parts.append(q.new_zeros((count * queries, q.shape[1])))

@@ -373,9 +373,8 @@ def embedding_projection(
         operands = _operands(input_ids, tensors[0], token_type_ids, position_ids, *tensors[1:6])
         check("embedding_projection", word.device, [*operands, *_projection(word, *tensors[6:])])
         check_ids((input_ids, token_type_ids, position_ids), (len(word), len(token_type), len(position)))
-        return _torch.embedding_projection(
-            input_ids, tensors[0], token_type_ids, position_ids, *tensors[1:], eps, padding_idx
-        )
+        arguments: Any = (input_ids, tensors[0], token_type_ids, position_ids, *tensors[1:], eps, padding_idx)
+        return _torch.embedding_projection(*arguments)
     call: Any = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
     device = word.device.type
     # Under autocast the product inside would change the dtype that the schema promises.

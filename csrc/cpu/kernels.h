@@ -110,9 +110,9 @@ void encoder_pack_cpu(Address query, Address key, Address value, Address dense, 
 // listed in csrc/cpu/encoder_layer.h; order (layers) int64: the row of the table for each layer; cu_seqlens (B+1)
 // int32. wanted_rows (wanted_count) int64, cu_wanted (B+1) int32: the rows of x that the last layer is computed for,
 // sequence by sequence, and then out is (wanted_count,H); cu_wanted = 0: all. A row that is asked of a sequence without
-// tokens is computed from zeros. Returns false, and writes nothing, where cu_seqlens or cu_wanted does not run from 0 to
-// T or wanted_count without falling, or a row lies outside its sequence. profile (num_threads,9) f64 takes the seconds of
-// each thread and stage on top of what it holds; 0: nothing is timed.
+// tokens is computed from zeros. Returns false, and writes nothing, where cu_seqlens or cu_wanted does not run from 0
+// to T or wanted_count without falling, or a row lies outside its sequence. profile (num_threads,9) f64 takes the
+// seconds of each thread and stage on top of what it holds; 0: nothing is timed.
 bool encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
                      std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted, std::int64_t wanted_count,
                      std::int64_t H, std::int64_t I, std::int64_t num_heads, double scale, double eps, int act,
