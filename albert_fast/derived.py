@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class _Kept(Generic[Made]):
         return self.versions == _versions(weights) and all(map(torch.equal, map(_sample, weights), self.samples))
 
 
+_ALL: weakref.WeakSet[Derived[Any]] = weakref.WeakSet()
+
+
 class Derived(Generic[Made]):
     """`make(weights)`, called where it was not called for these weights yet or they have changed since.
 
@@ -37,6 +41,7 @@ class Derived(Generic[Made]):
     def __init__(self, make: Callable[[Sequence[Tensor]], Made]) -> None:
         self._make = make
         self._kept = WeakIdKeyDictionary()
+        _ALL.add(self)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -54,6 +59,13 @@ class Derived(Generic[Made]):
     def forget(self, weights: Sequence[Tensor]) -> None:
         """Drop the copy: the next call makes it anew."""
         self._kept.pop(weights[0], None)
+
+
+def forget(weights: Iterable[Tensor]) -> None:
+    """Drop the copies of all kinds whose first weight is one of these: the next calls make them anew."""
+    for weight in weights:
+        for derived in _ALL:
+            derived.forget([weight])
 
 
 def _versions(weights: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import dispatch, ops
+from . import derived, dispatch, ops
 from .calibration import quantize
 from .encoder import RECOMPUTE
 from .graphs import GraphCache
@@ -107,11 +107,9 @@ class FastModel(PretrainedMixin):
             base._graphs = GraphCache()
 
     def repack(self) -> None:
-        """Read the layers' weights anew, after writes that torch does not count: through `.data` or numpy into a part of a
-        weight, or under inference_mode. All other changes are noticed."""
-        if self.quantized is None:
-            for layer in self.base.encoder.distinct():
-                ops.forget_packed(layer.weights())
+        """Read all weights anew, after writes that torch does not count: through `.data` or numpy into a part of a weight,
+        or under inference_mode. All other changes are noticed."""
+        derived.forget(self.parameters())
 
     @property
     def recompute(self) -> str:

@@ -2,9 +2,10 @@
 
 import sys
 
+import pytest
 import torch
 
-from albert_fast import dispatch, ops
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, dispatch, ops
 from albert_fast.derived import Derived
 from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import make_inputs
@@ -75,3 +76,37 @@ def test_packed_weights_go_with_the_weights():
     assert len(packed) == before + 1
     inputs.clear()
     assert len(packed) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "albert.encoder.embedding_hidden_mapping_in.weight",
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.query.weight",
+        "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn.weight",
+        "albert.pooler.weight",
+        "classifier.weight",
+    ],
+)
+@pytest.mark.parametrize("states", [False, True], ids=["one call", "by operators"])
+def test_repack_reads_every_weight_anew(name: str, states: bool) -> None:
+    """After a write that neither a version nor the compared elements show."""
+    config = ALBERTConfig(
+        vocab_size=30, embedding_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96,
+        num_labels=5, initializer_range=0.2,
+    )  # fmt: skip
+    model, ids = ALBERTForSequenceClassification(config).eval(), torch.randint(1, 30, (2, 6))
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return model(ids, output_hidden_states=states).logits
+
+    before = logits()
+    model.get_parameter(name).data[1, 2:5] += 3.0
+    model.repack()
+    assert not torch.equal(logits(), before)
+    other = ALBERTForSequenceClassification(config).eval()  # whose weights were never copied
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = other(ids, output_hidden_states=states).logits
+    assert torch.equal(logits(), expected)

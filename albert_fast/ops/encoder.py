@@ -105,11 +105,6 @@ def packed(layer: Sequence[Operand]) -> Tensor:
     return _PACKED([layer[i][1].contiguous() for i in _MATRICES])  # type: ignore[union-attr]
 
 
-def forget_packed(weights: Sequence[Tensor]) -> None:
-    """Let go of one layer's packed matrices: the next call makes them anew."""
-    _PACKED.forget([weights[i] for i in _MATRICES])
-
-
 def profile_address(threads: int) -> int:
     """Where a kernel on `threads` threads adds its seconds by stage; 0 where this thread does not ask for them."""
     seconds: Tensor | None = getattr(_profile, "seconds", None)
