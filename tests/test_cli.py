@@ -18,6 +18,7 @@ from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassi
 from albert_fast.cli import SUBCOMMANDS, build_app
 from albert_fast.tokenization import load_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 APP = build_app()
 TEXTS = ["a fine film, quiet and odd", "", "the plot is a mess " * 12, "caf\u00e9 \U0001f600", "dull", "film"]
 
@@ -28,15 +29,6 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

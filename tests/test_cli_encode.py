@@ -24,6 +24,7 @@ from albert_fast.commands._errors import UsageError
 from albert_fast.commands._sinks import NpyForm, ResumableFile, State, output_lock
 from albert_fast.tokenization import load_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 APP = build_app()
 WORDS = ["a", "fine", "film,", "quiet", "and", "odd;", "the", "plot", "is", "a", "mess", "-", "dull", "(but", "long)"]
 TEXTS = [" ".join((WORDS * 3)[i % 7 : i % 7 + (i * 5) % 23]) for i in range(25)]
@@ -31,15 +32,6 @@ TEXTS = [" ".join((WORDS * 3)[i % 7 : i % 7 + (i * 5) % 23]) for i in range(25)]
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from albert_fast.cli import main; main()"
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +290,7 @@ def test_bad_line_keeps_what_was_done(model: Path, tmp_path: Path) -> None:
     source.write_text("\n".join([*rows, "", " ", ""]))  # blank lines at the end are no rows
     assert "continuing after 20 lines" in encode(source, model, output, "--resume")
     encode(source, model, tmp_path / "whole.npy")
-    np.testing.assert_allclose(np.load(output), np.load(tmp_path / "whole.npy"), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(np.load(output), np.load(tmp_path / "whole.npy"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.npy", "whole.npy"]
 
 

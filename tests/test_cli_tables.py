@@ -15,6 +15,7 @@ from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
 from albert_fast.cli import build_app
 from albert_fast.tokenization import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 APP = build_app()
 ROWS = [
     ("a fine film, quiet and odd", "really", "good"),
@@ -23,15 +24,6 @@ ROWS = [
     ("dull", "dull", "good"),
     ("the plot is a mess the plot is a mess", "film", "bad"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +122,7 @@ def test_encode_goes_on_in_a_table_when_its_row_is_mended(run, tmp_path: Path) -
     said = run("encode", "x.csv", "-o", "out.npy", *window, "--resume", "--text-column", "text", code=2).stderr
     assert "was made with text column None, not text" in said
     assert "continuing after 11 lines" in run("encode", "x.csv", "-o", "out.npy", *window, "--resume").stderr
-    np.testing.assert_allclose(np.load("out.npy"), np.load("whole.npy"), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(np.load("out.npy"), np.load("whole.npy"))
 
 
 def test_rows_before_a_bad_one_are_answered(run, tmp_path: Path) -> None:

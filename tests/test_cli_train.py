@@ -18,6 +18,7 @@ from albert_fast.training.checkpointing import LOCK_NAME, STATE_NAME, claimed
 
 pytest.importorskip("tokenizers", reason="the text extra is not installed")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 APP = build_app()
 SMALL = ["--layers", 1, "--hidden-size", 16, "--heads", 2, "--intermediate-size", 32, "--embedding-size", 8]
 SMALL += ["--max-length", 12, "--batch-size", 8]
@@ -39,15 +40,6 @@ for command in json.loads(sys.argv[1]):
     result = CliRunner().invoke(build_app(), command)
     print(json.dumps([result.exit_code, result.stdout, result.stderr]))
 """
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

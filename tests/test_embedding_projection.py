@@ -55,7 +55,7 @@ def test_other_bad_input_is_named():
         ops.embedding_projection(*ids, *tables, torch.ones(4), *rest[1:])
     with pytest.raises(ValueError, match="one device"):
         ops.embedding_projection(*ids, *tables[:2], tables[2].to("meta"), *rest)
-    with pytest.raises(TypeError, match="input_ids"):
+    with pytest.raises(TypeError, match="input_ids must be int64"):
         ops.embedding_projection(ids[0].float(), *ids[1:], *tables, *rest)
     with pytest.raises(ValueError, match=r"expected position_ids of shape \(5,\)"):
         ops.embedding_projection(*ids[:2], ids[2][:4], *tables, *rest)
