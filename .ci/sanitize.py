@@ -35,7 +35,7 @@ def main() -> None:
     if reason is not None:
         print(f"sanitizers: skipped, {reason}")
         return
-    from albert_fast import dispatch
+    from albert_fast.runtime import dispatch
     from albert_fast.testing import hostile
     from albert_fast.testing.cases import ALL_CASES
     from albert_fast.testing.parity import check_backward, check_forward, parity_grid

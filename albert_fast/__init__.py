@@ -15,29 +15,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config import ALBERTConfig as ALBERTConfig
-    from .heads import ALBERTForMaskedLM as ALBERTForMaskedLM
-    from .heads import ALBERTForMultipleChoice as ALBERTForMultipleChoice
-    from .heads import ALBERTForPreTraining as ALBERTForPreTraining
-    from .heads import ALBERTForQuestionAnswering as ALBERTForQuestionAnswering
-    from .heads import ALBERTForSequenceClassification as ALBERTForSequenceClassification
-    from .heads import ALBERTForTokenClassification as ALBERTForTokenClassification
-    from .modeling import ALBERTModel as ALBERTModel
+    from .inspect.explain import explain as explain
+    from .layers.packing import aligned_representation as aligned_representation
+    from .models.albert import ALBERTModel as ALBERTModel
+    from .models.config import ALBERTConfig as ALBERTConfig
+    from .models.heads import ALBERTForMaskedLM as ALBERTForMaskedLM
+    from .models.heads import ALBERTForMultipleChoice as ALBERTForMultipleChoice
+    from .models.heads import ALBERTForPreTraining as ALBERTForPreTraining
+    from .models.heads import ALBERTForQuestionAnswering as ALBERTForQuestionAnswering
+    from .models.heads import ALBERTForSequenceClassification as ALBERTForSequenceClassification
+    from .models.heads import ALBERTForTokenClassification as ALBERTForTokenClassification
     from .ops import synchronize as synchronize
-    from .packing import aligned_representation as aligned_representation
-    from .plan import explain as explain
 
 _HOME = {
-    "ALBERTConfig": "config",
-    "ALBERTModel": "modeling",
-    "ALBERTForMaskedLM": "heads",
-    "ALBERTForPreTraining": "heads",
-    "ALBERTForSequenceClassification": "heads",
-    "ALBERTForTokenClassification": "heads",
-    "ALBERTForQuestionAnswering": "heads",
-    "ALBERTForMultipleChoice": "heads",
-    "aligned_representation": "packing",
-    "explain": "plan",
+    "ALBERTConfig": "models.config",
+    "ALBERTModel": "models.albert",
+    "ALBERTForMaskedLM": "models.heads",
+    "ALBERTForPreTraining": "models.heads",
+    "ALBERTForSequenceClassification": "models.heads",
+    "ALBERTForTokenClassification": "models.heads",
+    "ALBERTForQuestionAnswering": "models.heads",
+    "ALBERTForMultipleChoice": "models.heads",
+    "aligned_representation": "layers.packing",
+    "explain": "inspect.explain",
     "synchronize": "ops",
 }
 

@@ -37,13 +37,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
-from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.info import describe
+from albert_fast.checkpoints.weights import config_path, resolve, shipped_model
+from albert_fast.inspect.info import describe
+from albert_fast.runtime.dispatch import BackendUnavailableError
 from albert_fast.testing import data_dir
-from albert_fast.tokenization import load_tokenizer
+from albert_fast.text.tokenizer import load_tokenizer
 from albert_fast.training.data import read_examples
 from albert_fast.training.metrics import confidence_interval
-from albert_fast.weights import config_path, resolve, shipped_model
 
 EXACT = sides.FAST
 # In bfloat16 the GPU kernels' yardstick; each is asked for by name.

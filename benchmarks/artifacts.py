@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from albert_fast import ALBERTConfig, reference
+from albert_fast import ALBERTConfig
+from albert_fast.models import reference
 
 _INPUTS, _OUTPUTS = ["input_ids", "attention_mask"], ["last_hidden_state"]
 _OPSET = 17

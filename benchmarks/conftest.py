@@ -115,7 +115,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    from albert_fast.info import describe
+    from albert_fast.inspect.info import describe
 
     machine_info.pop("node")  # a host's name says nothing about its speed
     machine_info["albert_fast"] = describe()

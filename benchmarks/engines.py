@@ -23,8 +23,8 @@ Bind = Callable[[Any, Any], Call]
 # Tokens with padding, up to which our launches may take a GPU longer than their work, and ours replays CUDA graphs.
 _SMALL = 4096
 _IMPORTS = {
-    "albert_fast": "albert_fast.modeling",
-    "reference": "albert_fast.reference",
+    "albert_fast": "albert_fast.models.albert",
+    "reference": "albert_fast.models.reference",
     "hf": "transformers.models.albert.modeling_albert",
     "torch": "transformers.models.albert.modeling_albert",
     "onnxruntime": "onnxruntime",
@@ -80,7 +80,7 @@ def load(side: str, path: Path, settings: Settings) -> Bind:
             if graphs:
                 return replayed(model, _torch(model, settings.dense))
     elif engine == "reference":
-        from albert_fast import reference
+        from albert_fast.models import reference
 
         model = reference.ALBERTModel.from_pretrained(path, precision=settings.precision, device=settings.device)
     else:

@@ -30,9 +30,11 @@ from operators import GPU_SHAPES, OperatorGroup
 from shapes import Shape
 from sides import FAST
 
-from albert_fast import ALBERTModel, dispatch, explain, info
+from albert_fast import ALBERTModel, explain
+from albert_fast.inspect import info
+from albert_fast.inspect.timing import Side, interleaved
+from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.timing import Side, interleaved
 
 _MASKED = 0.15  # of the tokens have a label in training
 _LOSS_TOLERANCE = 2e-2  # relative, of two first losses in bfloat16

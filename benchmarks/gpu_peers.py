@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ops
-from albert_fast.outputs import BaseModelOutput
-from albert_fast.packing import longest_first
+from albert_fast.inspect.timing import Side
+from albert_fast.layers.packing import longest_first
+from albert_fast.models.outputs import BaseModelOutput
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.timing import Side
 
 # attention ----------------------------------------------------------------------------------------------------------------
 

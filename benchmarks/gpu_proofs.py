@@ -142,7 +142,7 @@ def parity(part: Part) -> None:
 
     First every kernel in bfloat16, on a few shapes of its grid and of a real batch, then all the others.
     """
-    from albert_fast import dispatch
+    from albert_fast.runtime import dispatch
 
     kernels = {
         op: [backend for backend in devices["cuda"] if backend != "reference"]

@@ -17,7 +17,7 @@ import sides
 import torch
 from torch import Tensor
 
-from albert_fast.testing.timing import Side, interleaved, paired_ratio
+from albert_fast.inspect.timing import Side, interleaved, paired_ratio
 
 # Largest relative error (Frobenius norm, worst output) with which a row still counts as having computed the same thing.
 # torch's own bfloat16 gradients of a LayerNorm's vectors come to 0.034: it adds up rows in bfloat16.

@@ -91,7 +91,7 @@ def _sample(name: str) -> list[list[int]]:
 
 
 def _tokenized(texts: list[str]) -> list[list[int]]:
-    from albert_fast.tokenization import load_tokenizer
+    from albert_fast.text.tokenizer import load_tokenizer
 
     ids: list[list[int]] = load_tokenizer(data_dir() / _VOCABULARY)(texts, max_length=MAX_LENGTH)["input_ids"]
     return ids

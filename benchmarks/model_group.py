@@ -20,7 +20,7 @@ from harness import CallGroup, Group, Options, Result, allowed_error, checked_er
 from shapes import LOAD_BATCH, Batch, Shape, model_operations
 from torch import Tensor
 
-from albert_fast.testing.timing import Side
+from albert_fast.inspect.timing import Side
 
 _LOADS = 3  # samples of loading; each takes seconds, and a process of its own
 _SCRIPT = Path(__file__).with_name("load_engine.py")

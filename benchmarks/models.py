@@ -15,7 +15,8 @@ import lengths
 import torch
 from torch import Tensor
 
-from albert_fast import ALBERTConfig, reference
+from albert_fast import ALBERTConfig
+from albert_fast.models import reference
 from albert_fast.testing import data_dir
 
 BASE = ALBERTConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072)

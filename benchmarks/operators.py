@@ -9,9 +9,9 @@ import torch
 from harness import CallGroup, Options, allowed_error
 from torch import Tensor
 
-from albert_fast import dispatch
+from albert_fast.inspect.timing import Side
+from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, OpCase
-from albert_fast.testing.timing import Side
 
 Eager = Callable[..., Tensor]
 _DTYPES = (torch.float32, torch.bfloat16)

@@ -21,8 +21,9 @@ from models import Model
 from shapes import Batch
 from torch import Tensor
 
-from albert_fast import ALBERTConfig, ALBERTModel, reference
-from albert_fast.testing.timing import Side, interleaved
+from albert_fast import ALBERTConfig, ALBERTModel
+from albert_fast.inspect.timing import Side, interleaved
+from albert_fast.models import reference
 
 # What an engine needs beside torch; without bench's packages there is nothing to compare with.
 _NEEDS = {

@@ -28,8 +28,9 @@ from gpu_report import markdown, targets
 from gpu_shards import Report
 
 from albert_fast import ALBERTModel
-from albert_fast.graphs import MAX_PLACES, MAX_TOKENS, GraphCache
-from albert_fast.testing import ALL_CASES, stand_in
+from albert_fast.execution.graphs import MAX_PLACES, MAX_TOKENS, GraphCache
+from albert_fast.testing import ALL_CASES
+from albert_fast.testing.gpu import stand_in
 
 MEASURED = ("parity", "machine", "model", "operators", "training", "tiles")
 RECORD = (

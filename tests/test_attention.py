@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albert_fast import ops
-from albert_fast.packing import longest_first
+from albert_fast.layers.packing import longest_first
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import DTYPES, check_backward, check_forward, device_of, parity_tests
 

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import albert_fast
-from albert_fast import reference, weights
-from albert_fast.config import ALBERTConfig
+from albert_fast.checkpoints import weights
+from albert_fast.models import reference
+from albert_fast.models.config import ALBERTConfig
 from albert_fast.testing.twins import SMALL, twins
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]

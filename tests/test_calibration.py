@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from albert_fast import ALBERTConfig, ALBERTModel
-from albert_fast.calibration import ENOUGH_TOKENS
+from albert_fast.quantization.calibration import ENOUGH_TOKENS
 from albert_fast.testing import require_data
 
 CONFIG = ALBERTConfig(

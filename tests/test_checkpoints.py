@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import albert_fast
-from albert_fast import pretrained, reference, weights
+from albert_fast.checkpoints import weights
+from albert_fast.models import pretrained, reference
 from albert_fast.testing.twins import NAMES, OUTPUTS, SMALL, drawn_inputs, twins
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]

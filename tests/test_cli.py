@@ -14,9 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 import albert_fast
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, reference
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification
 from albert_fast.cli import SUBCOMMANDS, build_app
-from albert_fast.tokenization import load_tokenizer, train_tokenizer
+from albert_fast.models import reference
+from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 APP = build_app()

@@ -17,12 +17,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, reference
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
 from albert_fast.cli import build_app
 from albert_fast.commands import encode as encode_module
 from albert_fast.commands._errors import UsageError
 from albert_fast.commands._sinks import NpyForm, ResumableFile, State, output_lock
-from albert_fast.tokenization import load_tokenizer, train_tokenizer
+from albert_fast.models import reference
+from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 APP = build_app()

@@ -14,10 +14,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, files
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.cli import build_app
-from albert_fast.quantized_checkpoint import quantize_checkpoint
-from albert_fast.tokenization import load_tokenizer, train_tokenizer
+from albert_fast.runtime import files
+from albert_fast.tasks.quantize import quantize_checkpoint
+from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 
 APP = build_app()
 TEXTS = ["a fine film, quiet and odd", "the plot is a mess", "dull, and never new", "a good story, film or not"]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
 from albert_fast.cli import build_app
-from albert_fast.tokenization import train_tokenizer
+from albert_fast.text.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 APP = build_app()

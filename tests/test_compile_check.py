@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from albert_fast import dispatch
-from albert_fast.testing import compile_check, launches
+from albert_fast.runtime import dispatch
+from albert_fast.testing.gpu import compile_check, launches
 
 pytestmark = pytest.mark.xdist_group("compile check")  # one process, which compiles every kernel once
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -39,7 +39,7 @@ def run_apart(*command: str, path: Path | None = None) -> subprocess.CompletedPr
 
 def check(kernels: list[str], folder: Path) -> dict[str, list[dict]]:
     file = folder / f"{kernels[0]}.json"
-    done = run_apart("-m", "albert_fast.testing.compile_check", "--kernel", *kernels, "--json", str(file))
+    done = run_apart("-m", "albert_fast.testing.gpu.compile_check", "--kernel", *kernels, "--json", str(file))
     said = done.stdout + done.stderr
     assert done.returncode in (0, 1), said
     found = json.loads(file.read_text())

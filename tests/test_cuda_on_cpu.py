@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from albert_fast import dispatch, ops
+from albert_fast import ops
 from albert_fast.ops import _reports
 from albert_fast.ops._dropout import keep_scale_2d
+from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import check_backward, check_forward
 from albert_fast.testing.tolerances import assert_close_calibrated

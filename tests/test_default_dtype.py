@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import albert_fast
-from albert_fast import ALBERTConfig, ops, reference
-from albert_fast.calibration import random_batches
-from albert_fast.tokenization import train_tokenizer
+from albert_fast import ALBERTConfig, ops
+from albert_fast.models import reference
+from albert_fast.quantization.calibration import random_batches
+from albert_fast.text.tokenizer import train_tokenizer
 from albert_fast.training.data import TextDataset
 from albert_fast.training.masking import MaskedTextDataset
 

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
-from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, dispatch, ops
-from albert_fast.derived import Derived
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ops
+from albert_fast.runtime import dispatch
+from albert_fast.runtime.derived import Derived
 from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import make_inputs
 

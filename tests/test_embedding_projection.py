@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast import dispatch, ops
+from albert_fast import ops
+from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import check_backward, check_forward, parity_tests
 

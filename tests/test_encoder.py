@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from albert_fast import ALBERTConfig, ALBERTModel, dispatch, explain, ops
+from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
+from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, poison_empty
+from albert_fast.testing.gpu.stand_in import in_threads
 from albert_fast.testing.parity import check_forward, device_of, make_inputs, parity_tests
-from albert_fast.testing.stand_in import in_threads
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 if importlib.util.find_spec("triton") is not None:

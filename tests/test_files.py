@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from albert_fast import files, weights
-from albert_fast.tokenization import train_tokenizer
+from albert_fast.checkpoints import weights
+from albert_fast.runtime import files
+from albert_fast.text.tokenizer import train_tokenizer
 from albert_fast.training import checkpointing
 
 

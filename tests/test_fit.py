@@ -16,9 +16,9 @@ import torch
 
 import albert_fast
 from albert_fast import ALBERTConfig
-from albert_fast.locking import LockedError
+from albert_fast.runtime.locking import LockedError
 from albert_fast.testing import require_data
-from albert_fast.tokenization import load_tokenizer
+from albert_fast.text.tokenizer import load_tokenizer
 from albert_fast.training import Recipe, evaluate, fit
 from albert_fast.training import run as run_module
 from albert_fast.training.checkpointing import LOCK_NAME, STATE_NAME, claimed

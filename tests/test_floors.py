@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from albert_fast.testing import ALL_CASES, compile_check, costs, floors, launches
+from albert_fast.testing import ALL_CASES
+from albert_fast.testing.gpu import compile_check, costs, floors, launches
 from albert_fast.testing.parity import make_inputs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast import ALBERTConfig, dispatch, reference
+from albert_fast import ALBERTConfig
+from albert_fast.models import reference
+from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, assert_close_calibrated, poison_empty
+from albert_fast.testing.gpu.tf32 import TF32Products, tf32_asked_for
 from albert_fast.testing.parity import check_backward, check_forward, make_inputs
-from albert_fast.testing.tf32 import TF32Products, tf32_asked_for
 from albert_fast.testing.tolerances import SLACK, largest_error
 from albert_fast.testing.twins import NAMES, OUTPUTS, drawn_inputs, drawn_mask, gradients
 

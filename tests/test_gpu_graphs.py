@@ -15,7 +15,7 @@ import torch
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.testing import poison_empty
-from albert_fast.testing.stand_in import in_threads
+from albert_fast.testing.gpu.stand_in import in_threads
 from albert_fast.testing.twins import drawn_mask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from albert_fast import ALBERTForSequenceClassification, ALBERTModel, explain, graphs, ops
-from albert_fast import capture as capture_module
-from albert_fast.capture import CaptureError, CUDACapture
+from albert_fast import ALBERTForSequenceClassification, ALBERTModel, explain, ops
+from albert_fast.execution import capture as capture_module
+from albert_fast.execution import graphs
+from albert_fast.execution.capture import CaptureError, CUDACapture
 from albert_fast.ops import _reports
 from albert_fast.testing import poison_empty
-from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
+from albert_fast.testing.gpu.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
 
 pytest.importorskip("triton")
 

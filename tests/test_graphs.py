@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast import ALBERTForSequenceClassification, ALBERTModel, graphs
-from albert_fast.calibration import quantize
-from albert_fast.graphs import Bucket
-from albert_fast.testing.stand_in import CONFIG, DEVICE, Capture, batch, graphed, in_threads, plain
-from albert_fast.testing.tf32 import tf32_asked_for
+from albert_fast import ALBERTForSequenceClassification, ALBERTModel
+from albert_fast.execution import graphs
+from albert_fast.execution.graphs import Bucket
+from albert_fast.quantization.calibration import quantize
+from albert_fast.testing.gpu.stand_in import CONFIG, DEVICE, Capture, batch, graphed, in_threads, plain
+from albert_fast.testing.gpu.tf32 import tf32_asked_for
 
 pytest.importorskip("triton")
 

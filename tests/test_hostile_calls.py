@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from albert_fast import dispatch, ops
+from albert_fast import ops
+from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, hostile
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

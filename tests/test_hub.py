@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from albert_fast import reference, weights
-from albert_fast.config import ALBERTConfig
+from albert_fast.checkpoints import weights
+from albert_fast.models import reference
+from albert_fast.models.config import ALBERTConfig
 from albert_fast.testing.twins import SMALL
 
 

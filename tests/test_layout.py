@@ -13,7 +13,9 @@ import torch
 from packaging.requirements import Requirement
 
 import albert_fast
-from albert_fast import dispatch, info, ops
+from albert_fast import ops
+from albert_fast.inspect import info
+from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES
 
 if sys.version_info >= (3, 11):

@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from albert_fast import ALBERTConfig, ALBERTModel, reference, weights
+from albert_fast import ALBERTConfig, ALBERTModel
+from albert_fast.checkpoints import weights
+from albert_fast.models import reference
 from albert_fast.testing.twins import SMALL
 
 

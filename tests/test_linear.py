@@ -18,10 +18,10 @@ from albert_fast import (
     ALBERTForSequenceClassification,
     ALBERTForTokenClassification,
     ALBERTModel,
-    dispatch,
-    gemm,
 )
-from albert_fast.fast_model import quantize
+from albert_fast.models.fast_model import quantize
+from albert_fast.runtime import dispatch
+from albert_fast.runtime import linear as gemm
 
 needs_extension = pytest.mark.skipif(not dispatch.has_extension(), reason="needs the C++ extension")
 HEADS = (

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from albert_fast import ALBERTConfig, ALBERTModel, encoder, explain, ops, plan
-from albert_fast.gemm import linear, weight_gradient
+from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
+from albert_fast.inspect import explain as plan
+from albert_fast.layers import stack as encoder
+from albert_fast.runtime.linear import linear, weight_gradient
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import check_backward, check_forward, device_of, make_inputs, parity_tests
 from albert_fast.testing.tolerances import assert_close_calibrated

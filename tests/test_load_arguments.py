@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import albert_fast
-from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel, reference
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
+from albert_fast.models import reference
 from albert_fast.testing.twins import NAMES, SMALL, drawn_inputs
 
 HARMLESS: list[dict[str, Any]] = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from albert_fast.locking import LockedError, locked, try_lock, unlock
+from albert_fast.runtime.locking import LockedError, locked, try_lock, unlock
 
 HOLD = """
 import sys

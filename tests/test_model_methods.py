@@ -19,11 +19,10 @@ from albert_fast import (
     ALBERTForPreTraining,
     ALBERTForSequenceClassification,
     ALBERTModel,
-    head_model,
-    reference,
 )
+from albert_fast.checkpoints.weights import shipped_model
+from albert_fast.models import head_model, reference
 from albert_fast.testing.twins import NAMES, SMALL
-from albert_fast.weights import shipped_model
 
 HEADS = [getattr(albert_fast, f"ALBERT{name}") for name in NAMES if name != "Model"]
 

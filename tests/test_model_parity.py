@@ -7,14 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import albert_fast
-from albert_fast import (
-    ALBERTConfig,
-    ALBERTModel,
-    explain,
-    ops,
-    reference,
-)
-from albert_fast.packing import packed_already
+from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
+from albert_fast.layers.packing import packed_already
+from albert_fast.models import reference
 
 SMALL = {
     "vocab_size": 61, "embedding_size": 12, "hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 56,

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from albert_fast.tokenization import Tokenizer, load_tokenizer, train_tokenizer
+from albert_fast.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # The first article of the Universal Declaration of Human Rights, and texts that test a rule each.
 SCRIPTS = {

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils import _pytree
 
-from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, outputs
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
+from albert_fast.models import outputs
 
 KINDS = [outputs.BaseModelOutput, outputs.LogitsOutput, outputs.PreTrainingOutput, outputs.QuestionAnsweringOutput]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import albert_fast
-from albert_fast import reference
-from albert_fast.config import ALBERTConfig
+from albert_fast.models import reference
+from albert_fast.models.config import ALBERTConfig
 from albert_fast.testing.twins import NAMES, OUTPUTS, SMALL, drawn_inputs, twins
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]

@@ -10,16 +10,11 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import albert_fast
-from albert_fast import (
-    ALBERTConfig,
-    ALBERTForMaskedLM,
-    ALBERTForSequenceClassification,
-    ALBERTModel,
-    encoder,
-    head_model,
-)
-from albert_fast.calibration import quantize
-from albert_fast.parts import check_read
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel
+from albert_fast.layers import stack as encoder
+from albert_fast.layers.adapters import check_read
+from albert_fast.models import head_model
+from albert_fast.quantization.calibration import quantize
 
 CONFIG = ALBERTConfig(
     vocab_size=61, embedding_size=12, hidden_size=40, num_attention_heads=5, intermediate_size=56, num_hidden_layers=3

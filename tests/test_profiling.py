@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTModel, explain, ops
-from albert_fast.calibration import quantize
-from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.profiling import profile
+from albert_fast.inspect.profiling import profile
+from albert_fast.quantization.calibration import quantize
+from albert_fast.runtime.dispatch import BackendUnavailableError
 
 ROUNDING = "rounding to integers"  # a stage of integer models alone
 SMALL = ALBERTConfig(

@@ -6,16 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import albert_fast
-from albert_fast import (
-    ALBERTConfig,
-    ALBERTForMaskedLM,
-    ALBERTForSequenceClassification,
-    ALBERTModel,
-    reference,
-)
-from albert_fast.calibration import Rows, quantize
-from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.quantization import NEAREST, Fit, QuantizedLinear, fits_sums, gptq, int16_scale, rescaling
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel
+from albert_fast.models import reference
+from albert_fast.quantization.calibration import Rows, quantize
+from albert_fast.quantization.rounding import NEAREST, Fit, QuantizedLinear, fits_sums, gptq, int16_scale, rescaling
+from albert_fast.runtime.dispatch import BackendUnavailableError
 from albert_fast.testing import require_data
 
 CONFIG = ALBERTConfig(
@@ -377,7 +372,7 @@ def test_a_state_dict_that_does_not_fit_is_named(folder, precision):
 
 
 def test_without_vnni_the_user_is_told(folder, monkeypatch):
-    monkeypatch.setattr("albert_fast.dispatch.quantized_kernels", lambda *_: (False, "without AVX512-VNNI"))
+    monkeypatch.setattr("albert_fast.runtime.dispatch.quantized_kernels", lambda *_: (False, "without AVX512-VNNI"))
     with pytest.warns(UserWarning, match="precision='int8' runs without AVX512-VNNI"):
         ALBERTModel.from_pretrained(folder, precision="int8")
 

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import albert_fast
-from albert_fast import ALBERTConfig, ALBERTModel, dispatch, reference
-from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.quantization import QuantizedLinear
+from albert_fast import ALBERTConfig, ALBERTModel
+from albert_fast.models import reference
+from albert_fast.quantization.rounding import QuantizedLinear
+from albert_fast.runtime import dispatch
+from albert_fast.runtime.dispatch import BackendUnavailableError
 
 CONFIG = ALBERTConfig(
     vocab_size=101, embedding_size=24, hidden_size=48, num_hidden_layers=3, num_hidden_groups=1, num_attention_heads=3,

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from albert_fast import ALBERTConfig, ALBERTModel, reference
+from albert_fast import ALBERTConfig, ALBERTModel
+from albert_fast.models import reference
 from albert_fast.testing import poison_empty
 
 DRAWS = 1000

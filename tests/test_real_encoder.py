@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 import albert_fast
-from albert_fast import reference
+from albert_fast.models import reference
 from albert_fast.testing import require_data
 
 pytestmark = pytest.mark.xdist_group("real encoder")  # one process, which computes what is expected once

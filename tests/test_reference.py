@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import albert_fast
-from albert_fast import reference
-from albert_fast.config import ALBERTConfig
+from albert_fast.models import reference
+from albert_fast.models.config import ALBERTConfig
 from albert_fast.testing.twins import NAMES, OUTPUTS, SMALL, assert_gradients_equal, drawn_config, drawn_inputs, twins
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from albert_fast import ALBERTConfig, ALBERTModel, dispatch, gemm, ops, packing
+from albert_fast import ALBERTConfig, ALBERTModel, ops
+from albert_fast.layers import packing
+from albert_fast.runtime import dispatch
+from albert_fast.runtime import linear as gemm
 from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import make_inputs
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import albert_fast
-from albert_fast import ALBERTConfig, ALBERTModel, dispatch, ops
+from albert_fast import ALBERTConfig, ALBERTModel, ops
 from albert_fast.ops import _reports
 from albert_fast.ops._reports import NOTHING, CapturedReports, Pending, Queue, Slot
+from albert_fast.runtime import dispatch
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 

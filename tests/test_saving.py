@@ -15,8 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from albert_fast import reference
-from albert_fast.config import ALBERTConfig
+from albert_fast.models import reference
+from albert_fast.models.config import ALBERTConfig
 from albert_fast.testing.twins import SMALL
 
 OLD = SMALL | {"hidden_act": "relu"}

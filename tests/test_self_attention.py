@@ -12,16 +12,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from albert_fast import (
-    ALBERTConfig,
-    ALBERTForSequenceClassification,
-    ALBERTModel,
-    dispatch,
-    ops,
-    reference,
-)
+from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel, ops
+from albert_fast.models import reference
 from albert_fast.ops import split_columns
 from albert_fast.ops.attention import _beside as beside
+from albert_fast.runtime import dispatch
 from albert_fast.testing import poison_empty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

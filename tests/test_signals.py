@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from albert_fast import dispatch
+from albert_fast.runtime import dispatch
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="limits memory and sends signals as Linux does"),

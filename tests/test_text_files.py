@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from albert_fast.commands._lines import InputError, Lines
-from albert_fast.line_reader import CHUNK, LONGEST_LINE
-from albert_fast.text_files import Columns, Record, read_table
+from albert_fast.text.line_reader import CHUNK, LONGEST_LINE
+from albert_fast.text.text_files import Columns, Record, read_table
 
 LABEL = Columns(label="label")
 

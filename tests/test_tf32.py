@@ -14,8 +14,8 @@ from albert_fast.kernels import _tuning, linear_gelu
 
 from albert_fast import ops
 from albert_fast.testing import ALL_CASES
+from albert_fast.testing.gpu.tf32 import TF32Products, cut_to_tf32, tf32_asked_for
 from albert_fast.testing.parity import _gradients, check_backward, check_forward, make_inputs
-from albert_fast.testing.tf32 import TF32Products, cut_to_tf32, tf32_asked_for
 from albert_fast.testing.tolerances import largest_error
 
 # What is set, one after another in one process, and whether float32 is multiplied as TF32 then.

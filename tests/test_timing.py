@@ -1,9 +1,9 @@
-"""albert_fast.testing.timing: sides take turns, preparation costs nothing, one side's failure stays its own."""
+"""albert_fast.inspect.timing: sides take turns, preparation costs nothing, one side's failure stays its own."""
 
 import pytest
 
-from albert_fast.testing import timing
-from albert_fast.testing.timing import Side, interleaved, paired_ratio
+from albert_fast.inspect import timing
+from albert_fast.inspect.timing import Side, interleaved, paired_ratio
 
 
 class Clock:

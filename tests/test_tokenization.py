@@ -17,9 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from albert_fast.checkpoints.weights import resolve
 from albert_fast.testing import require_data
-from albert_fast.tokenization import Tokenizer, load_tokenizer, train_tokenizer
-from albert_fast.weights import resolve
+from albert_fast.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 NASTY = {
     "emoji": "Hello \U0001f600 World \U0001f468\u200d\U0001f469\u200d\U0001f467!",

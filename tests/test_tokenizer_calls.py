@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from albert_fast.tokenization import Tokenizer, load_tokenizer, train_tokenizer
+from albert_fast.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 CORPUS = [
     "The film is a fine, quiet piece of work - and it knows it.",

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from albert_fast import _vocabulary
-from albert_fast.tokenization import Tokenizer, load_tokenizer, train_tokenizer
+from albert_fast.text import vocabulary as _vocabulary
+from albert_fast.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 CHANCE = random.Random(0)
 WORDS = ["".join(CHANCE.choices("aeiounrstlmd", k=CHANCE.randrange(1, 9))) for _ in range(80)]

@@ -5,7 +5,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import albert_fast
-from albert_fast import ALBERTConfig, ops, reference
+from albert_fast import ALBERTConfig, ops
+from albert_fast.models import reference
 
 CONFIG = ALBERTConfig(
     vocab_size=50, embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,

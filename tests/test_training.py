@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import albert_fast
-from albert_fast import ALBERTConfig, heads
-from albert_fast.dispatch import BackendUnavailableError
+from albert_fast import ALBERTConfig
+from albert_fast.models import heads
+from albert_fast.runtime.dispatch import BackendUnavailableError
 from albert_fast.training import test as evaluate_epoch
 from albert_fast.training import train
 from albert_fast.training.metrics import compute_metrics, confidence_interval

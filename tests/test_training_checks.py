@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
-from albert_fast.dispatch import BackendUnavailableError
-from albert_fast.tokenization import load_tokenizer, train_tokenizer
+from albert_fast.runtime.dispatch import BackendUnavailableError
+from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 from albert_fast.training import Recipe, checks, evaluate, fit, loop
 from albert_fast.training import run as run_module
 from albert_fast.training.checkpointing import STATE_NAME

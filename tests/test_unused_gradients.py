@@ -4,7 +4,8 @@ import warnings
 import pytest
 import torch
 
-from albert_fast import ALBERTConfig, ALBERTModel, dispatch, unused_gradients
+from albert_fast import ALBERTConfig, ALBERTModel
+from albert_fast.runtime import dispatch, unused_gradients
 
 pytestmark = pytest.mark.skipif(not dispatch.has_extension(), reason="needs the C++ extension")
 CONFIG = ALBERTConfig(

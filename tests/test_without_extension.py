@@ -11,8 +11,9 @@ import warnings
 import pytest
 import torch
 
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, dispatch, ops
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel, ops
 from albert_fast.ops import _torch
+from albert_fast.runtime import dispatch
 from albert_fast.testing.parity import check_backward, check_forward, parity_grid
 
 REASON = "the C++ extension is not built: install a C++17 compiler, then `pip install -e .` (or `pip install .`) again"

@@ -29,7 +29,7 @@ def compare(
     """Times the sides in turns; each returns the output (same shape as `expected`) that is compared."""
     import torch
 
-    from ..testing.timing import Side, interleaved, paired_ratio
+    from ..inspect.timing import Side, interleaved, paired_ratio
 
     with torch.inference_mode():
         outputs = {name: side().float() for name, side in sides.items()}

@@ -9,8 +9,8 @@ import time
 from pathlib import PurePath
 from types import TracebackType
 
-from ..line_reader import LineReader, open_lines
-from ..text_files import Columns, Format, Record, RowReader, table_format
+from ..text.line_reader import LineReader, open_lines
+from ..text.text_files import Columns, Format, Record, RowReader, table_format
 from ._errors import UsageError, warn
 from ._options import InputFormat
 
@@ -29,7 +29,7 @@ class InputError(ValueError):
 class Lines:
     """Reads windows of rows from a path, or from standard input for "-".
 
-    format: auto: by the ending of the path, see `albert_fast.text_files`; all else is plain lines.
+    format: auto: by the ending of the path, see `albert_fast.text.text_files`; all else is plain lines.
     may_be_text: a path of no file that is words is itself the text.
     """
 

@@ -14,7 +14,7 @@ from ._errors import warn
 if TYPE_CHECKING:
     import torch
 
-    from ..tokenization import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 
 class Precision(str, Enum):
@@ -100,7 +100,7 @@ def place(device: str | None) -> torch.device:
     """The device that was asked for, or a GPU if there is one. RuntimeError where it does not exist."""
     import torch
 
-    from ..dispatch import check_device
+    from ..runtime.dispatch import check_device
 
     check_device(device)
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -108,7 +108,7 @@ def place(device: str | None) -> torch.device:
 
 def shipped_model() -> Path:
     """Folder of the sentiment classifier that comes with the package."""
-    from ..weights import shipped_model
+    from ..checkpoints.weights import shipped_model
 
     return shipped_model()
 
@@ -132,8 +132,8 @@ def load(
 
 def stated_precision(folder: Path, precision: Precision | None) -> Precision:
     """The precision that was asked for, or the one that a checkpoint's config.json states, or float32."""
-    from ..config import ALBERTConfig
-    from ..pretrained import held_precision
+    from ..models.config import ALBERTConfig
+    from ..models.pretrained import held_precision
 
     held = None if precision is not None else held_precision(ALBERTConfig.from_pretrained(folder), folder)
     return precision or Precision(held or "fp32")
@@ -141,8 +141,8 @@ def stated_precision(folder: Path, precision: Precision | None) -> Precision:
 
 def _is_rounded(path: Path) -> bool:
     """Whether a checkpoint's configuration speaks of integers; also where it cannot be read, which loading reports."""
-    from ..config import ALBERTConfig
-    from ..weights import config_path
+    from ..checkpoints.weights import config_path
+    from ..models.config import ALBERTConfig
 
     try:
         config = ALBERTConfig.from_json_file(config_path(path if path.is_dir() else path.parent))
@@ -153,7 +153,7 @@ def _is_rounded(path: Path) -> bool:
 
 def text_tokenizer(folder: Path) -> Tokenizer:
     """Tokenizer of a folder for texts of strangers: a "[SEP]" or "<pad>" in one is text, not a control token."""
-    from ..tokenization import load_tokenizer
+    from ..text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     tokenizer.split_special_tokens = True

@@ -19,8 +19,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from ..files import remove_left, replacing
-from ..locking import LockedError, locked
+from ..runtime.files import remove_left, replacing
+from ..runtime.locking import LockedError, locked
 from ._errors import UsageError
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ def command(
         "threads": torch.get_num_threads(), "rounds": rounds,
     }  # fmt: skip
     if as_json:
-        from ..info import describe
+        from ..inspect.info import describe
 
         found = {"stages": stages} if by_stage else {"sides": [dataclasses.asdict(row) for row in rows]}
         sys.stdout.write(json.dumps({"case": case, **found, "machine": describe()}, indent=2) + "\n")
@@ -98,7 +98,7 @@ def command(
 
 
 def _resolved(model: str) -> Path:
-    from ..weights import resolve
+    from ..checkpoints.weights import resolve
 
     return resolve(model)
 
@@ -106,7 +106,8 @@ def _resolved(model: str) -> Path:
 def _random_model(sizes: tuple[int, int, int, int], folder: Path) -> Path:
     import torch
 
-    from .. import ALBERTConfig, reference
+    from .. import ALBERTConfig
+    from ..models import reference
 
     hidden, heads, layers, intermediate = sizes
     config = ALBERTConfig(
@@ -122,7 +123,7 @@ def _batch(folder: Path, batch_size: int, length: int, ragged: bool, place: torc
     import torch
 
     from .. import ALBERTConfig
-    from ..weights import config_path
+    from ..checkpoints.weights import config_path
 
     config = ALBERTConfig.from_json_file(config_path(folder))
     if length > config.max_position_embeddings:
@@ -140,8 +141,9 @@ def _sides(
     folder: Path, batch: dict[str, torch.Tensor], backend: str, precision: options.Precision, place: torch.device
 ) -> tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
     """Sides by name, the reference first, and the reference in float32; real tokens' hidden states (T, H)."""
-    from .. import ALBERTModel, reference
-    from ..load_arguments import PRECISIONS
+    from .. import ALBERTModel
+    from ..models import reference
+    from ..models.load_arguments import PRECISIONS
 
     real = batch["attention_mask"].bool()
     # The others have no integer formats: they run what they would run instead.
@@ -178,7 +180,7 @@ def _stages(
 ) -> list[dict[str, Any]]:
     """The rows of --profile: name, seconds, rate, unit, limit and of_limit of every stage."""
     from .. import ALBERTModel
-    from ..profiling import profile
+    from ..inspect.profiling import profile
 
     fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision.value, device=place)
     return [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..text_files import Columns
+from ..text.text_files import Columns
 from . import _options as options
 from ._errors import reports_errors
 from ._lines import InputError, Lines, Record
@@ -136,7 +136,7 @@ class Classifier:
         self, model: str | None, max_length: int | None = None, batch_size: int = 32, backend: str = "auto",
         precision: options.Precision | None = None, device: str | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
-        from ..weights import resolve
+        from ..checkpoints.weights import resolve
 
         options.set_threads(threads)
         self.folder: Path = options.shipped_model() if model is None else resolve(model)

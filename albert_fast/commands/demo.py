@@ -84,7 +84,7 @@ def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _peer(classifier: Classifier) -> tuple[str, str, Any]:
     """(short name, what it is, the model) of what the numbers are compared with, on the classifier's weights."""
-    from .. import reference
+    from ..models import reference
 
     plain = reference.ALBERTForSequenceClassification.from_pretrained(classifier.folder, device=classifier.device)
     try:
@@ -102,7 +102,7 @@ def _machine(device: torch.device) -> str:
     """Processor, threads and versions, in one line."""
     import torch
 
-    from ..info import describe
+    from ..inspect.info import describe
 
     found = describe()
     libraries = {"albert_fast": found["albert_fast"], "Python": found["python"]}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..text_files import Columns
+from ..text.text_files import Columns
 from . import _options as options
 from ._errors import UsageError, reports_errors, warn
 from ._lines import InputError, Lines
@@ -160,8 +160,8 @@ class Encoder:
         self, model: str, pooling: Pooling | None, max_length: int | None, batch_size: int, backend: str,
         precision: options.Precision | None, device: str | None, threads: int | None,
     ) -> None:  # fmt: skip
-        from .. import sentence_modules
-        from ..weights import resolve
+        from ..checkpoints import sentence_modules
+        from ..checkpoints.weights import resolve
 
         options.set_threads(threads)
         self.folder, self.pooling, self.batch_size = resolve(model), pooling or Pooling.mean, batch_size

@@ -39,7 +39,7 @@ def command(
     """
     import torch
 
-    from ..weights import resolve
+    from ..checkpoints.weights import resolve
 
     options.set_threads(threads)
     folder, place = resolve(model), options.place(device)

@@ -20,6 +20,6 @@ def command(
       albert-fast info
       albert-fast info --json
     """
-    from .. import info
+    from ..inspect import info
 
     info.main(["--json"] if json else [])

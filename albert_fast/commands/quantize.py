@@ -51,7 +51,7 @@ def command(
       albert-fast quantize my-classifier my-classifier-int8 --precision int8 --calibration reviews.txt
       albert-fast classify reviews.txt -m my-classifier-int8 --precision int8
     """
-    from ..quantized_checkpoint import quantize_checkpoint
+    from ..tasks.quantize import quantize_checkpoint
 
     options.set_threads(threads)
     with Lines(calibration, input_format, encoding, replace_bad_bytes) as lines:

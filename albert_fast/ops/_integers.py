@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
+from ..runtime import dispatch
 
 # A layer's products, in the order of the lists of integers, and the shapes (N, K) of their matrices in H and I.
 PRODUCTS = {"qkv": ("3H", "H"), "dense": ("H", "H"), "ffn": ("I", "H"), "ffn_output": ("H", "I")}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..gemm import linear
+from ..runtime.linear import linear
 
 
 def activation(x: Tensor, act: str) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .. import dispatch
-from ..operands import Operand, check, check_launch, head_size, hold, hold_rows, matrix
-from ..registration import forbid_second_derivative, is_traced, needs_dispatcher, register, register_autograd
+from ..runtime import dispatch
+from ..runtime.operands import Operand, check, check_launch, head_size, hold, hold_rows, matrix
+from ..runtime.registration import forbid_second_derivative, is_traced, needs_dispatcher, register, register_autograd
 from . import _torch
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
@@ -342,7 +342,7 @@ def attention(
         softmax_scale: factor on the scores, by default 1 / sqrt(head_dim).
         dropout_p, seed: replayable dropout of the probabilities; `seed` from `albert_fast.ops.draw_seed()`.
         order: (B,) int32, every sequence once, in which they start on a GPU, or None for 0 to B - 1. With the longest
-            first (`albert_fast.packing.longest_first`) multiprocessors finish together; results are the same.
+            first (`albert_fast.layers.packing.longest_first`) multiprocessors finish together; results are the same.
         backend: "auto", or the name of one.
 
     Returns:

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..operands import Operand, check, check_choice, check_launch, hold, matrix
-from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
+from ..runtime import dispatch
+from ..runtime.operands import Operand, check, check_choice, check_launch, hold, matrix
+from ..runtime.registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
 from . import _torch
 from ._dropout import keep_scale_2d, seed_value
 

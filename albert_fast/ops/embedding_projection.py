@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..gemm import linear, weight_gradient
-from ..operands import Operand, check, check_launch, hold, matrix
-from ..registration import (
+from ..runtime import dispatch
+from ..runtime.linear import linear, weight_gradient
+from ..runtime.operands import Operand, check, check_launch, hold, matrix
+from ..runtime.registration import (
     as_dtype,
     forbid_second_derivative,
     is_traced,

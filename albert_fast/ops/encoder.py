@@ -16,10 +16,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..derived import Derived
-from ..operands import Operand, check, check_choice, check_launch, head_size, hold, matrix
-from ..registration import forbid_derivative, is_traced, needs_dispatcher, register
+from ..runtime import dispatch
+from ..runtime.derived import Derived
+from ..runtime.operands import Operand, check, check_choice, check_launch, head_size, hold, matrix
+from ..runtime.registration import forbid_derivative, is_traced, needs_dispatcher, register
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref, check_ranges
 from .bias_gelu import ACTS, bias_gelu_ref

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..losses import IGNORED, widened
-from ..operands import Operand, check, check_launch, hold, matrix
-from ..registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
+from ..models.losses import IGNORED, widened
+from ..runtime import dispatch
+from ..runtime.operands import Operand, check, check_launch, hold, matrix
+from ..runtime.registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
 
 
 def _raise_bad(labels: Tensor, row: int, size: int) -> None:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
-from ..gemm import linear, weight_gradient
-from ..losses import widened
-from ..operands import Operand, check, check_choice, check_launch, matrix
-from ..registration import (
+from ..models.losses import widened
+from ..runtime import dispatch
+from ..runtime.linear import linear, weight_gradient
+from ..runtime.operands import Operand, check, check_choice, check_launch, matrix
+from ..runtime.registration import (
     as_dtype,
     forbid_derivative,
     forbid_second_derivative,

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..operands import Operand, check, check_choice, check_launch, head_size, hold, matrix
-from ..registration import forbid_derivative, needs_dispatcher, register
+from ..runtime import dispatch
+from ..runtime.operands import Operand, check, check_choice, check_launch, head_size, hold, matrix
+from ..runtime.registration import forbid_derivative, needs_dispatcher, register
 from ._integers import (
     ARITHMETICS,
     FORMATS,

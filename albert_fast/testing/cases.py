@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import losses, ops
+from .. import ops
+from ..models import losses
 from ..ops.bias_gelu import act_ref
 from .case import EPS, Inputs, OpCase, drawn_seed, dropped, norm_weights, randn
 from .encoder_cases import (

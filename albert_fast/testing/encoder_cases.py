@@ -13,7 +13,7 @@ from ..ops._dropout import HEAD_STRIDE, keep_scale
 from ..ops._integers import FORMATS, lay_out, unpack, unpack_channels
 from ..ops.bias_gelu import act_ref
 from ..ops.quantized_encoder import VECTORS
-from ..quantization import QuantizedLinear
+from ..quantization.rounding import QuantizedLinear
 from .case import EPS, Inputs, drawn_seed, randn
 
 # attention: shapes are (lengths of queries, lengths of keys or None for the same, heads, head_dim) --------------------------

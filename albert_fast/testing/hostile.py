@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gemm, packing  # noqa: F401  (they register operators too)
-from ..dispatch import BackendUnavailableError
+from ..layers import packing  # noqa: F401  (they register operators too)
+from ..runtime.dispatch import BackendUnavailableError
 from .case import Inputs
 from .cases import ALL_CASES
 

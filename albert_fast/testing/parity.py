@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from ..runtime import dispatch
 from . import poison_empty
 from .case import Inputs, OpCase
 from .cases import ALL_CASES

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ALBERTConfig
+from ..models.config import ALBERTConfig
 
 # Model -> its outputs, and whether they are per token, (B, S, ...), or per row, (B, ...).
 OUTPUTS: dict[str, dict[str, bool]] = {

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import remove_left, replacing
-from ..locking import LockedError, locked
-from ..weights import WEIGHTS_NAMES
+from ..checkpoints.weights import WEIGHTS_NAMES
+from ..runtime.files import remove_left, replacing
+from ..runtime.locking import LockedError, locked
 
 STATE_NAME = "training_state.pt"
 LOG_NAME = "log.jsonl"

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import ALBERTConfig, ALBERTForSequenceClassification, dispatch
+from .. import ALBERTConfig, ALBERTForSequenceClassification
+from ..runtime import dispatch
 from .checkpointing import STATE_NAME
 from .data import Examples, read_examples
 

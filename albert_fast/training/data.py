@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..text_files import LABEL_COLUMN, Columns, Record, read_table
+from ..text.text_files import LABEL_COLUMN, Columns, Record, read_table
 
 
 @dataclass
@@ -52,7 +52,7 @@ def read_examples(
     Raises:
         ValueError: an unknown suffix, a missing column, a row with more or fewer fields than the others, a text that is
             not a string, an empty label or one outside `label_names`, bytes that are not UTF-8, a file without examples;
-            the message names the file, the line and the column. All that `albert_fast.text_files` says holds here.
+            the message names the file, the line and the column. All that `albert_fast.text.text_files` says holds here.
     """
     rows = list(
         read_table(path, Columns(text_column, pair_column, LABEL_COLUMN if label_column is None else label_column))
@@ -130,7 +130,7 @@ class TextDataset(Dataset[dict[str, Any]]):
     Args:
         texts: N strings, or N pairs of strings.
         labels: N ints (classes), floats (values) or lists of C floats (probabilities of the classes).
-        tokenizer: `albert_fast.tokenization.Tokenizer`, or any callable with Hugging Face's arguments.
+        tokenizer: `albert_fast.text.tokenizer.Tokenizer`, or any callable with Hugging Face's arguments.
         max_length: longer texts are cut to this many tokens, special ones counted.
         piece_dropout: share of the tokens, special ones excepted, that `collate` replaces by the mask token: a
             regulariser for training from scratch (word dropout, Iyyer et al. 2015, section 3.1).

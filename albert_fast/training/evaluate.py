@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from .. import ALBERTConfig, ALBERTForSequenceClassification
-from ..tokenization import load_tokenizer
-from ..weights import config_path, resolve
+from ..checkpoints.weights import config_path, resolve
+from ..text.tokenizer import load_tokenizer
 from .checks import check_device, check_length, check_vocabulary, read_split
 from .data import LengthBucketSampler, TextDataset
 from .loop import test

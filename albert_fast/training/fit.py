@@ -30,8 +30,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel
-from ..tokenization import Tokenizer, load_tokenizer, train_tokenizer
-from ..weights import config_path, load_checkpoint, load_into, rename_old_names, resolve
+from ..checkpoints.weights import config_path, load_checkpoint, load_into, rename_old_names, resolve
+from ..text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from . import checks
 from .checkpointing import STATE_NAME, claimed
 from .data import Examples, LengthBucketSampler, TextDataset, read_examples

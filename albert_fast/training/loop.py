@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import check_device
+from ..runtime.dispatch import check_device
 from .metrics import Metric, check_metrics, compute_metrics, predictions_of
 
 LABEL_KEYS = ("labels", "start_positions", "end_positions", "sentence_order_label")

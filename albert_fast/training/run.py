@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ..pretrained import PretrainedMixin
-from ..tokenization import Tokenizer
+from ..models.pretrained import PretrainedMixin
+from ..text.tokenizer import Tokenizer
 from .checkpointing import STATE_NAME, load_state, random_state, save_state, set_random_state, write_log
 from .data import LengthBucketSampler, TextDataset
 from .interrupts import Interrupts

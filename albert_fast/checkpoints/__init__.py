@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints, and the hub that they come from."""

@@ -1,0 +1,1 @@
+"""What runs where, why, and how long it takes."""

@@ -1,0 +1,1 @@
+"""ALBERT and its task heads, their configuration, losses and outputs."""

@@ -1,0 +1,263 @@
+"""from_pretrained and save_pretrained: what every model of `reference.py` and `modeling.py` inherits."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..checkpoints import sentence_modules
+from ..checkpoints.weights import (
+    config_path,
+    load_checkpoint,
+    load_into,
+    rename_old_names,
+    resolve,
+    save_checkpoint,
+    tied,
+)
+from ..runtime import dispatch
+from .config import ALBERTConfig
+from .load_arguments import PRECISIONS, LoadArguments
+from .model_methods import ModelMethods
+
+# How config.json names checkpoints with integer layers, which only this library reads.
+QUANT_METHOD = "albert_fast"
+_QUANTIZED: dict[str, dict[str, Any]] = {
+    "int8": {"bits": 8}, "int16": {"bits": 16}, "fp8": {"bits": 8, "format": "float8_e4m3fn"}
+}  # fmt: skip
+
+
+def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
+    """What transformers expects in config.json; the dtype is that of the file beside it."""
+    values = model.config.to_dict()
+    values.pop("torch_dtype", None)
+    values.pop("quantization_config", None)
+    if model.quantized is not None:
+        values["quantization_config"] = {"quant_method": QUANT_METHOD, **_QUANTIZED[model.quantized]}
+    values["vocab_size"] = model.get_input_embeddings().weight.shape[0]  # of a table that was replaced by hand
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {**values, "architectures": [type(model).__name__.replace("ALBERT", "Albert")], "dtype": dtype}
+
+
+def held_precision(config: ALBERTConfig, path: Path) -> str | None:
+    """The precision of the weights beside a config.json, where they were rounded by us."""
+    values = config.extra.get("quantization_config")
+    if values is None:
+        return None
+    for precision, how in _QUANTIZED.items():
+        if values == {"quant_method": QUANT_METHOD, **how}:
+            return precision
+    raise ValueError(f"{path}: quantization_config {values!r} is not one of this library's")
+
+
+Model = TypeVar("Model", bound="PretrainedMixin")
+# Batches as a model takes them: (input_ids, attention_mask), (B, S) each, a tokenizer's mapping of both, or input_ids alone.
+Calibration = Iterable[tuple[Tensor, Tensor | None] | Mapping[str, Tensor] | Tensor]
+
+
+class _Undrawn(TorchFunctionMode):
+    """Inside, modules draw no random weights: those that a checkpoint is about to fill stay as memory comes, untouched."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+class PretrainedMixin(ModelMethods):
+    """from_pretrained and save_pretrained, for every model of `reference.py` and `modeling.py`.
+
+    `prefix` is what the encoder's names begin with. A bare model (prefix "") takes `add_pooling_layer` as its second
+    argument.
+    """
+
+    prefix: ClassVar[str] = "albert."
+
+    def __init__(self, config: ALBERTConfig) -> None:
+        super().__init__()
+        if not isinstance(config, ALBERTConfig):
+            kind = type(config).__name__
+            raise TypeError(
+                f"config must be an ALBERTConfig, got {kind}: ALBERTConfig.from_dict(config.to_dict()) is one"
+            )
+        self.config = config
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **options: Any) -> Any:
+        """As of every Module; a parameter with two names, such as a tied decoder's, is under its second name a copy.
+
+        Others write files of it: safetensors refuses tensors that share memory, accelerate drops all but one of them.
+        """
+        state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **options)
+        for alias, _ in tied(self):
+            if not keep_vars and prefix + alias in state:
+                state[prefix + alias] = state[prefix + alias].clone()
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Of two names of one parameter a file may hold either."""
+        for alias, first in tied(self):
+            for there, absent in ((first, alias), (alias, first)):
+                if prefix + there in state_dict:
+                    state_dict.setdefault(prefix + absent, state_dict[prefix + there])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @classmethod
+    def check_backend(cls, backend: str, precision: str) -> None:
+        """Raises ValueError, with the reason, for what this class cannot run; called before anything is read."""
+        if backend not in ("auto", "reference"):
+            raise ValueError(f"backend {backend!r}: this model is plain PyTorch; it takes 'auto' or 'reference'")
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(PRECISIONS)}"
+            )
+
+    def use_backend(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
+        """Called by from_pretrained once the weights are in place, on their device: float32, or integers already."""
+        self.to(PRECISIONS[precision])
+
+    @property
+    def quantized(self) -> str | None:
+        """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
+        return None
+
+    def expect_quantized(self, precision: str) -> None:
+        """Make room for the rounded weights of a checkpoint."""
+        raise ValueError(f"{type(self).__name__} is plain PyTorch and does not run {precision} weights")
+
+    def wrong_with(self, key: str, tensor: Tensor) -> str | None:
+        """What is wrong with a checkpoint's tensor of the right name, shape and dtype; None where nothing is."""
+        return None
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        path_or_hub_id: str | Path | None,
+        *,
+        backend: str = "auto",
+        precision: str | None = None,
+        device: str | torch.device | None = None,
+        allow_missing_head: bool = False,
+        calibration: Calibration | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """The model of a checkpoint folder, weights file or hub id, in eval mode.
+
+        Without `precision` a checkpoint of integers loads as it is, and any other as float32. A bare model has a pooler if
+        the checkpoint has one, or as `add_pooling_layer` says. `allow_missing_head` starts a new task: see `load_into`.
+
+        "int8", "int16" (on a CPU) and "fp8" (on a GPU from the H100 on) round the layers' weights on the way in.
+        `calibration`, a list of (input_ids, attention_mask) (B, S) or of what a tokenizer returns, as the model will see
+        them, decides how, where that errs less; without it int8 is calibrated on random ids, the others not at all.
+        `albert_fast.tasks.quantize.quantize_checkpoint` stores the result. On a GPU the rest of such a
+        model is bfloat16. What `save_pretrained` makes of it loads again in the same precision, as it is, on any device
+        that has it.
+
+        `arguments` are transformers' own:
+            config, state_dict: in place of the checkpoint's; with both, path_or_hub_id may be None.
+            dtype or torch_dtype: another way to say `precision`; "auto" is the checkpoint's. device_map: one device.
+            revision, cache_dir, token, local_files_only, force_download, subfolder, variant, use_safetensors: which files.
+            ignore_mismatched_sizes: tensors of other shapes start from random weights, with a warning.
+            key_mapping: pattern -> replacement, for the names in the checkpoint.
+            output_loading_info: return (model, {"missing_keys": ..., "unexpected_keys": ..., "mismatched_keys": ...}).
+            fields of ALBERTConfig, such as num_labels, id2label and output_hidden_states.
+        attn_implementation, low_cpu_mem_usage, trust_remote_code and the like change nothing here.
+
+        Raises:
+            FileNotFoundError: no such checkpoint.
+            ValueError: a checkpoint that does not fit, a calibration where nothing is rounded.
+            BackendUnavailableError: a device, backend or precision that cannot run here; says why, and what can.
+            TypeError: an argument that is unknown, or means nothing here; says what to do.
+        """
+        read = LoadArguments.sorted(not cls.prefix, precision, device, arguments)
+        cls.check_backend(backend, read.precision or "fp32")
+        dispatch.check_device(read.device)
+        path = None if path_or_hub_id is None else resolve(path_or_hub_id, names=read.names, **read.hub)
+        config = read.configuration(path)
+        config.name_or_path = "" if path_or_hub_id is None else path_or_hub_id
+        held = held_precision(config, path or Path("config"))
+        if path is None and read.state_dict is None:
+            raise TypeError("from_pretrained(None) needs config= and state_dict=")
+        found = read.state_dict if read.state_dict is not None else load_checkpoint(path or "", read.names)
+        state = rename_old_names(found, cls.prefix, read.key_mapping)
+        precision = read.chosen_precision(config, state, held)
+        if held is not None and precision != held:
+            raise ValueError(f"{path}: holds {held} weights: load it with precision={held!r}, not {precision!r}")
+        if calibration is not None and precision not in _QUANTIZED:
+            raise ValueError(f"calibration is for precision='int8', 'int16' and 'fp8', not for {precision!r}")
+        if held is not None and calibration is not None:
+            raise ValueError(f"{path}: holds {held} weights, which were rounded already: there is nothing to calibrate")
+        pools = "pooler.weight" in state if read.add_pooling_layer is None else read.add_pooling_layer
+        # What the checkpoint may lack starts from random weights, and so does all of such a model at first.
+        partial = allow_missing_head or read.ignore_mismatched_sizes
+        with contextlib.nullcontext() if partial else _Undrawn():
+            try:
+                # Float32, whatever torch.set_default_dtype says.
+                model = cls(config, *(() if cls.prefix else (pools,))).float()
+            except (RuntimeError, MemoryError, TypeError) as error:  # torch cannot allocate it, or count its elements
+                where = "config" if path is None else config_path(path if path.is_dir() else path.parent)
+                raise ValueError(f"{where}: a model of these sizes cannot be made here: {error}") from error
+        if held is not None:
+            model.expect_quantized(held)
+        info = load_into(
+            model, state, allow_missing_head=allow_missing_head, ignore_mismatched_sizes=read.ignore_mismatched_sizes,
+            check=model.wrong_with,
+        )  # fmt: skip
+        model.to(read.device)
+        model.use_backend(backend, precision, calibration)
+        if not cls.prefix and path is not None:
+            _warn_of_pooling(path)
+        return (model.eval(), info) if read.output_loading_info else model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        save_function: Any = None,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> None:
+        """Write config.json and model.safetensors: see `save_checkpoint`. transformers reads them, unless layers are integers.
+
+        Args:
+            save_directory: the folder, made if need be.
+            is_main_process: False writes nothing, for all processes but one of a distributed run.
+            state_dict: tensors to write in place of the model's own.
+            push_to_hub: upload as well, to `repo_id` (the folder's name if not given) with `hub` arguments of `push_to_hub`.
+            max_shard_size, save_function: accepted; one file is written at any size.
+
+        Raises:
+            ValueError: safe_serialization=False or a variant, which are not written; tensors of other names in state_dict.
+            TypeError: an argument that `push_to_hub` does not take either.
+        """
+        if not safe_serialization or variant is not None:
+            raise ValueError("only model.safetensors is written: leave safe_serialization and variant out")
+        if hub and not push_to_hub:
+            raise TypeError(f"save_pretrained() got an unexpected argument {next(iter(hub))!r}")
+        if not is_main_process:
+            return
+        save_checkpoint(self, _config_dict(self), save_directory, state_dict)
+        if push_to_hub:
+            self.push_to_hub(repo_id or Path(save_directory).name, **hub)
+
+
+def _warn_of_pooling(path: Path) -> None:
+    modules = sentence_modules.describe(path if path.is_dir() else path.parent)
+    if modules is not None:
+        warnings.warn(
+            f"{path}: a sentence-transformers folder: {modules} of its modules.json are not applied; last_hidden_state is "
+            "the encoder's alone, and pooler_output is not the sentence's vector",
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""Rounding of weights to int16, int8 and float8, and its calibration."""

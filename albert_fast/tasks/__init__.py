@@ -1,0 +1,1 @@
+"""What people do with an encoder, as Python calls."""

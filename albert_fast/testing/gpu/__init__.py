@@ -1,0 +1,1 @@
+"""Checks of GPU kernels that need no GPU."""

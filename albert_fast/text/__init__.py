@@ -1,0 +1,1 @@
+"""Tokenizers, their vocabularies, and readers of text files."""
