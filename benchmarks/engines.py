@@ -76,7 +76,7 @@ def load(side: str, path: Path, settings: Settings) -> Bind:
         graphs = sides.GRAPHS in sides.options(side)
         small = settings.shape is not None and math.prod(settings.shape) <= _SMALL
         if settings.device == "cuda" and (graphs or small):
-            model.warmup()  # graphs are captured on demand, in the calls that are not counted
+            model.execution.warmup()  # graphs are captured on demand, in the calls that are not counted
             if graphs:
                 return replayed(model, _torch(model, settings.dense))
     elif engine == "reference":

@@ -269,7 +269,7 @@ def _latency(part: Part, model: peers.Peers, name: str) -> None:
     is there, and how much of it the GPU works. A mask has the host wait for the GPU first."""
     batch = model.batch(name)
     fast = ALBERTModel.from_pretrained(model.files(FAST)[0], precision="bf16", device=part.device)
-    fast.warmup([(batch.ids.shape[0], batch.ids.shape[1])])
+    fast.execution.warmup([(batch.ids.shape[0], batch.ids.shape[1])])
     with torch.inference_mode():
         for what, given in (("no mask", None), ("mask", batch.mask)):
             call = partial(fast, batch.ids, given)

@@ -301,7 +301,7 @@ class Training:
         self.model = model.train()
         # What each can leave out: ours computes no scores that no label asks for.
         self.options: dict[str, Any] = (
-            {"output_tokens": labels != -100, "output_logits": False} if side == "albert_fast" else {}
+            {"wanted_tokens": labels != -100, "output_logits": False} if side == "albert_fast" else {}
         )
         self.call = torch.compile(model, dynamic=False) if side == "hf-compile" else model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

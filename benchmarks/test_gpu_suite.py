@@ -362,7 +362,7 @@ def test_a_call_is_timed_until_it_returns_until_its_answer_and_on_the_gpu_alone(
 
 def test_a_side_of_graphs_that_replays_none_fails_instead_of_getting_a_row(monkeypatch):
     model, asked = ALBERTModel(stand_in.CONFIG).eval(), []
-    model.warmup()
+    model.execution.warmup()
     ids = torch.randint(61, (2, 7))
     bind = engines.replayed(model, lambda *batch: lambda: asked.append(model(*batch)))
     with (

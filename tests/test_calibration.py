@@ -24,7 +24,7 @@ def norms(channels: list[int], weight: float | None = None, bias: float | None =
     """Sets channels of both LayerNorms of the layer."""
 
     def change(model: ALBERTModel) -> None:
-        layer = model.encoder.distinct()[0]
+        layer = model.encoder.distinct_layers()[0]
         for norm in (layer.attention.LayerNorm, layer.full_layer_layer_norm):
             if weight is not None:
                 norm.weight[channels] = weight
@@ -41,7 +41,7 @@ def small_embeddings(model: ALBERTModel) -> None:
 
 
 def large_middle(model: ALBERTModel) -> None:
-    layer = model.encoder.distinct()[0]
+    layer = model.encoder.distinct_layers()[0]
     layer.ffn.bias[:5] = 50.0
     layer.ffn_output.weight[3] *= 20
 
@@ -76,7 +76,7 @@ def error(change: Change, precision: str, calibration: list[Tensor] | None, ids:
     """Relative error of the hidden states of `ids`, in the arithmetic of the reference for what no CPU multiplies."""
     model = made(change)
     exact = hidden(model, ids)
-    model.use_backend("reference" if precision == "fp8" else "auto", precision, calibration)
+    model.execution.use("reference" if precision == "fp8" else "auto", precision, calibration)
     return float((hidden(model, ids) - exact).norm() / exact.norm())
 
 
@@ -103,9 +103,9 @@ def test_a_calibration_of_float8_never_hurts(structure: str) -> None:
 @pytest.mark.parametrize("precision", ["int16", "int8"])
 def test_a_calibration_of_a_few_tokens_is_none(precision: str) -> None:
     models = [made(norms([3, 17], 30.0)) for _ in range(2)]
-    models[0].use_backend("auto", precision)
+    models[0].execution.use("auto", precision)
     with pytest.warns(UserWarning, match=rf"a calibration of 1 tokens is too short.*{ENOUGH_TOKENS} or more"):
-        models[1].use_backend("auto", precision, [torch.tensor([[7]])])
+        models[1].execution.use("auto", precision, [torch.tensor([[7]])])
     for key, tensor in models[0].state_dict().items():
         assert torch.equal(models[1].state_dict()[key], tensor), key
 

@@ -79,7 +79,7 @@ def test_a_stored_model_is_the_model_that_was_calibrated(precision: str, folder:
         assert (out / name).read_bytes() == (source / name).read_bytes()
     shutil.rmtree(source)  # the result needs nothing of it
     stored = ALBERTForSequenceClassification.from_pretrained(out, precision=precision)
-    assert stored.quantized == precision
+    assert stored.execution.quantized == precision
     answers = run("classify", str(text), "-m", str(out), "--precision", precision).stdout.splitlines()
     with torch.no_grad():
         logits = [stored(**tokenizer(line, return_tensors="pt")).logits[0] for line in text.read_text().splitlines()]
@@ -138,7 +138,7 @@ def test_an_output_that_is_there_stays_unless_it_may_be_replaced(folder: Path, r
     assert (out / "model.safetensors").read_bytes() == before
     run(*common, "int16", "--overwrite", "--max-lines", "3")
     assert (out / "model.safetensors").read_bytes() != before
-    assert ALBERTForSequenceClassification.from_pretrained(out, precision="int16").quantized == "int16"
+    assert ALBERTForSequenceClassification.from_pretrained(out, precision="int16").execution.quantized == "int16"
     (out / "thesis.doc").write_text("years of work")
     assert "holds thesis.doc, which is no part of a checkpoint" in run(*common, "int8", "--overwrite", code=1).stderr
     assert (out / "thesis.doc").read_text() == "years of work"

@@ -104,7 +104,7 @@ def test_repack_reads_every_weight_anew(name: str, states: bool) -> None:
 
     before = logits()
     model.get_parameter(name).data[1, 2:5] += 3.0
-    model.repack()
+    model.execution.repack()
     assert not torch.equal(logits(), before)
     other = ALBERTForSequenceClassification(config).eval()  # whose weights were never copied
     other.load_state_dict(model.state_dict())

@@ -362,18 +362,18 @@ def small_model(backend):
 
 
 @needs_triton
-@pytest.mark.parametrize("output_tokens", ["all", "first"])
-def test_a_model_takes_the_triton_kernel_by_name(monkeypatch, output_tokens):
+@pytest.mark.parametrize("wanted_tokens", ["all", "first"])
+def test_a_model_takes_the_triton_kernel_by_name(monkeypatch, wanted_tokens):
     model, called = small_model("triton"), []
     kernel = encoder_kernel.encoder_fwd
     monkeypatch.setattr(encoder_kernel, "encoder_fwd", lambda *a, **k: called.append(1) or kernel(*a, **k))
     ids = torch.randint(61, (3, 7), device=device_of("triton"))
     mask = torch.tensor([[1] * 7, [0, 1, 1] * 2 + [1], [1] + [0] * 6], device=ids.device)
     assert [step.backend for step in explain(model, ids, mask).steps if step.name == "encoder"] == ["triton"]
-    out = model(ids, mask, output_tokens=output_tokens)
+    out = model(ids, mask, wanted_tokens=wanted_tokens)
     assert called
-    model.backend = "reference"
-    expected = model(ids, mask, output_tokens=output_tokens)
+    model.execution.backend = "reference"
+    expected = model(ids, mask, wanted_tokens=wanted_tokens)
     torch.testing.assert_close(out.pooler_output, expected.pooler_output)
     torch.testing.assert_close(out.last_hidden_state, expected.last_hidden_state)
 
@@ -383,7 +383,7 @@ def test_why_a_model_does_not_take_the_triton_kernel():
     encoder = small_model("triton").encoder
 
     def why(tokens=3, backend="triton"):
-        return encoder.in_one_call(torch.zeros(tokens, 32, device=device_of("triton")), backend)
+        return encoder.why_not_one_call(torch.zeros(tokens, 32, device=device_of("triton")), backend)
 
     assert why() is None
     assert "513 tokens" in why(513)
@@ -398,9 +398,11 @@ def test_why_a_model_does_not_take_the_triton_kernel():
 def test_where_nobody_compares_kernels_a_call_looks_at_no_part_of_the_layers(monkeypatch):
     encoder = small_model("auto").encoder
     monkeypatch.setattr(dispatch, "runnable_on", lambda *_: ("triton",))  # as on a GPU
-    monkeypatch.setattr(type(encoder.distinct()[0]), "is_plain", lambda layer: pytest.fail("the layers were looked at"))
+    monkeypatch.setattr(
+        type(encoder.distinct_layers()[0]), "is_plain", lambda layer: pytest.fail("the layers were looked at")
+    )
     hidden = torch.zeros(3, 32, device=device_of("triton"))
-    assert "ALBERT_FAST_TUNE" in encoder.in_one_call(hidden, "auto")
+    assert "ALBERT_FAST_TUNE" in encoder.why_not_one_call(hidden, "auto")
 
 
 class Tuner:

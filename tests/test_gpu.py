@@ -152,7 +152,7 @@ def test_float32_is_multiplied_as_tf32_where_torch_is_asked_for_it(op):
 def test_a_graph_is_replayed_where_float32_multiplies_as_in_its_capture():
     fast, ids, mask = encoder()
     graphed = copy.deepcopy(fast)
-    graphed.warmup([])
+    graphed.execution.warmup([])
 
     def pooled(model, asked):
         with tf32_asked_for(asked):
@@ -367,8 +367,8 @@ def saved(tmp_path_factory):
 
 @pytest.mark.skipif(not ON_GPU, reason="a CPU has other integers, and no float8")
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-@pytest.mark.parametrize("output_tokens", ["all", "first"])
-def test_quantized_layers_err_as_their_reference_does(saved, precision, output_tokens, tmp_path):
+@pytest.mark.parametrize("wanted_tokens", ["all", "first"])
+def test_quantized_layers_err_as_their_reference_does(saved, precision, wanted_tokens, tmp_path):
     if reason := dispatch.why_not_quantized(precision, DEVICE, "auto"):
         pytest.skip(reason)
     ids, mask = (
@@ -384,12 +384,12 @@ def test_quantized_layers_err_as_their_reference_does(saved, precision, output_t
         found = {
             backend: albert_fast.ALBERTModel.from_pretrained(
                 tmp_path, device=DEVICE, precision=precision, backend=backend
-            )(ids, mask, output_tokens=output_tokens)
+            )(ids, mask, wanted_tokens=wanted_tokens)
             .pooler_output.cpu()
             .float()
             for backend in ("auto", "reference")
         }
-        again = made(ids, mask, output_tokens=output_tokens).pooler_output.cpu().float()
+        again = made(ids, mask, wanted_tokens=wanted_tokens).pooler_output.cpu().float()
     assert torch.equal(again, found["auto"])
     errors = {backend: float((output - expected).norm() / expected.norm()) for backend, output in found.items()}
     assert errors["auto"] <= 1.25 * errors["reference"] + 2**-8
@@ -397,21 +397,21 @@ def test_quantized_layers_err_as_their_reference_does(saved, precision, output_t
 
 
 @pytest.mark.skipif(not ON_GPU, reason="graphs are a GPU's")
-@pytest.mark.parametrize("output_tokens", ["all", "first"])
-def test_quantized_layers_are_replayed(saved, output_tokens):
+@pytest.mark.parametrize("wanted_tokens", ["all", "first"])
+def test_quantized_layers_are_replayed(saved, wanted_tokens):
     fast = albert_fast.ALBERTModel.from_pretrained(saved, device=DEVICE, precision="int8")
     graphed = copy.deepcopy(fast)
-    graphed.warmup([(ROWS, COLUMNS)])
+    graphed.execution.warmup([(ROWS, COLUMNS)])
     ids, mask = (
         torch.randint(301, (ROWS, COLUMNS), device=DEVICE),
         drawn_mask("right", ROWS, COLUMNS, seed=2).to(DEVICE),
     )
     with torch.no_grad():
         for _ in range(3):  # before its bucket is captured, and after
-            actual, expected = (model(ids, mask, output_tokens=output_tokens) for model in (graphed, fast))
+            actual, expected = (model(ids, mask, wanted_tokens=wanted_tokens) for model in (graphed, fast))
             assert torch.equal(actual.pooler_output, expected.pooler_output)
-            assert torch.equal(actual.last_hidden_state, expected.last_hidden_state) or output_tokens == "first"
-    assert len(graphed._graphs) >= 2
+            assert torch.equal(actual.last_hidden_state, expected.last_hidden_state) or wanted_tokens == "first"
+    assert len(graphed.execution_state.graphs) >= 2
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the layout of a CPU is another")
@@ -421,8 +421,8 @@ def test_integers_move_between_devices(saved):
     model.to(DEVICE)
     moved = model.encoder.state_dict()
     assert all(torch.equal(moved[key].cpu(), state[key]) for key in state)
-    assert {linear.integers.dim() for layer in model.encoder.distinct() for linear in layer.products()} == {2}
-    model.use_backend("auto", "int8")
+    assert {linear.integers.dim() for layer in model.encoder.distinct_layers() for linear in layer.products()} == {2}
+    model.execution.use("auto", "int8")
     with torch.no_grad():
         ids = torch.randint(301, (2, 9), device=DEVICE)
         assert model(ids).last_hidden_state.dtype == torch.bfloat16

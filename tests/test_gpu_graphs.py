@@ -43,20 +43,20 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "left", "holes", "empty row"])
-@pytest.mark.parametrize("output_tokens", ["all", "first"])
-def test_replayed_graphs_give_what_eager_gives(kind, output_tokens):
+@pytest.mark.parametrize("wanted_tokens", ["all", "first"])
+def test_replayed_graphs_give_what_eager_gives(kind, wanted_tokens):
     fast = encoder()[0]
     graphed = copy.deepcopy(fast)
-    graphed.warmup([(ROWS, COLUMNS)])
-    assert len(graphed._graphs) == 1
+    graphed.execution.warmup([(ROWS, COLUMNS)])
+    assert len(graphed.execution_state.graphs) == 1
     for seed in range(6):
         ids = torch.randint(301, (ROWS, COLUMNS - seed), device=DEVICE)
         mask = drawn_mask(kind, ROWS, COLUMNS - seed, seed)
         mask = None if mask is None else mask.to(DEVICE)
         for mode in (torch.inference_mode, torch.no_grad):
             with mode(), poison_empty():
-                actual = graphed(ids, mask, output_tokens=output_tokens)
-                expected = fast(ids, mask, output_tokens=output_tokens)
+                actual = graphed(ids, mask, wanted_tokens=wanted_tokens)
+                expected = fast(ids, mask, wanted_tokens=wanted_tokens)
             for name in ("last_hidden_state", "pooler_output"):
                 a, e = getattr(actual, name), getattr(expected, name)
                 if e is not None:
@@ -70,7 +70,7 @@ def test_graphs_on_two_streams_and_in_two_threads():
         expected = [fast(*batch).last_hidden_state for batch in batches]
     graphed = [copy.deepcopy(fast) for _ in range(2)]
     for model in graphed:
-        model.warmup()
+        model.execution.warmup()
 
     def run(model):
         with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
@@ -84,7 +84,7 @@ def test_graphs_on_two_streams_and_in_two_threads():
 
 def test_a_bad_id_of_a_replay_is_named_once_at_its_place():
     fast, ids, mask = encoder()
-    fast.warmup([(ROWS, COLUMNS)])
+    fast.execution.warmup([(ROWS, COLUMNS)])
     wrong, left = ids.clone(), mask.flip(1).contiguous()
     wrong[1, COLUMNS - 1] = 301
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_bad_id_of_a_replay_is_named_once_at_its_place():
 def test_a_replay_on_another_stream_outlives_its_model():
     plain, ids, _ = encoder()
     graphed, stream = copy.deepcopy(plain), torch.cuda.Stream()
-    graphed.warmup([(ROWS, COLUMNS)])
+    graphed.execution.warmup([(ROWS, COLUMNS)])
     with torch.no_grad():
         expected = plain(ids).last_hidden_state
         torch.cuda.synchronize()
@@ -118,7 +118,7 @@ def test_a_replay_on_another_stream_outlives_its_model():
 def test_graphs_follow_what_becomes_of_the_weights():
     plain, ids, mask = encoder(ALBERTForSequenceClassification)
     graphed = copy.deepcopy(plain)
-    graphed.warmup([(ROWS, COLUMNS)])
+    graphed.execution.warmup([(ROWS, COLUMNS)])
 
     def check(captures, model=graphed):
         tolerance = 1e-4 if plain.classifier.weight.dtype == torch.float32 else 0.1
@@ -126,7 +126,7 @@ def test_graphs_follow_what_becomes_of_the_weights():
             for _ in range(2):
                 actual, expected = (one(ids, mask).logits for one in (model, plain))
                 torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-        assert len(model.albert._graphs) == captures
+        assert len(model.albert.execution_state.graphs) == captures
 
     def train():
         for model in (plain, graphed):
@@ -151,8 +151,8 @@ def test_graphs_follow_what_becomes_of_the_weights():
     graphed.to(DEVICE)
     check(1)
     copied = copy.deepcopy(graphed)
-    assert copied.cuda_graphs
-    assert len(copied.albert._graphs) == 0
+    assert copied.execution.cuda_graphs
+    assert len(copied.albert.execution_state.graphs) == 0
     check(1, copied)
 
 
@@ -164,7 +164,7 @@ def test_models_capture_in_several_threads_while_others_wait_for_the_device():
     def capture(model):
         for columns in (3, 9, 17, 30, 37):
             with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-                model.warmup([(ROWS, columns)])
+                model.execution.warmup([(ROWS, columns)])
                 assert_same(model(ids[:, :columns])[0], plain(ids[:, :columns])[0])
 
     def wait():
@@ -179,7 +179,7 @@ def test_models_capture_in_several_threads_while_others_wait_for_the_device():
     finally:
         done.set()
         waiting.join()
-    assert [len(model._graphs) for model in made] == [5, 5, 5]
+    assert [len(model.execution_state.graphs) for model in made] == [5, 5, 5]
 
 
 def allocated():
@@ -193,10 +193,10 @@ def allocated():
 def test_turned_off_graphs_give_their_memory_back():
     fast = encoder()[0]
     before = allocated()
-    fast.warmup([(64, 64)])
+    fast.execution.warmup([(64, 64)])
     held = allocated() - before
     assert held > 64 * 64 * CONFIG.hidden_size * 4
-    fast.cuda_graphs = False
+    fast.execution.cuda_graphs = False
     assert allocated() - before < held / 2, "a library may have kept something"
 
 
@@ -219,7 +219,7 @@ with torch.no_grad():
     ALBERTModel.compute = waits
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model.warmup([(2, 20)])
+        model.execution.warmup([(2, 20)])
     assert any("the capture failed" in str(warning.message) for warning in said), said
     assert torch.cuda.current_stream() == stream
     assert "no CUDA graph: the capture failed" in explain(model, ids).summary
@@ -227,7 +227,7 @@ with torch.no_grad():
     torch.testing.assert_close(model(ids)[0], expected)
     answers = [model(ids[:, :7])[0] for _ in range(3)]
     torch.testing.assert_close(answers[2], answers[0])
-    assert len(model._graphs) == 1
+    assert len(model.execution_state.graphs) == 1
 """
 
 
@@ -238,7 +238,7 @@ def test_a_failed_capture_leaves_everything_usable():
 
 def test_a_caller_s_own_graph_holds_the_model_and_stays_in_bounds():
     fast, ids, _ = encoder()
-    fast.warmup([(ROWS, COLUMNS)])
+    fast.execution.warmup([(ROWS, COLUMNS)])
     graph, given = torch.cuda.CUDAGraph(), ids.clone()
     with torch.no_grad():
         expected = fast(ids).last_hidden_state
@@ -252,7 +252,7 @@ def test_a_caller_s_own_graph_holds_the_model_and_stays_in_bounds():
         given.copy_(ids)
         graph.replay()
         assert_same(result, expected)
-    assert len(fast._graphs) == 1
+    assert len(fast.execution_state.graphs) == 1
 
 
 def test_a_caller_s_own_graph_outlives_our_captures():
@@ -265,7 +265,7 @@ def test_a_caller_s_own_graph_outlives_our_captures():
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         result = a @ b
-    fast.warmup([(ROWS, COLUMNS)])
+    fast.execution.warmup([(ROWS, COLUMNS)])
     # Where its workspace would be, had it been freed.
     junk = [torch.full((2**18,), 7.0, device=DEVICE) for _ in range(64)]
     graph.replay()

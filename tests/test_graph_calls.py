@@ -58,8 +58,8 @@ CALLS = [("all", "no", [*DENSE, "clone"]), ("first", "no", [*DENSE, "new_empty"]
          ("all", "all", ["count_nonzero", *DENSE, "clone"]), ("all", "some", MASKED)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("output_tokens", "masked", "expected"), CALLS)
-def test_a_replay_asks_torch_for_little(model, monkeypatch, output_tokens, masked, expected):
+@pytest.mark.parametrize(("wanted_tokens", "masked", "expected"), CALLS)
+def test_a_replay_asks_torch_for_little(model, monkeypatch, wanted_tokens, masked, expected):
     from albert_fast.kernels import _graph_inputs
 
     ids, mask = batch(2, 9)
@@ -74,10 +74,10 @@ def test_a_replay_asks_torch_for_little(model, monkeypatch, output_tokens, maske
     monkeypatch.setattr(_graph_inputs, "graph_inputs", one_launch)
     with torch.no_grad():
         for _ in range(2):
-            model(ids, given, output_tokens=output_tokens)
+            model(ids, given, wanted_tokens=wanted_tokens)
         counted.calls.clear()
         with counted:
-            model(ids, given, output_tokens=output_tokens)
+            model(ids, given, wanted_tokens=wanted_tokens)
     waiting = ("_local_scalar_dense", "_to_copy")  # what `tolist` asks for
     calls = [name for name in counted.calls if name not in waiting]
     assert calls == expected
@@ -90,7 +90,7 @@ def test_short_sequences_in_a_wide_batch_take_a_narrow_bucket(model, capture):
     with torch.no_grad():
         for _ in range(2):
             model(ids, mask)
-        (bucket,) = model._graphs._graphs
+        (bucket,) = model.execution_state.graphs._graphs
         assert (bucket.tokens, bucket.sequences, bucket.max_seqlen) == (32, 4, 16)
         torch.testing.assert_close(model(ids, mask)[0], plain(model)(ids, mask)[0])
 
@@ -106,13 +106,13 @@ def test_integers_and_masks_of_other_types_and_strides(model, dtype):
                 with poison_empty():
                     actual = model(ids, given, types, positions).last_hidden_state
                 torch.testing.assert_close(actual, expected)
-    assert len(model._graphs) == 1
+    assert len(model.execution_state.graphs) == 1
 
 
 def test_wrong_arguments_are_told_as_without_graphs(model):
     ids, mask = batch(2, 9)
     wrong = [((ids.float(),), {}), ((ids, mask[:, :4]), {}), ((ids, -mask.float()), {}), ((ids, mask, ids[:, :4]), {}),
-             ((ids, mask), {"position_ids": ids[:, :3]}), ((ids,), {"output_tokens": "none"}),
+             ((ids, mask), {"position_ids": ids[:, :3]}), ((ids,), {"wanted_tokens": "none"}),
              ((ids, None, ids.to("meta")), {})]  # fmt: skip
     exact = plain(model)
     with torch.no_grad():
@@ -132,26 +132,26 @@ def test_a_replay_takes_one_row_for_all_rows(model):
         expected = plain(model)(ids, row.repeat(3, 1), types.repeat(3, 1)).last_hidden_state
         for _ in range(3):
             torch.testing.assert_close(model(ids, row, types).last_hidden_state, expected)
-    assert len(model._graphs) == 1
+    assert len(model.execution_state.graphs) == 1
 
 
 def test_the_switch_turns_graphs_off_and_on(capture):
     model, (ids, _) = graphed(capture, ALBERTForSequenceClassification), batch(3, 7)
-    assert not plain(model).cuda_graphs
+    assert not plain(model).execution.cuda_graphs
     with torch.no_grad():
-        model.warmup([(3, 7)])
-        assert model.cuda_graphs
-        assert model.albert.cuda_graphs
+        model.execution.warmup([(3, 7)])
+        assert model.execution.cuda_graphs
+        assert model.albert.execution.cuda_graphs
         expected = model(ids).logits
-        kept = model.albert._graphs
-        model.cuda_graphs = False
+        kept = model.albert.execution_state.graphs
+        model.execution.cuda_graphs = False
         assert (len(kept), kept._inputs, capture.waits) == (0, None, 1)
         torch.testing.assert_close(model(ids).logits, expected)
         assert capture.captured == 1
-        assert not model.albert.cuda_graphs
-        model.albert.cuda_graphs = True
-        assert model.cuda_graphs
-        assert model.albert._graphs is not kept
+        assert not model.albert.execution.cuda_graphs
+        model.albert.execution.cuda_graphs = True
+        assert model.execution.cuda_graphs
+        assert model.albert.execution_state.graphs is not kept
 
 
 def test_explain_says_what_becomes_of_a_call(model, monkeypatch):
@@ -172,7 +172,7 @@ def test_explain_says_what_becomes_of_a_call(model, monkeypatch):
         assert said(ids, mask * 0) == "no CUDA graph: 0 tokens with padding: graphs are for 1 to 16384"
         with torch.autocast(DEVICE.type, torch.bfloat16):
             assert said(ids) == "no CUDA graph: autocast is on"
-    model.cuda_graphs = False
+    model.execution.cuda_graphs = False
     assert "CUDA graph" not in explain(model, ids).summary
 
 
@@ -191,10 +191,10 @@ def test_what_cannot_be_captured_runs_operator_by_operator_and_says_so(model, mo
             model(ids)
         torch.testing.assert_close(model(ids)[0], plain(model)(ids)[0])
         assert explain(model, ids).summary.endswith("; no CUDA graph: the capture failed: a stream was asked")
-        assert len(model._graphs) == 0
+        assert len(model.execution_state.graphs) == 0
         for _ in range(2):
             model(other)
-        assert len(model._graphs) == 1
+        assert len(model.execution_state.graphs) == 1
         model.pooler.weight.data = model.pooler.weight.data.clone()
         model(ids)  # with weights that are elsewhere it is tried again
         model(ids)
@@ -300,7 +300,7 @@ def test_what_a_capture_and_a_replay_ask_a_gpu_for(capture, cuda_log):
         model(batch(1, 60)[0])
         assert cuda_log == ["wait_event", *CAPTURED, "replay", "record"], "into the same pool"
     cuda_log.clear()
-    model.cuda_graphs = False
+    model.execution.cuda_graphs = False
     assert cuda_log == ["synchronize"]
 
 

@@ -72,22 +72,25 @@ def test_a_batch_of_many_places_with_few_tokens_is_a_graph(model, capture, monke
             torch.testing.assert_close(actual, plain(model)(ids, given)[0])
             assert capture.captured == captured
         monkeypatch.setattr(graphs, "MAX_PLACES", 179)
-        assert model._graphs.why_not(model, 180, DEVICE) == "180 tokens with padding: graphs are for 1 to 179"
+        assert (
+            model.execution_state.graphs.why_not(model, 180, DEVICE)
+            == "180 tokens with padding: graphs are for 1 to 179"
+        )
         assert "32 tokens, or sequences: launches hide" in albert_fast.explain(model, ids[:5]).summary
 
 
-@pytest.mark.parametrize("output_tokens", ["all", "first"])
-def test_the_same_numbers_as_without_graphs(model, capture, output_tokens):
+@pytest.mark.parametrize("wanted_tokens", ["all", "first"])
+def test_the_same_numbers_as_without_graphs(model, capture, wanted_tokens):
     exact = plain(model)
     with torch.no_grad():
         for seed, (rows, columns) in enumerate([(1, 5), (3, 17), (1, 6), (7, 9), (2, 64), (1, 1), (3, 16)]):
             ids, mask = batch(rows, columns, seed)
             for given in (None, mask, None, mask):
                 types = ids % 2 if seed % 2 else None
-                actual = model(ids, given, types, output_tokens=output_tokens)
-                expected = exact(ids, given, types, output_tokens=output_tokens)
+                actual = model(ids, given, types, wanted_tokens=wanted_tokens)
+                expected = exact(ids, given, types, wanted_tokens=wanted_tokens)
                 torch.testing.assert_close(actual.pooler_output, expected.pooler_output)
-                if output_tokens == "all":
+                if wanted_tokens == "all":
                     torch.testing.assert_close(actual.last_hidden_state, expected.last_hidden_state)
     assert 1 < capture.captured < 14, "some calls met a bucket that was there"
 
@@ -121,10 +124,10 @@ def test_an_answer_is_not_overwritten_by_the_next(model):
 def test_all_graphs_leave_their_results_in_one_place(model):
     with torch.no_grad():
         for columns in (4, 40):
-            for output_tokens in ("all", "first"):
+            for wanted_tokens in ("all", "first"):
                 for _ in range(2):
-                    model(batch(1, columns)[0], output_tokens=output_tokens)
-    kept = [graph.result for graph in model._graphs._graphs.values()]
+                    model(batch(1, columns)[0], wanted_tokens=wanted_tokens)
+    kept = [graph.result for graph in model.execution_state.graphs._graphs.values()]
     assert len(kept) == 4
     for states in ([one.hidden for one in kept], [one.pooled for one in kept]):
         assert len({one.data_ptr() for one in states}) == 1
@@ -145,20 +148,26 @@ def test_what_cannot_be_a_graph_runs_as_ever(model, capture):
     ids, mask = batch(2, 9)
     exact = plain(model)
     with torch.no_grad():
-        for options in ({"output_hidden_states": True}, {"output_attentions": True}, {"output_tokens": mask.bool()}):
+        for options in ({"output_hidden_states": True}, {"output_attentions": True}, {"wanted_tokens": mask.bool()}):
             assert torch.equal(model(ids, **options)[0], exact(ids, **options)[0])
         embeds = model.embeddings.word_embeddings(ids)
         torch.testing.assert_close(model(inputs_embeds=embeds)[0], exact(ids)[0])
         assert model(ids[:0]).pooler_output.shape == (0, 40)
         assert not model(ids, mask * 0).pooler_output.isnan().any()
-        layer = model.encoder.distinct()[0]
+        layer = model.encoder.distinct_layers()[0]
         for register in (layer.register_forward_pre_hook, torch.nn.modules.module.register_module_forward_hook):
             hook = register(lambda *_: None)
-            assert model._graphs.why_not(model, ids.numel(), ids.device) == "a part has hooks or was replaced"
+            assert (
+                model.execution_state.graphs.why_not(model, ids.numel(), ids.device)
+                == "a part has hooks or was replaced"
+            )
             hook.remove()
         for part in (layer.ffn, model.pooler):  # as accelerate hooks parts
             part.forward = part.forward
-            assert model._graphs.why_not(model, ids.numel(), ids.device) == "a part has hooks or was replaced"
+            assert (
+                model.execution_state.graphs.why_not(model, ids.numel(), ids.device)
+                == "a part has hooks or was replaced"
+            )
             del part.forward
         hook = layer.register_forward_hook(lambda *_: None)
         with pytest.warns(UserWarning, match="warmup was called: a part has hooks"):
@@ -200,15 +209,16 @@ def test_a_bound_beyond_all_tokens_takes_the_bucket_of_these(model):
     with torch.no_grad():
         for _ in range(2):
             model.forward_packed(ids, cu_seqlens, 60)
-    assert [bucket.max_seqlen for bucket in model._graphs._graphs] == [16]
+    assert [bucket.max_seqlen for bucket in model.execution_state.graphs._graphs] == [16]
 
 
 def test_a_part_in_training_mode_is_no_graph(model, capture):
     ids = batch(2, 9)[0]
-    for part in (model.pooler, model.encoder.distinct()[0].attention.LayerNorm):
+    for part in (model.pooler, model.encoder.distinct_layers()[0].attention.LayerNorm):
         part.train()
         assert (
-            model._graphs.why_not(model, ids.numel(), ids.device) == "the model, or a part of it, is in training mode"
+            model.execution_state.graphs.why_not(model, ids.numel(), ids.device)
+            == "the model, or a part of it, is in training mode"
         )
         with torch.no_grad():
             for _ in range(3):
@@ -218,11 +228,11 @@ def test_a_part_in_training_mode_is_no_graph(model, capture):
 
 
 def test_a_model_that_is_elsewhere_is_no_graph(model):
-    assert model.to("meta")._graphs.why_not(model, 18, DEVICE) == "the model is elsewhere"
+    assert model.to("meta").execution_state.graphs.why_not(model, 18, DEVICE) == "the model is elsewhere"
 
 
 def test_parts_that_were_replaced_are_seen(model, capture):
-    ids, layer = batch(2, 9)[0], model.encoder.distinct()[0]
+    ids, layer = batch(2, 9)[0], model.encoder.distinct_layers()[0]
 
     def linear(old):
         return torch.nn.Linear(old.in_features, old.out_features, device=DEVICE).eval().requires_grad_(False)
@@ -276,7 +286,7 @@ def test_the_least_used_graphs_go_first(capture):
         for columns in (4, 4, 20, 20, 4, 40, 40, 4):
             model(batch(1, columns)[0])
         assert capture.captured == 3
-        assert len(model._graphs) == 2
+        assert len(model.execution_state.graphs) == 2
         model(batch(1, 20)[0])
         assert capture.captured == 3, "what is gone is captured where it is met twice once more"
         model(batch(1, 20)[0])
@@ -308,10 +318,10 @@ def test_graphs_may_be_turned_off_while_others_call(model):
 
     def turn_off():
         start.wait()
-        model.cuda_graphs = False
+        model.execution.cuda_graphs = False
 
     assert in_threads(work, work, turn_off) == []
-    assert not model.cuda_graphs
+    assert not model.execution.cuda_graphs
 
 
 def test_a_head_runs_on_graphs_and_copies_have_none(capture):
@@ -321,11 +331,11 @@ def test_a_head_runs_on_graphs_and_copies_have_none(capture):
         model(ids, mask)
         torch.testing.assert_close(model(ids, mask).logits, expected)
     assert capture.captured == 1
-    assert len(copy.deepcopy(model).albert._graphs) == 0
+    assert len(copy.deepcopy(model).albert.execution_state.graphs) == 0
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    assert len(torch.load(buffer, weights_only=False).albert._graphs) == 0
+    assert len(torch.load(buffer, weights_only=False).albert.execution_state.graphs) == 0
 
 
 def test_warmup_on_a_cpu_changes_nothing():
@@ -334,16 +344,16 @@ def test_warmup_on_a_cpu_changes_nothing():
     with torch.no_grad():
         expected = model.eval()(ids, mask).last_hidden_state
         model.train()
-        model.warmup([(1, 8), (2, 9)])
+        model.execution.warmup([(1, 8), (2, 9)])
         assert model.training
         assert torch.equal(model.eval()(ids, mask).last_hidden_state, expected)
-    assert "captured on cuda" in model._graphs.why_not(model, 8, ids.device)
+    assert "captured on cuda" in model.execution_state.graphs.why_not(model, 8, ids.device)
 
 
 def test_warmup_captures_what_it_is_told(capture):
     for kind, captured in ((ALBERTForSequenceClassification, 1), (albert_fast.ALBERTForMultipleChoice, 2)):
         model = graphed(capture, kind)
-        model.warmup([(6, 7), (6, 8)])
+        model.execution.warmup([(6, 7), (6, 8)])
         assert capture.captured == captured, "both batches are of one bucket"
     ids, model = batch(6, 8)[0], model.eval()
     with torch.no_grad():
@@ -360,7 +370,7 @@ def test_a_bad_id_is_named_at_its_place(model):
 
 def test_rounded_weights_that_are_elsewhere_are_captured_anew(model, capture):
     quantize(model, "int8")
-    ids, ffn = batch(2, 9)[0], model.encoder.distinct()[0].ffn
+    ids, ffn = batch(2, 9)[0], model.encoder.distinct_layers()[0].ffn
     with torch.no_grad():
         for captured in (1, 2):
             for _ in range(3):

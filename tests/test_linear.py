@@ -19,7 +19,7 @@ from albert_fast import (
     ALBERTForTokenClassification,
     ALBERTModel,
 )
-from albert_fast.models.fast_model import quantize
+from albert_fast.quantization.calibration import quantize
 from albert_fast.runtime import dispatch
 from albert_fast.runtime import linear as gemm
 
@@ -198,7 +198,7 @@ def test_a_sequence_is_bitwise_the_same_alone_in_any_batch_and_on_any_threads(ki
     generator = torch.Generator().manual_seed(11)
     model = kind(CONFIG).eval()
     if precision != "fp32":
-        quantize(model.base, precision)
+        quantize(model.base_model, precision)
     single = sequences(model, generator)
     with torch.inference_mode():
         alone = [tensors(model(ids)) for ids in single]

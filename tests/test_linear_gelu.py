@@ -352,7 +352,7 @@ def test_the_model_computes_the_same_through_it(model, monkeypatch):
     )
     fused = results()
     assert len(calls) == 2, "once a layer"
-    model.recompute = "activations"
+    model.execution.recompute = "activations"
     apart = results()
     assert len(calls) == 2, "what is computed again starts from the product"
     with torch.no_grad():
@@ -367,7 +367,7 @@ def test_explain_shows_it(model):
     steps = {step.name: step for step in explain(model, ids).steps}
     assert steps["linear_gelu"].gflop == pytest.approx(2 * 2 * 21 * 24 * 48 / 1e9)
     assert not {"FFN up", "bias_gelu"} & set(steps)
-    model.recompute = "activations"
+    model.execution.recompute = "activations"
     assert {"FFN up", "bias_gelu"} < {step.name for step in explain(model, ids).steps}
 
 

@@ -104,7 +104,7 @@ def test_integers_load_as_they_are(saved: Path, tmp_path: Path, precision: str) 
     ids = torch.randint(1, 40, (2, 7))
     for arguments in ({}, {"dtype": "auto"}):
         loaded = ALBERTModel.from_pretrained(tmp_path, **arguments)
-        assert loaded.quantized == precision
+        assert loaded.execution.quantized == precision
         assert torch.equal(loaded(ids).last_hidden_state, made(ids).last_hidden_state)
     with pytest.raises(ValueError, match=f"holds {precision} weights: load it with precision='{precision}'"):
         ALBERTModel.from_pretrained(tmp_path, dtype=torch.float32)

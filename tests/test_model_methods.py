@@ -161,13 +161,13 @@ def test_gradient_checkpointing_is_recompute() -> None:
     model = made(ALBERTForSequenceClassification)
     assert not model.is_gradient_checkpointing
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert (model.recompute, model.is_gradient_checkpointing, model.albert.is_gradient_checkpointing) == (
+    assert (model.execution.recompute, model.is_gradient_checkpointing, model.albert.is_gradient_checkpointing) == (
         "layers",
         True,
         True,
     )
     model.gradient_checkpointing_disable()
-    assert model.recompute == "nothing"
+    assert model.execution.recompute == "nothing"
     model = made(reference.ALBERTForSequenceClassification)
     with pytest.raises(ValueError, match="reference keeps everything"):
         model.gradient_checkpointing_enable()

@@ -154,8 +154,8 @@ def test_only_some_tokens_of_the_last_layer():
     wanted = torch.rand(4, 19) < 0.3
     with torch.no_grad():
         everything = fast(ids, mask)
-        some = fast(ids, mask, output_tokens=wanted)
-        first = fast(ids, mask, output_tokens="first")
+        some = fast(ids, mask, wanted_tokens=wanted)
+        first = fast(ids, mask, wanted_tokens="first")
     assert some.pooler_output is None
     assert_same(some.last_hidden_state, everything.last_hidden_state[wanted & (mask == 1)], atol=1e-6)
     assert first.last_hidden_state is None
@@ -168,15 +168,15 @@ def test_masked_lm_for_labelled_tokens_only():
     mask[1, 5:] = 0
     labels = torch.where(torch.rand(4, 19) < 0.3, ids, -100)
     everything = fast(ids, mask, labels=labels)
-    some = fast(ids, mask, labels=labels, output_tokens=labels != -100)
+    some = fast(ids, mask, labels=labels, wanted_tokens=labels != -100)
     assert_same(some.loss, everything.loss)
     assert_same(some.logits, everything.logits[(labels != -100) & (mask == 1)])
 
 
 @pytest.mark.parametrize("shape", [(19, 4), (4, 18), (5, 19)])
-def test_output_tokens_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"output_tokens .* does not fit the batch of \(4, 19\)"):
-        pair()[1](torch.zeros(4, 19, dtype=torch.long), output_tokens=torch.ones(shape, dtype=torch.bool))
+def test_wanted_tokens_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"wanted_tokens .* does not fit the batch of \(4, 19\)"):
+        pair()[1](torch.zeros(4, 19, dtype=torch.long), wanted_tokens=torch.ones(shape, dtype=torch.bool))
 
 
 def test_an_unknown_argument_is_named():
@@ -283,7 +283,7 @@ def test_a_bad_id_is_named_with_its_place_in_the_batch():
     mask[0, 5:] = 0
     ids[2, 4] = 61
     for backend in ("cpp", "reference"):
-        fast.backend = backend
+        fast.execution.backend = backend
         with pytest.raises(IndexError, match=r"input_ids\[2, 4\] is 61.*61 rows"):
             fast(ids, mask)
         with pytest.raises(IndexError, match=r"token_type_ids\[1, 8\] is -1"):
@@ -320,26 +320,26 @@ def test_all_layers_in_one_call_only_where_that_computes_the_same():
     encoder, ids = fast.encoder, torch.randint(0, 61, (3, 9))
 
     def why():
-        return encoder.in_one_call(torch.zeros(1, 40), "auto")
+        return encoder.why_not_one_call(torch.zeros(1, 40), "auto")
 
     assert "torch.no_grad()" in why()
     encoder.requires_grad_(False)
     assert why() is None
-    assert "torch.no_grad()" in encoder.in_one_call(torch.zeros(1, 40, requires_grad=True), "auto")
+    assert "torch.no_grad()" in encoder.why_not_one_call(torch.zeros(1, 40, requires_grad=True), "auto")
     with torch.no_grad():
         assert_same(fast(ids).last_hidden_state, slow(ids).last_hidden_state)
-        assert "backend='reference'" in encoder.in_one_call(torch.zeros(1, 40), "reference")
-        assert "bfloat16" in encoder.in_one_call(torch.zeros(1, 40).bfloat16(), "auto")
+        assert "backend='reference'" in encoder.why_not_one_call(torch.zeros(1, 40), "reference")
+        assert "bfloat16" in encoder.why_not_one_call(torch.zeros(1, 40).bfloat16(), "auto")
         with torch.autocast("cpu"):
             assert "autocast" in why()
-        assert "training" in fast.train().encoder.in_one_call(torch.zeros(1, 40), "auto")
+        assert "training" in fast.train().encoder.why_not_one_call(torch.zeros(1, 40), "auto")
         fast.eval()
         seen = []
-        with encoder.distinct()[3].attention.register_forward_hook(lambda *_: seen.append(1)):
+        with encoder.distinct_layers()[3].attention.register_forward_hook(lambda *_: seen.append(1)):
             assert "hooks" in why()
             fast(ids)
         assert seen
-        with encoder.distinct()[3].attention.register_forward_pre_hook(lambda *_: None):
+        with encoder.distinct_layers()[3].attention.register_forward_pre_hook(lambda *_: None):
             assert "hooks" in why()
         assert why() is None
 
@@ -347,8 +347,8 @@ def test_all_layers_in_one_call_only_where_that_computes_the_same():
             def forward(self, x):
                 return 2 * super().forward(x)
 
-        dense = encoder.distinct()[0].attention.dense
-        encoder.distinct()[0].attention.dense = replaced = Doubled(40, 40)
+        dense = encoder.distinct_layers()[0].attention.dense
+        encoder.distinct_layers()[0].attention.dense = replaced = Doubled(40, 40)
         replaced.load_state_dict(dense.state_dict())
         assert "replaced" in why()
 
@@ -392,10 +392,10 @@ def test_backends_that_cannot_run_say_why(tmp_path):
         ALBERTModel.from_pretrained(tmp_path, precision="fp12")
 
 
-def test_a_classifier_takes_no_output_tokens():
+def test_a_classifier_takes_no_wanted_tokens():
     _, fast = pair("ALBERTForSequenceClassification")
-    with pytest.raises(TypeError, match="output_tokens"):
-        fast(torch.zeros(1, 2, dtype=torch.long), output_tokens=torch.ones(1, 2) > 0)
+    with pytest.raises(TypeError, match="wanted_tokens"):
+        fast(torch.zeros(1, 2, dtype=torch.long), wanted_tokens=torch.ones(1, 2) > 0)
 
 
 def test_what_is_no_tensor_or_config_is_named_with_a_remedy():

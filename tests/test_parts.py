@@ -74,12 +74,12 @@ def test_an_adapter_computes_as_when_merged(model, batch, name, tokens, recomput
     merged = copy.deepcopy(model)
     put(model, name, adapter)
     put(merged, name, adapter.merged())
-    model.recompute = recompute
-    expected = merged(*batch, output_tokens=tokens).pooler_output
-    got = model(*batch, output_tokens=tokens).pooler_output
+    model.execution.recompute = recompute
+    expected = merged(*batch, wanted_tokens=tokens).pooler_output
+    got = model(*batch, wanted_tokens=tokens).pooler_output
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(model(*batch, output_tokens=tokens).pooler_output, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(*batch, wanted_tokens=tokens).pooler_output, expected, rtol=1e-5, atol=1e-5)
     got.sum().backward()
     assert adapter.a.weight.grad.abs().max() > 0
     assert adapter.b.weight.grad.abs().max() > 0
@@ -91,7 +91,7 @@ def test_an_adapter_drops_the_same_when_it_is_computed_again(model, batch, name,
     adapter = Adapter(model.get_submodule(name), dropout=0.5)
     put(model, name, adapter)
     gradients, factors = [], torch.randn(3, 7, 40)  # a LayerNorm's squares would have a constant sum
-    for model.recompute in ("nothing", recompute):
+    for model.execution.recompute in ("nothing", recompute):
         model.zero_grad()
         torch.manual_seed(5)
         (model.train()(*batch).last_hidden_state * factors).sum().backward()
@@ -120,10 +120,10 @@ def test_linears_without_a_bias(model, batch, name, tokens, monkeypatch):
     nn.init.zeros_(expected.get_submodule(name).bias)
     linear.bias = None
     with torch.no_grad():
-        wanted = expected(*batch, output_tokens=tokens).pooler_output
+        wanted = expected(*batch, wanted_tokens=tokens).pooler_output
     for fused in (False, True):
         monkeypatch.setattr(encoder, "fuses_ffn", lambda _, fused=fused: fused)
-        got = model(*batch, output_tokens=tokens).pooler_output
+        got = model(*batch, wanted_tokens=tokens).pooler_output
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -25,7 +25,7 @@ def batch():
 def test_stages_hold_all_the_work_of_the_layers(model, bits):
     network, (ids, mask) = model(SMALL).eval(), batch()
     if bits is not None:
-        quantize(network.base, f"int{bits}")
+        quantize(network.base_model, f"int{bits}")
     stages = profile(network, ids, mask, rounds=3)
     assert tuple(stage.name for stage in stages) == ops.STAGES
     with torch.no_grad():

@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel
+from albert_fast.layers.quantized import fits_sums
 from albert_fast.models import reference
 from albert_fast.quantization.calibration import Rows, quantize
-from albert_fast.quantization.rounding import NEAREST, Fit, QuantizedLinear, fits_sums, gptq, int16_scale, rescaling
+from albert_fast.quantization.rounding import NEAREST, Fit, gptq, int16_scale, rescaling, rounded_linear
 from albert_fast.runtime.dispatch import BackendUnavailableError
 from albert_fast.testing import require_data
 
@@ -102,9 +103,9 @@ def test_saved_integers_load_again(folder, tmp_path, precision):
 
 def test_one_copy_of_the_weights(folder):
     model = ALBERTModel.from_pretrained(folder, precision="int8")
-    floats = {p.shape for layer in model.encoder.distinct() for p in layer.parameters() if p.dim() > 1}
+    floats = {p.shape for layer in model.encoder.distinct_layers() for p in layer.parameters() if p.dim() > 1}
     assert floats == set()
-    packed = sum(linear.integers.numel() for layer in model.encoder.distinct() for linear in layer.products())
+    packed = sum(linear.integers.numel() for layer in model.encoder.distinct_layers() for linear in layer.products())
     assert packed == 2 * (4 * 96 * 80 + 928 * 80 + 96 * 900)
 
 
@@ -165,9 +166,9 @@ def test_what_integer_layers_can_and_cannot_give(folder):
         assert torch.equal(out.last_hidden_state, hidden(model))
         ids, mask = batch()
         wanted = torch.rand(ids.shape) < 0.3
-        asked = model(ids, mask, output_tokens=wanted).last_hidden_state
+        asked = model(ids, mask, wanted_tokens=wanted).last_hidden_state
         assert torch.equal(asked, hidden(model)[wanted & mask.bool()])
-        first = model(ids, mask, output_tokens="first").pooler_output
+        first = model(ids, mask, wanted_tokens="first").pooler_output
         assert torch.equal(first, model(ids, mask).pooler_output)
         with pytest.raises(ValueError, match="output_attentions: integer layers"):
             model(*batch(), output_attentions=True)
@@ -191,7 +192,7 @@ def test_outliers_that_hardly_vary_cost_nothing(folder):
     exact = linear(inputs).detach()
     errors = {}
     for name, fit in (("calibrated", Fit(inputs=True, weights=True, relative=False)), ("not", NEAREST)):
-        q = QuantizedLinear.rounded("dense", linear, "int8", fit, inputs)
+        q = rounded_linear("dense", linear, "int8", fit, inputs)
         x = inputs * q.rescale + q.shift
         step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
         weight = q.state_dict()["weight"].float() * q.state_dict()["weight_scale"][:, None]
@@ -295,15 +296,15 @@ def test_integers_are_for_cpus(folder):
     with pytest.raises(
         BackendUnavailableError, match=r"precision='int8'.*for CPUs and for GPUs of NVIDIA, not for meta"
     ):
-        ALBERTModel.from_pretrained(folder).to("meta").use_backend("auto", "int8")
+        ALBERTModel.from_pretrained(folder).to("meta").execution.use("auto", "int8")
 
 
 def test_integers_stay_what_they_are(folder):
     model = ALBERTModel.from_pretrained(folder, precision="int8")
     for precision in ("fp32", "bf16", "int16"):
         with pytest.raises(ValueError, match="the layers hold int8 weights"):
-            model.use_backend("auto", precision)
-    model.use_backend("auto", "int8")
+            model.execution.use("auto", precision)
+    model.execution.use("auto", "int8")
     with pytest.raises(ValueError, match="hold int8 weights already"):
         quantize(model, "int8")
 
@@ -323,7 +324,7 @@ def test_conversions_do_not_touch_integers(folder):
 
 def test_hooks_and_replaced_parts_are_refused(folder):
     model = ALBERTModel.from_pretrained(folder, precision="int8")
-    layer = model.encoder.distinct()[1]
+    layer = model.encoder.distinct_layers()[1]
     for part in (layer, layer.ffn, layer.attention.LayerNorm):
         hook = part.register_forward_hook(lambda *_: None)
         with pytest.raises(RuntimeError, match="hooks on their parts and replaced parts would not be seen"):

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTModel
+from albert_fast.layers.quantized import QuantizedLinear
 from albert_fast.models import reference
-from albert_fast.quantization.rounding import QuantizedLinear
 from albert_fast.runtime import dispatch
 from albert_fast.runtime.dispatch import BackendUnavailableError
 
@@ -89,11 +89,11 @@ def test_the_triton_kernels_run_a_model(folder):
     ids, mask = batch(3, 7)
     models = [ALBERTModel.from_pretrained(folder, precision="fp8", backend=name) for name in ("triton", "reference")]
     with torch.no_grad():
-        for options in ({}, {"output_tokens": "first"}, {"output_hidden_states": True}):
+        for options in ({}, {"wanted_tokens": "first"}, {"output_hidden_states": True}):
             outputs = [model(ids, mask, **options) for model in models]
             actual, expected = (output.pooler_output.float() for output in outputs)
             assert relative_error(actual, expected) < 0.05
-            if options != {"output_tokens": "first"}:
+            if options != {"wanted_tokens": "first"}:
                 actual, expected = (output.last_hidden_state.float() for output in outputs)
                 assert relative_error(actual, expected) < 0.05
 
@@ -112,7 +112,7 @@ def test_int8_as_a_gpu_computes_it(folder):
 
 def test_the_layout_follows_the_device(folder, monkeypatch):
     model = ALBERTModel.from_pretrained(folder, precision="int8")
-    linears = [linear for layer in model.encoder.distinct() for linear in layer.products()]
+    linears = [linear for layer in model.encoder.distinct_layers() for linear in layer.products()]
     state, before = model.state_dict(), [linear.tensors() for linear in linears]
     with monkeypatch.context() as patch:  # as if this were a GPU
         patch.setattr(QuantizedLinear, "_wants_panels", lambda self: False)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albert_fast import ops
+from albert_fast.layers.quantized import fits_sums
 from albert_fast.ops import attention_ref
 from albert_fast.ops._integers import channel_sums, pack, pack_channels, round_rows, unpack, unpack_channels
 from albert_fast.ops.quantized_encoder import integer_attention_ref
-from albert_fast.quantization.rounding import fits_sums
 from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import check_forward, device_of, make_inputs, parity_tests

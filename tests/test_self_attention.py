@@ -172,7 +172,7 @@ def test_parameters_modules_and_states_have_the_same_names(model):
 @pytest.mark.parametrize("recompute", ["nothing", "activations", "layers"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_shared_layer_joins_its_weights_once_a_forward(model, autocast, recompute):
-    model.train().recompute = recompute
+    model.train().execution.recompute = recompute
     counted = Counted()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         with counted:
@@ -231,7 +231,7 @@ def test_gradients_of_what_is_not_frozen(model, frozen, tokens):
     for name in frozen:
         model.get_submodule(ATTENTION + name).requires_grad_(False)
     for each in (model, whole):
-        each(ids, mask, output_tokens=tokens).pooler_output.square().sum().backward()
+        each(ids, mask, wanted_tokens=tokens).pooler_output.square().sum().backward()
     for name, parameter in model.named_parameters():
         expected = whole.get_parameter(name).grad
         assert parameter.grad is None if not parameter.requires_grad else torch.equal(parameter.grad, expected), name
@@ -265,7 +265,7 @@ def test_weights_that_are_there_only_while_a_layer_is_called(model, where):
     """As FSDP has them: gathered ahead of the call, released behind it."""
     ids, mask = batch()
     expected = model(ids, mask).last_hidden_state
-    layer = model.encoder.distinct()[0]
+    layer = model.encoder.distinct_layers()[0]
     module = layer if where == "layer" else layer.attention
     linear, whole = layer.attention.key, layer.attention.key.weight.data.clone()
 

@@ -18,7 +18,7 @@ pytestmark = [
 WITHOUT_MEMORY = """
 import re, resource, sys, torch
 from albert_fast import ALBERTConfig, ALBERTModel, ops
-from albert_fast.fast_model import quantize
+from albert_fast.quantization.calibration import quantize
 
 torch.set_num_threads(2)
 what, _, way = sys.argv[1].partition(" ")
@@ -68,7 +68,7 @@ def test_without_memory_in_a_parallel_region_is_a_memory_error(what):
 INTERRUPTED = """
 import os, signal, sys, threading, torch
 from albert_fast import ALBERTConfig, ALBERTModel, ops
-from albert_fast.fast_model import quantize
+from albert_fast.quantization.calibration import quantize
 
 torch.set_num_threads(int(sys.argv[2]))
 torch.manual_seed(1)

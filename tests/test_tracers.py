@@ -14,7 +14,7 @@ CONFIG = ALBERTConfig(
 )  # fmt: skip
 MODELS = {
     "ALBERTModel": lambda model, ids, mask: model(ids, mask).last_hidden_state,
-    "pooled": lambda model, ids, mask: model(ids, mask, output_tokens="first").pooler_output,
+    "pooled": lambda model, ids, mask: model(ids, mask, wanted_tokens="first").pooler_output,
     "no mask": lambda model, ids, mask: model(ids).last_hidden_state,
     "states": lambda model, ids, mask: model(ids, mask, output_hidden_states=True).hidden_states[1],
     "ALBERTForMaskedLM": lambda model, ids, mask: model(ids, mask).logits,

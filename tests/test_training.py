@@ -75,11 +75,11 @@ def test_every_head_learns_and_a_plain_criterion_equals_the_own_loss(head: str) 
     assert 0 <= values["accuracy"] <= 1
 
 
-def test_output_tokens_give_the_same_loss_and_accuracy() -> None:
+def test_wanted_tokens_give_the_same_loss_and_accuracy() -> None:
     model = albert_fast.ALBERTForMaskedLM(CONFIG).eval()
     batch = batch_of("ALBERTForMaskedLM", torch.Generator().manual_seed(0))
     batch["labels"][:, ::2] = -100
-    short = batch | {"output_tokens": batch["labels"] != -100}
+    short = batch | {"wanted_tokens": batch["labels"] != -100}
     full = evaluate_epoch(model, [batch], nn.CrossEntropyLoss(), metrics=["accuracy"], **quietly)
     few = evaluate_epoch(model, [short], nn.CrossEntropyLoss(), metrics=["accuracy"], **quietly)
     assert few[0] == pytest.approx(full[0], rel=1e-5)
@@ -94,7 +94,7 @@ def test_language_models_train_without_logits(head: str, short: bool, monkeypatc
     model = getattr(albert_fast, head)(CONFIG.replace(**without))
     batch = batch_of(head, torch.Generator().manual_seed(0))
     if short:
-        batch["output_tokens"] = batch["labels"] != -100
+        batch["wanted_tokens"] = batch["labels"] != -100
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with_logits, _ = evaluate_epoch(model, [batch], None, metrics=["accuracy"], **quietly)
     monkeypatch.setattr(heads.MLMHead, "forward", None)
@@ -360,7 +360,7 @@ def test_weight_average_and_optimizer_groups() -> None:
 
 def kept_and_gradients(model, batch, what: str) -> tuple[int, list[Tensor]]:
     """Bytes that a training step keeps for its backward, parameters apart, and the gradients."""
-    model.recompute = what
+    model.execution.recompute = what
     own = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -392,9 +392,9 @@ def test_recomputing_saves_memory_and_changes_no_gradient(compiled):
     assert kept["nothing"] - kept["activations"] == 4 * tokens * CONFIG.intermediate_size * layers
     assert kept["layers"] < kept["activations"] / 2
     with pytest.raises(ValueError, match="recompute must be one of nothing, activations, layers"):
-        model.recompute = "everything"
+        model.execution.recompute = "everything"
     if compiled:
-        model.recompute = "layers"
+        model.execution.recompute = "layers"
         model.eval()
         forward = torch.compile(model, fullgraph=True, backend="aot_eager")
         loss = forward(**batch).loss

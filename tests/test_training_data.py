@@ -190,10 +190,10 @@ def test_masking_hides_whole_words_in_runs_and_only_ordinary_tokens() -> None:
         share += hidden[1].sum().item() / 8 / 200
     assert 0.25 <= share < 0.5
     text = " ".join("abcdefgh")
-    data = MaskedTextDataset([text] * 300, Words(text), mask_probability=0.25, with_output_tokens=True)
+    data = MaskedTextDataset([text] * 300, Words(text), mask_probability=0.25, with_wanted_tokens=True)
     batch = data.collate([data[i] for i in range(300)])
     chosen = batch["labels"] != -100
-    assert torch.equal(chosen, batch["output_tokens"])
+    assert torch.equal(chosen, batch["wanted_tokens"])
     original = torch.tensor(data.input_ids)
     assert torch.equal(batch["labels"][chosen], original[chosen])
     assert torch.equal(batch["input_ids"][~chosen], original[~chosen])

@@ -62,7 +62,7 @@ def test_models_give_the_reference_s_numbers_and_say_so_once(kind, no_extension)
     model, (ids, mask) = kind(CONFIG).eval(), batch()
     outputs, gradients = {}, {}
     for backend in ("auto", "reference"):
-        model.backend = backend
+        model.execution.backend = backend
         with torch.no_grad():
             outputs[backend] = model(ids, mask)[0]
         model.zero_grad()

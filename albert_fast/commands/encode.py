@@ -174,7 +174,7 @@ class Encoder:
         self.backend, self.device = backend, options.place(device)
         self.tokenizer = options.text_tokenizer(self.folder)
         self.model = options.load("ALBERTModel", self.folder, backend, precision, self.device)
-        self.precision = self.model.quantized or ("fp32" if precision is None else precision.value)
+        self.precision = self.model.execution.quantized or ("fp32" if precision is None else precision.value)
         self.limit = options.token_limit(self.tokenizer, self.model.config, max_length)
         if self.pooling is Pooling.pooler and self.model.pooler is None:
             raise UsageError(f"{model} has no pooler; --pooling mean or cls needs none")
@@ -216,12 +216,12 @@ class Encoder:
         import torch
 
         if self.pooling is Pooling.pooler:
-            return self.model(**batch, output_tokens="first").pooler_output
+            return self.model(**batch, wanted_tokens="first").pooler_output
         mask = batch["attention_mask"]
         if self.pooling is Pooling.cls:
             first = torch.zeros_like(mask, dtype=torch.bool)
             first[:, 0] = True
-            return self.model(**batch, output_tokens=first).last_hidden_state
+            return self.model(**batch, wanted_tokens=first).last_hidden_state
         hidden = self.model(**batch).last_hidden_state.float()
         # Row by row: a sum over padded rows adds in an order that depends on the longest text of the batch.
         return torch.stack([row[:length].mean(0) for row, length in zip(hidden, mask.sum(1).tolist(), strict=True)])

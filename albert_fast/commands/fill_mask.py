@@ -61,7 +61,7 @@ def command(
         if masks.shape[1] > limit:
             raise ValueError(f"{name}: {masks.shape[1]} tokens, the model takes {limit}")
         with torch.inference_mode():
-            logits = network(**batch, output_tokens=masks).logits  # (N masks, V)
+            logits = network(**batch, wanted_tokens=masks).logits  # (N masks, V)
         scores, ids = logits.float().softmax(-1).topk(top_k)
         found = [
             [(tokenizer.convert_ids_to_tokens(i), score, i) for i, score in zip(row_ids, row, strict=True)]

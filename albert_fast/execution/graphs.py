@@ -1,18 +1,19 @@
 """A model's forward as CUDA graphs: one launch instead of about a hundred, for small batches on a GPU.
 
-A graph is bound to sizes, so it is captured for a bucket: so many tokens, so many sequences, none longer than so much, each
-a size or more. What a call leaves over is empty: tokens behind the last sequence, sequences without a token. Attention leaves
-such rows as memory came, NaN or not, and nobody reads them: no other operator lets one row see another.
+A graph has fixed sizes, so it is captured for a bucket: a number of tokens, of sequences, and a longest sequence, each at least
+the call's own. The rest of a bucket is empty: tokens behind the last sequence, and sequences without a token. Attention does
+not write those rows; nothing reads them, because no other operator mixes rows.
 
-Graphs are captured when a bucket is met for the second time, or ahead by `model.warmup`, share inputs, results and one pool
-of memory, and are replayed one after another, whichever streams and threads the calls come from. Weights may change in
-place; a model that was moved or converted captures anew. A bucket is of one way to multiply float32, exactly or as TF32:
-who asks torch for the other meets other buckets. Further settings of torch are those of the capture.
+A graph is captured when its bucket comes for the second time, or ahead by `model.execution.warmup`. The graphs of a model share
+inputs, results and one pool of memory, and are replayed one after another, whichever streams and threads the calls come from.
+Weights may change in place; a model that was moved or converted captures again. A bucket belongs to one way of multiplying
+float32, exactly or as TF32: a caller who asks torch for the other gets other buckets. All other settings of torch are those
+of the capture.
 
-A call starts one kernel that writes ids, types, positions and lengths where all graphs read them (`ops.GraphInputs`), the
-graph, the copy of its report of bad ids, and a copy of hidden states and of pooled ones where there are any: four or five
-launches. A mask adds three, the last of which waits for the GPU: its rows are counted before a bucket is chosen. States are
-put back among padding in two more.
+A call launches four or five kernels: one that writes ids, types, positions and lengths where all graphs read them
+(`ops.GraphInputs`), the graph, the copy of its report of bad ids, and copies of hidden states and of pooled ones where there
+are any. A mask adds three, the last of which waits for the GPU: its rows are counted before a bucket is chosen. Putting states
+back among padding takes two more.
 """
 
 from __future__ import annotations
@@ -23,35 +24,35 @@ import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..layers.adapters import is_hooked
+from ..layers.encoded import Encoded
+from ..layers.inputs import Inputs
 from ..layers.packing import Packing
+from ..layers.wanted import WantedTokens
 from ..runtime.registration import is_traced
-from .capture import CaptureError, CUDACapture, Replay
+from .capture import CaptureError, CUDACapture, Encoder, Replay
 
-if TYPE_CHECKING:
-    from ..models.albert import ALBERTModel, Encoded
-
-# Graphs that a model keeps; the one that was not used for longest goes first. Each is its list of launches alone: what it
-# reads and writes it shares with the others.
+# Graphs that a model keeps; the least recently used one is dropped first. A graph is its list of launches alone: it shares what
+# it reads and writes with the others.
 MAX_GRAPHS = 256
-# Real ones. Above, launches hide behind arithmetic, and a bucket would waste some of that. Counted for ALBERT-base: 12 layers
-# of 7 launches and half a dozen more, 5 us of the host each, are 0.45 ms; a token is 170 MFLOP, at 400 TFLOP/s 0.43 us:
-# 1,060 tokens in that time. Four times as many, for hosts that are slower.
+# Real tokens. Above this number launches hide behind arithmetic, and a bucket would waste some of it. Counted for ALBERT-base: 12
+# layers of 7 launches and half a dozen more, 5 us of the host each, are 0.45 ms; a token is 170 MFLOP, at 400 TFLOP/s 0.43 us:
+# 1,060 tokens in that time. The limit is four times as many, for slower hosts.
 MAX_TOKENS = 4096
 # Up to here a product hardly fills a GPU (8 x 6 tiles of 128 x 128 for 768 columns): more rows take little more time.
 _FEW_TOKENS = 1024
-# With padding. The real tokens of a larger batch, hardly ever so few, are not counted: the GPU would be waited for twice.
+# Tokens with padding. A larger batch hardly ever has so few real tokens, and counting them would wait for the GPU twice.
 MAX_PLACES = 4 * MAX_TOKENS
 
 
 def _size_class(n: int, parts: int) -> int:
-    """n, rounded up to a power of two or one of the sizes that cut the way from there to the next into `parts`."""
+    """n, rounded up to a power of two or to one of the `parts` even steps between two powers of two."""
     below = (1 << max(n - 1, 1).bit_length()) // 2  # the largest power of two that is less than n
     step = max(below // parts, 1)
     return -(-n // step) * step
@@ -59,25 +60,26 @@ def _size_class(n: int, parts: int) -> int:
 
 @dataclass(frozen=True)
 class Bucket:
-    """What a graph is captured for: at most so many tokens in so many sequences of at most so much, and what is asked of it."""
+    """The sizes that a graph is captured for, and what it computes: wanted_tokens is "all" or "first"."""
 
     tokens: int
     sequences: int
     max_seqlen: int
-    output_tokens: str
+    wanted_tokens: str
     backend: str = "auto"
     tf32: bool = field(default_factory=ops.tf32_asked_for)  # how float32 multiplies, in cuBLAS and in our kernels
 
     @classmethod
-    def of(cls, tokens: int, sequences: int, max_seqlen: int, output_tokens: str, backend: str = "auto") -> Bucket:
-        # Attention's tiles change with powers of two alone; a bound that is too high costs it programs without work.
+    def of(cls, tokens: int, sequences: int, max_seqlen: int, wanted_tokens: str, backend: str = "auto") -> Bucket:
+        """The bucket of a call."""
+        # Attention's tiles change only with powers of two; a bound that is too high costs it programs without work.
         longest = _size_class(max(max_seqlen, 16), 1)
-        # Where time follows tokens, at most a sixteenth more is computed. An empty sequence costs next to nothing.
+        # Where time grows with tokens, at most a sixteenth more is computed. An empty sequence costs next to nothing.
         rows = _size_class(max(tokens, 16), 2 if tokens <= _FEW_TOKENS else 16)
-        return cls(rows, _size_class(sequences, 1), longest, output_tokens, backend)
+        return cls(rows, _size_class(sequences, 1), longest, wanted_tokens, backend)
 
     def too_large(self) -> str | None:
-        """Why it is none for a graph. Both limits are sizes of buckets, so that a call is beyond them where its bucket is."""
+        """Why no graph has this size. Both limits are sizes of buckets: a call is beyond them where its bucket is."""
         if max(self.tokens, self.sequences) <= MAX_TOKENS:
             return None
         return f"more than {MAX_TOKENS} tokens, or sequences: launches hide behind arithmetic"
@@ -86,51 +88,46 @@ class Bucket:
         return f"{self.tokens} tokens in {self.sequences} sequence(s) of at most {self.max_seqlen}"
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a forward is asked: ids, types, positions and mask (B, S), or packed (T,) with cu_seqlens (B + 1,) int32."""
-
-    ids: Tensor
-    types: Tensor | None
-    positions: Tensor | None
-    output_tokens: str
-    mask: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    max_seqlen: int = 0  # of packed input
-
-    def tensors(self) -> list[Tensor]:
-        return [t for t in (self.ids, self.types, self.positions, self.mask, self.cu_seqlens) if t is not None]
-
-    def sizes(self, lengths: Tensor | None) -> tuple[int, int, int]:
-        """Tokens, sequences and the longest of them; `lengths` of a mask's rows are waited for."""
-        if self.cu_seqlens is not None:
-            return len(self.ids), len(self.cu_seqlens) - 1, min(self.max_seqlen, len(self.ids))
-        if lengths is None:
-            return self.ids.numel(), self.ids.shape[0], self.ids.shape[1]
-        counted = lengths.tolist()
-        return sum(counted), len(counted), max(counted, default=0)
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [tensor for tensor in inputs if isinstance(tensor, Tensor)]
 
 
-class _Look(NamedTuple):
-    """What a model's parts are like at the moment."""
+def _ids(inputs: Inputs) -> Tensor:
+    assert inputs.input_ids is not None, "graphs read ids"
+    return inputs.input_ids
+
+
+def _sizes(inputs: Inputs, lengths: Tensor | None) -> tuple[int, int, int]:
+    """Tokens, sequences and the longest of them. `lengths` (B,) of a mask's rows are waited for."""
+    ids = _ids(inputs)
+    if inputs.cu_seqlens is not None:
+        return len(ids), len(inputs.cu_seqlens) - 1, min(inputs.max_seqlen, len(ids))
+    if lengths is None:
+        return ids.numel(), ids.shape[0], ids.shape[1]
+    counted = lengths.tolist()
+    return sum(counted), len(counted), max(counted, default=0)
+
+
+class _Snapshot(NamedTuple):
+    """What decides whether a model's graphs may be replayed, at one moment."""
 
     training: bool
     hooked: bool
-    weights: list[tuple[int, torch.dtype]]  # where they are
+    weights: list[tuple[int, torch.dtype]]  # address and dtype of every parameter and buffer
 
 
-class _Parts:
-    """A model's parts in one flat list, which a look goes through many times faster than a walk does. Without the root,
-    which would be held in a circle."""
+class _Modules:
+    """A model's modules in one flat list, which is read many times faster than the tree. It leaves out the root: a model that
+    was part of its own list would never be freed."""
 
-    def __init__(self, model: ALBERTModel) -> None:
+    def __init__(self, model: Encoder) -> None:
         self._top = tuple(model._modules.values())
         modules = [module for top in self._top if top is not None for module in top.modules()]
         self._all = [(module, tuple(module._modules.values())) for module in modules]
         self._plain: bool | None = None
 
-    def look(self, model: ALBERTModel) -> _Look | None:
-        """None where a part was replaced since."""
+    def snapshot(self, model: Encoder) -> _Snapshot | None:
+        """None where a module was replaced since the list was made."""
         if tuple(model._modules.values()) != self._top:
             return None
         training, hooked, weights = model.training, False, []
@@ -142,24 +139,24 @@ class _Parts:
             for tensor in (*module._parameters.values(), *module._buffers.values()):  # rounded weights are buffers
                 if tensor is not None:
                     weights.append((tensor.data_ptr(), tensor.dtype))
-        return _Look(training, hooked or nn.modules.module._has_any_global_hook(), weights)
+        return _Snapshot(training, hooked or nn.modules.module._has_any_global_hook(), weights)
 
-    def plain(self, model: ALBERTModel) -> bool:
-        """Whether the layers, which have no hooks, are made of what they are known for."""
+    def plain(self, model: Encoder) -> bool:
+        """Whether the layers, which have no hooks, are made of the modules that graphs know."""
         if self._plain is None:
-            self._plain = all(layer.is_plain() for layer in model.encoder.distinct())
+            self._plain = all(layer.is_plain() for layer in model.encoder.distinct_layers())
         return self._plain
 
 
 @cache
 def _say(reason: str) -> None:
-    # Cached, so that each reason is said once a process.
+    # The cache makes a process say each reason once.
     warnings.warn(f"albert_fast: no CUDA graphs, although warmup was called: {reason}", stacklevel=2)
 
 
 class _Results:
-    """Where all graphs of a model leave their states, (MAX_TOKENS, H) of each kind: one replay's are copied out before the
-    next begins, so that no graph need keep its own."""
+    """The memory into which all graphs of a model write their states, (MAX_TOKENS, H) of each kind. One replay's states are
+    copied out before the next replay begins, so that no graph keeps memory of its own."""
 
     def __init__(self) -> None:
         self._static: dict[str, Tensor] = {}
@@ -169,7 +166,7 @@ class _Results:
         return replace(encoded, hidden=self._kept("hidden", encoded.hidden), pooled=pooled)
 
     def _kept(self, kind: str, states: Tensor) -> Tensor:
-        if kind not in self._static:  # made by the run ahead of a capture, and so outside the graphs' pool
+        if kind not in self._static:  # made by the run before a capture, outside of the graphs' pool
             self._static[kind] = states.new_empty(MAX_TOKENS, states.shape[1])
         return self._static[kind][: len(states)].copy_(states)
 
@@ -186,8 +183,8 @@ class GraphCache:
         self._met: set[Bucket] = set()
         self._refused: dict[Bucket, str] = {}
         self._weights: list[tuple[int, torch.dtype]] = []
-        self._parts: _Parts | None = None
-        # A model may be deleted while its last replay runs; at the end of the process nobody is left to care.
+        self._modules: _Modules | None = None
+        # A model may be deleted while its last replay runs. At the end of the process this does not matter.
         weakref.finalize(self, self._capture.wait).atexit = False
 
     def __deepcopy__(self, _memo: Any) -> GraphCache:
@@ -199,28 +196,28 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def _look(self, model: ALBERTModel) -> _Look:
-        parts = self._parts
-        if parts is None or (look := parts.look(model)) is None:
-            self._parts = parts = _Parts(model)
-            look = parts.look(model)
-        assert look is not None  # of the parts that were just found
-        return look
+    def _snapshot(self, model: Encoder) -> _Snapshot:
+        modules = self._modules
+        if modules is None or (snapshot := modules.snapshot(model)) is None:
+            self._modules = modules = _Modules(model)
+            snapshot = modules.snapshot(model)
+        assert snapshot is not None  # of the modules that were just listed
+        return snapshot
 
-    def why_not(self, model: ALBERTModel, places: int, device: torch.device) -> str | None:
-        """Why a call with so many tokens, padding counted, on such a device, cannot be a graph; None where it can."""
-        look = self._look(model)
-        return self._beyond(model, look, places, device) or self._avoidable(model, look, device)
+    def why_not(self, model: Encoder, places: int, device: torch.device) -> str | None:
+        """Why a call of `places` tokens, padding counted, on `device` cannot be a graph; None where it can."""
+        snapshot = self._snapshot(model)
+        return self._beyond(model, snapshot, places, device) or self._avoidable(model, snapshot, device)
 
-    def _beyond(self, model: ALBERTModel, look: _Look, places: int, device: torch.device) -> str | None:
-        """What graphs are not for."""
+    def _beyond(self, model: Encoder, snapshot: _Snapshot, places: int, device: torch.device) -> str | None:
+        """Why graphs are not meant for such a call."""
         if is_traced():
             return "a compiler traces the operators"
         if device.type != self._capture.device_type:
             return f"graphs are captured on {self._capture.device_type}, not on {device.type}"
         if device != model.embeddings.word_embeddings.weight.device:
             return "the model is elsewhere"
-        if look.training:
+        if snapshot.training:
             return "the model, or a part of it, is in training mode"
         if not 0 < places <= MAX_PLACES:
             return f"{places} tokens with padding: graphs are for 1 to {MAX_PLACES}"
@@ -228,53 +225,54 @@ class GraphCache:
             return "the caller captures a graph"
         return None
 
-    def _avoidable(self, model: ALBERTModel, look: _Look, device: torch.device) -> str | None:
-        """What whoever asked for graphs will want to know."""
+    def _avoidable(self, model: Encoder, snapshot: _Snapshot, device: torch.device) -> str | None:
+        """Why a call that could be a graph is not one: the caller is told once."""
         if torch.is_grad_enabled():
             return "a gradient may be asked for: torch.no_grad() says that it is not"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"
-        if look.hooked or self._parts is None or not self._parts.plain(model):
+        if snapshot.hooked or self._modules is None or not self._modules.plain(model):
             return "a part has hooks or was replaced"
         reason: str | None = self._capture.why_not(model)
         return reason
 
-    def forecast(self, model: ALBERTModel, bucket: Bucket, places: int, device: torch.device) -> str:
-        """What becomes of a call of such a bucket, made as `forecast` is, in a sentence."""
+    def forecast(self, model: Encoder, bucket: Bucket, places: int, device: torch.device) -> str:
+        """What happens to a call of this bucket, under the modes that are on now, in a sentence."""
         if reason := self.why_not(model, places, device) or bucket.too_large() or self._refused.get(bucket):
             return f"no CUDA graph: {reason}"
         with self._lock:
-            self._forget_other_weights(self._look(model).weights)
+            self._forget_other_weights(self._snapshot(model).weights)
             if bucket in self._graphs:
                 return f"a replay of the CUDA graph for {bucket}"
             met = bucket in self._met
         return f"{'captured by this call' if met else 'captured by the call after this one'}: a CUDA graph for {bucket}"
 
-    def run(self, model: ALBERTModel, call: Call) -> Encoded | None:
-        """The forward by replay of its bucket's graph; None where there is none yet, or can be none."""
-        device = call.ids.device
-        if device.type != self._capture.device_type:  # warmed up for a GPU, and called on a CPU
+    def run(self, model: Encoder, inputs: Inputs, wanted: WantedTokens) -> Encoded | None:
+        """The forward as a replay of its bucket's graph; None where there is none yet, or can be none."""
+        ids = _ids(inputs)
+        device, mask = ids.device, inputs.attention_mask
+        if device.type != self._capture.device_type:  # warmed up for a GPU, called on a CPU
             return None
-        look = self._look(model)
-        if self._beyond(model, look, call.ids.numel(), device) or any(t.device != device for t in call.tensors()):
+        snapshot = self._snapshot(model)
+        if self._beyond(model, snapshot, ids.numel(), device) or any(t.device != device for t in _tensors(inputs)):
             return None
-        if reason := self._avoidable(model, look, device):
+        if reason := self._avoidable(model, snapshot, device):
             _say(reason)
             return None
-        lengths = None if call.mask is None else call.mask.count_nonzero(1)
-        tokens, sequences, longest = call.sizes(lengths)
-        bucket = Bucket.of(tokens, sequences, longest, call.output_tokens, model.backend)
+        lengths = None if mask is None else mask.count_nonzero(1)
+        tokens, sequences, longest = _sizes(inputs, lengths)
+        bucket = Bucket.of(tokens, sequences, longest, wanted.which, model.execution_state.backend)
         if bucket.too_large():
             return None
-        # Static tensors are the same for callers in every mode.
+        # Graphs' tensors are made the same for callers in every mode.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._forget_other_weights(look.weights)
+            self._forget_other_weights(snapshot.weights)
             if not tokens or not self._due(bucket):
                 return None
-            return self._replayed(model, call, lengths, (tokens, sequences, longest), bucket)
+            return self._replayed(model, inputs, lengths, (tokens, sequences, longest), bucket)
 
     def _due(self, bucket: Bucket) -> bool:
-        """Whether the bucket has a graph, or is met again: to capture it costs as much as many calls."""
+        """Whether the bucket has a graph or comes for the second time: a capture costs as much as many calls."""
         if bucket in self._refused:
             return False
         if bucket in self._graphs or bucket in self._met:
@@ -283,61 +281,63 @@ class GraphCache:
         return False
 
     def _replayed(
-        self, model: ALBERTModel, call: Call, lengths: Tensor | None, sizes: tuple[int, int, int], bucket: Bucket
+        self, model: Encoder, inputs: Inputs, lengths: Tensor | None, sizes: tuple[int, int, int], bucket: Bucket
     ) -> Encoded | None:
-        """The call's forward by its bucket's graph, captured where there is none yet; None where that fails."""
+        """The forward by its bucket's graph, which is captured if need be; None where that fails."""
         tokens, sequences, longest = sizes
-        self._capture.begin(call.ids.device)
+        self._capture.begin(_ids(inputs).device)
         try:
-            graph = self._graphs.get(bucket) or self._record(model, bucket, call.ids.device)
+            graph = self._graphs.get(bucket) or self._record(model, bucket, _ids(inputs).device)
             self._graphs.move_to_end(bucket)
-            packing = self._write(call, lengths, (tokens, longest), bucket)
-            graph.replay(self._describe(model, packing, call))
+            packing = self._write(inputs, lengths, (tokens, longest), bucket)
+            graph.replay(self._describe(model, packing, inputs))
             return self._copied(graph.result, packing, tokens, sequences)
         except CaptureError as error:
             self._refused[bucket] = f"the capture failed: {error}"
             _say(self._refused[bucket])
             return None
         finally:
-            self._capture.end(call.ids.device)
+            self._capture.end(_ids(inputs).device)
 
-    def _write(self, call: Call, lengths: Tensor | None, sizes: tuple[int, int], bucket: Bucket) -> Packing:
-        """Put the call where graphs read it; how it is packed."""
+    def _write(self, inputs: Inputs, lengths: Tensor | None, sizes: tuple[int, int], bucket: Bucket) -> Packing:
+        """Write the inputs where graphs read them; returns their packing."""
         assert self._inputs is not None  # made when the first graph was recorded
-        (tokens, longest), bounds = sizes, (bucket.tokens, bucket.sequences)
-        if call.cu_seqlens is not None:
-            self._inputs.write_packed(call.ids, call.types, call.positions, call.cu_seqlens, longest, bounds)
-            return Packing(None, call.cu_seqlens, call.max_seqlen, None)
-        # Nothing is padding: the mask need not be read.
-        mask = None if tokens == call.ids.numel() else call.mask
-        padded = call.ids, call.types, call.positions, mask, None if mask is None else lengths
+        (tokens, longest), bounds, ids = sizes, (bucket.tokens, bucket.sequences), _ids(inputs)
+        types, positions = inputs.token_type_ids, inputs.position_ids
+        if inputs.cu_seqlens is not None:
+            self._inputs.write_packed(ids, types, positions, inputs.cu_seqlens, longest, bounds)
+            return Packing(None, inputs.cu_seqlens, inputs.max_seqlen, None)
+        # Without padding the mask need not be read.
+        mask = None if tokens == ids.numel() else inputs.attention_mask
+        padded = ids, types, positions, mask, None if mask is None else lengths
         indices, cu_seqlens = self._inputs.write_padded(*padded, tokens, bounds)
-        return Packing(indices, cu_seqlens, longest, (call.ids.shape[0], call.ids.shape[1]))
+        return Packing(indices, cu_seqlens, longest, (ids.shape[0], ids.shape[1]))
 
     def _copied(self, result: Encoded, packing: Packing, tokens: int, sequences: int) -> Encoded:
-        """Copies of the bucket's result, without what is left over: the next replay writes there again."""
+        """Copies of the call's part of the bucket's result: the next replay writes there again."""
         pooled = None if result.pooled is None else result.pooled[:sequences].clone()
-        if pooled is not None and result.output_tokens == "first":
-            # Of first tokens the pooled state alone is read.
+        if pooled is not None and result.wanted.which == "first":
+            # Only the pooled states of first tokens are read.
             hidden = result.hidden.new_empty(0, result.hidden.shape[1])
         else:
-            hidden = result.hidden[: tokens if result.output_tokens == "all" else sequences].clone()
-        return type(result)(packing, result.output_tokens, hidden, pooled, None, None)
+            hidden = result.hidden[: tokens if result.wanted.which == "all" else sequences].clone()
+        return Encoded(packing, result.wanted, hidden, pooled)
 
-    def _describe(self, model: ALBERTModel, packing: Packing, call: Call) -> ops.Describe:
+    def _describe(self, model: Encoder, packing: Packing, inputs: Inputs) -> ops.Describe:
         embeddings = model.embeddings
         tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
         sizes = tuple(table.num_embeddings for table in tables)
 
         def describe(code: int) -> Exception:
-            ids = tuple(None if t is None else packing.gather(t) for t in (call.ids, call.types, call.positions))
-            with ops.placing(packing.place):
+            given = inputs.input_ids, inputs.token_type_ids, inputs.position_ids
+            ids = tuple(None if t is None else packing.gather(t) for t in given)
+            with ops.placing(packing.locate):
                 return ops.index_error(ids, sizes)(code)
 
         return describe
 
     def clear(self) -> None:
-        """Let go of all graphs and of their memory."""
+        """Free all graphs and their memory."""
         with self._lock:
             self._let_go()
             self._met.clear()
@@ -356,20 +356,21 @@ class GraphCache:
         self._inputs, self._results = None, _Results()
         self._capture.forget()
 
-    def _record(self, model: ALBERTModel, bucket: Bucket, device: torch.device) -> Replay:
+    def _record(self, model: Encoder, bucket: Bucket, device: torch.device) -> Replay:
         if self._inputs is None:
             self._inputs = ops.GraphInputs(MAX_TOKENS, MAX_PLACES, device)
-        # While it is recorded: ids that are in every table, in sequences of one length.
+        # The capture runs on ids that are in every table, in sequences of one length.
         self._inputs.blank(bucket.tokens, bucket.sequences, bucket.tokens // bucket.sequences)
         ids, types, positions, cu_seqlens = self._inputs.views(bucket.tokens, bucket.sequences)
         packing, results = Packing(None, cu_seqlens, bucket.max_seqlen, None), self._results
+        inputs, wanted = Inputs(ids, None, types, positions), WantedTokens(bucket.wanted_tokens)
 
         def run() -> Encoded:
-            return results.keep(model.compute(packing, ids, types, positions, None, False, False, bucket.output_tokens))
+            return results.keep(model.compute(packing, inputs, wanted))
 
         self._graphs[bucket] = self._capture(run, device)
         if len(self._graphs) > self._limit:
             self._capture.wait()
             gone, _ = self._graphs.popitem(last=False)
-            self._met.discard(gone)  # who meets it once more does not capture at once
+            self._met.discard(gone)  # it must come twice again before it is captured again
         return self._graphs[bucket]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..execution.graphs import Bucket
+from ..layers.layer import fuses_ffn
 from ..layers.packing import pack
-from ..layers.stack import fuses_ffn
-from ..models.albert import ALBERTModel
+from ..models.execution import encoder_of
 from ..ops.linear_gelu import without_tiles
 from ..runtime import dispatch
-from ..runtime import linear as gemm
+from ..runtime.linear import library as gemm_library
 
 _HEADER = ("step", "times", "rows", "runs on", "GFLOP", "why")
 
@@ -74,25 +74,23 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     Raises:
         TypeError: not one of our models. ValueError: shapes that do not fit.
     """
-    encoder = model if isinstance(model, ALBERTModel) else getattr(model, "albert", None)
-    if not isinstance(encoder, ALBERTModel):
-        raise TypeError(f"expected an ALBERTModel or a model with a head of albert_fast, got {type(model).__name__}")
+    encoder = encoder_of(model)
     if input_ids.dim() != 2:
         raise ValueError(f"expected input_ids (B, S), got {tuple(input_ids.shape)}")
     config, weight = encoder.config, encoder.embeddings.word_embeddings.weight
-    device, dtype, backend = weight.device.type, weight.dtype, encoder.backend
+    device, dtype, backend = weight.device.type, weight.dtype, encoder.execution_state.backend
     batch, columns = input_ids.shape
     packing = pack((batch, columns), attention_mask, input_ids.device)
     lengths = packing.cu_seqlens.diff().double()
     tokens, pairs = int(lengths.sum()), float((lengths * lengths).sum())
     width, inner = config.hidden_size, config.intermediate_size
-    layers = len(encoder.encoder.order())
-    first_only = getattr(model, "output_tokens", "all") == "first"
+    layers = len(encoder.encoder.layer_indices)
+    first_only = getattr(model, "wanted_tokens", "all") == "first"
     last = min(batch, tokens) if first_only else tokens
     last_pairs = float(lengths.sum()) if first_only else pairs
 
     def product(name: str, times: int, rows: int, k: int, n: int) -> Step:
-        library = gemm.library(device, dtype)
+        library = gemm_library(device, dtype)
         why = "weights packed once" if library == "cpp" else "torch's own GEMM"
         return Step(name, times, rows, library, times * 2 * rows * k * n / 1e9, why)
 
@@ -101,7 +99,7 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         return Step(name, times, rows, chosen, gflop, why)
 
     def ffn_up(times: int, asked: int) -> list[Step]:
-        recomputed = torch.is_grad_enabled() and encoder.encoder.recompute == "activations"
+        recomputed = torch.is_grad_enabled() and encoder.execution_state.recompute == "activations"
         if fuses_ffn(device) and not recomputed:
             fused = operator("linear_gelu", times, asked, times * 2 * asked * width * inner / 1e9)
             return [replace(fused, why=fused.why + without_tiles(fused.backend, inner))]
@@ -132,7 +130,7 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         by_layer += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
     quantized = encoder.encoder.quantized
     states = weight.detach()[:1].expand(tokens, -1)  # as many, on that device, in that dtype
-    apart_because = None if quantized else encoder.encoder.in_one_call(states, backend)
+    apart_because = None if quantized else encoder.encoder.why_not_one_call(states, backend)
     gflop = sum(s.gflop for s in by_layer)
     if quantized:
         chosen, _ = _chosen("quantized_encoder", device, dtype, backend)
@@ -160,10 +158,10 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     wanted = "the first token of each sequence" if first_only else "every token"
     precision = f"{quantized} layers" if quantized else str(dtype).removeprefix("torch.")
     graphs = ""
-    if encoder._graphs is not None:
+    if encoder.execution_state.graphs is not None:
         longest = int(lengths.max()) if batch else 0
-        bucket = Bucket.of(tokens, batch, longest, getattr(model, "output_tokens", "all"), backend)
-        graphs = f"; {encoder._graphs.forecast(encoder, bucket, batch * columns if tokens else 0, input_ids.device)}"
+        bucket = Bucket.of(tokens, batch, longest, getattr(model, "wanted_tokens", "all"), backend)
+        graphs = f"; {encoder.execution_state.graphs.forecast(encoder, bucket, batch * columns if tokens else 0, input_ids.device)}"
     summary = (
         f"{type(model).__name__}, {precision} on {device}, backend={backend!r}: {batch} x {columns} "
         f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "

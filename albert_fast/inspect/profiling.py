@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers.packing import pack
-from ..models.albert import ALBERTModel
+from ..models.execution import encoder_of
 from ..runtime import dispatch
 from ..runtime.dispatch import BackendUnavailableError
 from ..runtime.linear import linear
@@ -59,14 +59,12 @@ def profile(
         TypeError: not one of our models.
         BackendUnavailableError: its layers cannot run in one call; says why.
     """
-    encoder = model if isinstance(model, ALBERTModel) else getattr(model, "albert", None)
-    if not isinstance(encoder, ALBERTModel):
-        raise TypeError(f"expected an ALBERTModel or a model with a head of albert_fast, got {type(model).__name__}")
+    encoder = encoder_of(model)
     packing = pack((input_ids.shape[0], input_ids.shape[1]), attention_mask, input_ids.device)
     with torch.inference_mode():
         states, quantized = encoder.embeddings.word_embeddings.weight.detach(), encoder.encoder.quantized
         if quantized is None:
-            reason = encoder.encoder.in_one_call(states, encoder.backend)
+            reason = encoder.encoder.why_not_one_call(states, encoder.execution_state.backend)
         else:
             reason = dispatch.why_not("quantized_encoder", states.device.type, "cpp", states.dtype)
         if reason is not None:
@@ -81,7 +79,7 @@ def profile(
     lengths = packing.cu_seqlens.diff().double()
     tokens, pairs = float(lengths.sum()), float((lengths * lengths).sum())
     width, middle = encoder.config.hidden_size, encoder.config.intermediate_size
-    layers = len(encoder.encoder.order())
+    layers = len(encoder.encoder.layer_indices)
     operations = {
         "query, key, value": 6 * tokens * width * width, "attention": 4 * pairs * width,
         "attention output": 2 * tokens * width * width, "FFN up, activation": 2 * tokens * width * middle,

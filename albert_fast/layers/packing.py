@@ -1,6 +1,7 @@
-"""Padding removed once, before the embedding: real tokens in rows (T, ...), sequences delimited by cu_seqlens.
+"""Padding is removed once, before the embedding: the real tokens become rows (T, ...), and cu_seqlens says where each sequence
+begins.
 
-Also `aligned_representation`, the pair representation that reads whole (unpacked) hidden states.
+Also `aligned_representation`, the representation of a pair, which reads unpacked hidden states.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from ..runtime.registration import is_traced, register
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the T real tokens of a (B, S) batch stand.
+    """Where the T real tokens of a (B, S) batch are.
 
-    indices: (T,) int64, their places in the flattened batch, ascending; None where every token is real.
+    indices: (T,) int64, their positions in the flattened batch, ascending; None where every token is real.
     cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end.
-    max_seqlen: a bound on the longest sequence.
+    max_seqlen: an upper bound on the longest sequence.
     shape: (B, S); None for input that came packed.
-    order: `longest_first` where attention asks for it, see `ordered`: found once, for all layers.
+    sequence_order: (B,) int32, the sequences from long to short, where attention uses it: see `with_sequence_order`.
     """
 
     indices: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
     shape: tuple[int, int] | None
-    order: Tensor | None = None
+    sequence_order: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -41,11 +42,11 @@ class Packing:
         """Whether each of the B sequences has all of its S tokens."""
         return self.indices is None and self.shape is not None
 
-    def ordered(self) -> Packing:
-        """With `order`, on a GPU where lengths may differ; the C++ kernels sort for themselves."""
-        if self.order is not None or self.is_dense or self.num_sequences < 2 or not self.cu_seqlens.is_cuda:
+    def with_sequence_order(self) -> Packing:
+        """With `sequence_order`, found once for all layers, on a GPU where lengths may differ. C++ kernels sort by themselves."""
+        if self.sequence_order is not None or self.is_dense or self.num_sequences < 2 or not self.cu_seqlens.is_cuda:
             return self
-        return replace(self, order=longest_first(self.cu_seqlens))
+        return replace(self, sequence_order=longest_first(self.cu_seqlens))
 
     def gather(self, padded: Tensor) -> Tensor:
         """(B, S, ...) -> (T, ...); packed input passes through."""
@@ -71,22 +72,13 @@ class Packing:
         )
         return self.scatter(tokens) != 0
 
-    def place(self, token: int) -> tuple[int, int]:
-        """(row, column) in the padded batch of packed row `token`; in packed input, (sequence, offset)."""
+    def locate(self, token: int) -> tuple[int, int]:
+        """(row, column) in the padded batch of packed row `token`; (sequence, offset) where the input came packed."""
         if self.shape is not None:
             flat = token if self.indices is None else int(self.indices[token])
             return divmod(flat, self.shape[1])
         sequence = int(torch.searchsorted(self.cu_seqlens, token, right=True)) - 1
         return sequence, token - int(self.cu_seqlens[sequence])
-
-
-@dataclass(frozen=True)
-class Queries:
-    """The tokens that the last layer is asked for: packed rows (Tq,) int64, sequence by sequence, and their cu_seqlens."""
-
-    rows: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
 
 
 def _pack_indices(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,26 +96,8 @@ def _pack_indices_fake(mask):
     return mask.new_empty(tokens, dtype=torch.int64), mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
 
 
-def _select_rows(flags: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    if flags.dim() != 1 or cu_seqlens.dim() != 1:
-        shapes = f"{tuple(flags.shape)} and {tuple(cu_seqlens.shape)}"
-        raise ValueError(f"select_rows: expected flags (T,) and cu_seqlens (B + 1,), got {shapes}")
-    operands = [("flags", flags, flags.shape, torch.bool), ("cu_seqlens", cu_seqlens, cu_seqlens.shape, torch.int32)]
-    check_launch("select_rows", "reference", flags.device, operands)
-    before = torch.zeros(flags.shape[0] + 1, dtype=torch.int32, device=flags.device)
-    before[1:] = flags.cumsum(0)
-    # An index outside would end a CUDA context.
-    return flags.nonzero().squeeze(1), before[cu_seqlens.long().clamp(0, flags.shape[0])]
-
-
-def _select_rows_fake(flags, cu_seqlens):
-    rows = torch.library.get_ctx().new_dynamic_size()
-    return flags.new_empty(rows, dtype=torch.int64), torch.empty_like(cu_seqlens)
-
-
-# Their sizes depend on data: as operators with a dynamic size they stay inside a graph compiled with fullgraph=True.
+# Its size depends on data: as an operator with a dynamic size it stays inside a graph compiled with fullgraph=True.
 register("pack_indices(Tensor mask) -> (Tensor, Tensor)", _pack_indices, _pack_indices_fake)
-register("select_rows(Tensor flags, Tensor cu_seqlens) -> (Tensor, Tensor)", _select_rows, _select_rows_fake)
 
 
 def check_mask(shape: tuple[int, int], attention_mask: Tensor) -> None:
@@ -139,7 +113,7 @@ def check_mask(shape: tuple[int, int], attention_mask: Tensor) -> None:
 
 
 def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.device) -> Packing:
-    """The packing of a (B, S) batch; `attention_mask` (B, S), 0 where padded, in any pattern; None: all tokens are real.
+    """The packing of a (B, S) batch. `attention_mask` (B, S) is 0 at padding, in any pattern; None means that all are real.
 
     Raises:
         ValueError: a mask of another shape, or one with negative elements.
@@ -147,7 +121,7 @@ def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.de
     if attention_mask is not None:
         check_mask(shape, attention_mask)
     batch, columns = shape
-    # On a CPU to ask costs less than to pack; on a GPU either waits for it, and one wait is enough.
+    # On a CPU looking at the mask costs less than packing; on a GPU both wait for it, and one wait is enough.
     asked = attention_mask is not None and not attention_mask.is_cuda and not is_traced()
     if attention_mask is None or (asked and bool(attention_mask.all())):
         # No step of 0 columns: arange needs the count, not the step.
@@ -160,8 +134,8 @@ def pack(shape: tuple[int, int], attention_mask: Tensor | None, device: torch.de
 
 
 def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> Packing:
-    """The packing of input on `device` that holds no padding: checked, since kernels trust it. A cu_seqlens on the CPU is
-    checked without a wait for the GPU, and copied there.
+    """The packing of input on `device` that holds no padding. cu_seqlens is checked, because kernels trust it: on the CPU
+    without waiting for the GPU, to which it is then copied.
 
     Raises:
         TypeError: cu_seqlens is not int32. ValueError: it does not run from 0 to T without falling, or a sequence is
@@ -185,7 +159,7 @@ def packed_already(tokens: int, cu_seqlens: Tensor, max_seqlen: int, device: tor
 
 
 def _copied_ahead(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    """On `device`, without waiting for it: torch keeps pinned memory until it was read."""
+    """A copy on `device`, made without waiting for it: torch keeps pinned memory until the copy has been made."""
     if is_traced():
         return cu_seqlens.to(device)
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -196,39 +170,8 @@ def _copied_ahead(cu_seqlens: Tensor, device: torch.device) -> Tensor:
 
 
 def longest_first(cu_seqlens: Tensor) -> Tensor:
-    """(B,) int32, the sequences by falling length, computed where `cu_seqlens` (B + 1,) is, without waiting for it."""
+    """(B,) int32, the sequences from long to short, computed on the device of `cu_seqlens` (B + 1,) without waiting for it."""
     return cu_seqlens.diff().argsort(descending=True, stable=True).to(torch.int32)
-
-
-def first_tokens(packing: Packing, tokens: int) -> Queries:
-    """Each sequence's first token (for an empty one, some other token: `blank_empty` clears what comes of it)."""
-    starts = packing.cu_seqlens[:-1].long().clamp(max=tokens - 1).clamp(min=0)
-    cu_seqlens = torch.arange(starts.shape[0] + 1, dtype=torch.int32, device=starts.device)
-    return Queries(starts, cu_seqlens, 1)
-
-
-def take(hidden: Tensor, rows: Tensor) -> Tensor:
-    """hidden[rows]. In a compiled graph, which cannot ask whether there are tokens at all, with a row of zeros to fall on."""
-    if is_traced():
-        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
-    return hidden.index_select(0, rows)
-
-
-def blank_empty(states: Tensor, packing: Packing) -> Tensor:
-    """(B, H) with zeros in the rows whose sequence has no token."""
-    return states.masked_fill((packing.cu_seqlens.diff() == 0)[:, None], 0.0)
-
-
-def select(packing: Packing, wanted: Tensor, tokens: int) -> Queries:
-    """The real tokens among `wanted`: (B, S) bool, or (T,) bool for packed input of T = `tokens`."""
-    if wanted.dtype != torch.bool:
-        raise TypeError(f"output_tokens must be bool, got {wanted.dtype}")
-    expected = packing.shape if packing.shape is not None else (tokens,)
-    if wanted.shape != expected:
-        raise ValueError(f"output_tokens {tuple(wanted.shape)} does not fit the batch of {tuple(expected)}")
-    flags = packing.gather(wanted)
-    rows, cu_seqlens = torch.ops.albert_fast.select_rows(flags, packing.cu_seqlens)
-    return Queries(rows, cu_seqlens, packing.max_seqlen)
 
 
 def aligned_representation(hidden_states: Tensor, position: int | Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""Embedding and the shared layer, in operator names: what happens to the T real tokens of a packed batch.
-
-For inference all layers can be one operator, `encoder` (see `Encoder.in_one_call`); for a gradient, dropout or the states in
-between they run operator by operator.
-"""
+"""A stack of layers: all in one call of an operator where that computes the same, else layer by layer."""
 
 from __future__ import annotations
 
@@ -14,92 +10,153 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..models.config import ALBERTConfig
-from ..quantization.rounding import Fit, QuantizedAttention, QuantizedLinear
 from ..runtime import dispatch
-from ..runtime.linear import linear
 from ..runtime.registration import is_traced
 from ..runtime.unused_gradients import watch_graph
-from .adapters import check_read, is_hooked, is_linear, product
-from .attention import Attention, Fused, add_norm, dropout
-from .packing import Packing, Queries, take
+from .adapters import is_hooked
+from .attention import FusedQKV
+from .layer import Layer, fused_ahead
+from .packing import Packing
+from .quantized import QuantizedLinear
+from .run import Run
+from .spec import LayerSpec
+from .wanted import WantedRows, take
 
-# What a backward computes again instead of finding it kept: nothing; the FFN's activations, one of a layer's two largest
-# arrays (T, I) at the price of a pass over memory; or layers as a whole, of which the input (T, H) alone is kept.
-RECOMPUTE = ("nothing", "activations", "layers")
 _MAY_NEED_GRADIENT = "a gradient may be asked for: torch.no_grad() says that it is not"
 _NOT_FASTER = "one kernel was not measured faster: ALBERT_FAST_TUNE=1 measures, backend='triton' takes it"
 
 
-class Embeddings(nn.Module):
-    """Word, position and type tables of width E and their LayerNorm (section 3.1: factorised)."""
+class LayerStack(nn.Module):
+    """Layers that run one after another; a layer may run at several steps.
 
-    def __init__(self, config: ALBERTConfig) -> None:
+    Layers come in groups (one group is one layer, but for ALBERT's inner groups). A subclass names the modules as its family
+    of models does and lists them in `groups`.
+
+    Args:
+        spec: of every layer.
+        group_indices: the group that runs at each step.
+        group_size: layers in a group.
+    """
+
+    def __init__(self, spec: LayerSpec, group_indices: Sequence[int], group_size: int = 1) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.embedding_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.embedding_size)
-        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
-        self.dropout_p = config.hidden_dropout_prob
+        self.spec = spec
+        self.group_indices = tuple(group_indices)
+        self.layer_indices = [g * group_size + inner for g in self.group_indices for inner in range(group_size)]
 
-    def forward(
-        self,
-        ids: Tensor | None,
-        types: Tensor,
-        positions: Tensor,
-        embeds: Tensor | None,
-        projection: nn.Linear,
-        backend: str,
+    def groups(self) -> Sequence[LayerGroup]:
+        """The distinct groups of layers."""
+        raise NotImplementedError
+
+    def distinct_layers(self) -> list[Layer]:
+        """The layers that have weights of their own, group after group; `layer_indices` counts them."""
+        return [layer for group in self.groups() for layer in group.layers()]
+
+    def forward(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None = None, run: Run = Run()) -> Tensor:  # noqa: B008
+        """(T, H) -> (T, H), or (Tq, H) for the rows that are wanted."""
+        if self.quantized is not None:
+            return self._quantized(hidden, packing, wanted, run)
+        if run.collects or run.listen is not None:
+            return self._by_operators(hidden, packing, wanted, run)
+
+        def on(backend: str) -> Tensor:
+            if backend == "operators":
+                return self._by_operators(hidden, packing, wanted, run)
+            return self._one_call(hidden, packing, wanted, backend)
+
+        reason = self.why_not_one_call(hidden, run.backend, on)
+        out = on(run.backend if reason is None else "operators")
+        if reason == _MAY_NEED_GRADIENT and out.device.type == "cpu":
+            watch_graph(out)
+        return out
+
+    def _by_operators(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run) -> Tensor:
+        """Layer by layer: with a gradient, with dropout, or to collect what lies between the layers."""
+        if run.states is not None:
+            run.states.append(hidden)
+        # A compiled graph's partitioner decides what to recompute; torch cannot trace checkpoints of changing lengths.
+        if not torch.is_grad_enabled() or is_traced():
+            run = run._replace(recompute="nothing")
+        last_wanted = None if run.collects else wanted
+        groups = self.groups()
+        # Once a forward for each distinct layer, however often it runs.
+        fused = [None if is_hooked(group) else list(map(fused_ahead, group.layers())) for group in groups]
+        last = len(self.group_indices) - 1
+        for step, number in enumerate(self.group_indices):
+            group = groups[number]
+            call = group if is_hooked(group) else group.forward  # calling a module costs as much as a launch
+            hidden = call(hidden, packing, last_wanted if step == last else None, run, fused[number])
+        return hidden if wanted is None or last_wanted is not None else take(hidden, wanted.rows)
+
+    def _one_call(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, backend: str) -> Tensor:
+        """All layers as the operator `encoder`."""
+        rows, cu_rows = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
+        distinct = self.distinct_layers()
+        weights = [weight for layer in distinct for weight in layer.weights()]
+        return ops.encoder(
+            hidden,
+            weights,
+            self.layer_indices,
+            packing.cu_seqlens,
+            rows,
+            cu_rows,
+            *distinct[0].numbers(),
+            backend=backend,
+        )
+
+    def _quantized(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run) -> Tensor:
+        """All layers as the operator `quantized_encoder`; one call a layer where the states between them are collected."""
+        self._check_quantized(hidden, run)
+        if run.states is None:
+            return self._quantized_call(hidden, packing, wanted, self.layer_indices, run.backend)
+        run.states.append(hidden)
+        for number in self.layer_indices:
+            hidden = self._quantized_call(hidden, packing, None, [number], run.backend)
+            run.states.append(hidden)
+        return hidden if wanted is None else take(hidden, wanted.rows)
+
+    def _quantized_call(
+        self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, layer_indices: list[int], backend: str
     ) -> Tensor:
-        words, norm = self.word_embeddings, self.LayerNorm
-        for name, part in self._modules.items():
-            check_read(part, nn.LayerNorm if name == "LayerNorm" else nn.Embedding, name)  # type: ignore[arg-type]
-        check_read(projection, nn.Linear, "encoder.embedding_hidden_mapping_in")
-        p, seed = dropout(self, self.dropout_p)
-        return ops.embedding_projection(
-            ids, types, positions, words.weight, self.token_type_embeddings.weight, self.position_embeddings.weight,
-            norm.weight, norm.bias, projection.weight, projection.bias, norm.eps,
-            -1 if words.padding_idx is None else words.padding_idx, p, seed, inputs_embeds=embeds, backend=backend,
-        )  # fmt: skip
+        distinct = self.distinct_layers()
+        linears = [linear for layer in distinct for linear in layer.products()]
+        vectors = [vector for layer in distinct for vector in layer.vectors()]
+        tensors = map(list, zip(*(linear.tensors() for linear in linears), strict=True))
+        rows, cu_rows, max_rows = (None, None, None) if wanted is None else wanted
+        return ops.quantized_encoder(
+            hidden,
+            vectors,
+            *tensors,
+            layer_indices,
+            packing.cu_seqlens,
+            rows,
+            cu_rows,
+            *distinct[0].numbers(),
+            precision=linears[0].precision,
+            schedule=packing.sequence_order,
+            max_seqlen=packing.max_seqlen,
+            max_rows=max_rows,
+            backend=backend,
+        )
 
-
-class Encoder(nn.Module):
-    """The layer of each group, num_hidden_layers times."""
-
-    def __init__(self, config: ALBERTConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.recompute = "nothing"  # of RECOMPUTE
-        self.embedding_hidden_mapping_in = nn.Linear(config.embedding_size, config.hidden_size)
-        self.albert_layer_groups = nn.ModuleList(LayerGroup(config) for _ in range(config.num_hidden_groups))
-
-    def order(self) -> list[int]:
-        """The distinct layer of each step, counted over all groups: num_hidden_layers x inner_group_num."""
-        config = self.config
-        groups = [config.group_of_layer(i) for i in range(config.num_hidden_layers)]
-        return [group * config.inner_group_num + inner for group in groups for inner in range(config.inner_group_num)]
-
-    def distinct(self) -> list[Layer]:
-        """The layers that have weights of their own, group after group."""
-        return [layer for group in self.albert_layer_groups for layer in group.albert_layers]  # type: ignore[union-attr]
-
-    def is_plain(self) -> bool:
-        """Whether the layers compute just what the encoder operators do: see `Layer.is_plain`; no hooks on groups."""
-        groups = self.albert_layer_groups
-        return not any(is_hooked(group) for group in groups) and all(layer.is_plain() for layer in self.distinct())
+    # Which of these ways a call takes
 
     @property
     def quantized(self) -> str | None:
         """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
-        first: Any = self.distinct()[0].ffn
+        first: Any = self.distinct_layers()[0].ffn
         return first.precision if isinstance(first, QuantizedLinear) else None
 
-    def in_one_call(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None = None) -> str | None:
-        """None where the `encoder` operator runs all layers on such states (T, H), else why it does not.
+    def is_plain(self) -> bool:
+        """Whether the layers compute exactly what the encoder operators do: see `Layer.is_plain`; no group has hooks."""
+        return not any(map(is_hooked, self.groups())) and all(layer.is_plain() for layer in self.distinct_layers())
+
+    def why_not_one_call(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None = None) -> str | None:
+        """Why the `encoder` operator does not run all layers on states (T, H) such as `hidden`; None where it does.
 
         On a CPU it is C++, for "auto" and "cpp". On a GPU it is one persistent Triton kernel for few tokens: for "triton", and
-        for "auto" where ALBERT_FAST_TUNE=1 measured it faster than the operators for about so many tokens. `run` computes
-        the layers on the backend "triton" or "operators", to measure what is not known yet.
+        for "auto" where ALBERT_FAST_TUNE=1 measured it faster than the operators for about that many tokens. `run` computes
+        the layers on the backend "triton" or "operators", to measure them.
         """
         device, op = hidden.device.type, "encoder"
         if is_traced():
@@ -113,90 +170,39 @@ class Encoder(nn.Module):
             return "autocast is on"
         if self.training:
             return "the model is in training mode"
-        weights = (parameter for layer in self.distinct() for parameter in layer.parameters())
+        weights = (parameter for layer in self.distinct_layers() for parameter in layer.parameters())
         if torch.is_grad_enabled() and (hidden.requires_grad or any(weight.requires_grad for weight in weights)):
             return _MAY_NEED_GRADIENT
-        # What costs nothing to ask comes first: most calls on a GPU end here.
+        # The cheap questions come first: most calls on a GPU end here.
         if chosen == "triton" and (reason := self._beyond_one_kernel(len(hidden), backend)):
             return reason
         if not self.is_plain():
             return "a layer has hooks or replaced parts"
         if chosen == "triton" and backend == "auto":
-            config = self.config
-            sizes = (config.hidden_size, config.intermediate_size, config.num_attention_heads, len(self.order()))
+            spec = self.spec
+            sizes = (spec.hidden_size, spec.intermediate_size, spec.num_heads, len(self.layer_indices))
             return None if ops.kernel_is_faster(hidden.dtype, len(hidden), sizes, run) else _NOT_FASTER
         return None
 
     def _beyond_one_kernel(self, tokens: int, backend: str) -> str | None:
-        """What the persistent kernel is not for."""
+        """Why the persistent Triton kernel is not for this call."""
         if tokens > ops.MAX_KERNEL_TOKENS:
             return f"{tokens} tokens: one kernel for all layers is for up to {ops.MAX_KERNEL_TOKENS}"
-        if self.config.head_dim > ops.MAX_KERNEL_HEAD_DIM:
-            return f"heads of {self.config.head_dim}: the Triton kernels take up to {ops.MAX_KERNEL_HEAD_DIM}"
+        if self.spec.head_dim > ops.MAX_KERNEL_HEAD_DIM:
+            return f"heads of {self.spec.head_dim}: the Triton kernels take up to {ops.MAX_KERNEL_HEAD_DIM}"
         return _NOT_FASTER if backend == "auto" and not ops.kernels_are_compared() else None
 
-    def forward(
-        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
-        states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """(T, H) -> (T, H), or (Tq, H) for `queries`; appends every layer's states and probabilities where lists are given."""
-        if self.quantized is not None:
-            return self._quantized(hidden, packing, queries, backend, states, attentions)
-        if states is not None or attentions is not None:
-            return self._by_operators(hidden, packing, queries, backend, states, attentions)
-
-        def run(by: str) -> Tensor:
-            if by == "operators":
-                return self._by_operators(hidden, packing, queries, backend)
-            distinct = self.distinct()
-            first = distinct[0]
-            rows, cu_rows = (None, None) if queries is None else (queries.rows, queries.cu_seqlens)
-            return ops.encoder(
-                hidden, [weight for layer in distinct for weight in layer.weights()], self.order(), packing.cu_seqlens, rows,
-                cu_rows, first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
-                backend=by,
-            )  # fmt: skip
-
-        reason = self.in_one_call(hidden, backend, run)
-        out = run(backend if reason is None else "operators")
-        if reason == _MAY_NEED_GRADIENT and out.device.type == "cpu":
-            watch_graph(out)
-        return out
-
-    def _by_operators(
-        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str,
-        states: list[Tensor] | None = None, attentions: list[Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
-        if states is not None:
-            states.append(hidden)
-        # What a compiled graph computes again its partitioner decides; torch cannot trace checkpoints of changing lengths.
-        recompute = self.recompute if torch.is_grad_enabled() and not is_traced() else "nothing"
-        asked = queries if states is None and attentions is None else None  # else every token's are to be shown
-        groups: list[Any] = list(self.albert_layer_groups)
-        # Once a forward for each distinct layer, however often it is applied.
-        fused = [None if is_hooked(group) else list(map(_fused_ahead, group.albert_layers)) for group in groups]
-        last = self.config.num_hidden_layers - 1
-        for step in range(last + 1):
-            number = self.config.group_of_layer(step)
-            group = groups[number]
-            call = group if is_hooked(group) else group.forward  # a module's call costs as much as a launch
-            wanted = asked if step == last else None
-            hidden = call(hidden, packing, wanted, backend, recompute, states, attentions, fused[number])
-        return hidden if queries is None or asked is not None else take(hidden, queries.rows)
-
-    def _quantized(
-        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, states: list[Tensor] | None,
-        attentions: list[Tensor] | None,
-    ) -> Tensor:  # fmt: skip
-        if attentions is not None:
+    def _check_quantized(self, hidden: Tensor, run: Run) -> None:
+        """Raise for what rounded layers cannot do."""
+        if run.attentions is not None:
             raise ValueError("output_attentions: integer layers run as a whole; load the model in fp32 for these")
         if self.training:
             raise RuntimeError("integer weights cannot be trained: load the model in fp32, or call eval()")
-        distinct, order = self.distinct(), self.order()
+        distinct = self.distinct_layers()
         precision = distinct[0].products()[0].precision
         expected = dispatch.quantized_dtype(precision, hidden.device.type)
         # The reference has the arithmetic of either device.
-        if hidden.dtype != expected and not (backend == "reference" and hidden.dtype == torch.bfloat16):
+        if hidden.dtype != expected and not (run.backend == "reference" and hidden.dtype == torch.bfloat16):
             raise TypeError(
                 f"{precision} layers run in {expected} here, the model was converted to {hidden.dtype}: load it again"
             )
@@ -204,167 +210,36 @@ class Encoder(nn.Module):
             raise RuntimeError(
                 "integer layers run as a whole: hooks on their parts and replaced parts would not be seen"
             )
-        first = distinct[0]
-        linears = [linear for layer in distinct for linear in layer.products()]
-        vectors = [vector for layer in distinct for vector in layer.vectors()]
+        vectors = (vector for layer in distinct for vector in layer.vectors())
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *vectors)):
             raise RuntimeError(
                 "integer layers have no gradient: load the model in fp32, or run it under torch.no_grad()"
             )
-        integers, scales, sums, rescales, shifts = map(
-            list, zip(*(linear.tensors() for linear in linears), strict=True)
-        )
-
-        def run(hidden: Tensor, order: list[int], queries: Queries | None) -> Tensor:
-            rows, cu_rows, max_rows = (None, None, None) if queries is None else (
-                queries.rows, queries.cu_seqlens, queries.max_seqlen
-            )  # fmt: skip
-            return ops.quantized_encoder(
-                hidden, vectors, integers, scales, sums, rescales, shifts, order, packing.cu_seqlens, rows, cu_rows,
-                first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
-                precision=precision, schedule=packing.order, max_seqlen=packing.max_seqlen, max_rows=max_rows,
-                backend=backend,
-            )  # fmt: skip
-
-        if states is None:
-            return run(hidden, order, queries)
-        states.append(hidden)
-        for number in order:
-            hidden = run(hidden, [number], None)
-            states.append(hidden)
-        return hidden if queries is None else take(hidden, queries.rows)
 
 
 class LayerGroup(nn.Module):
-    """The inner_group_num layers that share one group's index; the names of Hugging Face's state_dict."""
+    """Layers that run one after another under one index. A subclass names the modules and lists them in `layers`."""
 
-    def __init__(self, config: ALBERTConfig) -> None:
-        super().__init__()
-        self.albert_layers = nn.ModuleList(Layer(config) for _ in range(config.inner_group_num))
-
-    def forward(
-        self, hidden: Tensor, packing: Packing, queries: Queries | None, backend: str, recompute: str,
-        states: list[Tensor] | None = None, attentions: list[Tensor] | None = None, fused: list[Fused | None] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """(T, H) -> (T, H), or (Tq, H) for `queries`; `recompute` is one of RECOMPUTE, `fused` what is joined already."""
-        last = len(self.albert_layers) - 1
-        for inner, layer in enumerate(self.albert_layers):
-            wanted = queries if inner == last else None
-            joined = None if fused is None else fused[inner]
-            arguments = (hidden, packing, wanted, backend, attentions, recompute == "activations", joined)
-            # Run twice, a layer would append its probabilities twice.
-            again = recompute == "layers" and attentions is None
-            hidden = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
-            if states is not None:
-                states.append(hidden)
-        return hidden
-
-
-class Layer(nn.Module):
-    """attention, add_layer_norm, FFN, add_layer_norm; every bias rides in the fused operator with its product or behind it."""
-
-    def __init__(self, config: ALBERTConfig) -> None:
-        super().__init__()
-        self.full_layer_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention: Any = Attention(config)  # or a QuantizedAttention: see `place`
-        self.ffn = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.ffn_output = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = config.activation
-        # Google's code applies this dropout, Hugging Face's does not; the configuration says which.
-        self.dropout_p = config.hidden_dropout_prob if config.ffn_output_dropout else 0.0
-
-    def weights(self) -> list[Tensor]:
-        """What `ops.encoder` reads, in the order of `ops.WEIGHTS`."""
-        a, norm = self.attention, self.full_layer_layer_norm
-        modules = (a.query, a.key, a.value, a.dense, a.LayerNorm, self.ffn, self.ffn_output, norm)
-        return [parameter for module in modules for parameter in (module.weight, module.bias)]
-
-    def products(self) -> list[Any]:
-        """The four products, in the order of `ops.quantized_encoder.PRODUCTS`: integers, or Linears to make them of."""
-        a = self.attention
-        return [a.qkv if isinstance(a, QuantizedAttention) else a.as_one_linear(), a.dense, self.ffn, self.ffn_output]
-
-    def vectors(self) -> list[Tensor]:
-        """What `ops.quantized_encoder` reads beside the products, in the order of its `VECTORS`."""
-        a, norm = self.attention, self.full_layer_layer_norm
-        return [a.qkv.bias, a.dense.bias, a.LayerNorm.weight, a.LayerNorm.bias, self.ffn.bias, self.ffn_output.bias,
-                norm.weight, norm.bias]  # fmt: skip
-
-    def inputs(self, hidden: Tensor, packing: Packing) -> tuple[list[Tensor], Tensor]:
-        """What each of `products` is given (T, K) in a float32 layer, and the layer's result: to calibrate integers."""
-        a, norm = self.attention, self.full_layer_layer_norm
-        q, k, v = a.query_key_value(hidden, hidden, a.fused())
-        cu, longest = packing.cu_seqlens, packing.max_seqlen
-        context = ops.attention(q, k, v, cu, cu, longest, longest, a.num_heads, a.scale)
-        attended = add_norm(linear(context, a.dense.weight), a.dense.bias, hidden, a.LayerNorm, self, 0.0, "auto")
-        middle = ops.bias_gelu(linear(attended, self.ffn.weight), self.ffn.bias, self.act)
-        down = linear(middle, self.ffn_output.weight)
-        out = add_norm(down, self.ffn_output.bias, attended, norm, self, 0.0, "auto")
-        return [hidden, context, attended, middle], out
-
-    def rounded(self, precision: str, fit: Fit, inputs: Sequence[Tensor | None] = (None,) * 4) -> list[QuantizedLinear]:
-        """The four Linears in integers; `inputs` are what each was given: see `QuantizedLinear.rounded`."""
-        linears = zip(ops.PRODUCTS, self.products(), inputs, strict=True)
-        return [QuantizedLinear.rounded(name, old, precision, fit, x) for name, old, x in linears]
-
-    def place(self, linears: list[Any]) -> None:
-        """Put these QuantizedLinears, in the order of `ops.PRODUCTS`, in the place of the float ones."""
-        # In the layer's mode: of a new module it is training, which graphs are not for.
-        qkv, dense, self.ffn, self.ffn_output = (linear.train(self.training) for linear in linears)
-        self.attention = QuantizedAttention(self.attention, qkv, dense)
-
-    def is_plain(self) -> bool:
-        """Whether the layer computes just what the encoder operators do: no hook, no part replaced, parametrised or absent."""
-        return all(
-            type(module) in _PLAIN
-            and not is_hooked(module)
-            and all(parameter is not None for parameter in module._parameters.values())
-            for module in self.modules()
-        )
+    def layers(self) -> Sequence[Layer]:
+        """The layers of the group, in the order in which they run."""
+        raise NotImplementedError
 
     def forward(
         self,
         hidden: Tensor,
         packing: Packing,
-        queries: Queries | None,
-        backend: str,
-        attentions: list[Tensor] | None = None,
-        recompute_activations: bool = False,
-        fused: Fused | None = None,
+        wanted: WantedRows | None,
+        run: Run,
+        fused: Sequence[FusedQKV | None] | None = None,
     ) -> Tensor:
-        attended = self.attention(hidden, packing, queries, backend, attentions, fused)
-        if recompute_activations:
-            up = product(self.ffn, attended)
-            # What stands in the place of a Linear may drop; ours replays the seeds that it was given.
-            draws = not is_linear(self.ffn_output)
-            down, bias = checkpoint(self._down, *up, backend, use_reentrant=False, preserve_rng_state=draws)
-        elif fuses_ffn(hidden.device.type) and is_linear(self.ffn) and self.ffn.bias is not None:
-            middle = ops.linear_gelu(attended, self.ffn.weight, self.ffn.bias, self.act, backend=backend)
-            down, bias = product(self.ffn_output, middle)
-        else:
-            down, bias = self._down(*product(self.ffn, attended), backend)
-        return add_norm(down, bias, attended, self.full_layer_layer_norm, self, self.dropout_p, backend)
-
-    def _down(self, up: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        """The FFN behind its first product, and the bias that is still to be added."""
-        return product(self.ffn_output, ops.bias_gelu(up, bias, self.act, backend=backend))
-
-
-def fuses_ffn(device_type: str) -> bool:
-    """Whether the FFN's first product and its activation are one operator, `linear_gelu`.
-
-    On a CPU oneDNN's product and bias_gelu are as good. Under autocast torch's Linear takes its weight from a cache, so that
-    a layer that runs twelve times has it rounded once; an operator of ours would round it, and keep it, twelve times.
-    """
-    return device_type == "cuda" and not torch.is_autocast_enabled(device_type)
-
-
-_PLAIN = (Layer, Attention, QuantizedAttention, nn.Linear, QuantizedLinear, nn.LayerNorm)
-
-
-def _fused_ahead(layer: nn.Module) -> Fused | None:
-    """`Attention.fused` for all applications of a layer in one forward; None where each application must look for itself:
-    a wrapper (FSDP) or a hook may put weights in place only while the layer is called."""
-    if type(layer) is not Layer or type(layer.attention) is not Attention:
-        return None
-    return None if is_hooked(layer) or is_hooked(layer.attention) else layer.attention.fused()
+        """(T, H) -> (T, H), or (Tq, H) for the rows that are wanted. `fused` has `fused_ahead` of each layer, if known."""
+        layers = self.layers()
+        for inner, layer in enumerate(layers):
+            last = inner == len(layers) - 1
+            arguments = hidden, packing, wanted if last else None, run, None if fused is None else fused[inner]
+            # A layer that ran twice would append its probabilities twice.
+            again = run.recompute == "layers" and run.attentions is None
+            hidden = checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
+            if run.states is not None:
+                run.states.append(hidden)
+        return hidden

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..layers.spec import LayerSpec
 from ..runtime.files import read_json_object
 from . import config_checks as _config_checks
 from .config_attributes import ConfigAttributes, keeps_other_keys
@@ -85,6 +86,23 @@ class ALBERTConfig(ConfigAttributes):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def layer_spec(self) -> LayerSpec:
+        """The sizes and options of a layer."""
+        return LayerSpec(
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_attention_heads,
+            self.layer_norm_eps,
+            self.activation,
+            self.attention_probs_dropout_prob,
+            self.hidden_dropout_prob,
+            self.hidden_dropout_prob if self.ffn_output_dropout else 0.0,
+        )
+
+    def group_indices(self) -> list[int]:
+        """The group of layers that runs at each step."""
+        return [self.group_of_layer(step) for step in range(self.num_hidden_layers)]
 
     @property
     def activation(self) -> str:

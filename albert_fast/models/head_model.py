@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers.adapters import check_heard, check_read, is_hooked, product, project
+from ..layers.encoded import Encoded
+from ..layers.inputs import Inputs
 from ..layers.packing import pack
+from ..layers.wanted import WantedTokens
 from ..runtime.registration import is_traced
-from .albert import ALBERTModel, Encoded, exactly_one, for_all_rows
+from .albert import ALBERTModel
 from .config import ALBERTConfig
-from .fast_model import FastModel
+from .execution import Execution
 from .losses import cross_entropy
+from .pretrained import PretrainedMixin
 
 
 def classifier_dropout(config: ALBERTConfig) -> nn.Dropout:
@@ -67,12 +71,13 @@ class SOPHead(nn.Module):
         return project(self.classifier, self.dropout(pooled))
 
 
-class HeadModel(FastModel):
-    """An encoder in `albert`; a subclass has `forward`, whose docstring says what it takes."""
+class HeadModel(PretrainedMixin):
+    """An encoder in `albert`. A subclass has `forward`, whose docstring says what it takes."""
 
     prefix = "albert."
-    output_tokens = "all"
-    accepts_loss_kwargs = False  # asked by transformers' Trainer: the loss is the batch's own mean
+    execution_class = Execution
+    wanted_tokens = "all"
+    accepts_loss_kwargs = False  # transformers' Trainer asks: the loss is the batch's own mean
 
     def __init__(self, config: ALBERTConfig, add_pooling_layer: bool, backend: str) -> None:
         super().__init__(config)
@@ -80,36 +85,33 @@ class HeadModel(FastModel):
 
     @property
     def backend(self) -> str:
-        return self.albert.backend
-
-    @backend.setter
-    def backend(self, name: str) -> None:
-        self.albert.backend = name
+        """The backend of the head's operators: the encoder's."""
+        return self.albert.execution_state.backend
 
     def loss_function(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
         """The loss that `forward` computes of logits (..., N) and labels (...) of classes; -100 is ignored."""
         return cross_entropy(logits.flatten(0, -2), labels.flatten())
 
     def encode(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
-        position_ids: Tensor | None, inputs_embeds: Tensor | None, output_hidden_states: bool | None,
-        output_attentions: bool | None, output_tokens: Tensor | None = None,
-    ) -> Encoded:  # fmt: skip
-        """The encoder's result, still packed. Hooks on `albert` run: it is called then, and computes every token."""
-        wanted: Tensor | str = self.output_tokens if output_tokens is None else output_tokens
-        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        self,
+        inputs: Inputs,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        wanted_tokens: WantedTokens | Tensor | str | None = None,
+    ) -> Encoded:
+        """The encoder's result, still packed. Where `albert` has hooks it is called, so that they run."""
+        wanted = WantedTokens.of(self.wanted_tokens if wanted_tokens is None else wanted_tokens)
         if not is_hooked(self.albert):
-            return self.albert.encode(*inputs, output_hidden_states, output_attentions, wanted)
+            return self.albert.encode(inputs, wanted, output_hidden_states, output_attentions)
         if self.albert._backward_hooks or self.albert._backward_pre_hooks:
             _warn_of_backward_hooks()
-        wanted = wanted if isinstance(wanted, Tensor) else "all"
+        if wanted.which == "first":
+            wanted = WantedTokens()  # hooks see last_hidden_state
+        given = {name: tensor for name, tensor in inputs._asdict().items() if name not in ("cu_seqlens", "max_seqlen")}
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-        given = dict(zip(names, inputs, strict=True))
-        output = self.albert(**given, **asked, return_dict=True, output_tokens=wanted)
-        tokens = exactly_one(input_ids, inputs_embeds)
-        shape = (tokens.shape[0], tokens.shape[1])
-        packing = pack(shape, for_all_rows(attention_mask, *shape), tokens.device)
+        short = "all" if wanted.mask is None else wanted.mask
+        output = self.albert(**given, **asked, return_dict=True, wanted_tokens=short)
+        packing = pack(inputs.shape(), inputs.for_all_rows().attention_mask, inputs.given().device)
         return Encoded.of(output, packing, wanted)
 
     def finish(self, output: Any, encoded: Encoded, return_dict: bool | None) -> Any:

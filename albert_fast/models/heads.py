@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapters import project
-from .albert import exactly_one
+from ..layers.inputs import Inputs
+from ..layers.wanted import WantedTokens
 from .config import ALBERTConfig
 from .head_model import HeadModel, MLMHead, MLMModel, SOPHead, classifier_dropout
 from .losses import cross_entropy, position_loss, row_loss
@@ -37,7 +38,7 @@ class ALBERTForMaskedLM(MLMModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        output_tokens: Tensor | None = None,
+        wanted_tokens: WantedTokens | Tensor | None = None,
         output_logits: bool = True,
     ) -> Any:
         """Scores of every word at every token, or at those that are asked for.
@@ -46,18 +47,18 @@ class ALBERTForMaskedLM(MLMModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states,
                 output_attentions, return_dict: as `ALBERTModel.forward` takes them.
             labels: (B, S) ids, -100 where there is nothing to predict; gives a loss.
-            output_tokens: (B, S) bool, such as `labels != -100`: the last layer and the scores are computed for those alone.
+            wanted_tokens: (B, S) bool, such as `labels != -100`: the last layer and the scores are computed for those alone.
             output_logits: False gives the loss alone, and needs no memory for the scores.
 
         Returns:
-            LogitsOutput: loss (), the mean over the labels; logits (B, S, V), zeros at padding, or, with output_tokens,
+            LogitsOutput: loss (), the mean over the labels; logits (B, S, V), zeros at padding, or, with wanted_tokens,
             (N, V), row by row; hidden_states; attentions.
 
         Raises:
             As `ALBERTModel.forward`; ValueError for labels of another shape, or output_logits=False without labels.
         """
-        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        encoded = self.encode(*inputs, output_hidden_states, output_attentions, output_tokens)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(inputs, output_hidden_states, output_attentions, wanted_tokens)
         if labels is None and not output_logits:
             raise ValueError("output_logits=False leaves the loss alone, which needs labels")
         scores, loss = self.scores_and_loss(encoded, labels, output_logits)
@@ -105,8 +106,8 @@ class ALBERTForPreTraining(MLMModel):
         Raises:
             As `ALBERTModel.forward`; ValueError for labels of another shape, or output_logits=False without both.
         """
-        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        encoded = self.encode(*inputs, output_hidden_states, output_attentions)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(inputs, output_hidden_states, output_attentions)
         if not output_logits and (labels is None or sentence_order_label is None):
             raise ValueError("output_logits=False leaves the loss alone, which needs labels and sentence_order_label")
         order = self.sop_classifier(encoded.pooled)
@@ -121,7 +122,7 @@ class ALBERTForPreTraining(MLMModel):
 class ALBERTForSequenceClassification(HeadModel):
     """The encoder and a classifier of its pooled token; the last layer is computed for first tokens alone."""
 
-    output_tokens = "first"
+    wanted_tokens = "first"
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, True, backend)
@@ -156,8 +157,8 @@ class ALBERTForSequenceClassification(HeadModel):
         Raises:
             As `ALBERTModel.forward`; ValueError for labels of another shape.
         """
-        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        encoded = self.encode(*inputs, output_hidden_states, output_attentions)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(inputs, output_hidden_states, output_attentions)
         logits = project(self.classifier, self.dropout(encoded.pooled))
         loss = None if labels is None else row_loss(logits, labels, self.config)
         return self.finish(LogitsOutput(loss, logits), encoded, return_dict)
@@ -187,7 +188,7 @@ class ALBERTForTokenClassification(HeadModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        output_tokens: Tensor | None = None,
+        wanted_tokens: WantedTokens | Tensor | None = None,
     ) -> Any:
         """One score for each class of every token, or of those that are asked for.
 
@@ -195,17 +196,17 @@ class ALBERTForTokenClassification(HeadModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states,
                 output_attentions, return_dict: as `ALBERTModel.forward` takes them.
             labels: (B, S) classes, -100 where there is none; gives a loss.
-            output_tokens: (B, S) bool: the last layer and the scores are computed for those alone.
+            wanted_tokens: (B, S) bool: the last layer and the scores are computed for those alone.
 
         Returns:
             LogitsOutput: loss (), the mean over the labels; logits (B, S, num_labels), zeros at padding, or, with
-            output_tokens, (N, num_labels), row by row; hidden_states; attentions.
+            wanted_tokens, (N, num_labels), row by row; hidden_states; attentions.
 
         Raises:
             As `ALBERTModel.forward`; ValueError for labels of another shape.
         """
-        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        encoded = self.encode(*inputs, output_hidden_states, output_attentions, output_tokens)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(inputs, output_hidden_states, output_attentions, wanted_tokens)
         logits = project(self.classifier, self.dropout(encoded.hidden))
         loss = None if labels is None else cross_entropy(logits, encoded.labels(labels))
         return self.finish(LogitsOutput(loss, encoded.scatter(logits)), encoded, return_dict)
@@ -249,8 +250,8 @@ class ALBERTForQuestionAnswering(HeadModel):
         Raises:
             As `ALBERTModel.forward`; ValueError for positions of another shape.
         """
-        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-        encoded = self.encode(*inputs, output_hidden_states, output_attentions)
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(inputs, output_hidden_states, output_attentions)
         scores = project(self.qa_outputs, encoded.hidden)
         start, end = encoded.scatter(scores, torch.finfo(scores.dtype).min).unbind(-1)
         loss = None
@@ -264,7 +265,7 @@ class ALBERTForQuestionAnswering(HeadModel):
 class ALBERTForMultipleChoice(HeadModel):
     """The encoder and one score for each of several choices, of its pooled token."""
 
-    output_tokens = "first"
+    wanted_tokens = "first"
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, True, backend)
@@ -297,14 +298,14 @@ class ALBERTForMultipleChoice(HeadModel):
         Raises:
             As `ALBERTModel.forward`; ValueError for labels of another shape.
         """
-        given = exactly_one(input_ids, inputs_embeds)
+        given = Inputs(input_ids, inputs_embeds=inputs_embeds).given()
         if given.dim() != (3 if inputs_embeds is None else 4):
             raise ValueError(f"expected (B, choices, S) ids or (B, choices, S, E) embeddings, got {tuple(given.shape)}")
-        ids, mask, types, positions, embeds = (
+        flat = (
             None if t is None else t.expand(len(given) if len(t) == 1 else -1, *t.shape[1:]).flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
-        encoded = self.encode(ids, mask, types, positions, embeds, output_hidden_states, output_attentions)
+        encoded = self.encode(Inputs(*flat), output_hidden_states, output_attentions)
         logits = project(self.classifier, self.dropout(encoded.pooled)).view(-1, given.shape[1])
         loss = None if labels is None else cross_entropy(logits, labels)
         return self.finish(LogitsOutput(loss, logits), encoded, return_dict)

@@ -31,6 +31,7 @@ class ModelMethods(nn.Module):
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     framework: ClassVar[str] = "pt"
     _keys_to_ignore_on_save: ClassVar[None] = None
+    execution: Any  # see `PretrainedMixin.execution`
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,23 +245,23 @@ class ModelMethods(nn.Module):
     # Training
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """`recompute = "layers"`: a backward computes layers again instead of keeping their states.
+        """`execution.recompute = "layers"`: a backward computes layers again instead of keeping their states.
 
         Raises:
-            ValueError: a model of `albert_fast.reference`, which keeps everything.
+            ValueError: a model of `albert_fast.models.reference`, which keeps everything.
         """
-        if not hasattr(type(self), "recompute"):
-            raise ValueError(f"{type(self).__name__} of albert_fast.reference keeps everything for its backward")
-        self.recompute = "layers"
+        if not self.supports_gradient_checkpointing:
+            raise ValueError(f"{type(self).__name__} of albert_fast.models.reference keeps everything for its backward")
+        self.execution.recompute = "layers"
 
     def gradient_checkpointing_disable(self) -> None:
-        """`recompute = "nothing"`."""
-        if hasattr(type(self), "recompute"):
-            self.recompute = "nothing"
+        """`execution.recompute = "nothing"`."""
+        if self.supports_gradient_checkpointing:
+            self.execution.recompute = "nothing"
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return getattr(self, "recompute", "nothing") == "layers"
+        return self.supports_gradient_checkpointing and self.execution.recompute == "layers"
 
     activation_checkpointing_enable = gradient_checkpointing_enable
     activation_checkpointing_disable = gradient_checkpointing_disable
@@ -268,7 +269,7 @@ class ModelMethods(nn.Module):
 
     @property
     def supports_gradient_checkpointing(self) -> bool:
-        return hasattr(type(self), "recompute")
+        return hasattr(type(self.execution), "recompute")
 
     def enable_input_require_grads(self) -> None:
         """Let the embeddings' result require a gradient, so that it flows to adapters on a frozen model."""

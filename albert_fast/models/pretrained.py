@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -22,9 +22,11 @@ from ..checkpoints.weights import (
     save_checkpoint,
     tied,
 )
+from ..quantization.calibration import Calibration
 from ..runtime import dispatch
 from .config import ALBERTConfig
-from .load_arguments import PRECISIONS, LoadArguments
+from .execution import EagerExecution
+from .load_arguments import LoadArguments
 from .model_methods import ModelMethods
 
 # How config.json names checkpoints with integer layers, which only this library reads.
@@ -39,8 +41,8 @@ def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
     values = model.config.to_dict()
     values.pop("torch_dtype", None)
     values.pop("quantization_config", None)
-    if model.quantized is not None:
-        values["quantization_config"] = {"quant_method": QUANT_METHOD, **_QUANTIZED[model.quantized]}
+    if (quantized := model.execution.quantized) is not None:
+        values["quantization_config"] = {"quant_method": QUANT_METHOD, **_QUANTIZED[quantized]}
     values["vocab_size"] = model.get_input_embeddings().weight.shape[0]  # of a table that was replaced by hand
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {**values, "architectures": [type(model).__name__.replace("ALBERT", "Albert")], "dtype": dtype}
@@ -58,8 +60,6 @@ def held_precision(config: ALBERTConfig, path: Path) -> str | None:
 
 
 Model = TypeVar("Model", bound="PretrainedMixin")
-# Batches as a model takes them: (input_ids, attention_mask), (B, S) each, a tokenizer's mapping of both, or input_ids alone.
-Calibration = Iterable[tuple[Tensor, Tensor | None] | Mapping[str, Tensor] | Tensor]
 
 
 class _Undrawn(TorchFunctionMode):
@@ -79,6 +79,7 @@ class PretrainedMixin(ModelMethods):
     """
 
     prefix: ClassVar[str] = "albert."
+    execution_class: ClassVar[type[EagerExecution]] = EagerExecution
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
@@ -108,32 +109,10 @@ class PretrainedMixin(ModelMethods):
                     state_dict.setdefault(prefix + absent, state_dict[prefix + there])
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    @classmethod
-    def check_backend(cls, backend: str, precision: str) -> None:
-        """Raises ValueError, with the reason, for what this class cannot run; called before anything is read."""
-        if backend not in ("auto", "reference"):
-            raise ValueError(f"backend {backend!r}: this model is plain PyTorch; it takes 'auto' or 'reference'")
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(PRECISIONS)}"
-            )
-
-    def use_backend(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
-        """Called by from_pretrained once the weights are in place, on their device: float32, or integers already."""
-        self.to(PRECISIONS[precision])
-
     @property
-    def quantized(self) -> str | None:
-        """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
-        return None
-
-    def expect_quantized(self, precision: str) -> None:
-        """Make room for the rounded weights of a checkpoint."""
-        raise ValueError(f"{type(self).__name__} is plain PyTorch and does not run {precision} weights")
-
-    def wrong_with(self, key: str, tensor: Tensor) -> str | None:
-        """What is wrong with a checkpoint's tensor of the right name, shape and dtype; None where nothing is."""
-        return None
+    def execution(self) -> Any:
+        """How the model runs: backend, precision, CUDA graphs, recomputation. See `models/execution.py`."""
+        return self.execution_class(self)
 
     @classmethod
     def from_pretrained(
@@ -176,7 +155,7 @@ class PretrainedMixin(ModelMethods):
             TypeError: an argument that is unknown, or means nothing here; says what to do.
         """
         read = LoadArguments.sorted(not cls.prefix, precision, device, arguments)
-        cls.check_backend(backend, read.precision or "fp32")
+        cls.execution_class.check(backend, read.precision or "fp32")
         dispatch.check_device(read.device)
         path = None if path_or_hub_id is None else resolve(path_or_hub_id, names=read.names, **read.hub)
         config = read.configuration(path)
@@ -204,13 +183,13 @@ class PretrainedMixin(ModelMethods):
                 where = "config" if path is None else config_path(path if path.is_dir() else path.parent)
                 raise ValueError(f"{where}: a model of these sizes cannot be made here: {error}") from error
         if held is not None:
-            model.expect_quantized(held)
+            model.execution.expect_quantized(held)
         info = load_into(
             model, state, allow_missing_head=allow_missing_head, ignore_mismatched_sizes=read.ignore_mismatched_sizes,
-            check=model.wrong_with,
+            check=model.execution.wrong_with,
         )  # fmt: skip
         model.to(read.device)
-        model.use_backend(backend, precision, calibration)
+        model.execution.use(backend, precision, calibration)
         if not cls.prefix and path is not None:
             _warn_of_pooling(path)
         return (model.eval(), info) if read.output_loading_info else model.eval()

@@ -1,27 +1,29 @@
-"""Calibration: what the layers are given on a caller's batches, and the rounding of their weights that errs least on them."""
+"""Rounds all layers of a model in the way that errs least on a caller's batches."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
+from ..layers.inputs import Inputs
+from ..layers.layer import Layer
 from ..layers.packing import Packing, pack
-from ..models.pretrained import Calibration
+from ..layers.quantized import QuantizedLinear
+from ..layers.run import Run
+from ..layers.stack import LayerStack
 from ..runtime import dispatch
-from .rounding import NEAREST, Fit, QuantizedLinear
+from .rounding import NEAREST, Fit, rounded_linear
 
-if TYPE_CHECKING:
-    from ..layers.stack import Encoder
-    from ..models.albert import ALBERTModel
-    from ..models.config import ALBERTConfig
+# Batches as a model takes them: (input_ids, attention_mask), (B, S) each, a tokenizer's mapping of both, or input_ids alone.
+Calibration = Iterable[tuple[Tensor, Tensor | None] | Mapping[str, Tensor] | Tensor]
 
 # A calibration of fewer tokens says too little about the channels.
 ENOUGH_TOKENS = 32
@@ -34,7 +36,20 @@ GAIN = 0.8
 Rounded = list[list[QuantizedLinear]]  # by distinct layer and product
 
 
-def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None = None, backend: str = "auto") -> None:
+class Encoder(Protocol):
+    """What calibration needs of a model."""
+
+    config: Any
+    encoder: LayerStack
+
+    def embed(self, packing: Packing, inputs: Inputs) -> Tensor:
+        """The first layer's input (T, H)."""
+
+    def check_length(self, columns: int) -> None:
+        """ValueError for a sequence that is too long."""
+
+
+def quantize(model: Encoder, precision: str, calibration: Calibration | None = None, backend: str = "auto") -> None:
     """Round the weights of all layers in place, to the nearest or as fits the inputs that they are given.
 
     int8 is fitted to random ids, and every precision to `calibration` where there is one. A fit is kept only if, on tokens
@@ -47,7 +62,7 @@ def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None
     encoder = model.encoder
     if encoder.quantized is not None:
         raise ValueError(f"the layers hold {encoder.quantized} weights already")
-    distinct = encoder.distinct()
+    distinct = encoder.distinct_layers()
     if not all(layer.is_plain() for layer in distinct):
         raise RuntimeError(
             f"{precision} takes the place of plain Linears: merge adapters, and remove parametrisations and hooks, first"
@@ -60,9 +75,10 @@ def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None
             stacklevel=2,
         )
         given = None
-    samples = [(Sample(model, random_batches(model.config)), False)] if precision == "int8" else []
+    random = random_batches(model.config.vocab_size, model.config.max_position_embeddings)
+    samples = [(Sample(model, random), False)] if precision == "int8" else []
     samples += [] if given is None else [(given, True)]
-    nearest: Rounded = [layer.rounded(precision, NEAREST) for layer in distinct]
+    nearest: Rounded = [_rounded(layer, precision, NEAREST) for layer in distinct]
     fitted = [(sample, sample.rounded(encoder, precision, representative)) for sample, representative in samples]
     _place(encoder, nearest)
     best = nearest
@@ -74,9 +90,17 @@ def quantize(model: ALBERTModel, precision: str, calibration: Calibration | None
     _place(encoder, best)
 
 
-def _place(encoder: Encoder, rounded: Rounded) -> None:
-    for layer, linears in zip(encoder.distinct(), rounded, strict=True):
-        layer.place(linears)
+def _rounded(
+    layer: Layer, precision: str, fit: Fit, inputs: Sequence[Tensor | None] = (None,) * 4
+) -> list[QuantizedLinear]:
+    """A layer's four products in integers; `inputs` (T, K) is what each was given: see `rounded_linear`."""
+    linears = zip(ops.PRODUCTS, layer.products(), inputs, strict=True)
+    return [rounded_linear(name, linear, precision, fit, x) for name, linear, x in linears]
+
+
+def _place(stack: LayerStack, rounded: Rounded) -> None:
+    for layer, linears in zip(stack.distinct_layers(), rounded, strict=True):
+        layer.place_quantized(linears)
 
 
 @dataclass(frozen=True)
@@ -93,10 +117,10 @@ class Sequences:
 class Trial:
     """Runs the layers with one rounding after another, on the kernels, or on their reference where there are none."""
 
-    def __init__(self, encoder: Encoder, precision: str, backend: str, sequences: list[Sequences]) -> None:
+    def __init__(self, encoder: LayerStack, precision: str, backend: str, sequences: list[Sequences]) -> None:
         """encoder: its layers are rounded already, so that a copy is small."""
         self._sequences = sequences
-        device = encoder.embedding_hidden_mapping_in.weight.device
+        device = next(encoder.parameters()).device
         self._dtype = dispatch.quantized_dtype(precision, device.type)
         self._encoder = copy.deepcopy(encoder).to(self._dtype).eval()
         self._backend = backend if dispatch.why_not_quantized(precision, device, "auto") else "auto"
@@ -107,7 +131,7 @@ class Trial:
         _place(self._encoder, rounded)
         total = 0.0
         for some in self._sequences:
-            found = self._encoder(some.hidden.to(self._dtype), some.packing, None, self._backend)
+            found = self._encoder(some.hidden.to(self._dtype), some.packing, None, Run(self._backend))
             total += float((found[some.held_out] - some.exact).square().sum())
         return total
 
@@ -115,10 +139,11 @@ class Trial:
 class Sample:
     """What batches are to the layers in float32: the inputs of each product, and sequences to try roundings on."""
 
-    def __init__(self, model: ALBERTModel, batches: Calibration) -> None:
-        device, encoder = model.embeddings.word_embeddings.weight.device, model.encoder
+    def __init__(self, model: Encoder, batches: Calibration) -> None:
+        self._model, encoder = model, model.encoder
+        device = next(encoder.parameters()).device
         self.tokens = 0
-        self._seen = [[Rows() for _ in ops.PRODUCTS] for _ in encoder.distinct()]
+        self._seen = [[Rows() for _ in ops.PRODUCTS] for _ in encoder.distinct_layers()]
         self.sequences: list[Sequences] = []
         listed = list(calibration_batches(batches))
         total = sum(ids.numel() if mask is None else int(mask.count_nonzero()) for ids, mask in listed)
@@ -126,55 +151,60 @@ class Sample:
             raise ValueError("calibration: there is no token in it; leave it out to have none")
         step, count = max(1, total // TRIAL_TOKENS), 0
         for ids, mask in listed:
-            model._check_length(ids.shape[1])
+            model.check_length(ids.shape[1])
             ids, mask = ids.to(device), torch.ones_like(ids) if mask is None else mask.to(device)
             real = mask.bool()
             held_out = _is_held_out(real.flatten().cumsum(0) + self.tokens).view(ids.shape)
-            self._collect(model, ids, mask, ~held_out[real])
+            self._collect(ids, mask, ~held_out[real])
             chosen = slice(-count % step, None, step)
             if real[chosen].any():
-                self._try_on(model, ids[chosen], mask[chosen], held_out[chosen][real[chosen]])
+                self._try_on(ids[chosen], mask[chosen], held_out[chosen][real[chosen]])
             self.tokens, count = self.tokens + int(real.sum()), count + len(ids)
 
     @torch.no_grad()
-    def _collect(self, model: ALBERTModel, ids: Tensor, mask: Tensor, wanted: Tensor) -> None:
-        """Adds the inputs of the products, of those tokens (T,) that are `wanted`."""
-        hidden, packing = _embedded(model, ids, mask)
-        distinct = model.encoder.distinct()
-        for number in model.encoder.order():
-            inputs, hidden = distinct[number].inputs(hidden, packing)
-            for rows, given in zip(self._seen[number], inputs, strict=True):
-                rows.add(given[wanted])
+    def _collect(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> None:
+        """Add the inputs of all products for those of the real tokens (T,) that are `wanted`."""
+        layers = zip(self._model.encoder.distinct_layers(), self._seen, strict=True)
+        rows = {
+            id(module): seen for layer, own in layers for module, seen in zip(layer.product_modules(), own, strict=True)
+        }
+        self._run(ids, mask, lambda module, x: rows[id(module)].add(x[wanted]))
 
     @torch.no_grad()
-    def _try_on(self, model: ALBERTModel, ids: Tensor, mask: Tensor, held_out: Tensor) -> None:
-        """Adds sequences to those that roundings are tried on."""
-        embedded, packing = _embedded(model, ids, mask)
-        hidden, distinct = embedded, model.encoder.distinct()
-        for number in model.encoder.order():
-            _, hidden = distinct[number].inputs(hidden, packing)
+    def _try_on(self, ids: Tensor, mask: Tensor, held_out: Tensor) -> None:
+        """Add sequences to those that roundings are tried on."""
+        embedded, packing, hidden = self._run(ids, mask, lambda *_: None)
         self.sequences.append(Sequences(embedded, packing, held_out, hidden[held_out]))
+
+    def _run(
+        self, ids: Tensor, mask: Tensor, listen: Callable[[nn.Module, Tensor], None]
+    ) -> tuple[Tensor, Packing, Tensor]:
+        """The first layer's input (T, H), how it is packed, and the last layer's result, computed without dropout."""
+        packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
+        embedded = self._model.embed(packing, Inputs(ids, position_ids=positions))
+        encoder = self._model.encoder
+        training = [module for module in encoder.modules() if module.training]
+        encoder.eval()
+        try:
+            return embedded, packing, encoder(embedded, packing, None, Run(listen=listen))
+        finally:
+            for module in training:
+                module.training = True
 
     def _is_uneven(self) -> bool:
         """Whether hidden states that a layer is given, of one token and another, differ much in size."""
         sizes = [rows.norm(dim=1) for seen in self._seen if (rows := seen[0].gathered()) is not None]
         return any(bool(some.max() > UNEVEN * some.min()) for some in sizes)
 
-    def rounded(self, encoder: Encoder, precision: str, fit_weights: bool) -> list[Rounded]:
+    def rounded(self, encoder: LayerStack, precision: str, fit_weights: bool) -> list[Rounded]:
         """The layers' weights, fitted to the inputs in each way that there is."""
         fits = [Fit(inputs=True, weights=fit_weights, relative=False)]
         if self._is_uneven():
             fits.append(replace(fits[0], relative=True))
-        layers = list(zip(encoder.distinct(), self._seen, strict=True))
-        return [[layer.rounded(precision, fit, [rows.gathered() for rows in seen]) for layer, seen in layers]
+        layers = list(zip(encoder.distinct_layers(), self._seen, strict=True))
+        return [[_rounded(layer, precision, fit, [rows.gathered() for rows in seen]) for layer, seen in layers]
                 for fit in fits]  # fmt: skip
-
-
-def _embedded(model: ALBERTModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Packing]:
-    """What the first layer is given (T, H)."""
-    packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
-    return model.embed(packing, ids, None, positions, None), packing
 
 
 def _is_held_out(numbers: Tensor) -> Tensor:
@@ -182,11 +212,11 @@ def _is_held_out(numbers: Tensor) -> Tensor:
     return (numbers.double() * ((5**0.5 - 1) / 2)) % 1 < 1 / 8
 
 
-def random_batches(config: ALBERTConfig) -> list[tuple[Tensor, Tensor | None]]:
-    """Random ids (B, S) of the vocabulary, for want of real text; the same in every process."""
+def random_batches(words: int, positions: int) -> list[tuple[Tensor, Tensor | None]]:
+    """Random ids (B, S) below `words`, where there is no real text; the same in every process."""
     generator = torch.Generator().manual_seed(0)
-    longest = min(128, config.max_position_embeddings)
-    return [(torch.randint(config.vocab_size, (8 * longest // n, n), generator=generator), None)
+    longest = min(128, positions)
+    return [(torch.randint(words, (8 * longest // n, n), generator=generator), None)
             for n in sorted({max(1, longest // 8), max(1, longest // 2)})]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from ..ops._dropout import HEAD_STRIDE, keep_scale
 from ..ops._integers import FORMATS, lay_out, unpack, unpack_channels
 from ..ops.bias_gelu import act_ref
 from ..ops.quantized_encoder import VECTORS
-from ..quantization.rounding import QuantizedLinear
+from ..quantization.rounding import rounded_linear
 from .case import EPS, Inputs, drawn_seed, randn
 
 # attention: shapes are (lengths of queries, lengths of keys or None for the same, heads, head_dim) --------------------------
@@ -163,7 +163,7 @@ def quantized_encoder_inputs(
             rescale = torch.rand(weight.shape[1], generator=generator) * 1.5 + 0.5
             linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
             linear.weight.data = weight.float().cpu() / rescale
-            state = QuantizedLinear.rounded(name, linear, precision).state_dict()
+            state = rounded_linear(name, linear, precision).state_dict()
             laid = lay_out(name, state["weight"], state["weight_scale"], panels=dtype == torch.float32)
             shift = torch.randn(weight.shape[1], generator=generator)
             for key, tensor in zip(lists, (*laid, rescale, shift), strict=True):

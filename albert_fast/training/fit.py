@@ -247,7 +247,7 @@ def _pretrain(
     recipe = run.recipe
     lines = drop_contained_lines([text if isinstance(text, str) else " ".join(text) for text in examples.texts])
     data = MaskedTextDataset(
-        lines, tokenizer, recipe.max_length, mask_probability=recipe.mask_probability, with_output_tokens=True
+        lines, tokenizer, recipe.max_length, mask_probability=recipe.mask_probability, with_wanted_tokens=True
     )
     model = ALBERTForMaskedLM(config).float()
     if init_from is not None:

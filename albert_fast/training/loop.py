@@ -10,7 +10,7 @@ back and `criterion(outputs, labels)` is called with:
 | a tensor | that tensor | as in the batch |
 | logits (B, C) and labels (B,) | the logits; (B,) where C = 1 | (B,); floats where C = 1 |
 | logits (B, S, C) and labels (B, S) | the logits of the real tokens (N, C) | (N,), -100 kept |
-| logits (N, C) of the batch's `output_tokens` | these logits | (N,), the labels there |
+| logits (N, C) of the batch's `wanted_tokens` | these logits | (N,), the labels there |
 | start_logits and end_logits | one call each, rows whose answer lies in the sequence; the mean of both | (N,) |
 | prediction_logits and sop_logits | one call each, as above; the sum of both | (N,) |
 | anything else | what the model returned | as in the batch |
@@ -270,11 +270,11 @@ def _pairs(outputs: Any, labels: dict[str, Any], inputs: dict[str, Any]) -> list
 
 
 def _arrange(logits: Tensor | None, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
-    """Token logits (B, S, C), (N, C) of `output_tokens`, or none, with labels (B, S) -> (N, C), or none, and (N,).
+    """Token logits (B, S, C), (N, C) of `wanted_tokens`, or none, with labels (B, S) -> (N, C), or none, and (N,).
 
     (B, 1) with (B,) -> (B,). All else stays.
     """
-    mask, wanted = inputs.get("attention_mask"), inputs.get("output_tokens")
+    mask, wanted = inputs.get("attention_mask"), inputs.get("wanted_tokens")
     real = torch.ones_like(labels, dtype=torch.bool) if mask is None or mask.shape != labels.shape else mask.bool()
     if logits is None:
         return None, labels[real if wanted is None else real & wanted]

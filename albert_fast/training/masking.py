@@ -24,7 +24,7 @@ class MaskedTextDataset(TextDataset):
     Args:
         texts, tokenizer, max_length: as in TextDataset.
         mask_probability: share of the tokens of a text to hide; at least one, special ones never.
-        with_output_tokens: batches also say `output_tokens`, the hidden ones, for which alone this package's
+        with_wanted_tokens: batches also say `wanted_tokens`, the hidden ones, for which alone this package's
             ALBERTForMaskedLM then computes the last layer and the scores.
 
     Raises:
@@ -38,14 +38,14 @@ class MaskedTextDataset(TextDataset):
         max_length: int = 512,
         *,
         mask_probability: float = 0.15,
-        with_output_tokens: bool = False,
+        with_wanted_tokens: bool = False,
     ) -> None:
         super().__init__(texts, [0] * len(texts), tokenizer, max_length)
         if tokenizer.mask_token_id is None:
             raise ValueError("masked language modelling needs a tokenizer with a mask token")
         if not 0 < mask_probability < 1:
             raise ValueError(f"mask_probability must lie in (0, 1), got {mask_probability}")
-        self.mask_probability, self.with_output_tokens = mask_probability, with_output_tokens
+        self.mask_probability, self.with_wanted_tokens = mask_probability, with_wanted_tokens
         self.starts_word = word_starts(tokenizer)
         self.ordinary_ids = torch.tensor(sorted(set(range(len(self.starts_word))) - set(self.special_ids.tolist())))
 
@@ -55,8 +55,8 @@ class MaskedTextDataset(TextDataset):
         ids = batch["input_ids"]
         hidden = choose_tokens(ids, torch.isin(ids, self.special_ids), self.starts_word, self.mask_probability)
         batch["labels"] = torch.where(hidden, ids, IGNORED)
-        if self.with_output_tokens:
-            batch["output_tokens"] = hidden
+        if self.with_wanted_tokens:
+            batch["wanted_tokens"] = hidden
         fate = torch.rand(ids.shape, dtype=torch.float32)
         other = self.ordinary_ids[torch.randint(len(self.ordinary_ids), ids.shape)]
         assert self.mask_id is not None

@@ -67,14 +67,14 @@ class Capture:
 def graphed(capture: Capture, kind: Any = ALBERTModel, **options: Any) -> Any:
     """A model whose graphs are captured by `capture`. The reference takes rows that are in no sequence, as the GPU's kernels."""
     made = kind(CONFIG, backend="reference").eval().to(DEVICE)
-    made.base._graphs = GraphCache(capture, **options)
+    made.base_model.execution_state.graphs = GraphCache(capture, **options)
     return made
 
 
 def plain(model: Any) -> Any:
     """The same model without graphs."""
     other = copy.deepcopy(model)
-    other.base._graphs = None
+    other.base_model.execution_state.graphs = None
     return other
 
 
