@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .models.heads import ALBERTForSequenceClassification as ALBERTForSequenceClassification
     from .models.heads import ALBERTForTokenClassification as ALBERTForTokenClassification
     from .ops import synchronize as synchronize
+    from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
     "ALBERTConfig": "models.config",
@@ -38,6 +39,7 @@ _HOME = {
     "ALBERTForMultipleChoice": "models.heads",
     "aligned_representation": "layers.packing",
     "explain": "inspect.explain",
+    "load_tokenizer": "text.tokenizer",
     "synchronize": "ops",
 }
 
