@@ -1,4 +1,4 @@
-"""`explain`: what a forward would run where, and why, without running it."""
+"""`explain` lists which kernels a forward would run on which backend, and why, without running it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HEADER = ("step", "times", "rows", "runs on", "GFLOP", "why")
 
 @dataclass(frozen=True)
 class Step:
-    """One kind of work in a forward: how often, over how many rows, on what, its arithmetic, and the reason for the choice."""
+    """One kind of work in a forward: how often, over how many rows, on which backend, how much arithmetic, and why there."""
 
     name: str
     times: int
@@ -50,7 +50,7 @@ class Plan:
 
 
 def _chosen(op: str, device_type: str, dtype: torch.dtype, backend: str) -> tuple[str, str]:
-    """The backend that would run `op`, and why: asked for, first choice, or what the better ones lack."""
+    """The backend that would run `op`, and why: it was asked for, is the first choice, or a better one cannot run."""
     name = dispatch.resolve(op, device_type, dtype, backend)
     if backend == name:
         return name, "asked for"

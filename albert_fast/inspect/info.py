@@ -1,4 +1,4 @@
-"""What runs on this machine, what does not, why, and how to get it: `python -m albert_fast.info [--json]`.
+"""Lists what runs on this machine, what does not, why, and how to get it: `python -m albert_fast.info [--json]`.
 
 `describe()` names the machine and the libraries for the record of a benchmark; `operators()` asks the dispatch table
 about every operator; `advice()` says how to get what is missing. Nothing here needs more than the package's own
@@ -130,7 +130,7 @@ def extension() -> tuple[dict[str, Any] | None, str | None]:
 
 
 def describe() -> dict[str, Any]:
-    """The machine and the software, as plain values that go into JSON: what a benchmark stores beside its figures.
+    """The machine and the software as plain values for JSON; benchmarks store them with their figures.
 
     Returns:
         albert_fast, python, system: versions;

@@ -1,9 +1,9 @@
-"""Where the time of a forward goes on a CPU, stage by stage, and how near each stage comes to what this machine can do.
+"""Measures where the time of a forward goes on a CPU, stage by stage, and compares each stage with the machine's limit.
 
-Limits are measured in the same run: for stages that multiply floats the rate of a large product (1024 x 768 by 768 x 3072,
-oneDNN's where torch has it), for those that multiply integers that of our own kernel on operands in the first cache, for
-those that move memory that of `torch.add` on arrays of the batch's size. A limit is the best of several tries. Beside integer
-products attention multiplies integers of 16 bits, whatever the weights have.
+Limits are measured in the same run. For stages that multiply floats the limit is the rate of a large product (1024 x 768 by
+768 x 3072, oneDNN's where torch has it), for integer products that of our own kernel on operands in the first cache, for
+stages that move memory that of `torch.add` on arrays of the batch's size. A limit is the best of several tries. Attention in a
+model of integer layers multiplies 16-bit integers, whatever the weights have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Times several sides of one question side by side, so that what slows the machine down slows all of them alike.
+"""Times several sides of a comparison in turns, so that a slow moment of the machine slows all of them alike.
 
 One round visits every side in turn, A B C A B C ..., and takes one sample of each: the mean of a block of calls.
 Between two blocks lies a pause, because the worker threads of other engines (OpenMP, ONNX Runtime, oneTBB) spin for a

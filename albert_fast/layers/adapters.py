@@ -1,9 +1,8 @@
-"""Modules whose weights fused operators read, and what a user may have put in their place.
+"""Detects adapters, hooks and other replacements of the modules whose weights fused operators read.
 
-A Linear in a layer is a product with the next operator fused behind it, so the module is not called; an adapter around it
-(peft's LoRA), another forward or a hook on it would be passed over, as hooks on all modules of the process are. Where one of
-these is found the part is called as it stands. Tables and LayerNorms are read inside one operator with what surrounds them:
-there a replaced one is refused.
+A fused operator reads a Linear's weight and does not call the module. An adapter around it (peft's LoRA), another forward or a
+hook would be skipped, so where one is found the module is called instead. Embedding tables and LayerNorms are read inside
+larger operators: a replaced one is refused. Hooks that torch runs for all modules of the process are always skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from ..runtime.registration import is_traced
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of `module` would do more than its class does: a hook, or a forward set on the object itself."""
+    """Whether calling `module` does more than its class's forward: it has a hook, or a forward set on the object."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         or "forward" in module.__dict__
@@ -27,20 +26,20 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is x @ weight.T + bias and nothing else; the weight may be a parametrisation's."""
+    """Whether `module` computes x @ weight.T + bias and nothing else; the weight may be parametrised."""
     return type(module).forward is nn.Linear.forward and not is_hooked(module)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module` is a Linear with a bias whose own parameters are what it computes with, so that a copy of them serves
-    several calls: no parametrisation, which may draw at each call, and no tensor of another kind."""
+    """Whether `module` is a Linear that computes with its own weight and bias, so that a copy of them serves several calls: it has
+    no parametrisation, which may draw random numbers at each call, and no tensor subclass."""
     if not is_linear(module) or "parametrizations" in module._modules:
         return False
     return all(type(module._parameters.get(name)) in (Tensor, nn.Parameter) for name in ("weight", "bias"))
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
-    """What `module`, a Linear or what stands in its place, makes of x (T, K): (T, N)."""
+    """The result (T, N) of `module`, a Linear or its replacement, for x (T, K)."""
     return linear(x, module.weight, module.bias) if is_linear(module) else module(x)  # type: ignore[arg-type]
 
 
@@ -52,7 +51,7 @@ def project_tanh(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`project` as a product (T, N) and the bias (N,) that a fused operator adds behind it: zeros where it is in already."""
+    """`project` as a product (T, N) and a bias (N,) that the next fused operator adds: zeros where it is already added."""
     if is_linear(module) and module.bias is not None:
         return linear(x, module.weight), module.bias  # type: ignore[arg-type, return-value]
     out = project(module, x)
@@ -60,17 +59,17 @@ def product(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_read(module: nn.Module, kind: type[nn.Module], where: str) -> None:
-    """RuntimeError where `module` is not computed as a `kind` is: a fused operator reads its weights and does not call it."""
+    """RuntimeError where `module` has another forward than `kind`: a fused operator reads its weights and does not call it."""
     if type(module).forward is not kind.forward or "forward" in module.__dict__:
         raise RuntimeError(
-            f"{where} was replaced by {type(module).__name__}, which a fused operator would pass over: leave it out of the "
+            f"{where} was replaced by {type(module).__name__}, which a fused operator would not call: leave it out of the "
             "adapter's targets, merge the adapter, or take albert_fast.reference, which calls every module"
         )
     check_heard(module, where)
 
 
 def check_heard(module: nn.Module, where: str) -> None:
-    """A warning, once, where `module` has hooks although it is not called."""
+    """Warn, once, where `module` has hooks although it is not called."""
     if is_hooked(module) and not is_traced():
         _warn_of_hooks(where)
 

@@ -1,4 +1,4 @@
-"""Modules of layers whose weights were rounded to integers or float8: they hold what `ops.quantized_encoder` reads."""
+"""Modules of a layer with rounded weights (integers or float8), laid out for `ops.quantized_encoder`."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ class QuantizedLinear(nn.Module):
 class QuantizedAttention(nn.Module):
     """Replaces a layer's attention: query, key and value are one product `qkv` (H -> 3H); `dense` and `LayerNorm` follow.
 
-    state_dict has the rows of query, key and value apart, under the names of a float attention, and what the three share
-    under `qkv`: `query.weight` (H, H), `query.weight_scale` (H,), `query.bias` (H,), ..., `qkv.rescale`, `qkv.shift` (H,).
+    state_dict holds query, key and value separately, under the names of a float attention, and the tensors that the three
+    share under `qkv`: `query.weight` (H, H), `query.weight_scale` (H,), `query.bias` (H,), ..., `qkv.rescale`, `qkv.shift` (H,).
     """
 
     ROWS = ("query", "key", "value")
@@ -162,7 +162,7 @@ def run_sums(weight: Tensor) -> Tensor:
 
 
 def fits_sums(integers: Tensor) -> bool:
-    """Whether int16 weights (N, K) keep what `int16_scale` promises."""
+    """Whether the sums of int16 weights (N, K) fit 32 bits, as those with the steps of `int16_scale` do."""
     return float(run_sums(integers).amax()) * FORMATS["int16"].activation_levels < 2**31
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..layers.spec import LayerSpec
 from ..runtime.files import read_json_object
-from . import config_checks as _config_checks
+from . import config_checks
 from .config_attributes import ConfigAttributes, keeps_other_keys
 
-# Names as they stand in config.json -> the activation that our kernels implement.
+# Names in config.json -> the activation that our kernels implement.
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -38,7 +38,7 @@ class ALBERTConfig(ConfigAttributes):
 
     Raises:
         ValueError: a field of another type or out of its range, heads that do not divide `hidden_size`, an unknown
-            activation or problem type, more layers than `_config_checks` allows; the message names field and value.
+            activation or problem type, more layers than `config_checks` allows; the message names field and value.
     """
 
     vocab_size: int = 30000
@@ -72,13 +72,13 @@ class ALBERTConfig(ConfigAttributes):
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        id2label = None if self.id2label is None else _config_checks.class_names(self.id2label)
-        label2id = None if self.label2id is None else _config_checks.class_numbers(self.label2id)
-        _config_checks.check(self)
-        _config_checks.check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        id2label = None if self.id2label is None else config_checks.class_names(self.id2label)
+        label2id = None if self.label2id is None else config_checks.class_numbers(self.label2id)
+        config_checks.check(self)
+        config_checks.check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"config: problem_type {self.problem_type!r} is none of {PROBLEM_TYPES}")
-        self.extra = dict(self.extra)  # a copy of the configuration has its own
+        self.extra = dict(self.extra)  # a copy of the configuration has a dict of its own
         self._name_labels(id2label)
         if label2id is not None:
             self.label2id = label2id
@@ -113,13 +113,19 @@ class ALBERTConfig(ConfigAttributes):
         """The group that computes `layer`: Hugging Face's rule, float rounding included (Google's differs in 36 cases)."""
         return int(layer / (self.num_hidden_layers / self.num_hidden_groups))
 
+    @property
+    def head_dropout(self) -> float:
+        """The dropout probability before a head's classifier."""
+        p = self.classifier_dropout_prob
+        return self.hidden_dropout_prob if p is None else p
+
     def label(self, index: int) -> str:
         """The name of class `index`, as Hugging Face names classes without one."""
         return self.id2label[index] if self.id2label is not None and index in self.id2label else f"LABEL_{index}"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ALBERTConfig:
-        """From the contents of a config.json; nothing is lost on the way to `to_dict` and back."""
+        """From the contents of a config.json. `to_dict` gives them back without loss."""
         cls.check_model_type(values.get("model_type", "albert"))
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         extra = {key: value for key, value in values.items() if key not in known and key != "model_type"}
@@ -139,7 +145,7 @@ class ALBERTConfig(ConfigAttributes):
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("extra", "num_labels")
         }
         values["id2label"] = {str(key): label for key, label in (self.id2label or {}).items()}
-        # Hugging Face counts the classes by their names; two that have none are its default.
+        # Hugging Face counts classes by their names; two unnamed classes are its default.
         if (self.id2label, self.label2id) == ({0: "LABEL_0", 1: "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}):
             del values["id2label"], values["label2id"]
         for name in ("ffn_output_dropout", "output_hidden_states", "output_attentions", "return_dict"):

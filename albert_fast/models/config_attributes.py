@@ -10,14 +10,11 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
-
-if TYPE_CHECKING:
-    from .config import ALBERTConfig
+from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config", bound=type)
 
-# What an attribute reads as where neither config.json nor the caller has set it; transformers' defaults.
+# Values of attributes that neither config.json nor the caller has set; transformers' defaults.
 DEFAULTS: dict[str, Any] = {
     "architectures": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None, "finetuning_task": None,
     "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "prefix": None,
@@ -28,9 +25,9 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 
 
 def keeps_other_keys(cls: Config) -> Config:
-    """Class decorator: let the constructor of a configuration take any keyword; those that are no field become attributes.
+    """Class decorator: a configuration's constructor takes any keyword; keywords that are not fields become attributes.
 
-    A keyword that looks like a misspelt field is kept too, with a warning that names the field.
+    A keyword that looks like a misspelt field is kept too, and a warning names the field.
     """
     init, names = cls.__init__, {f.name for f in dataclasses.fields(cls)}  # type: ignore[misc]
 
@@ -61,7 +58,7 @@ class ConfigAttributes:
         if model_type != "albert":
             raise ValueError(f"config: model_type is {model_type!r}, expected 'albert'")
 
-    def __getattr__(self, name: str) -> Any:  # called only for what is no field, method or property
+    def __getattr__(self, name: str) -> Any:  # called only for names that are not fields, methods or properties
         extra = self.__dict__.get("extra", {})
         if name in ("dtype", "torch_dtype"):
             import torch
@@ -89,7 +86,7 @@ class ConfigAttributes:
         return name in self.__dataclass_fields__ and name != "extra"
 
     def has_key(self, name: str) -> bool:
-        """Whether `name`, which is no field, can be read and set: a key of config.json, or one with a default."""
+        """Whether `name`, which is not a field, can be read and set: a key of config.json, or one with a default."""
         return name in DEFAULTS or name in ("dtype", "torch_dtype") or name in self.extra
 
     def _name_labels(self, names: Mapping[Any, str] | None) -> None:
@@ -100,7 +97,10 @@ class ConfigAttributes:
         values = {"id2label": id2label, "num_labels": len(id2label)}
         self.__dict__.update(values, label2id={label: key for key, label in id2label.items()})
 
-    def __copy__(self) -> ALBERTConfig:
+    def replace(self, **changes: Any) -> Any:
+        raise NotImplementedError
+
+    def __copy__(self) -> Any:
         return self.replace()
 
     def __iter__(self) -> Iterator[str]:
@@ -140,12 +140,12 @@ class ConfigAttributes:
             setattr(self, name, value)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """`to_dict` without what has its default."""
+        """The entries of `to_dict` that differ from their defaults."""
         usual = type(self)().to_dict()
         return {k: v for k, v in self.to_dict().items() if k == "model_type" or k not in usual or usual[k] != v}
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """config.json as text: with `use_diff` only what has not its default."""
+        """config.json as text; with `use_diff` only the entries that differ from their defaults."""
         values = self.to_diff_dict() if use_diff else self.to_dict()
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 

@@ -1,13 +1,10 @@
-"""What a value of config.json may be: each field's type and range, and the bounds on sizes that a file can ask for."""
+"""Checks of config.json: each field's type and range, and upper bounds on sizes that a file can ask for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .config import ALBERTConfig
+from typing import Any
 
 SIZES = (
     "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_hidden_groups", "num_attention_heads",
@@ -21,8 +18,8 @@ MOST_LAYERS_RUN = 10_000  # num_hidden_layers x inner_group_num
 MOST_LAYERS_HELD = 1_000  # num_hidden_groups x inner_group_num
 
 
-def check(config: ALBERTConfig) -> None:
-    """ValueError that names the field and its value, for the first field that cannot be used as it is."""
+def check(config: Any) -> None:
+    """Check an ALBERTConfig: a ValueError names the first field that cannot be used as it is, and its value."""
     for name in SIZES:
         value = getattr(config, name)
         if not is_integer(value) or value < 1:
@@ -56,7 +53,7 @@ def check(config: ALBERTConfig) -> None:
     _check_tokens(config)
 
 
-def _check_tokens(config: ALBERTConfig) -> None:
+def _check_tokens(config: Any) -> None:
     pad, bos, eos = config.pad_token_id, config.bos_token_id, config.eos_token_id
     # A negative one counts from the end, as in torch's Embedding.
     if pad is not None and not (is_integer(pad) and -config.vocab_size <= pad < config.vocab_size):
@@ -73,7 +70,7 @@ def class_names(id2label: Any) -> dict[int, str]:
     """`id2label` of config.json, whose keys JSON makes strings, as {0: "negative", ...}.
 
     Raises:
-        ValueError: no object, an empty one, keys that are no class numbers, names that are no text or number.
+        ValueError: no object, an empty one, keys that are not class numbers, names that are neither text nor numbers.
     """
     if not isinstance(id2label, dict) or not id2label:
         raise ValueError(f'config: id2label must be an object such as {{"0": "negative"}}, got {_shown(id2label)}')

@@ -1,4 +1,4 @@
-"""What the six heads share: an encoder in `albert`, the masked-language head, and how a forward is put together."""
+"""Base classes of the models with a head: the encoder in `albert`, the masked-language head, hidden states and losses."""
 
 from __future__ import annotations
 
@@ -23,13 +23,8 @@ from .losses import cross_entropy
 from .pretrained import PretrainedMixin
 
 
-def classifier_dropout(config: ALBERTConfig) -> nn.Dropout:
-    p = config.classifier_dropout_prob
-    return nn.Dropout(config.hidden_dropout_prob if p is None else p)
-
-
 class MLMHead(nn.Module):
-    """(N, H) -> gelu_layer_norm of the product with dense (N, E) -> scores (N, V) by the decoder, tied to the embedding."""
+    """(N, H) -> dense and gelu_layer_norm (N, E) -> decoder, tied to the word embeddings: scores (N, V)."""
 
     def __init__(self, config: ALBERTConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
@@ -45,14 +40,14 @@ class MLMHead(nn.Module):
         return project(self.decoder, self.transform(hidden, backend))
 
     def transform(self, hidden: Tensor, backend: str) -> Tensor:
-        """(N, H) -> (N, E), what the decoder takes."""
+        """(N, H) -> (N, E), the decoder's input."""
         norm = self.LayerNorm
         check_read(norm, nn.LayerNorm, "predictions.LayerNorm")
         x, bias = product(self.dense, hidden)
         return ops.gelu_layer_norm(x, bias, norm.weight, norm.bias, norm.eps, self.act, backend=backend)
 
     def loss(self, hidden: Tensor, labels: Tensor, backend: str) -> Tensor:
-        """The cross-entropy of the scores of `hidden` (N, H) and labels (N,); the scores never stand in memory."""
+        """Cross-entropy of the scores of `hidden` (N, H) with labels (N,), computed without the scores in memory."""
         check_heard(self, "predictions, with output_logits=False,")
         check_read(self.decoder, nn.Linear, "predictions.decoder")
         x, decoder = self.transform(hidden, backend), self.decoder
@@ -64,7 +59,7 @@ class SOPHead(nn.Module):
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
-        self.dropout = classifier_dropout(config)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -89,7 +84,7 @@ class HeadModel(PretrainedMixin):
         return self.albert.execution_state.backend
 
     def loss_function(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
-        """The loss that `forward` computes of logits (..., N) and labels (...) of classes; -100 is ignored."""
+        """The loss that `forward` computes from logits (..., N) and class labels (...); -100 is ignored."""
         return cross_entropy(logits.flatten(0, -2), labels.flatten())
 
     def encode(
@@ -115,20 +110,20 @@ class HeadModel(PretrainedMixin):
         return Encoded.of(output, packing, wanted)
 
     def finish(self, output: Any, encoded: Encoded, return_dict: bool | None) -> Any:
-        """`output` with the encoder's states, or the tuple of what is set."""
+        """`output` with the encoder's states; as a tuple of its set fields where the caller asked for one."""
         output.hidden_states, output.attentions = encoded.hidden_states, encoded.attentions
         return output if self.asked("use_return_dict", return_dict) else output.to_tuple()
 
 
 class MLMModel(HeadModel):
-    """What the two models with a masked-language head share: `predictions`, tied to the word embeddings."""
+    """Base of the two models with a masked-language head: `predictions`, tied to the word embeddings."""
 
     predictions: MLMHead
 
     def scores_and_loss(
         self, encoded: Encoded, labels: Tensor | None, output_logits: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Scores (N, V) of the tokens in `encoded`, if asked for, and the loss of labels (B, S), if there are any."""
+        """Scores (N, V) of the tokens in `encoded`, if asked for, and the loss of labels (B, S), if given."""
         head, hidden = self.predictions, encoded.hidden
         if self.config.tie_word_embeddings and not is_traced():
             self._check_tied()
@@ -139,7 +134,7 @@ class MLMModel(HeadModel):
         return scores, head.loss(hidden, labels, self.backend) if scores is None else cross_entropy(scores, labels)
 
     def _check_tied(self) -> None:
-        """ValueError where the table was replaced by one of another size; a warning where by one of the same."""
+        """ValueError where the table was replaced by one of another size; a warning where the size is the same."""
         words, decoder = self.albert.embeddings.word_embeddings, self.predictions.decoder
         if type(words) is not nn.Embedding or type(decoder) is not nn.Linear or decoder.weight is words.weight:
             return

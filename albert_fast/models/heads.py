@@ -14,7 +14,7 @@ from ..layers.adapters import project
 from ..layers.inputs import Inputs
 from ..layers.wanted import WantedTokens
 from .config import ALBERTConfig
-from .head_model import HeadModel, MLMHead, MLMModel, SOPHead, classifier_dropout
+from .head_model import HeadModel, MLMHead, MLMModel, SOPHead
 from .losses import cross_entropy, position_loss, row_loss
 from .outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 
@@ -126,7 +126,7 @@ class ALBERTForSequenceClassification(HeadModel):
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, True, backend)
-        self.dropout = classifier_dropout(config)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()
 
@@ -173,7 +173,7 @@ class ALBERTForTokenClassification(HeadModel):
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, False, backend)
-        self.dropout = classifier_dropout(config)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()
 
@@ -269,7 +269,7 @@ class ALBERTForMultipleChoice(HeadModel):
 
     def __init__(self, config: ALBERTConfig, *, backend: str = "auto") -> None:
         super().__init__(config, True, backend)
-        self.dropout = classifier_dropout(config)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.init_weights()
 

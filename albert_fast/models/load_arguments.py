@@ -1,4 +1,4 @@
-"""The keywords that people pass to transformers' from_pretrained: what each means here, what is refused and why."""
+"""Sorts the keywords of from_pretrained: those of transformers, this library's own, and fields of the configuration."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .config_attributes import DEFAULTS, HUB_ARGUMENTS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Whatever their value, the same model comes out.
+# These change nothing about the model, whatever their value.
 _HARMLESS = {
     "attn_implementation", "experts_implementation", "use_flash_attention_2", "low_cpu_mem_usage", "trust_remote_code",
     "weights_only", "resume_download", "mirror", "user_agent", "disable_mmap", "tqdm_class", "adapter_name", "max_memory",
     "offload_folder", "offload_buffers", "offload_state_dict", "allow_all_kernels", "_fast_init", "_from_auto",
     "_from_pipeline", "_commit_hash",
 }  # fmt: skip
-# Only None, False and an empty value are harmless; for others, what to do instead.
+# Refused unless None, False or empty; the text says what to do instead.
 _ELSEWHERE = {
     "quantization_config": "take precision='int8', 'int16' or 'fp8'",
     "load_in_8bit": "take precision='int8'",
@@ -46,9 +46,9 @@ _ELSEWHERE = {
 
 @dataclass
 class LoadArguments:
-    """`from_pretrained`'s keywords, sorted by who obeys them.
+    """`from_pretrained`'s keywords, sorted by the code that obeys them.
 
-    precision: None where nobody named one. hub: for `weights.resolve`. changes: fields and keys of the configuration.
+    precision: None where the caller named none. hub: for `weights.resolve`. changes: fields and keys of the configuration.
     """
 
     precision: str | None
@@ -160,7 +160,7 @@ class LoadArguments:
         return config.replace(**self.changes)
 
     def chosen_precision(self, config: ALBERTConfig, state: Mapping[str, Tensor], held: str | None) -> str:
-        """The precision to load in: as asked for, else what the checkpoint holds where it is integers, else float32."""
+        """The precision to load in: the one asked for, else that of a checkpoint of integers, else float32."""
         if self.precision is not None:
             return self.precision
         if held is not None:

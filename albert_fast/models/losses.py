@@ -1,6 +1,6 @@
 """The losses of the heads: Hugging Face's, except that a mean over nothing is 0 and labels at padding are ignored.
 
-In float32 at least. B rows, S columns, N classes; labels of -100 are ignored by every cross-entropy.
+They are computed in float32 or float64. B rows, S columns, N classes; labels of -100 are ignored by every cross-entropy.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def row_loss(logits: Tensor, labels: Tensor, config: ALBERTConfig) -> Tensor:
 
 
 def position_loss(logits: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, S) over columns; positions (B,) behind the last column or at padding are ignored.
+    """Cross-entropy of logits (B, S) over columns; positions (B,) after the last column or at padding are ignored.
 
     A position below 0 counts as 0, as in Hugging Face.
     """
     rows, columns = mask.shape
     positions = _with_shape(positions.flatten(), (rows,)).long().clamp(0, columns)
-    # One more column, never real, for the positions behind the last one.
+    # One more column, which is never real, for positions after the last one.
     real = F.pad(mask, (0, 1)).gather(1, positions[:, None]).flatten()
     return cross_entropy(logits, positions.masked_fill(~real, IGNORED))
 

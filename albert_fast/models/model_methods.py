@@ -1,4 +1,4 @@
-"""Methods and attributes of transformers' PreTrainedModel that its users call: embeddings, sizes, devices, the hub."""
+"""The methods and attributes of transformers' PreTrainedModel that users call: embeddings, sizes, devices, the hub."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class ModelMethods(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.warnings_issued: dict[str, bool] = {}  # transformers' Trainer notes there what it has said
+        self.warnings_issued: dict[str, bool] = {}  # transformers' Trainer keeps a list of its warnings here
         self._input_grad_hook: Any = None
 
     def asked(self, name: str, given: bool | None) -> bool:
-        """An argument of forward, or, where it is None, what the configuration says of `name`."""
+        """The value of forward's argument `name`, or the configuration's where the caller gave None."""
         return bool(getattr(self.config, name) if given is None else given)
 
     @property

@@ -1,4 +1,4 @@
-"""What the models return: dataclasses that are also dictionaries and tuples of their fields that are set, as in Hugging Face."""
+"""The models' results: dataclasses that are also dictionaries and tuples of their set fields, as in Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree
 class ModelOutput(OrderedDict[str, Any]):
     """Base: `out.logits`, `out["logits"]`, `out[0]`, `out.to_tuple()`, `"loss" in out`, `out.items()`, `**out`.
 
-    A field that is None is an attribute only: it is in no key, no index and no length. Assigning to a key or to a field
+    A field that is None is an attribute only: keys, indices and length leave it out. Assigning to a key or to a field
     sets both. The first field may also be a mapping or (key, value) pairs, which torch's and accelerate's tools pass
     to rebuild an output. Like transformers' outputs it iterates over its keys.
 

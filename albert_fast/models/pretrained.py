@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained: what every model of `reference.py` and `modeling.py` inherits."""
+"""from_pretrained and save_pretrained, for every model of this library."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _QUANTIZED: dict[str, dict[str, Any]] = {
 
 
 def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
-    """What transformers expects in config.json; the dtype is that of the file beside it."""
+    """The contents of config.json as transformers expects them; dtype is that of the weights file."""
     values = model.config.to_dict()
     values.pop("torch_dtype", None)
     values.pop("quantization_config", None)
@@ -49,7 +49,7 @@ def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
 
 
 def held_precision(config: ALBERTConfig, path: Path) -> str | None:
-    """The precision of the weights beside a config.json, where they were rounded by us."""
+    """The precision of a checkpoint whose weights this library rounded; None for another checkpoint."""
     values = config.extra.get("quantization_config")
     if values is None:
         return None
@@ -63,7 +63,7 @@ Model = TypeVar("Model", bound="PretrainedMixin")
 
 
 class _Undrawn(TorchFunctionMode):
-    """Inside, modules draw no random weights: those that a checkpoint is about to fill stay as memory comes, untouched."""
+    """Inside, modules draw no random weights, because a checkpoint is about to fill them: their memory stays untouched."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
@@ -74,7 +74,7 @@ class _Undrawn(TorchFunctionMode):
 class PretrainedMixin(ModelMethods):
     """from_pretrained and save_pretrained, for every model of `reference.py` and `modeling.py`.
 
-    `prefix` is what the encoder's names begin with. A bare model (prefix "") takes `add_pooling_layer` as its second
+    The encoder's parameters are named `prefix` + their name. A bare model (prefix "") takes `add_pooling_layer` as its second
     argument.
     """
 
@@ -91,9 +91,9 @@ class PretrainedMixin(ModelMethods):
         self.config = config
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **options: Any) -> Any:
-        """As of every Module; a parameter with two names, such as a tied decoder's, is under its second name a copy.
+        """As in every Module, but a parameter with two names, such as a tied decoder's, is a copy under its second name.
 
-        Others write files of it: safetensors refuses tensors that share memory, accelerate drops all but one of them.
+        Other libraries write state_dicts to files: safetensors refuses tensors that share memory, accelerate drops one of them.
         """
         state = super().state_dict(*args, prefix=prefix, keep_vars=keep_vars, **options)
         for alias, _ in tied(self):
@@ -102,7 +102,7 @@ class PretrainedMixin(ModelMethods):
         return state
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Of two names of one parameter a file may hold either."""
+        """A file may hold either of a parameter's two names."""
         for alias, first in tied(self):
             for there, absent in ((first, alias), (alias, first)):
                 if prefix + there in state_dict:
@@ -131,11 +131,12 @@ class PretrainedMixin(ModelMethods):
         Without `precision` a checkpoint of integers loads as it is, and any other as float32. A bare model has a pooler if
         the checkpoint has one, or as `add_pooling_layer` says. `allow_missing_head` starts a new task: see `load_into`.
 
-        "int8", "int16" (on a CPU) and "fp8" (on a GPU from the H100 on) round the layers' weights on the way in.
-        `calibration`, a list of (input_ids, attention_mask) (B, S) or of what a tokenizer returns, as the model will see
-        them, decides how, where that errs less; without it int8 is calibrated on random ids, the others not at all.
-        `albert_fast.tasks.quantize.quantize_checkpoint` stores the result. On a GPU the rest of such a
-        model is bfloat16. What `save_pretrained` makes of it loads again in the same precision, as it is, on any device
+        "int8", "int16" (on a CPU) and "fp8" (on a GPU from the H100 on) round the layers' weights while loading.
+        `calibration`, a list of (input_ids, attention_mask) (B, S) or of a tokenizer's results, should look like the model's
+        future input; the rounding is fitted to it where that errs less. Without it int8 is fitted to random ids, the others to
+        nothing.
+        `albert_fast.tasks.quantize.quantize_checkpoint` stores the result. On a GPU the rest of a rounded
+        model is bfloat16. A checkpoint that `save_pretrained` wrote loads again in its precision, unchanged, on any device
         that has it.
 
         `arguments` are transformers' own:
@@ -173,7 +174,7 @@ class PretrainedMixin(ModelMethods):
         if held is not None and calibration is not None:
             raise ValueError(f"{path}: holds {held} weights, which were rounded already: there is nothing to calibrate")
         pools = "pooler.weight" in state if read.add_pooling_layer is None else read.add_pooling_layer
-        # What the checkpoint may lack starts from random weights, and so does all of such a model at first.
+        # Tensors that the checkpoint may lack start from random weights; so all of the model is drawn at first.
         partial = allow_missing_head or read.ignore_mismatched_sizes
         with contextlib.nullcontext() if partial else _Undrawn():
             try:

@@ -25,13 +25,13 @@ from .rounding import NEAREST, Fit, rounded_linear
 # Batches as a model takes them: (input_ids, attention_mask), (B, S) each, a tokenizer's mapping of both, or input_ids alone.
 Calibration = Iterable[tuple[Tensor, Tensor | None] | Mapping[str, Tensor] | Tensor]
 
-# A calibration of fewer tokens says too little about the channels.
+# Fewer tokens say too little about the channels.
 ENOUGH_TOKENS = 32
-# About how many tokens roundings are compared on; of these one in eight was fitted to by none of them.
+# Roundings are compared on about this many tokens; none of them was fitted to one in eight of these.
 TRIAL_TOKENS = 1024
-# Between rows of such a ratio of sizes it matters which of them a fit counts: it is tried both ways, at twice the time.
+# Where rows differ this much in size, a fit depends on how they count: both ways are tried, at twice the time.
 UNEVEN = 4.0
-# A fit is kept if it leaves at most this share of the squared error: less gain may be chance, on few tokens.
+# A fit is kept if it leaves at most this share of the squared error: a smaller gain on few tokens may be chance.
 GAIN = 0.8
 Rounded = list[list[QuantizedLinear]]  # by distinct layer and product
 
@@ -50,14 +50,14 @@ class Encoder(Protocol):
 
 
 def quantize(model: Encoder, precision: str, calibration: Calibration | None = None, backend: str = "auto") -> None:
-    """Round the weights of all layers in place, to the nearest or as fits the inputs that they are given.
+    """Round the weights of all layers in place: to the nearest number, or fitted to the inputs of each product.
 
-    int8 is fitted to random ids, and every precision to `calibration` where there is one. A fit is kept only if, on tokens
-    that it has not seen, the last layer's results are clearly nearer to float32 than without it.
+    int8 is fitted to random ids, and every precision to `calibration` if given. A fit is kept only if it brings the last
+    layer's results clearly nearer to float32 on tokens that it has not seen.
 
     Raises:
         ValueError: layers that are rounded already, a calibration without a token. RuntimeError: layers that hold more
-        than Linears. TypeError: a calibration that is no list of batches.
+        than Linears. TypeError: a calibration that is not a list of batches.
     """
     encoder = model.encoder
     if encoder.quantized is not None:
@@ -105,8 +105,8 @@ def _place(stack: LayerStack, rounded: Rounded) -> None:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences as the first layer is given them (T, H), and what float32 makes of those tokens that no weight was fitted
-    to: their rows `held_out` (n,), and the results `exact` (n, H)."""
+    """Input of the first layer (T, H), and the float32 results `exact` (n, H) of the tokens that no weight was fitted to, in the
+    rows `held_out` (n,)."""
 
     hidden: Tensor
     packing: Packing
@@ -115,7 +115,7 @@ class Sequences:
 
 
 class Trial:
-    """Runs the layers with one rounding after another, on the kernels, or on their reference where there are none."""
+    """Compares roundings: runs the layers with each of them, on kernels, or on the reference where there are none."""
 
     def __init__(self, encoder: LayerStack, precision: str, backend: str, sequences: list[Sequences]) -> None:
         """encoder: its layers are rounded already, so that a copy is small."""
@@ -127,7 +127,7 @@ class Trial:
 
     @torch.no_grad()
     def error(self, rounded: Rounded) -> float:
-        """The sum of squares by which the last layer's results leave those of float32, on the tokens held out."""
+        """The squared difference between the last layer's results and float32's, summed over the tokens held out."""
         _place(self._encoder, rounded)
         total = 0.0
         for some in self._sequences:
@@ -137,7 +137,7 @@ class Trial:
 
 
 class Sample:
-    """What batches are to the layers in float32: the inputs of each product, and sequences to try roundings on."""
+    """Runs batches through the layers in float32, and keeps the inputs of each product and sequences to try roundings on."""
 
     def __init__(self, model: Encoder, batches: Calibration) -> None:
         self._model, encoder = model, model.encoder
@@ -193,12 +193,12 @@ class Sample:
                 module.training = True
 
     def _is_uneven(self) -> bool:
-        """Whether hidden states that a layer is given, of one token and another, differ much in size."""
+        """Whether a layer's input rows differ much in size."""
         sizes = [rows.norm(dim=1) for seen in self._seen if (rows := seen[0].gathered()) is not None]
         return any(bool(some.max() > UNEVEN * some.min()) for some in sizes)
 
     def rounded(self, encoder: LayerStack, precision: str, fit_weights: bool) -> list[Rounded]:
-        """The layers' weights, fitted to the inputs in each way that there is."""
+        """The layers' weights fitted to the inputs, once for each way of counting rows."""
         fits = [Fit(inputs=True, weights=fit_weights, relative=False)]
         if self._is_uneven():
             fits.append(replace(fits[0], relative=True))
@@ -208,7 +208,7 @@ class Sample:
 
 
 def _is_held_out(numbers: Tensor) -> Tensor:
-    """Which tokens, by their numbers, no weight is fitted to: one in eight, in step with no length of sequence."""
+    """Whether no weight is fitted to a token, by its number: one in eight, out of step with every sequence length."""
     return (numbers.double() * ((5**0.5 - 1) / 2)) % 1 < 1 / 8
 
 
@@ -221,10 +221,10 @@ def random_batches(words: int, positions: int) -> list[tuple[Tensor, Tensor | No
 
 
 def calibration_batches(calibration: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(input_ids, attention_mask) of each batch of `calibration`, in whichever of its forms.
+    """(input_ids, attention_mask) of each batch of `calibration`, in any of its forms.
 
     Raises:
-        TypeError: what is no list of batches. ValueError: ids that are not (B, S), a mask of another shape.
+        TypeError: anything but a list of batches. ValueError: ids that are not (B, S), a mask of another shape.
     """
     expected = (
         "calibration: expected a list of (input_ids, attention_mask), of what a tokenizer returns, or of input_ids"
@@ -250,7 +250,7 @@ def calibration_batches(calibration: Any) -> Iterator[tuple[Tensor, Tensor | Non
 
 
 class Rows:
-    """About `most` rows (T, K), evenly chosen from all that are added."""
+    """Keeps about `most` rows (T, K), evenly chosen from all that are added."""
 
     def __init__(self, most: int = 4096) -> None:
         self._most, self._step, self._seen = most, 1, 0

@@ -81,7 +81,7 @@ def steps(weight: Tensor, precision: str) -> Tensor:
 
 
 def best_shift(weight: Tensor, inputs: Tensor, row_weights: Tensor, precision: str, parts: list[slice]) -> Tensor:
-    """W (N, K), inputs (T, K) and what each counts (T, 1) -> c (K,): their mean, the mean of those that count, or none."""
+    """W (N, K), inputs (T, K) and their weights (T, 1) -> c (K,), the best of: their mean, their weighted mean, zeros."""
     inputs, row_weights = (x[:: max(1, len(inputs) // 512)] for x in (inputs, row_weights))
     exact, form = F.linear(inputs, weight), FORMATS[precision]
 
@@ -106,7 +106,7 @@ def int16_scale(weight: Tensor) -> Tensor:
 
 
 def balanced(weight: Tensor, inputs: Tensor) -> Tensor:
-    """W (N, K), centred inputs (T, K) -> r (K,), by which both are of one size in every channel."""
+    """W (N, K), centred inputs (T, K) -> r (K,), the factor that makes both equally large in every channel."""
     return (_floored(weight.abs().amax(0)) / _floored(inputs.square().mean(0).sqrt())).sqrt()
 
 
@@ -126,7 +126,7 @@ def rescaling(
     log_r = start.log().requires_grad_()
     mean, square = torch.zeros_like(start), torch.zeros_like(start)
     for step in range(steps):
-        # Where the extremes stand is found without a gradient; only the extremes themselves are differentiated.
+        # The positions of the extremes are found without a gradient; only the extremes themselves are differentiated.
         r = log_r.detach().exp()
         largest = (magnitude / r).argmax(1)
         ends = [(part, y.argmax(1), y.argmin(1)) for part in slices for y in [inputs[:, part] * r[part]]]
@@ -161,8 +161,8 @@ def gptq(
 ) -> Tensor:
     """W (N, K), X^T X (K, K), steps (N,) -> numbers of `form` (N, K), as floats: those near W / step for which W X errs least.
 
-    Columns are rounded in the order of their energy; what a column's error does to the product is made up for by those that
-    are still floats, through the Cholesky factor of the inverse Hessian (algorithm 1 of the paper). Blocks only gather
+    Columns are rounded in the order of their energy. Columns that are still floats make up for a rounded column's error in the
+    product, through the Cholesky factor of the inverse Hessian (algorithm 1 of the paper). Blocks only gather
     updates into larger products.
     """
     levels, order = form.weight_levels, hessian.diagonal().argsort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Tells the user of a model in eval mode, once a process, that gradients which nobody asks for cost most of the time."""
+"""Warns once per process when a model in eval mode computes gradients that no backward uses: they cost most of the time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ALBERT in plain eager PyTorch: what every fused kernel and the fast models of `modeling.py` are compared with.
+"""ALBERT in plain eager PyTorch: the reference for every fused kernel and for the fast models of `models/albert.py`.
 
 Lan et al. 2019 (arXiv 1909.11942); names, defaults and losses are those of Hugging Face's `modeling_albert.py`. Shapes:
 B rows, S columns, E embedding_size, H hidden_size, V vocab_size, C choices, N num_labels. Attention is S x S, padding
@@ -32,8 +32,8 @@ class ALBERTModel(PretrainedMixin):
     """ids and mask -> embeddings -> the layer of each group, num_hidden_layers times -> all tokens and the pooled one.
 
     forward: input_ids (B, S) integers or inputs_embeds (B, S, E), exactly one; attention_mask (B, S), 0 at padding, in
-    any pattern; token_type_ids (B, S), default 0; position_ids, default the column; these three also (1, S). What stands at
-    padding is never read. Returns last_hidden_state (B, S, H), pooler_output (B, H) where there is a pooler (a row
+    any pattern; token_type_ids (B, S), default 0; position_ids, default the column; these three also (1, S). Values at
+    padding are never read. Returns last_hidden_state (B, S, H), pooler_output (B, H) where there is a pooler (a row
     without any token pools a zero vector), hidden_states (the projected embeddings, then every inner layer's output)
     and attentions (B, heads, S, S; zeros at padding) on request.
 
@@ -210,7 +210,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def token_mask(input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """True at the real tokens, (B, S) bool, once the shapes of ids or embeddings and mask are known to fit."""
+    """True at the real tokens, (B, S) bool, after checking that ids or embeddings and mask fit."""
     if input_ids is not None and inputs_embeds is None:
         tokens, name, dimensions = input_ids, "input_ids (B, S)", 2
     elif inputs_embeds is not None and input_ids is None:

@@ -38,7 +38,7 @@ class SOPHead(nn.Module):
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__()
-        self.dropout = classifier_dropout(config)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -46,18 +46,13 @@ class SOPHead(nn.Module):
         return scores
 
 
-def classifier_dropout(config: ALBERTConfig) -> nn.Dropout:
-    rate = config.classifier_dropout_prob
-    return nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
-
-
 class HeadModel(PretrainedMixin):
-    """An encoder in `albert`, and `head(encoded, mask, labels, ...)`, what a task puts on top of it.
+    """An encoder in `albert` and the task's `head(encoded, mask, labels, ...)` on top of it.
 
     forward: ALBERTModel's arguments and the task's labels. Labels of -100 are ignored, a mean over no label is 0.
     """
 
-    accepts_loss_kwargs = False  # asked by transformers' Trainer: the loss is the batch's own mean
+    accepts_loss_kwargs = False  # transformers' Trainer asks: the loss is the batch's own mean
     head: Callable[..., Any]
 
     def __init__(self, config: ALBERTConfig, add_pooling_layer: bool) -> None:
@@ -125,7 +120,7 @@ class ALBERTForSequenceClassification(HeadModel):
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__(config, add_pooling_layer=True)
-        self.dropout = classifier_dropout(config)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()
 
@@ -139,7 +134,7 @@ class ALBERTForTokenClassification(HeadModel):
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
-        self.dropout = classifier_dropout(config)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()
 
@@ -184,7 +179,7 @@ class ALBERTForMultipleChoice(HeadModel):
 
     def __init__(self, config: ALBERTConfig) -> None:
         super().__init__(config, add_pooling_layer=True)
-        self.dropout = classifier_dropout(config)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.init_weights()
 
