@@ -12,11 +12,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .runtime.version import __version__
 
 if TYPE_CHECKING:
     from .inspect.explain import explain as explain
     from .layers.packing import aligned_representation as aligned_representation
+    from .layers.wanted import WantedTokens as WantedTokens
     from .models.albert import ALBERTModel as ALBERTModel
     from .models.config import ALBERTConfig as ALBERTConfig
     from .models.heads import ALBERTForMaskedLM as ALBERTForMaskedLM
@@ -38,6 +39,7 @@ _HOME = {
     "ALBERTForQuestionAnswering": "models.heads",
     "ALBERTForMultipleChoice": "models.heads",
     "aligned_representation": "layers.packing",
+    "WantedTokens": "layers.wanted",
     "explain": "inspect.explain",
     "load_tokenizer": "text.tokenizer",
     "synchronize": "ops",

@@ -10,7 +10,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
-from . import __version__
+from .runtime.version import __version__
 
 if TYPE_CHECKING:
     import typer

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..runtime import dispatch
+from ..runtime.version import __version__
 
 # Flags that decide which kernels can run or how fast; the rest of the CPU's list only hides them.
 _CPU_FLAGS = (

@@ -66,6 +66,8 @@ class Inputs(NamedTuple):
     def for_all_rows(self) -> Inputs:
         """With mask, types and positions of shape (1, S) expanded to (B, S)."""
         batch, columns = self.shape()
+        if batch == 1:
+            return self
         return self._replace(
             attention_mask=_expanded(self.attention_mask, batch, columns),
             token_type_ids=_expanded(self.token_type_ids, batch, columns),

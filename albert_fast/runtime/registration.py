@@ -51,7 +51,7 @@ def forbid_derivative(name: str, advice: str) -> None:
 def is_traced() -> bool:
     """Whether a tracer records operators instead of values: torch.compile, torch.export, torch.jit.trace, make_fx.
 
-    Then nothing may depend on the contents of tensors, and every call must go through torch's dispatcher: a tracer sees no other calls.
+    Then nothing may depend on the contents of tensors, and every call must go through torch's dispatcher: a tracer sees no others.
     """
     return (
         torch.compiler.is_compiling()
