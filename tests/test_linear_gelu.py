@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
 from albert_fast.inspect import explain as plan
-from albert_fast.layers import stack as encoder
+from albert_fast.layers import layer as layer_module
 from albert_fast.runtime.linear import linear, weight_gradient
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import check_backward, check_forward, device_of, make_inputs, parity_tests
@@ -332,7 +332,7 @@ def test_it_compiles_in_one_graph(with_gradient):
 @pytest.fixture
 def model(monkeypatch):
     """A model that takes the operator as on a GPU."""
-    monkeypatch.setattr(encoder, "fuses_ffn", lambda device_type: True)
+    monkeypatch.setattr(layer_module, "fuses_ffn", lambda device_type: True)
     monkeypatch.setattr(plan, "fuses_ffn", lambda device_type: True)
     config = ALBERTConfig(vocab_size=61, embedding_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
                           intermediate_size=48, max_position_embeddings=16)  # fmt: skip
@@ -381,7 +381,7 @@ def test_explain_says_where_the_library_multiplies(kernel, model, middle, said):
 
 
 def test_the_ffn_is_fused_on_a_gpu_without_autocast(monkeypatch):
-    assert encoder.fuses_ffn("cuda")
-    assert not encoder.fuses_ffn("cpu")
+    assert layer_module.fuses_ffn("cuda")
+    assert not layer_module.fuses_ffn("cpu")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: device_type == "cuda")
-    assert not encoder.fuses_ffn("cuda")
+    assert not layer_module.fuses_ffn("cuda")

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification, ALBERTModel
-from albert_fast.layers import stack as encoder
+from albert_fast.layers import layer as layer_module
 from albert_fast.layers.adapters import check_read
 from albert_fast.models import head_model
 from albert_fast.quantization.calibration import quantize
@@ -122,7 +122,7 @@ def test_linears_without_a_bias(model, batch, name, tokens, monkeypatch):
     with torch.no_grad():
         wanted = expected(*batch, wanted_tokens=tokens).pooler_output
     for fused in (False, True):
-        monkeypatch.setattr(encoder, "fuses_ffn", lambda _, fused=fused: fused)
+        monkeypatch.setattr(layer_module, "fuses_ffn", lambda _, fused=fused: fused)
         got = model(*batch, wanted_tokens=tokens).pooler_output
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
