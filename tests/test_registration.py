@@ -27,7 +27,7 @@ def fwd_arguments(name, backend, **options):
         if isinstance(inputs.get(key), torch.Tensor):
             inputs[key] = inputs[key].detach().clone().requires_grad_()
     schema = getattr(torch.ops.albert_fast, f"{name}_fwd").default._schema
-    bounds = dict.fromkeys(("max_seqlen", "max_rows"), len(inputs.get("hidden", ())))
+    bounds = dict.fromkeys(("max_seqlen", "max_wanted"), len(inputs.get("hidden", ())))
     values = {**bounds, **inputs, "backend": backend}
     return tuple(values.get(argument.name) for argument in schema.arguments)
 

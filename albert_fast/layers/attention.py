@@ -107,7 +107,7 @@ class Attention(nn.Module):
         p, seed = dropout(self, self.probs_dropout_p)
         context = ops.attention(
             q, k, v, cu_seqlens_q, packing.cu_seqlens, max_seqlen_q, packing.max_seqlen, self.num_heads, self.scale, p, seed,
-            order=packing.order, backend=backend,
+            sequence_order=packing.order, backend=backend,
         )  # fmt: skip
         return add_norm(*product(self.dense, context), residual, self.LayerNorm, self, self.dropout_p, backend)
 

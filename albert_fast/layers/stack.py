@@ -222,7 +222,7 @@ class Encoder(nn.Module):
             return ops.quantized_encoder(
                 hidden, vectors, integers, scales, sums, rescales, shifts, order, packing.cu_seqlens, rows, cu_rows,
                 first.attention.num_heads, first.attention.scale, first.full_layer_layer_norm.eps, first.act,
-                precision=precision, schedule=packing.order, max_seqlen=packing.max_seqlen, max_rows=max_rows,
+                precision=precision, sequence_order=packing.order, max_seqlen=packing.max_seqlen, max_wanted=max_rows,
                 backend=backend,
             )  # fmt: skip
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._integers import FORMATS, SLICE, Format, lay_out, product_ref, slices, unpack, unpack_channels
+from ..ops._integers import FORMATS, Format, lay_out, product_ref, slices, unpack, unpack_channels
+from ..ops.schema import SLICE
 
 PRECISIONS = ("int16", "int8", "fp8")
 # Elements of a row whose products int16 adds up in 32 bits: kRun steps of csrc/cpu/integer_gemm.h.

@@ -15,8 +15,6 @@ namespace albert_fast::ALBERT_FAST_ISA {
 
 // 48 queries are 8 tiles of 6 rows for P V, and 3 vectors of 16 for the scores.
 constexpr std::int64_t kQueryBlock = 48;
-// Rows of the hash for head h start at h * kHeadStride.
-constexpr std::uint32_t kHeadStride = 0x10001u;
 
 struct Shape {
     std::int64_t sequences, heads, head_dim;

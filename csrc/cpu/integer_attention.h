@@ -14,8 +14,8 @@
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
-// The largest integers of probabilities and of values; sums of 64 of their products fit 32 bits.
-constexpr float kProbabilityLevels = 8191.0f, kValueLevels = 4095.0f;
+// The largest integer of probabilities. Sums of 64 products of it with kValueLevels fit 32 bits.
+constexpr float kProbabilityLevels = kInt16Levels;
 
 // Sums of up to kShortRun elements are moved to float32; those of narrow heads need not be.
 constexpr std::int64_t kShortRun = 64;
@@ -110,7 +110,8 @@ static inline void integer_attention(const Inputs<float>& in, const Head& head, 
     const std::int64_t row = rounded_row_bytes<std::int16_t>(d), pair_rows = divide_up(keys, 2);
     const std::int64_t value_row = rounded_row_bytes<std::int16_t>(round_up(keys, 8)), width = round_up(d, kLanes);
     if (keys == 0) return zero_rows(out, head.first_query, head.column, head.queries, d);
-    const float query_levels = smaller(8191, ((std::int64_t{1} << 31) - 1) / (8191 * smaller(d, kShortRun)));
+    constexpr std::int64_t kLargest = (std::int64_t{1} << 31) - 1;
+    const float query_levels = smaller(kInt16Levels, kLargest / (kInt16Levels * smaller(d, kShortRun)));
     Arrays arrays(scratch<Purpose::kTask>(integer_attention_floats(keys, d)));
     char* rounded_keys = reinterpret_cast<char*>(arrays.take(keys * row / 4));
     RowScale* key_scales = reinterpret_cast<RowScale*>(arrays.take(2 * keys));

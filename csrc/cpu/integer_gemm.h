@@ -12,7 +12,7 @@
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
-constexpr std::int64_t kColumns = 32;
+constexpr std::int64_t kColumns = kIntegerPanel;
 constexpr int kColumnVectors = static_cast<int>(kColumns / kLanes);
 // One step of a panel: kGroup elements of K for all of its columns.
 constexpr std::int64_t kStepBytes = 4 * kColumns;
@@ -50,7 +50,7 @@ struct Int8 {
     using Element = std::uint8_t;
     using Weight = std::int8_t;
     static constexpr int kGroup = 4;
-    static constexpr float kLevels = 255.0f;
+    static constexpr float kLevels = kInt8Levels;
     static constexpr bool kHasZero = true, kInRuns = false;
 
     // sum + the four products of each lane; `a` holds a group of A in every lane.
@@ -71,12 +71,13 @@ private:
 };
 
 // Both in 16 bits with a sign, activations of 14. Sums are moved to float32 after every run of kRun steps, 256
-// elements: weights are rounded so that no run can leave 32 bits (`int16_scale` in albert_fast/quantization.py).
+// elements: weights are rounded so that no run can leave 32 bits (`int16_scale` in
+// albert_fast/quantization/rounding.py).
 struct Int16 {
     using Element = std::int16_t;
     using Weight = std::int16_t;
     static constexpr int kGroup = 2;
-    static constexpr float kLevels = 8191.0f;
+    static constexpr float kLevels = kInt16Levels;
     static constexpr std::int64_t kRun = 128;
     static constexpr bool kHasZero = false, kInRuns = true;
 

@@ -20,7 +20,6 @@
 namespace albert_fast::ALBERT_FAST_ISA {
 namespace {
 
-constexpr std::int64_t kIgnored = -100;
 constexpr std::int64_t kRowBlock = 64;          // the columns of one full tile of a product on AVX-512
 constexpr std::int64_t kVocabularyBlock = 128;  // 32 KiB of logits; 64 KiB of weights for E = 128
 constexpr std::int64_t kMaxParts = 64;          // more than most machines have cores
