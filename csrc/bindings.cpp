@@ -178,6 +178,7 @@ py::dict schema() {
     all["panel"] = albert_fast::kIntegerPanel;
     all["head_stride"] = albert_fast::kHeadStride;
     all["ignored"] = albert_fast::kIgnored;
+    all["cuda_buffers"] = py::make_tuple(albert_fast::kPadColumns, albert_fast::kSumTokens, albert_fast::kSumPairs);
     all["levels"] = py::make_tuple(albert_fast::kInt8Levels, albert_fast::kInt16Levels, albert_fast::kValueLevels);
     return all;
 }

@@ -16,6 +16,9 @@ constexpr std::int64_t kIntegerPanel = 32;
 constexpr std::uint32_t kHeadStride = 0x10001u;
 // The label that linear_cross_entropy ignores.
 constexpr std::int64_t kIgnored = -100;
+// Sizes of the buffers of embedding_projection's CUDA functions: columns are padded to a multiple of kPadColumns (16
+// bytes of the smallest dtype); a partial sum is over kSumTokens tokens, or kSumPairs pairs of a token and a table.
+constexpr int kPadColumns = 8, kSumTokens = 64, kSumPairs = 32;
 // The largest integer of activations in 8 bits (from 0) and in 16 bits (from minus it), and of attention's values.
 constexpr int kInt8Levels = 255, kInt16Levels = 8191, kValueLevels = 4095;
 

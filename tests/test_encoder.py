@@ -308,7 +308,7 @@ import importlib
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from albert_fast.testing.launches import recorded_launches
+from albert_fast.testing.gpu.launches import recorded_launches
 launch = next(launch for launch in recorded_launches("encoder") if launch.label.startswith("bf16 T128 D64"))
 function = getattr(importlib.import_module(launch.module), launch.function)
 attributes = {(position,): [["tt.divisibility", 16]] for position in launch.divisible}

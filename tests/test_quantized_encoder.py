@@ -216,7 +216,7 @@ def test_misshapen_weights_are_named():
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
 def test_the_environment_names_the_instruction_set(isa):
-    code = "from albert_fast import dispatch; print(dispatch.extension().build_info()['isa'])"
+    code = "from albert_fast.runtime import dispatch; print(dispatch.extension().build_info()['isa'])"
     run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ALBERT_FAST_ISA": isa}, capture_output=True,
                          text=True)  # fmt: skip
     if run.returncode:

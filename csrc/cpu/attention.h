@@ -1,8 +1,7 @@
-// What the forward and the backward pass of attention share: the sequences, the blocks of queries, the order of the
-// tasks.
+// The sequences, the blocks of queries and the order of tasks, for the forward and the backward pass of attention.
 //
-// Scores are kept transposed, one row for each key and one column for each query of a block: then softmax runs over
-// vectors of queries with no sum across lanes, keys need no transpose, and products with P and with P^T read the same
+// Scores are stored transposed, one row for each key and one column for each query of a block. So softmax runs over
+// vectors of queries without sums across lanes, keys need no transpose, and products with P and P^T read the same
 // array.
 #pragma once
 
@@ -51,7 +50,7 @@ static inline const std::int32_t* longest_first(const Shape& shape) {
     return order;
 }
 
-// The queries of a sequence in blocks of whole vectors, as even as that allows.
+// Divides the queries of a sequence into blocks of whole vectors, as evenly as possible.
 static inline Chunks query_blocks(std::int64_t queries) {
     return Chunks(queries, 1, larger(divide_up(queries, kQueryBlock), 1), kLanes);
 }
