@@ -63,7 +63,7 @@ class AttentionGroup(OperatorGroup):
         if side == self.backend:
             inputs = self.inputs
             if not self.dense:  # as the models do, which find it once for all layers
-                inputs = inputs | {"order": longest_first(inputs["cu_seqlens_q"])}
+                inputs = inputs | {"sequence_order": longest_first(inputs["cu_seqlens_q"])}
             return self._side(self.case.function, inputs, self._differentiated())
         if side.startswith("sdpa-padded"):
             return self._padded(SDPA[side.rpartition("-")[2]])
@@ -189,16 +189,14 @@ class EncoderGroup(OperatorGroup):
         return Side(call if self.device.type == "cpu" else replayed(call))
 
 
-def by_operators(hidden, weights, order, cu_seqlens, num_heads, softmax_scale, eps, act, longest, **_):
+def by_operators(hidden, weights, layer_indices, cu_seqlens, num_heads, softmax_scale, eps, act, longest, **_):
     """encoder by the operators that the models otherwise run; arguments as the OpCase's."""
-    per_layer, layers = len(ops.WEIGHTS), []
-    for first in range(0, len(weights), per_layer):
-        w = dict(zip(ops.WEIGHTS, weights[first : first + per_layer], strict=True))
+    layers = ops.split_layers(weights)
+    for w in layers:
         for kind in ("", "_bias"):
             w[f"qkv{kind}"] = torch.cat([w[f"{name}{kind}"] for name in ("query", "key", "value")])
-        layers.append(w)
-    for number in order:
-        w = layers[number]
+    for layer_index in layer_indices:
+        w = layers[layer_index]
         q, k, v = F.linear(hidden, w["qkv"], w["qkv_bias"]).chunk(3, dim=1)
         context = ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, num_heads, softmax_scale)
         attended = ops.add_layer_norm(

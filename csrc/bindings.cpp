@@ -1,8 +1,7 @@
-// The Python module albert_fast._C: an index of what the extension exports. Arguments are addresses
-// of tensors' memory, sizes and strides in elements; csrc/cpu/kernels.h says what each means. Python checks shapes,
-// dtypes, devices and memory before it calls (albert_fast/operands.py) and holds the memory until the call returns;
-// functions that read ids, labels or ranges check these before they follow them. The GIL is released while a kernel
-// runs.
+// The Python module albert_fast._C: everything that the extension exports. Arguments are addresses of tensors' memory,
+// sizes, and strides in elements; csrc/cpu/kernels.h describes each. Before a call, Python checks shapes, dtypes,
+// devices and memory (albert_fast/runtime/operands.py), and it holds the memory until the call returns. Functions that
+// read ids, labels or ranges check these before they use them as indices. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -42,7 +41,7 @@ namespace py = pybind11;
 
 namespace {
 
-// In order: what one has, the next has too.
+// Instruction sets; each includes those before it.
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kCount };
 constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_vnni"};
 
@@ -59,7 +58,7 @@ bool is_compiled(Isa isa) {
     return isa == Isa::kPortable;
 }
 
-// Whether this CPU (and its operating system) runs what setup.py's flags for the instruction set let the compiler use.
+// Whether this CPU and its operating system run everything that setup.py's flags for the instruction set allow.
 bool is_supported([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -77,8 +76,8 @@ std::string lower(std::string text) {
     return text;
 }
 
-// The instruction set that ALBERT_FAST_ISA names, in any case, else the widest that is compiled in and that this CPU
-// has.
+// The instruction set that ALBERT_FAST_ISA names (upper or lower case), else the widest that is compiled in and that
+// this CPU has.
 Isa choose_isa() {
     const char* forced = std::getenv("ALBERT_FAST_ISA");
     const std::string wanted = forced == nullptr ? "" : lower(forced);
@@ -98,12 +97,12 @@ Isa choose_isa() {
                              ", or unset for the first of these");
 }
 
-// How long a kernel may run before Python is asked for signals, and then again and again.
+// While a kernel runs, Python is asked for signals this often.
 constexpr std::chrono::milliseconds kSignalInterval{200};
 thread_local std::chrono::steady_clock::time_point next_question;
 unsigned long main_thread = 0;  // Python runs signal handlers there alone
 
-// Around a kernel: the GIL is released, and the time until the first question begins.
+// Lives while a kernel runs: releases the GIL and starts the interval until the first question.
 struct KernelCall {
     KernelCall() { next_question = std::chrono::steady_clock::now() + kSignalInterval; }
 
@@ -127,7 +126,7 @@ struct KernelCall {
 #endif
 
 #if defined(ALBERT_FAST_CUDA)
-// A function of pointers as one of addresses.
+// Makes a function of pointers a function of addresses.
 template <class T>
 using Given = std::conditional_t<std::is_pointer_v<T>, albert_fast::Address, T>;
 
@@ -145,6 +144,44 @@ auto by_address(Result (*function)(Parameters...)) {
     return [function](Given<Parameters>... values) { return function(received<Parameters>(values)...); };
 }
 #endif
+
+// Makes a function of EncoderArguments, and maybe more numbers, a function of all fields one by one.
+template <class... More>
+auto by_field(bool (*function)(const albert_fast::EncoderArguments&, More...)) {
+    using albert_fast::Address;
+    return [function](Address hidden, Address out, Address table, Address layer_indices, std::int64_t steps,
+                      Address cu_seqlens, std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted,
+                      std::int64_t wanted_count, std::int64_t H, std::int64_t I, std::int64_t num_heads,
+                      double softmax_scale, double eps, int act, Address profile, int num_threads, More... more) {
+        return function({hidden, out, table, layer_indices, steps, cu_seqlens, B, T, wanted_rows, cu_wanted,
+                         wanted_count, H, I, num_heads, softmax_scale, eps, act, profile, num_threads},
+                        more...);
+    };
+}
+
+template <class List>
+py::tuple names() {
+    py::tuple all(static_cast<int>(List::kCount));
+    for (int i = 0; i < List::kCount; ++i) all[i] = List::kNames[i];
+    return all;
+}
+
+py::dict schema() {
+    py::dict all;
+    all["weights"] = names<albert_fast::Weight>();
+    all["vectors"] = names<albert_fast::Vector>();
+    all["products"] = names<albert_fast::Product>();
+    all["product_tensors"] = names<albert_fast::ProductTensor>();
+    all["stages"] = names<albert_fast::Stage>();
+    all["acts"] = names<albert_fast::ActivationCode>();
+    all["slice"] = albert_fast::kSlice;
+    all["panel"] = albert_fast::kIntegerPanel;
+    all["head_stride"] = albert_fast::kHeadStride;
+    all["ignored"] = albert_fast::kIgnored;
+    all["cuda_buffers"] = py::make_tuple(albert_fast::kPadColumns, albert_fast::kSumTokens, albert_fast::kSumPairs);
+    all["levels"] = py::make_tuple(albert_fast::kInt8Levels, albert_fast::kInt16Levels, albert_fast::kValueLevels);
+    return all;
+}
 
 py::dict build_info(Isa isa) {
     py::list compiled, archs;
@@ -187,11 +224,13 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "build_info", [isa] { return build_info(isa); },
         "What was compiled in, and the instruction set that was chosen when the module was imported.");
+    module.def("schema", schema, "The lists and numbers of csrc/layer_schema.h, which Python compares with its own.");
 
-// CHOICES: the instruction sets beside the portable one that a function is compiled for, the widest first.
-#define EXPORT_FOR(CHOICES, function) \
-    module.def(#function, CHOICES albert_fast::portable::function, py::call_guard<KernelCall>())
-#define EXPORT(function) EXPORT_FOR(IF_AVX512(function) IF_AVX2(function), function)
+// The function for the chosen instruction set. Most are compiled for AVX2 and AVX-512 beside the portable one, some
+// for AVX512-VNNI too.
+#define UP_TO_AVX512(function) (IF_AVX512(function) IF_AVX2(function) albert_fast::portable::function)
+#define UP_TO_VNNI(function) (IF_VNNI(function) IF_AVX512(function) IF_AVX2(function) albert_fast::portable::function)
+#define EXPORT(function) module.def(#function, UP_TO_AVX512(function), py::call_guard<KernelCall>())
     EXPORT(embedding_layer_norm_fwd_cpu);
     EXPORT(embedding_layer_norm_bwd_cpu);
     EXPORT(attention_fwd_cpu);
@@ -209,14 +248,15 @@ PYBIND11_MODULE(_C, module) {
     EXPORT(linear_fwd_cpu);
     EXPORT(encoder_packed_size_cpu);
     EXPORT(encoder_pack_cpu);
-    EXPORT(encoder_fwd_cpu);
 #undef EXPORT
-#define EXPORT(function) EXPORT_FOR(IF_VNNI(function) IF_AVX512(function) IF_AVX2(function), function)
-    EXPORT(quantized_encoder_fwd_cpu);
+#define EXPORT(function) module.def(#function, UP_TO_VNNI(function), py::call_guard<KernelCall>())
     EXPORT(quantized_encoder_limit_cpu);
     EXPORT(use_large_pages_cpu);
 #undef EXPORT
-#undef EXPORT_FOR
+#define EXPORT(function, CHOICE) module.def(#function, by_field(CHOICE(function)), py::call_guard<KernelCall>())
+    EXPORT(encoder_fwd_cpu, UP_TO_AVX512);
+    EXPORT(quantized_encoder_fwd_cpu, UP_TO_VNNI);
+#undef EXPORT
 #if defined(ALBERT_FAST_CUDA)
 #define EXPORT(function) module.def(#function, by_address(function), py::call_guard<KernelCall>())
     EXPORT(embedding_projection_fwd_cuda);

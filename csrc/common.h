@@ -1,21 +1,22 @@
-// What bindings.cpp and every kernel agree on: codes and how an address becomes a pointer.
+// What bindings.cpp and every kernel share: addresses, codes of element types and the check for signals.
 //
-// Nothing here has a body that the linker could share between objects compiled for different instruction sets: whatever
-// a kernel inlines lives in the namespace of its instruction set (csrc/cpu/vec.h) or has internal linkage.
+// No function is defined here: the linker would keep one copy of it for all instruction sets. What a kernel inlines is
+// in the namespace of its instruction set (csrc/cpu/vec.h) or has internal linkage.
 #pragma once
 
 #include <cstdint>
 
+#include "layer_schema.h"
+
 namespace albert_fast {
 
-// Python hands over tensor.data_ptr(); 0 stands for "none" where an argument may be left out.
+// A tensor's data_ptr() in Python; 0 for an argument that was left out.
 using Address = std::uintptr_t;
 
 enum DtypeCode : int { kFloat32 = 0, kBfloat16 = 1 };
-enum ActivationCode : int { kGeluTanh = 0, kGeluErf = 1, kRelu = 2 };
 
-// Throws what Python wants a call to end with, KeyboardInterrupt say, once a signal has come. Kernels ask often, on the
-// thread that called them: all but a few questions a second end at a look at the clock.
+// Throws Python's exception, KeyboardInterrupt say, once a signal has arrived. Kernels call this often, on the thread
+// that called them; most calls only read the clock, a few a second ask Python.
 void check_signals();
 
 }  // namespace albert_fast

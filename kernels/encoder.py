@@ -55,8 +55,6 @@ PROGRAMS = 128
 # Steps of BLOCK_K below which a split of the inner dimension costs more than it saves.
 _MIN_STEPS = 3
 _PHASES = 5
-# Of a layer's weights: how many there are, and the place of ffn among them.
-_PER_LAYER, _FFN = 16, 10
 # The counter of the barrier has a line of the cache for itself; behind it each split tile's count of programs.
 _ARRIVALS_AT = tl.constexpr(32)
 
@@ -182,6 +180,12 @@ def _encoder_fwd_kernel(
             barrier(state_ptr, (phase + 1 - first_phase) * tl.num_programs(0))
 
 
+# A layer's weights, in the order of the kernel's arguments.
+WEIGHTS = tuple(
+    name.removesuffix("_ptr")
+    for name in itertools.takewhile(lambda name: name != "cu_seqlens_ptr", _encoder_fwd_kernel.arg_names[1:])
+)
+
 # (bytes an element or "tf32", whether tokens are few) -> (BLOCK_M, BLOCK_N, BLOCK_K, num_stages). Not compared on a GPU
 # yet. On tensor cores as large as leaves work for about a hundred programs at 128 tokens, and 36 to 48 KiB of loads on
 # their way.
@@ -235,7 +239,7 @@ def _run(
     cu_rows: torch.Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str, step_programs: int,
 ) -> torch.Tensor:  # fmt: skip
     """`n_layers` times the layer of these weights."""
-    (n_tokens, width), middle_width = hidden.shape, len(layer[_FFN])
+    (n_tokens, width), middle_width = hidden.shape, len(layer[WEIGHTS.index("ffn")])
     n_queries, head_dim = n_tokens if rows is None else len(rows), width // num_heads
     tiles = encoder_tiles(head_dim, hidden.dtype, n_tokens, multiplies_tf32(hidden.dtype))
     counts = [_tile_count(tiles, n_tokens, n) for n in (width, width, middle_width, width)]
@@ -275,20 +279,20 @@ def _run(
 
 
 def encoder_fwd(
-    hidden: torch.Tensor, weights: Sequence[torch.Tensor], order: Sequence[int], cu_seqlens: torch.Tensor,
-    rows: torch.Tensor | None, cu_rows: torch.Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str,
+    hidden: torch.Tensor, weights: Sequence[torch.Tensor], layer_indices: Sequence[int], cu_seqlens: torch.Tensor,
+    wanted_rows: torch.Tensor | None, cu_wanted: torch.Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str,
     step_programs: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """The embeddings after all layers (Lan et al. 2019, section 3.1): one launch for each run of equal numbers in `order`.
+    """The embeddings after all layers (Lan et al. 2019, section 3.1): one launch for each run of equal numbers in `layer_indices`.
 
     Args:
         hidden: (T, H), packed tokens.
         weights: 16 of each distinct layer, in hidden's dtype: query, key and value (H, H), each with its bias behind it,
             dense (H, H), its bias, LayerNorm's weight and bias, ffn (I, H), its bias, ffn_output (H, I), its bias, the second
             LayerNorm's weight and bias.
-        order: which distinct layer runs at each step.
+        layer_indices: which distinct layer runs at each step.
         cu_seqlens: (B + 1,) int32, each sequence's first row, and the end.
-        rows, cu_rows: the tokens (Tq,) int64 that the last layer is asked for, and where each sequence's begin among them,
+        wanted_rows, cu_wanted: the tokens (Tq,) int64 that the last layer is asked for, and where each sequence's begin among them,
             (B + 1,) int32; None: all.
         num_heads: H / num_heads is the head size, 1 to 128. softmax_scale: factor on the scores.
         eps: of every LayerNorm. act: of ACT_CODES.
@@ -302,13 +306,13 @@ def encoder_fwd(
     """
     hidden, cu_seqlens = hidden.contiguous(), cu_seqlens.contiguous()
     weights = [weight.contiguous() for weight in weights]
-    if rows is not None and cu_rows is not None:
-        rows, cu_rows = rows.contiguous(), cu_rows.contiguous()
-    runs = [(number, len(list(equal))) for number, equal in itertools.groupby(order)]
-    if len(hidden) == 0 or (rows is not None and len(rows) == 0):
+    if wanted_rows is not None and cu_wanted is not None:
+        wanted_rows, cu_wanted = wanted_rows.contiguous(), cu_wanted.contiguous()
+    runs = [(number, len(list(equal))) for number, equal in itertools.groupby(layer_indices)]
+    if len(hidden) == 0 or (wanted_rows is not None and len(wanted_rows) == 0):
         return torch.empty((0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
     for i, (number, n_layers) in enumerate(runs):
-        wanted = (rows, cu_rows) if i == len(runs) - 1 else (None, None)
-        layer = weights[_PER_LAYER * number : _PER_LAYER * (number + 1)]
+        wanted = (wanted_rows, cu_wanted) if i == len(runs) - 1 else (None, None)
+        layer = weights[len(WEIGHTS) * number : len(WEIGHTS) * (number + 1)]
         hidden = _run(hidden, layer, n_layers, cu_seqlens, *wanted, num_heads, softmax_scale, eps, act, step_programs)
     return hidden

@@ -37,8 +37,8 @@ def run(qkv, cu_seqlens, backend, heads=2, **options):
     longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
     device = device_of(backend)
     qkv, cu_seqlens = qkv.to(device), cu_seqlens.to(device)
-    if options.get("order") is not None:
-        options["order"] = options["order"].to(device)
+    if options.get("sequence_order") is not None:
+        options["sequence_order"] = options["sequence_order"].to(device)
     q, k, v = qkv.split(qkv.shape[1] // 3, dim=1)
     return ops.attention(q, k, v, cu_seqlens, cu_seqlens, longest, longest, heads, backend=backend, **options).cpu()
 
@@ -179,8 +179,8 @@ def test_gradients_are_the_same_bits_again_and_for_any_order(backend):
     assert order.tolist() == [0, 3, 2, 1]
     out = run(qkv, cu_seqlens, backend, **options)
     for turns in (order, order.flip(0)):
-        assert torch.equal(gradients(qkv, cu_seqlens, backend, order=turns, **options), first)
-        assert torch.equal(run(qkv, cu_seqlens, backend, order=turns, **options), out)
+        assert torch.equal(gradients(qkv, cu_seqlens, backend, sequence_order=turns, **options), first)
+        assert torch.equal(run(qkv, cu_seqlens, backend, sequence_order=turns, **options), out)
 
 
 @BACKENDS
@@ -287,10 +287,10 @@ def test_bad_input_is_named():
         run(qkv, cu_seqlens.long(), "auto")
     with pytest.raises(ValueError, match=r"cu_seqlens.*0 to 3"):
         run(qkv, torch.tensor([0, 4], dtype=torch.int32), "auto")
-    with pytest.raises(ValueError, match=r"expected order of shape \(1,\)"):
-        run(qkv, cu_seqlens, "auto", order=cu_seqlens)
-    with pytest.raises(ValueError, match=r"order must name every sequence once, got \[1\]"):
-        run(qkv, cu_seqlens, "auto", order=torch.tensor([1], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"expected sequence_order of shape \(1,\)"):
+        run(qkv, cu_seqlens, "auto", sequence_order=cu_seqlens)
+    with pytest.raises(ValueError, match=r"sequence_order must name every sequence once, got \[1\]"):
+        run(qkv, cu_seqlens, "auto", sequence_order=torch.tensor([1], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"expected k of shape .* in torch.float32, got .* in torch.float64"):
         ops.attention(qkv, qkv.double(), qkv.double(), cu_seqlens, cu_seqlens, 3, 3, 2)
     assert run(qkv[:0], torch.zeros(1, dtype=torch.int32), "auto").shape == (0, 32)

@@ -120,14 +120,14 @@ def test_nan_stays_in_its_sequence():
     [
         ("48 columns are not a multiple of num_heads = 5", {"num_heads": 5}),
         ("unknown act 'swish'", {"act": "swish"}),
-        (r"each from 0 to 0, got \[1\]", {"order": [1]}),
-        (r"at least one layer, .* got \[\]", {"order": []}),
+        (r"each from 0 to 0, got \[1\]", {"layer_indices": [1]}),
+        (r"at least one layer, .* got \[\]", {"layer_indices": []}),
         (r"cu_seqlens must run from 0 to 7", {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}),
         (r"expected cu_seqlens of shape \(2,\) in torch.int32", {"cu_seqlens": torch.tensor([0, 7])}),
-        ("rows and cu_rows come together", {"rows": torch.tensor([0])}),
+        ("give both wanted_rows and cu_wanted, or neither", {"wanted_rows": torch.tensor([0])}),
         (
-            r"rows\[0\] is 7, outside its sequence.* 0 to 6",
-            {"rows": torch.tensor([7]), "cu_rows": torch.tensor([0, 1], dtype=torch.int32)},
+            r"wanted_rows\[0\] is 7, outside its sequence.* 0 to 6",
+            {"wanted_rows": torch.tensor([7]), "cu_wanted": torch.tensor([0, 1], dtype=torch.int32)},
         ),
     ],
 )
@@ -255,7 +255,10 @@ def test_triton_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_o
     more = {**inputs, "hidden": torch.cat([inputs["hidden"], torch.full((11, 32), torch.nan, device=device)])}
     more["cu_seqlens"] = torch.tensor([0, 9, 13, 13, 13], dtype=torch.int32, device=device)
     torch.testing.assert_close(by_kernel(more)[:13], expected, atol=1e-5, rtol=1e-5)
-    firsts = {"rows": torch.tensor([0, 9, 13, 13], device=device), "cu_rows": torch.arange(5, device=device).int()}
+    firsts = {
+        "wanted_rows": torch.tensor([0, 9, 13, 13], device=device),
+        "cu_wanted": torch.arange(5, device=device).int(),
+    }
     torch.testing.assert_close(by_kernel({**more, **firsts})[:2], expected[[0, 9]], atol=1e-5, rtol=1e-5)
 
 
@@ -263,7 +266,10 @@ def test_triton_kernel_takes_tokens_behind_the_last_sequence_and_rows_of_empty_o
 def test_triton_kernel_of_a_row_whose_sequence_has_no_keys_attends_to_nothing():
     inputs = make_inputs(CASE, ((5, 0, 2), 32, 2, 64, 1, 1), {}, torch.float32, "triton")
     device = inputs["hidden"].device
-    inputs["rows"], inputs["cu_rows"] = torch.tensor([1, 3, 6], device=device), torch.arange(4, device=device).int()
+    inputs["wanted_rows"], inputs["cu_wanted"] = (
+        torch.tensor([1, 3, 6], device=device),
+        torch.arange(4, device=device).int(),
+    )
     # In C++ such a row is computed from zeros, here from the row of `hidden` that is asked for.
     torch.testing.assert_close(by_kernel(inputs), CASE.eager(**inputs), atol=1e-5, rtol=1e-5)
     # Keys whose scores are all minus infinity are others than none: there torch has NaN.
@@ -281,7 +287,10 @@ def test_triton_kernel_of_no_token_at_all(lengths):
     assert by_kernel(inputs).shape == (0, 32)
     some = make_inputs(CASE, ((3,), 32, 2, 64, 1, 2), {}, torch.float32, "triton")
     device = some["hidden"].device
-    none = {"rows": torch.zeros(0, dtype=torch.int64, device=device), "cu_rows": torch.zeros(2).int().to(device)}
+    none = {
+        "wanted_rows": torch.zeros(0, dtype=torch.int64, device=device),
+        "cu_wanted": torch.zeros(2).int().to(device),
+    }
     assert by_kernel({**some, **none}).shape == (0, 32)
 
 
@@ -299,7 +308,7 @@ import importlib
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from albert_fast.testing.launches import recorded_launches
+from albert_fast.testing.gpu.launches import recorded_launches
 launch = next(launch for launch in recorded_launches("encoder") if launch.label.startswith("bf16 T128 D64"))
 function = getattr(importlib.import_module(launch.module), launch.function)
 attributes = {(position,): [["tt.divisibility", 16]] for position in launch.divisible}

@@ -18,7 +18,10 @@ def encoder_inputs(**changes):
     """Two layers, sequences of 3, 5, 0 and 2 tokens, two rows asked of the first, one of the second and the last each."""
     generator = torch.Generator().manual_seed(3)
     inputs = ALL_CASES["encoder"].make_inputs(((3, 5, 0, 2), 24, 2, 40, 1, 2), torch.float32, "cpu", generator)
-    inputs["rows"], inputs["cu_rows"] = torch.tensor([0, 2, 4, 9]), torch.tensor([0, 2, 3, 3, 4], dtype=torch.int32)
+    inputs["wanted_rows"], inputs["cu_wanted"] = (
+        torch.tensor([0, 2, 4, 9]),
+        torch.tensor([0, 2, 3, 3, 4], dtype=torch.int32),
+    )
     return {**inputs, **changes}
 
 
@@ -69,20 +72,20 @@ def test_released_memory_is_named(kept):
 
 
 ROWS = [
-    ({"rows": torch.tensor([9, 4, 2, 0])}, r"rows\[0\] is 9, outside its sequence.* 0 to 2"),
-    ({"rows": torch.tensor([0, 2, -1, 9])}, r"rows\[2\] is -1, outside its sequence.* 3 to 7"),
-    ({"rows": torch.tensor([0, 2, 4, 10])}, r"rows\[3\] is 10, .* 8 to 9"),
+    ({"wanted_rows": torch.tensor([9, 4, 2, 0])}, r"wanted_rows\[0\] is 9, outside its sequence.* 0 to 2"),
+    ({"wanted_rows": torch.tensor([0, 2, -1, 9])}, r"wanted_rows\[2\] is -1, outside its sequence.* 3 to 7"),
+    ({"wanted_rows": torch.tensor([0, 2, 4, 10])}, r"wanted_rows\[3\] is 10, .* 8 to 9"),
     (
-        {"rows": torch.tensor([0, 2, 4, 9], dtype=torch.int32)},
-        r"expected rows of shape .* in torch\.int64, got .* in torch\.int32",
+        {"wanted_rows": torch.tensor([0, 2, 4, 9], dtype=torch.int32)},
+        r"expected wanted_rows of shape .* in torch\.int64, got .* in torch\.int32",
     ),
-    ({"rows": torch.tensor([0.0, 2.0, 4.0, 9.0])}, r"in torch\.float32"),
-    ({"cu_rows": torch.tensor([0, 3, 2, 3, 4], dtype=torch.int32)}, "cu_rows must run from 0 to 4 and never fall"),
-    ({"cu_rows": torch.tensor([0, 2, 3, 4], dtype=torch.int32)}, r"cu_rows of shape \(5,\)"),
+    ({"wanted_rows": torch.tensor([0.0, 2.0, 4.0, 9.0])}, r"in torch\.float32"),
+    ({"cu_wanted": torch.tensor([0, 3, 2, 3, 4], dtype=torch.int32)}, "cu_wanted must run from 0 to 4 and never fall"),
+    ({"cu_wanted": torch.tensor([0, 2, 3, 4], dtype=torch.int32)}, r"cu_wanted of shape \(5,\)"),
     ({"cu_seqlens": torch.tensor([0, 3, 8, 8, 11], dtype=torch.int32)}, "cu_seqlens must run from 0 to 10"),
     ({"cu_seqlens": torch.tensor([1, 3, 8, 8, 10], dtype=torch.int32)}, "cu_seqlens must run from 0 to 10"),
     ({"cu_seqlens": torch.tensor([0, 2**31 - 1, -(2**31), 8, 10], dtype=torch.int32)}, "cu_seqlens must run"),
-    ({"order": [0, 1]}, r"each from 0 to 0, got \[0, 1\]"),
+    ({"layer_indices": [0, 1]}, r"each from 0 to 0, got \[0, 1\]"),
     ({"num_heads": 0}, "at least 1, got 0"),
     ({"num_heads": 5}, "num_heads = 5"),
     ({"act": "swish"}, "unknown act 'swish'"),
@@ -97,7 +100,7 @@ def test_encoders_name_what_lies_outside(op, backend, changes, message):
     if op == "quantized_encoder":
         generator = torch.Generator().manual_seed(3)
         quantized = ALL_CASES[op].make_inputs(((3, 5, 0, 2), 24, 2, 40, 1, 2), torch.float32, "cpu", generator)
-        inputs = {**quantized, "rows": inputs["rows"], "cu_rows": inputs["cu_rows"]}
+        inputs = {**quantized, "wanted_rows": inputs["wanted_rows"], "cu_wanted": inputs["cu_wanted"]}
     with pytest.raises(ValueError, match=message):
         getattr(ops, op)(**{**inputs, **changes}, backend=backend)
 
@@ -106,10 +109,12 @@ def test_rows_asked_of_a_sequence_without_tokens_are_computed_from_zeros():
     # As a model asks for the first token of a row that is padding alone: behind a long sequence, in a group of its own.
     generator = torch.Generator().manual_seed(3)
     inputs = ALL_CASES["encoder"].make_inputs(((300, 0, 0), 24, 2, 40, 1, 2), torch.float32, "cpu", generator)
-    inputs["cu_rows"] = torch.arange(4, dtype=torch.int32)
-    found = [ops.encoder(**{**inputs, "rows": torch.tensor(rows)}) for rows in ([7, 299, 299], [7, 0, 12])]
+    inputs["cu_wanted"] = torch.arange(4, dtype=torch.int32)
+    found = [ops.encoder(**{**inputs, "wanted_rows": torch.tensor(rows)}) for rows in ([7, 299, 299], [7, 0, 12])]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-    torch.testing.assert_close(found[0], ops.encoder(**inputs | {"rows": torch.tensor([7, 0, 0])}, backend="reference"))
+    torch.testing.assert_close(
+        found[0], ops.encoder(**inputs | {"wanted_rows": torch.tensor([7, 0, 0])}, backend="reference")
+    )
 
 
 def test_max_seqlen_below_the_longest_sequence_is_named():

@@ -89,8 +89,9 @@ def test_operator_has_all_of_its_parts(op):
     assert shown == {(device, backend) for device, choices in dispatch.TABLE[op].items() for backend in choices}
 
 
-# The C++ product of modules outside fused operators: albert_fast/gemm.py calls it.
-SHARED_SOURCES = {"linear"}
+# Files of no operator: the C++ product of modules outside fused operators, which albert_fast/runtime/linear.py calls; and what
+# a layer's weights are.
+SHARED_SOURCES = {"linear", "schema"}
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_row_counts_are_rounded_up_to_few():
 GROWTH = """
 import random, sys, torch
 from torch import nn
-from albert_fast import gemm
+from albert_fast.runtime import linear as gemm
 
 def resident():  # in MiB
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20

@@ -192,9 +192,9 @@ def test_rows_of_zeros_and_of_denormals_round_to_zero():
     [
         ("48 columns are not a multiple of num_heads = 5", {"num_heads": 5}),
         ("unknown act 'swish'", {"act": "swish"}),
-        (r"each from 0 to 0, got \[1\]", {"order": [1]}),
+        (r"each from 0 to 0, got \[1\]", {"layer_indices": [1]}),
         (r"cu_seqlens must run from 0 to 7", {"cu_seqlens": torch.tensor([0, 8], dtype=torch.int32)}),
-        ("rows and cu_rows come together", {"rows": torch.tensor([0])}),
+        ("give both wanted_rows and cu_wanted, or neither", {"wanted_rows": torch.tensor([0])}),
         ("unknown precision 'int4'; known: int8, int16, fp8", {"precision": "int4"}),
         ("fp8 expects hidden in torch.bfloat16, got torch.float32", {"precision": "fp8"}),
         (r"7 vectors, 4 integers.* are not those of whole layers", {"vectors": [torch.zeros(48)] * 7}),
@@ -216,7 +216,7 @@ def test_misshapen_weights_are_named():
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_vnni"])
 def test_the_environment_names_the_instruction_set(isa):
-    code = "from albert_fast import dispatch; print(dispatch.extension().build_info()['isa'])"
+    code = "from albert_fast.runtime import dispatch; print(dispatch.extension().build_info()['isa'])"
     run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ALBERT_FAST_ISA": isa}, capture_output=True,
                          text=True)  # fmt: skip
     if run.returncode:

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from albert_fast.ops import bias_gelu_ref
-from albert_fast.ops._integers import FORMATS, PRODUCTS, lay_out, round_rows
+from albert_fast.ops._integers import FORMATS, lay_out, round_rows
+from albert_fast.ops.schema import PRODUCTS
 from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import device_of, make_inputs
@@ -228,9 +229,9 @@ def test_layers_err_as_the_reference_does(precision, wanted):
 def test_rows_that_are_asked_for_are_those_of_all(precision):
     options = {"precision": precision, "wanted": True}
     inputs = make_inputs(CASE, ((9, 0, 7), 64, 2, 96, 2, 3), options, torch.bfloat16, "triton")
-    assert 0 < len(inputs["rows"]) < 16
-    every = CASE.run({**inputs, "rows": None, "cu_rows": None}, "triton")
-    assert torch.equal(CASE.run(inputs, "triton"), every[inputs["rows"]])
+    assert 0 < len(inputs["wanted_rows"]) < 16
+    every = CASE.run({**inputs, "wanted_rows": None, "cu_wanted": None}, "triton")
+    assert torch.equal(CASE.run(inputs, "triton"), every[inputs["wanted_rows"]])
 
 
 @PRECISIONS

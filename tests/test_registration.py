@@ -27,7 +27,7 @@ def fwd_arguments(name, backend, **options):
         if isinstance(inputs.get(key), torch.Tensor):
             inputs[key] = inputs[key].detach().clone().requires_grad_()
     schema = getattr(torch.ops.albert_fast, f"{name}_fwd").default._schema
-    bounds = dict.fromkeys(("max_seqlen", "max_rows"), len(inputs.get("hidden", ())))
+    bounds = dict.fromkeys(("max_seqlen", "max_wanted"), len(inputs.get("hidden", ())))
     values = {**bounds, **inputs, "backend": backend}
     return tuple(values.get(argument.name) for argument in schema.arguments)
 
@@ -115,6 +115,25 @@ def test_a_fall_back_is_said_once_with_the_way_out(monkeypatch):
             dispatch.resolve("bias_gelu", "cpu", torch.float32, "cpp")
     finally:
         dispatch.resolve.cache_clear()
+
+
+@pytest.mark.skipif(not dispatch.has_extension(), reason="needs the C++ extension")
+@pytest.mark.parametrize("change", [{"slice": 769}, {"weights": tuple(ops.WEIGHTS)[::-1]}, {"unknown": 1}])
+def test_an_extension_that_was_built_from_other_sources_is_refused(monkeypatch, change):
+    monkeypatch.setattr(dispatch, "_EXPECTED", {**dispatch._EXPECTED, **change})
+    caches = (dispatch._load_extension, dispatch._why_not, dispatch.resolve)
+    try:
+        for cached in caches:
+            cached.cache_clear()
+        (name,) = change
+        with pytest.raises(dispatch.BackendUnavailableError, match=rf"differ in: {name}\): build it again with `pip"):
+            ops.bias_gelu(torch.randn(3, 8), torch.randn(8))
+        assert not dispatch.has_extension()
+    finally:
+        monkeypatch.undo()
+        for cached in caches:
+            cached.cache_clear()
+    assert dispatch.has_extension()
 
 
 def test_a_seed_lies_on_the_cpu_whatever_the_default_device():

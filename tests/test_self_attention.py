@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel, ops
 from albert_fast.models import reference
 from albert_fast.ops import split_columns
-from albert_fast.ops.attention import _beside as beside
+from albert_fast.ops.attention import _are_adjacent as are_adjacent
 from albert_fast.runtime import dispatch
 from albert_fast.testing import poison_empty
 
@@ -101,18 +101,20 @@ def test_gradients_that_lie_elsewhere_are_concatenated():
 def test_which_tensors_are_neighbours(tokens):
     whole = torch.randn(tokens, 12)
     a, b, c = whole.split(4, dim=1)
-    assert beside((a, b, c))
-    assert beside((b, c))
-    assert not beside((a, c))
-    assert not beside((b, a))
-    assert not beside((a, b.clone()))
-    assert not beside((a, whole[:, 4:6]))
-    assert not beside((a, whole.view(torch.int32)[:, 4:8]))
+    assert are_adjacent((a, b, c))
+    assert are_adjacent((b, c))
+    assert not are_adjacent((a, c))
+    assert not are_adjacent((b, a))
+    assert not are_adjacent((a, b.clone()))
+    assert not are_adjacent((a, whole[:, 4:6]))
+    assert not are_adjacent((a, whole.view(torch.int32)[:, 4:8]))
     rows = torch.randn(2 * tokens, 12)
-    assert not beside((rows[:tokens, :4], rows[::2, 4:8])), "of every other row"
-    assert not beside((rows[:tokens, 0:8:2], rows[:tokens, 4:12:2])), "of every other column"
+    assert not are_adjacent((rows[:tokens, :4], rows[::2, 4:8])), "of every other row"
+    assert not are_adjacent((rows[:tokens, 0:8:2], rows[:tokens, 4:12:2])), "of every other column"
     narrow = torch.randn(8 + 4 * tokens)
-    assert not beside(tuple(narrow[first:].as_strided((tokens, 4), (4, 1)) for first in (0, 4, 8))), "rows overlap"
+    assert not are_adjacent(tuple(narrow[first:].as_strided((tokens, 4), (4, 1)) for first in (0, 4, 8))), (
+        "rows overlap"
+    )
 
 
 def test_a_compiled_graph_has_the_same_gradients():

@@ -95,7 +95,7 @@ def test_a_bad_id_is_named(no_extension):
 
 
 def resolve_with_isa(value):
-    code = "import torch; from albert_fast import dispatch; print(dispatch.resolve('encoder', 'cpu', torch.float32)); "
+    code = "import torch; from albert_fast.runtime import dispatch; print(dispatch.resolve('encoder', 'cpu', torch.float32)); "
     code += "print(dispatch.extension().build_info()['isa'])"
     environment = os.environ | {"ALBERT_FAST_ISA": value}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -113,7 +113,7 @@ class Attention(nn.Module):
             self.scale,
             p,
             seed,
-            order=packing.sequence_order,
+            sequence_order=packing.sequence_order,
             backend=run.backend,
         )
         if run.listen is not None:

@@ -90,7 +90,7 @@ class LayerStack(nn.Module):
 
     def _one_call(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, backend: str) -> Tensor:
         """All layers as the operator `encoder`."""
-        rows, cu_rows = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
+        wanted_rows, cu_wanted = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
         distinct = self.distinct_layers()
         weights = [weight for layer in distinct for weight in layer.weights()]
         return ops.encoder(
@@ -98,8 +98,8 @@ class LayerStack(nn.Module):
             weights,
             self.layer_indices,
             packing.cu_seqlens,
-            rows,
-            cu_rows,
+            wanted_rows,
+            cu_wanted,
             *distinct[0].numbers(),
             backend=backend,
         )
@@ -122,20 +122,20 @@ class LayerStack(nn.Module):
         linears = [linear for layer in distinct for linear in layer.products()]
         vectors = [vector for layer in distinct for vector in layer.vectors()]
         tensors = map(list, zip(*(linear.tensors() for linear in linears), strict=True))
-        rows, cu_rows, max_rows = (None, None, None) if wanted is None else wanted
+        wanted_rows, cu_wanted, max_wanted = (None, None, None) if wanted is None else wanted
         return ops.quantized_encoder(
             hidden,
             vectors,
             *tensors,
             layer_indices,
             packing.cu_seqlens,
-            rows,
-            cu_rows,
+            wanted_rows,
+            cu_wanted,
             *distinct[0].numbers(),
             precision=linears[0].precision,
-            schedule=packing.sequence_order,
+            sequence_order=packing.sequence_order,
             max_seqlen=packing.max_seqlen,
-            max_rows=max_rows,
+            max_wanted=max_wanted,
             backend=backend,
         )
 

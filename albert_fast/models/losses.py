@@ -9,14 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._dtypes import widened
+from ..ops.linear_cross_entropy import IGNORED
 from .config import ALBERTConfig
-
-IGNORED = -100
-
-
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

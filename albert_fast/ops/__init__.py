@@ -7,27 +7,26 @@ from ..kernels._capture import CAPTURE
 from ..kernels._precision import tf32_asked_for
 from ._dropout import draw_seed
 from ._graph_inputs import GraphInputs
-from ._integers import PRODUCTS
 from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
+from ._stages import STAGES, stage_seconds
+from ._token_errors import TokenIndexError, index_error
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref, split_columns
 from .bias_gelu import bias_gelu, bias_gelu_ref
-from .embedding_projection import TokenIndexError, embedding_projection, embedding_projection_ref, index_error
+from .embedding_projection import embedding_projection, embedding_projection_ref
 from .encoder import (
     MAX_KERNEL_HEAD_DIM,
     MAX_KERNEL_TOKENS,
-    STAGES,
-    WEIGHTS,
     encoder,
     encoder_ref,
     kernel_is_faster,
     kernels_are_compared,
-    stage_seconds,
 )
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .linear_gelu import linear_gelu, linear_gelu_ref
 from .quantized_encoder import quantized_encoder, quantized_encoder_ref
+from .schema import PRODUCTS, VECTORS, WEIGHTS, split_layers
 
 __all__ = [
     "CAPTURE",
@@ -35,6 +34,7 @@ __all__ = [
     "MAX_KERNEL_TOKENS",
     "PRODUCTS",
     "STAGES",
+    "VECTORS",
     "WEIGHTS",
     "CapturedReports",
     "Describe",
@@ -65,6 +65,7 @@ __all__ = [
     "quantized_encoder_ref",
     "raise_pending",
     "split_columns",
+    "split_layers",
     "stage_seconds",
     "synchronize",
     "tf32_asked_for",

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from ..kernels._capture import capturing
+from ..runtime import dispatch
 
 _MASK = 0xFFFFFFFF
-# Rows of the attention matrix: head * HEAD_STRIDE + packed index of the query token. In a batch of more than 65,537 tokens a
-# head shares masks with its neighbour's tokens further on, which is harmless to training and the same on every backend.
+# Rows of the attention matrix: head * HEAD_STRIDE + packed index of the query token. In a batch of more than 65,537 tokens
+# two heads share some masks, which is harmless to training and the same on every backend.
 HEAD_STRIDE = 0x10001
+
+dispatch.expect(head_stride=HEAD_STRIDE)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -43,17 +46,17 @@ def keep_scale_2d(seed: int, shape: tuple[int, int] | torch.Size, p: float, devi
 def draw_seed() -> Tensor:
     """A fresh 63-bit seed from torch's default generator, so `torch.manual_seed` makes dropout repeatable.
 
-    It stays a tensor, on the CPU, so that torch.compile traces through it and a GPU need not be waited for.
+    It is a tensor, so that torch.compile traces through it, and on the CPU, so that reading it does not wait for a GPU.
     """
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")  # whatever torch.set_default_device says
 
 
 def seed_value(seed: Tensor | None, p: float) -> int:
-    """The number in `seed`, as every operator with dropout reads it, traced or not.
+    """The number in `seed`; 0 without dropout. Every operator with dropout reads its seed here, traced or not.
 
     Raises:
-        ValueError: dropout is on and there is no seed. RuntimeError: the current stream captures a CUDA graph, which would
-        hold the number: one mask for all replays.
+        ValueError: dropout_p is out of range, or dropout is on and there is no seed. RuntimeError: the current stream
+            captures a CUDA graph; it would keep the number, and use one mask for all replays.
     """
     if p == 0.0:
         return 0

@@ -1,8 +1,8 @@
-"""Rounded weights and activations: the formats, where a matrix lies in memory, and what each backend computes between.
+"""Rounded weights and activations: the number formats, the layouts of a matrix in memory, and each backend's arithmetic.
 
-Every product of `quantized_encoder` is sum_k a_k w_nk with a row of activations a = x * rescale + shift rounded to a step of
-its own. A matrix lies in panels, the layout of csrc/cpu/integer_gemm.h, or in rows padded with zeros, which Triton's kernels
-read.
+Every product of `quantized_encoder` is sum_k a_k w_nk; each row of activations a = x * rescale + shift is rounded to a step of
+its own. A matrix lies in panels for the C++ kernel (csrc/cpu/integer_gemm.h), or in rows padded with zeros for the Triton
+kernels.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime import dispatch
+from .schema import PANEL, SLICE
 
-# A layer's products, in the order of the lists of integers, and the shapes (N, K) of their matrices in H and I.
-PRODUCTS = {"qkv": ("3H", "H"), "dense": ("H", "H"), "ffn": ("I", "H"), "ffn_output": ("H", "I")}
-# Channels of a panel; columns of the FFN's middle that the C++ kernel rounds together; what rows in memory are a multiple of.
-PANEL, SLICE, DEPTH = 32, 768, 128
+# Rows for the Triton kernels are padded to a multiple of this.
+DEPTH = 128
 
 
 def _to_float8(x: Tensor) -> Tensor:
@@ -29,8 +28,14 @@ def _to_float8(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Format:
-    """An element's dtype in memory; the largest activation and weight; whether a row of activations has a zero point;
-    the dtypes of hidden states that come with it; how a number is rounded to one that the format has."""
+    """A number format of weights and activations.
+
+    dtype: of an element in memory.
+    activation_levels, weight_levels: the largest activation and weight.
+    zero_point: whether a row of activations has a zero point.
+    hidden: the dtypes of hidden states that it goes with.
+    nearest: rounds to numbers that the format has.
+    """
 
     dtype: torch.dtype
     activation_levels: int
@@ -50,15 +55,19 @@ FORMATS = {
     "int16": Format(torch.int16, 8191, 32767, False, (torch.float32,)),
     "fp8": Format(torch.float8_e4m3fn, 448, 448, False, (torch.bfloat16,), _to_float8),
 }
+# The largest integer of attention's values; sums of 64 products with a probability of 14 bits fit 32 bits.
+VALUE_LEVELS = 4095
+
+dispatch.expect(levels=(FORMATS["int8"].activation_levels, FORMATS["int16"].activation_levels, VALUE_LEVELS))
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a backend computes beside the products of a format.
+    """How a backend computes everything but the products.
 
-    between: the dtype in which activations lie in memory between kernels; inside they are float32.
+    between: the dtype of activations in memory between kernels; inside kernels they are float32.
     slice: columns of the FFN's middle that are rounded together; None: whole rows.
-    integer_attention: attention on integers of 12 to 14 bits, or on `between`.
+    integer_attention: whether attention multiplies integers of 12 to 14 bits, or numbers of the dtype `between`.
     """
 
     between: torch.dtype
@@ -66,7 +75,7 @@ class Arithmetic:
     integer_attention: bool
 
 
-# By the dtype of the hidden states: those of the C++ kernel and of the Triton kernels.
+# The dtype of the hidden states selects the arithmetic: float32 the C++ kernel's, bfloat16 the Triton kernels'.
 ARITHMETICS = {
     torch.float32: Arithmetic(torch.float32, SLICE, True),
     torch.bfloat16: Arithmetic(torch.bfloat16, None, False),
@@ -80,9 +89,9 @@ def slices(product: str, k: int, width: int | None) -> list[slice]:
 
 
 def _blocks(product: str, shape: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """The parts of a matrix (rows, columns) that are packed one after another."""
+    """The (rows, columns) of the parts of a matrix that are packed one after another."""
     n, k = shape
-    if product == "qkv":  # each from a whole panel on
+    if product == "qkv":  # query, key and value each begin at a whole panel
         return [(slice(i * n // 3, (i + 1) * n // 3), slice(0, k)) for i in range(3)]
     return [(slice(0, n), columns) for columns in slices(product, k, SLICE)]
 
@@ -102,7 +111,7 @@ def pack(product: str, matrix: Tensor) -> Tensor:
 
 
 def unpack(product: str, packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The matrix (N, K) from panels or rows."""
+    """The matrix (N, K), read back from panels or rows."""
     if packed.dim() == 2:
         return packed[:, : shape[1]].contiguous()
     group = 4 // packed.element_size()
@@ -124,15 +133,15 @@ def pack_channels(product: str, values: Tensor) -> Tensor:
 
 
 def unpack_channels(product: str, packed: Tensor, n: int) -> Tensor:
-    """The values (N,), padded or not."""
+    """The values (N,), read back from `pack_channels`, or from values without padding."""
     count = 3 if product == "qkv" else 1
     return torch.cat([part[: n // count] for part in packed.chunk(count)])
 
 
 def channel_sums(product: str, matrix: Tensor) -> Tensor:
-    """What the zero point of the activations is multiplied with: sums over each packed part's columns."""
-    parts = [matrix[rows, columns].sum(1, dtype=torch.int64).float() for rows, columns in
-             _blocks(product, (matrix.shape[0], matrix.shape[1]))]  # fmt: skip
+    """Each channel's sum of integers, for every packed part by itself: what a zero point is multiplied with."""
+    blocks = _blocks(product, (matrix.shape[0], matrix.shape[1]))
+    parts = [matrix[rows, columns].sum(1, dtype=torch.int64).float() for rows, columns in blocks]
     return torch.cat([F.pad(part, (0, -len(part) % PANEL)) for part in parts])
 
 
@@ -140,19 +149,21 @@ def lay_out(product: str, matrix: Tensor, scale: Tensor, panels: bool) -> tuple[
     """A matrix (N, K) and its channels' steps (N,) as a backend reads them: integers, scales and sums, in panels or rows."""
     if panels:
         return pack(product, matrix), pack_channels(product, scale), channel_sums(product, matrix)
-    # As bytes: torch pads no float8 numbers.
+    # As bytes: torch cannot pad float8.
     padded = F.pad(matrix.view(torch.int8), (0, -matrix.shape[1] % DEPTH)).view(matrix.dtype).contiguous()
-    # Of int8 the sums are exact in float32: 127 x 16384 is below 2^24. float8 has no zero point, and nobody reads them.
+    # The sums of int8 are exact in float32: 127 x 16384 is below 2^24. float8 has no zero point; its sums are not read.
     return padded, scale.float(), matrix.float().sum(1)
 
 
 def expected_layout(name: str, shape: tuple[int, int], precision: str, panels: bool) -> dict[str, tuple[int, ...]]:
-    """The shapes of what `lay_out` gives for a matrix (N, K), by the names of the operator's lists."""
+    """The shapes of what `lay_out` returns for a matrix (N, K), by the names of the operator's lists."""
     if not panels:
         return {"integers": (shape[0], -(-shape[1] // DEPTH) * DEPTH), "scales": shape[:1], "sums": shape[:1]}
     group = FORMATS[precision].group
-    blocks = [(-(-(rows.stop - rows.start) // PANEL) * PANEL, columns.stop - columns.start)
-              for rows, columns in _blocks(name, shape)]  # fmt: skip
+    blocks = [
+        (-(-(rows.stop - rows.start) // PANEL) * PANEL, columns.stop - columns.start)
+        for rows, columns in _blocks(name, shape)
+    ]
     channels = sum(n for n, _ in blocks) if name == "qkv" else blocks[0][0]
     integers = sum(n * -(-k // group) * group for n, k in blocks)
     return {"integers": (integers,), "scales": (channels,), "sums": (sum(n for n, _ in blocks),)}
@@ -163,9 +174,9 @@ def round_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Integers of x (T, K), as floats, and the scale and zero point (T, 1) of each row: x ~ scale * (integers - zero)."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-    # Halves of both: the extent of a finite row may pass its type's largest number.
+    # Halved first: the extent of a finite row may exceed the largest number of its dtype.
     extent, steps = (torch.maximum(high, -low), levels) if signed else (high / 2 - low / 2, levels / 2)
-    # A number over a tensor is its product with a reciprocal, which is a denormal here.
+    # Both are tensors: torch divides a number by a tensor through a reciprocal, which may be a denormal here.
     inverse = torch.full_like(extent, steps) / extent
     inverse = torch.where((extent > 0) & (inverse < torch.finfo(torch.float32).max), inverse, 0.0)
     zero = torch.zeros_like(low) if signed else torch.round(-low * inverse)

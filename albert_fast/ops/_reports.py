@@ -1,13 +1,13 @@
-"""What kernels found wrong on a GPU, told to Python without making it wait.
+"""Reports errors that kernels find on a GPU to Python, without making Python wait for the GPU.
 
-A kernel answers a bad id with a code in device memory. `report` has it copied to the host behind the kernel and notes an
-event; whoever comes by later raises what has arrived: every embedding_projection on that device before it starts, so every
-forward of a model, without waiting, and `synchronize`, which waits. At most MAX_PENDING calls are kept in mind; a host
-that runs ahead of a GPU by more waits for the oldest. Words of host memory and events are used again, call after call.
+For a bad id a kernel writes a code to device memory. `report` starts a copy of it to the host, after the kernel, and records
+an event. The error is raised later: by the next embedding_projection on that device, so by the next forward of a model,
+without waiting, if the code has arrived; or by `synchronize`, which waits. At most MAX_PENDING calls are pending; a host that
+is further ahead of the GPU waits for the oldest. Host memory and events are used again.
 
-While a CUDA graph is captured there is nothing to copy yet. Whoever replays it captures inside `CapturedReports`, which
-keeps the flags that the graph writes, and asks it after each replay; in a graph captured without it bad ids are never
-looked up either, and never reported.
+While a CUDA graph is captured there is nothing to copy. Code that replays graphs captures inside `CapturedReports`, which
+keeps the flags that the graph writes, and calls `replayed` after each replay. A graph that was captured without it reads
+nothing outside the tables either, but reports no errors.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ..kernels._capture import CAPTURE
 NOTHING = torch.iinfo(torch.int64).max
 MAX_PENDING = 64
 
-# What makes the error from the code that a kernel left, knowing the call; it may read tensors of the device.
+# Makes the error of a call from the code that a kernel wrote; it may read tensors of the device.
 Describe = Callable[[int], Exception]
 
 
 class Event(Protocol):
-    """A torch.cuda.Event, as far as it is needed here."""
+    """The methods of torch.cuda.Event that are used here."""
 
     def query(self) -> bool: ...
     def synchronize(self) -> None: ...
@@ -39,7 +39,7 @@ class Event(Protocol):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where an answer arrives: when `arrived` has happened, `code` () int64 holds it, in host memory."""
+    """Receives a code: after the event `arrived`, `code` () int64 holds it in host memory."""
 
     arrived: Event
     code: Tensor
@@ -47,7 +47,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Pending:
-    """A call whose answer is on its way, on a stream: behind a call of that stream that has not arrived, it has not either."""
+    """A call whose code is being copied on a stream. Codes of one stream arrive in the order of the calls."""
 
     slot: Slot
     describe: Describe
@@ -55,7 +55,7 @@ class Pending:
 
 
 class Queue:
-    """The pending calls of each device, in order; for any number of threads, each error is raised once."""
+    """The pending calls of each device, in order. Any number of threads may use it; each error is raised once."""
 
     def __init__(self, limit: int = MAX_PENDING) -> None:
         self._limit = limit
@@ -64,7 +64,7 @@ class Queue:
         self._free: dict[torch.device, list[Slot]] = {}
 
     def slot(self, device: torch.device) -> Slot | None:
-        """One that an earlier call has done with, or None."""
+        """A slot that an earlier call no longer needs, or None."""
         with self._lock:
             free = self._free.get(device)
             return free.pop() if free else None
@@ -79,7 +79,7 @@ class Queue:
             self.raise_arrived(device)
 
     def raise_arrived(self, device: torch.device, wait: bool = False) -> None:
-        """Raise the error of the first call that went wrong among those that have arrived; `wait` for all of them."""
+        """Raise the error of the first failed call among those that have arrived; with `wait`, among all calls so far."""
         if not self._pending.get(device):
             return
         if wait:
@@ -89,7 +89,7 @@ class Queue:
                 pending.slot.arrived.synchronize()
         with self._lock:
             kept: list[Pending] = []
-            late: set[int] = set()  # streams, of which the rest need not be asked
+            late: set[int] = set()  # streams with a call that has not arrived: later ones have not either
             bad: tuple[Pending, int] | None = None
             for pending in self._pending[device]:
                 if bad is not None or pending.stream in late or not pending.slot.arrived.query():
@@ -106,7 +106,7 @@ class Queue:
 
 
 class CapturedReports:
-    """The reports of what is captured inside, to be asked for after each replay.
+    """Collects the flags of the calls that are captured inside, and reports them after each replay.
 
         reports = CapturedReports()
         with reports, torch.cuda.graph(graph):
@@ -114,7 +114,7 @@ class CapturedReports:
         graph.replay()
         reports.replayed()
 
-    The tensors of the captured call are kept, so that an error can name the id: read it before they are written again.
+    It keeps the tensors of the captured call, so that an error can name the id. Raise it before they are written again.
     """
 
     def __init__(self) -> None:
@@ -128,10 +128,11 @@ class CapturedReports:
         _local.captured = None
 
     def replayed(self, describe: Describe | None = None) -> None:
-        """Have the flags of the replay that was just started on the current stream copied, as `report` does.
+        """Copy the flags of the replay that was just started on the current stream, as `report` does.
 
-        `describe` makes the error instead of what the captured call would: by the time that a code arrives its tensors may
-        have been written again.
+        Args:
+            describe: makes the error, instead of the captured call's: when a code arrives, the tensors of the call may
+                have been written again.
         """
         for flag, captured in self._captured:
             with torch.cuda.device(flag.device):
@@ -143,9 +144,9 @@ _local = threading.local()
 
 
 def report(flag: Tensor, describe: Describe) -> None:
-    """Note that the kernel just launched on the current stream leaves a code in `flag` (), int64, or NOTHING.
+    """Announce that the kernel just launched on the current stream writes a code, or NOTHING, to `flag` () int64.
 
-    `describe(code)` makes the error; what it refers to is kept until the code has arrived.
+    `describe(code)` makes the error; it is kept until the code has arrived.
     """
     if not torch.cuda.is_current_stream_capturing():
         _QUEUE.add(flag.device, _on_its_way(flag, describe))
@@ -166,25 +167,25 @@ def _new_slot() -> Slot:
 
 
 def raise_pending(device: torch.device, wait: bool = False) -> None:
-    """Raise the first error that has arrived from a GPU; with `wait`, of all calls so far. Nothing while capturing."""
-    # An event may not be asked during a capture: that would end it.
+    """Raise the first error that has arrived from a GPU; with `wait`, the first of all calls so far. Not during a capture."""
+    # To query an event would end a capture.
     if not torch.cuda.is_current_stream_capturing():
         _QUEUE.raise_arrived(device, wait)
 
 
 def synchronize(device: torch.device | str | None = None) -> None:
-    """Wait for a GPU, and raise what calls on it found wrong that nobody was told of yet.
+    """Wait for a GPU, and raise the first error of its calls that was not raised yet.
 
-    A model on a GPU does not wait for its kernels, so an id outside its table is found after the call has returned. It is
-    raised by a later call on that device, or here. Calls that were captured into a CUDA graph of the caller's own tell
-    nobody: their kernels stay within the tables all the same, and embed a bad id as the projection's bias.
+    A model on a GPU does not wait for its kernels, so an id outside its table is found after the call has returned. The error
+    is raised by a later call on that device, or here. Calls in a CUDA graph that the caller captured report no errors: their
+    kernels read nothing outside the tables either, and embed a bad id as the projection's bias.
 
     Args:
-        device: a GPU, default the current one. On a CPU, where errors are raised at once, there is nothing to wait for.
+        device: a GPU, by default the current one. On a CPU errors are raised at once, so there is nothing to wait for.
 
     Raises:
-        IndexError: an id outside its table; names table, value and place. Where several calls went wrong, that of the
-            first; the next call of `synchronize` raises the next.
+        IndexError: an id outside its table; the message names table, value and position. If several calls failed, it is the
+            error of the first; the next call of `synchronize` raises the next.
     """
     if device is None and not torch.cuda.is_available():
         return
@@ -200,7 +201,7 @@ def synchronize(device: torch.device | str | None = None) -> None:
 
 @contextmanager
 def placing(place: Callable[[int], tuple[int, int]]) -> Iterator[None]:
-    """Inside, errors of this thread's calls name `place(token)`, (row, column), instead of the packed token."""
+    """Inside, errors of this thread's calls name the (row, column) that `place(token)` returns for a packed token."""
     _local.place = place
     try:
         yield
@@ -209,6 +210,6 @@ def placing(place: Callable[[int], tuple[int, int]]) -> Iterator[None]:
 
 
 def current_place() -> Callable[[int], str]:
-    """How the call that is being made says where a packed token stands."""
+    """The function that says to the user where a packed token is, for the current call."""
     place = getattr(_local, "place", None)
     return str if place is None else lambda token: "{}, {}".format(*place(token))

@@ -1,13 +1,12 @@
-"""The operators composed of torch's fused ones: what runs on a CPU where the C++ extension is missing.
+"""The operators composed of torch's fused ones; they run on a CPU without the C++ extension.
 
-Results and gradients are those of the references, which say what is computed; these say it in the operators that torch
-has fast kernels for. Shapes and names are those of the public functions; there is no dropout here.
+Results and gradients are those of the references, computed with operators that torch has fast kernels for. Shapes and names
+are those of the public functions; there is no dropout here.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +43,21 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
 
 
 def embedding_projection(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
-    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
-    eps: float, padding_idx: int,
-) -> Tensor:  # fmt: skip
-    """The projected embeddings (T, H) of ids that lie in their tables; `inputs_embeds` (T, E) in the place of input_ids."""
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    eps: float,
+    padding_idx: int,
+) -> Tensor:
+    """The projected embeddings (T, H); all ids lie in their tables. `inputs_embeds` (T, E) may replace input_ids."""
     row = padding_idx if 0 <= padding_idx < len(word) else None
     words = inputs_embeds if input_ids is None else F.embedding(input_ids, word, padding_idx=row)
     assert words is not None, "one of input_ids and inputs_embeds"
@@ -59,18 +68,21 @@ def embedding_projection(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int, softmax_scale: float
 ) -> Tensor:
-    """Attention (Tq, H) of packed sequences; neighbours of equal lengths are one call."""
+    """Attention (Tq, H) of packed sequences; sequences of equal lengths that follow one another are computed together."""
     pairs = [(e - b, f - c) for (b, e), (c, f) in zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True)]
     parts: list[Tensor] = []
     first_query = first_key = 0
     for (queries, keys), run in itertools.groupby(pairs):
         count = len(list(run))
-        batch: Any = [
-            t[first : first + count * length].unflatten(0, (count, length)).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-            for t, first, length in ((q, first_query, queries), (k, first_key, keys), (v, first_key, keys))
-        ] if queries and keys else []  # fmt: skip
-        if batch:
-            out = _attention(batch[0], batch[1], batch[2], softmax_scale)
+        if queries and keys:
+            heads = [
+                t[first : first + count * length]
+                .unflatten(0, (count, length))
+                .unflatten(-1, (num_heads, -1))
+                .transpose(1, 2)
+                for t, first, length in ((q, first_query, queries), (k, first_key, keys), (v, first_key, keys))
+            ]
+            out = _attention(heads[0], heads[1], heads[2], softmax_scale)
             parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         elif queries:
             parts.append(q.new_zeros((count * queries, q.shape[1])))
@@ -83,7 +95,7 @@ def attention(
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q (B, heads, Sq, D); k, v (B, heads, Sk, D) -> (B, heads, Sq, D)."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        # The backward of torch's fused kernel leaves rounding where a softmax over one key has no gradient.
+        # A softmax over one key has no gradient; the backward of torch's fused kernel gives rounding errors there.
         return torch.softmax((q @ k.transpose(2, 3)) * scale, dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 

@@ -1,4 +1,4 @@
-"""add_layer_norm: LayerNorm(dropout(x + bias) + residual), the seam after both products of the layer, in one pass.
+"""add_layer_norm: LayerNorm(dropout(x + bias) + residual) in one pass; it follows both products of the layer.
 
 Post-norm as in Vaswani et al. 2017, section 5.4; in Hugging Face `LayerNorm(hidden_states + dropout(dense(...)))`.
 """
@@ -16,7 +16,7 @@ from ._dropout import keep_scale_2d, seed_value
 
 
 def layer_norm_stats_ref(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """mean and 1 / sqrt(variance + eps) of each row of float32 `z` (T, N), each (T,): those of torch's layer_norm."""
+    """The mean and 1 / sqrt(variance + eps) of each row of float32 `z` (T, N), each (T,), as torch's layer_norm has them."""
     _, mean, rstd = torch.native_layer_norm(z, z.shape[1:], None, None, eps)
     return mean.squeeze(1), rstd.squeeze(1)
 
@@ -38,26 +38,43 @@ def _sum_ref(x: Tensor, bias: Tensor, residual: Tensor, dropout_p: float, seed: 
 
 
 def add_layer_norm_ref(
-    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor, eps: float,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """Eager reference, float32 inside."""
     z, _ = _sum_ref(x, bias, residual, dropout_p, seed_value(seed, dropout_p))
     return torch.nn.functional.layer_norm(z, z.shape[1:], weight.float(), ln_bias.float(), eps).to(x.dtype)
 
 
 def _operands(x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor) -> list[Operand]:
-    """What both kernels read, in the order of the C++ functions."""
+    """The operands of both kernels, in the order of the C++ functions."""
     shape, dtype = matrix("add_layer_norm", "x", x), x.dtype
     vector = shape[1:]
-    return [("x", x, shape, dtype), ("bias", bias, vector, dtype), ("residual", residual, shape, dtype),
-            ("weight", weight, vector, dtype)]  # fmt: skip
+    return [
+        ("x", x, shape, dtype),
+        ("bias", bias, vector, dtype),
+        ("residual", residual, shape, dtype),
+        ("weight", weight, vector, dtype),
+    ]
 
 
 def _fwd(
-    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor, eps: float,
-    dropout_p: float, seed: Tensor | None, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     operands = _operands(x, bias, residual, weight)
     operands.append(("ln_bias", ln_bias, x.shape[1:], x.dtype))
     backend = dispatch.resolve("add_layer_norm", x.device.type, x.dtype, backend)
@@ -65,10 +82,9 @@ def _fwd(
         memory = hold("add_layer_norm", x.device, operands)
         out = torch.empty(x.shape, dtype=x.dtype)
         mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-        dispatch.extension().add_layer_norm_fwd_cpu(
-            *memory.addresses, out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *out.shape, eps, dropout_p,
-            seed_value(seed, dropout_p), dispatch.DTYPE_CODES[out.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        results = out.data_ptr(), mean.data_ptr(), rstd.data_ptr()
+        numbers = eps, dropout_p, seed_value(seed, dropout_p), dispatch.DTYPE_CODES[out.dtype], torch.get_num_threads()
+        dispatch.extension().add_layer_norm_fwd_cpu(*memory.addresses, *results, *out.shape, *numbers)
         return out, mean, rstd
     check_launch("add_layer_norm", backend, x.device, operands)
     if backend == "triton":
@@ -80,9 +96,17 @@ def _fwd(
 
 
 def _bwd(
-    grad: Tensor, x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-    dropout_p: float, seed: Tensor | None, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
     """dx, dresidual (empty without dropout: then it equals dx), dbias, dweight, dln_bias."""
     operands: list[Operand] = [("grad", grad, x.shape, x.dtype), *_operands(x, bias, residual, weight)]
     operands += [(name, t, x.shape[:1], torch.float32) for name, t in (("mean", mean), ("rstd", rstd))]
@@ -103,11 +127,10 @@ def _bwd(
     dx = torch.empty(x.shape, dtype=x.dtype)
     dresidual = torch.empty(x.shape if dropout_p else (0, x.shape[1]), dtype=x.dtype)
     dbias, dweight, dln_bias = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(3))
-    dispatch.extension().add_layer_norm_bwd_cpu(
-        *memory.addresses, dx.data_ptr(), dresidual.data_ptr() if dropout_p else 0, dbias.data_ptr(), dweight.data_ptr(),
-        dln_bias.data_ptr(), *dx.shape, dropout_p, seed_value(seed, dropout_p), dispatch.DTYPE_CODES[dx.dtype],
-        torch.get_num_threads(),
-    )  # fmt: skip
+    vectors = dbias.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr()
+    results = dx.data_ptr(), dresidual.data_ptr() if dropout_p else 0, *vectors
+    numbers = dropout_p, seed_value(seed, dropout_p), dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads()
+    dispatch.extension().add_layer_norm_bwd_cpu(*memory.addresses, *results, *dx.shape, *numbers)
     return dx, dresidual, *(d.to(dx.dtype) for d in (dbias, dweight, dln_bias))
 
 
@@ -142,7 +165,7 @@ register(
 def _setup(ctx, inputs, output):
     x, bias, residual, weight, _, _, ctx.dropout_p, seed, ctx.backend = inputs
     _, mean, rstd = output
-    # Not `out` in the place of x: dividing by weights near 0 would bring back noise. z instead would cost as much as x.
+    # x and not `out`: to get z back from it, one would divide by weights near 0. To save z would cost as much as x.
     ctx.save_for_backward(x, bias, residual, weight, mean, rstd, seed)
     ctx.mark_non_differentiable(mean, rstd)
 
@@ -160,9 +183,17 @@ forbid_second_derivative("add_layer_norm_bwd")
 
 
 def add_layer_norm(
-    x: Tensor, bias: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor, eps: float,
-    dropout_p: float = 0.0, seed: Tensor | None = None, *, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
     """LayerNorm(dropout(x + bias) + residual) * weight + ln_bias, statistics in float32.
 
     Args:

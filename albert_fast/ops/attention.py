@@ -1,13 +1,13 @@
 """attention: softmax(Q K^T * scale) V over packed sequences, no S x S matrix in memory (Vaswani et al. 2017, equation 1).
 
 Bidirectional, as in ALBERT: a query sees every key of its own sequence. Queries and keys have their own `cu_seqlens`, so
-the last layer can ask for some tokens only.
+the last layer can compute some tokens only.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def _ranges(cu_seqlens: Tensor) -> list[tuple[int, int]]:
 def check_ranges(op: str, name: str, cu_seqlens: Tensor, tokens: int, longest: int | None = None) -> None:
     """ValueError where `cu_seqlens` does not run from 0 to `tokens`, or a range exceeds `longest`.
 
-    For backends other than C++, whose functions look for themselves; on a GPU kernels stay within the tensors.
+    The C++ functions check this themselves; on a GPU nothing checks it, and kernels read nothing outside the tensors.
     """
     ends = cu_seqlens.tolist()
     lengths = [b - a for a, b in itertools.pairwise(ends)]
@@ -37,84 +37,112 @@ def check_ranges(op: str, name: str, cu_seqlens: Tensor, tokens: int, longest: i
         raise ValueError(f"{op}: {name} has a sequence of {max(lengths)} tokens, max_seqlen is {longest}")
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, first_query: int, num_heads: int, softmax_scale: float, dropout_p: float, seed: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One sequence: probabilities (heads, Sq, Sk), logsumexp (heads, Sq) and the dropout factors (heads, Sq, Sk)."""
-    heads = lambda t: t.float().unflatten(1, (num_heads, -1)).transpose(0, 1)  # noqa: E731
-    scores = heads(q) @ heads(k).transpose(1, 2) * softmax_scale
-    keep = None
-    if dropout_p:
-        row = (
-            torch.arange(num_heads)[:, None, None] * HEAD_STRIDE
-            + torch.arange(first_query, first_query + len(q))[:, None]
+class AttentionCall(NamedTuple):
+    """The arguments of a call; _SCHEMA has the fields as the operators take them."""
+
+    q: Tensor  # (Tq, H), rows may be strided
+    k: Tensor  # (T, H), likewise
+    v: Tensor  # (T, H), likewise
+    cu_seqlens_q: Tensor  # (B + 1,) int32
+    cu_seqlens_k: Tensor  # (B + 1,) int32
+    sequence_order: Tensor | None  # (B,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_heads: int
+    softmax_scale: float
+    dropout_p: float
+    seed: Tensor | None
+
+    def sequences(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """The (begin, end) of the queries and of the keys of every sequence that has both."""
+        pairs = zip(_ranges(self.cu_seqlens_q), _ranges(self.cu_seqlens_k), strict=True)
+        return [(queries, keys) for queries, keys in pairs if queries[0] < queries[1] and keys[0] < keys[1]]
+
+    def heads(self, x: Tensor) -> Tensor:
+        """x (S, H) as (heads, S, head_dim) in float32."""
+        return x.float().unflatten(1, (self.num_heads, -1)).transpose(0, 1)
+
+    def probabilities(
+        self, queries: tuple[int, int], keys: tuple[int, int], seed: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One sequence's probabilities (heads, Sq, Sk), their logsumexp (heads, Sq) and the dropout factors (heads, Sq, Sk)."""
+        scores = (
+            self.heads(self.q[slice(*queries)]) @ self.heads(self.k[slice(*keys)]).transpose(1, 2) * self.softmax_scale
         )
-        keep = keep_scale(seed, row, torch.arange(len(k)), dropout_p).to(q.device)
-    return torch.softmax(scores, -1), torch.logsumexp(scores, -1), keep
+        keep = None
+        if self.dropout_p:
+            row = torch.arange(self.num_heads)[:, None, None] * HEAD_STRIDE + torch.arange(*queries)[:, None]
+            columns = torch.arange(keys[1] - keys[0])
+            keep = keep_scale(seed, row, columns, self.dropout_p).to(self.q.device)
+        return torch.softmax(scores, -1), torch.logsumexp(scores, -1), keep
 
 
-def _fwd_ref(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int, softmax_scale: float,
-    dropout_p: float, seed: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? sequence_order, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, int num_heads, float softmax_scale, float dropout_p, Tensor? seed"
+)
+
+
+def _fwd_ref(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    q, seed = call.q, seed_value(call.seed, call.dropout_p)
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.full((num_heads, q.shape[0]), float("-inf"), dtype=torch.float32, device=q.device)
-    for (q0, q1), (k0, k1) in zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True):
-        if q0 == q1 or k0 == k1:
-            continue
-        p, lse[:, q0:q1], keep = _probabilities(q[q0:q1], k[k0:k1], q0, num_heads, softmax_scale, dropout_p, seed)
-        values = v[k0:k1].float().unflatten(1, (num_heads, -1)).transpose(0, 1)
-        out[q0:q1] = ((p if keep is None else p * keep) @ values).transpose(0, 1).flatten(1)
+    lse = torch.full((call.num_heads, q.shape[0]), float("-inf"), dtype=torch.float32, device=q.device)
+    for queries, keys in call.sequences():
+        p, lse[:, slice(*queries)], keep = call.probabilities(queries, keys, seed)
+        values = call.heads(call.v[slice(*keys)])
+        out[slice(*queries)] = ((p if keep is None else p * keep) @ values).transpose(0, 1).flatten(1)
     return out.to(q.dtype), lse
 
 
 def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int, softmax_scale: float,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    num_heads: int,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """Eager reference, one sequence after another, float32 inside."""
-    return _fwd_ref(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_value(seed, dropout_p)
-    )[0]
+    ends = cu_seqlens_q, cu_seqlens_k
+    return _fwd_ref(AttentionCall(q, k, v, *ends, None, 0, 0, num_heads, softmax_scale, dropout_p, seed))[0]
 
 
-def _bwd_ref(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int,
-    softmax_scale: float, dropout_p: float, seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _bwd_ref(grad: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, heads = call.q, call.k, call.v, call.heads
+    seed = seed_value(call.seed, call.dropout_p)
     dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=q.device) for t in (q, k, v))
-    heads = lambda t: t.float().unflatten(1, (num_heads, -1)).transpose(0, 1)  # noqa: E731
     tokens = lambda t: t.transpose(0, 1).flatten(1)  # noqa: E731
-    for (q0, q1), (k0, k1) in zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True):
-        if q0 == q1 or k0 == k1:
-            continue
-        p, _, keep = _probabilities(q[q0:q1], k[k0:k1], q0, num_heads, softmax_scale, dropout_p, seed)
+    for queries, keys in call.sequences():
+        p, _, keep = call.probabilities(queries, keys, seed)
+        rows, columns = slice(*queries), slice(*keys)
         kept = p if keep is None else p * keep
-        g = heads(grad[q0:q1])
-        dp = g @ heads(v[k0:k1]).transpose(1, 2)
-        ds = (p * (dp if keep is None else dp * keep) - p * (dp * kept).sum(-1, keepdim=True)) * softmax_scale
-        dv[k0:k1] = tokens(kept.transpose(1, 2) @ g)
-        dq[q0:q1] = tokens(ds @ heads(k[k0:k1]))
-        dk[k0:k1] = tokens(ds.transpose(1, 2) @ heads(q[q0:q1]))
+        g = heads(grad[rows])
+        dp = g @ heads(v[columns]).transpose(1, 2)
+        ds = (p * (dp if keep is None else dp * keep) - p * (dp * kept).sum(-1, keepdim=True)) * call.softmax_scale
+        dv[columns] = tokens(kept.transpose(1, 2) @ g)
+        dq[rows] = tokens(ds @ heads(k[columns]))
+        dk[columns] = tokens(ds.transpose(1, 2) @ heads(q[rows]))
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
-def _operands(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, order: Tensor | None, num_heads: int
-) -> tuple[list[Operand], list[Operand]]:  # fmt: skip
-    """What both kernels read: q, k and v, whose rows may be strided; and what is read dense."""
-    (queries, width), (tokens, _) = matrix("attention", "q", q), matrix("attention", "k", k)
-    head_size("attention", width, num_heads)
+def _operands(call: AttentionCall) -> tuple[list[Operand], list[Operand]]:
+    """The operands of both kernels: q, k and v, whose rows may be strided; and those that are read dense."""
+    (queries, width), (tokens, _) = matrix("attention", "q", call.q), matrix("attention", "k", call.k)
+    head_size("attention", width, call.num_heads)
+    cu_seqlens_k = call.cu_seqlens_k
     if cu_seqlens_k.dim() != 1 or len(cu_seqlens_k) == 0:
         raise ValueError(f"attention: cu_seqlens_k must have the shape (B + 1,), got {tuple(cu_seqlens_k.shape)}")
-    ends, dtype = cu_seqlens_k.shape[0], q.dtype
+    ends, dtype = cu_seqlens_k.shape[0], call.q.dtype
     dense: list[Operand] = [
-        ("cu_seqlens_q", cu_seqlens_q, (ends,), torch.int32),
+        ("cu_seqlens_q", call.cu_seqlens_q, (ends,), torch.int32),
         ("cu_seqlens_k", cu_seqlens_k, (ends,), torch.int32),
-        ("order", order, (ends - 1,), torch.int32),
+        ("sequence_order", call.sequence_order, (ends - 1,), torch.int32),
     ]
     shape = tokens, width
-    return [("q", q, (queries, width), dtype), ("k", k, shape, dtype), ("v", v, shape, dtype)], dense
+    return [("q", call.q, (queries, width), dtype), ("k", call.k, shape, dtype), ("v", call.v, shape, dtype)], dense
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -123,136 +151,133 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check_order(order: Tensor | None) -> None:
-    """ValueError for an order on a CPU that is none; a GPU is not waited for."""
+    """ValueError for a sequence_order on a CPU that does not name every sequence once. A GPU is not waited for."""
     if order is not None and order.device.type == "cpu" and order.sort().values.tolist() != list(range(len(order))):
-        raise ValueError(f"attention: order must name every sequence once, got {order.tolist()}")
+        raise ValueError(f"attention: sequence_order must name every sequence once, got {order.tolist()}")
 
 
-def _check_both_ranges(
-    queries: int, tokens: int, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
-) -> None:
-    if cu_seqlens_q.device.type == "cpu":
-        check_ranges("attention", "cu_seqlens_q", cu_seqlens_q, queries, max_seqlen_q)
-        check_ranges("attention", "cu_seqlens_k", cu_seqlens_k, tokens, max_seqlen_k)
+def _check_both_ranges(call: AttentionCall) -> None:
+    if call.cu_seqlens_q.device.type == "cpu":
+        check_ranges("attention", "cu_seqlens_q", call.cu_seqlens_q, len(call.q), call.max_seqlen_q)
+        check_ranges("attention", "cu_seqlens_k", call.cu_seqlens_k, len(call.k), call.max_seqlen_k)
 
 
-def _raise_ranges(*ranges: Any) -> NoReturn:
-    """What the C++ function found wrong."""
-    _check_both_ranges(*ranges)
-    raise ValueError("attention: cu_seqlens was written while it was read")
+def _raise_ranges(call: AttentionCall) -> NoReturn:
+    """Raise the error for what the C++ function refused."""
+    _check_both_ranges(call)
+    raise ValueError("attention: another thread wrote to cu_seqlens during the call")
 
 
-def _fwd(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, order: Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float, seed: Tensor | None, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _cpp_sizes(call: AttentionCall, strided: list[Operand], dense: list[Operand]) -> tuple[int, ...]:
+    """The sizes that both C++ functions take; from the operands, which were checked, not from the tensors."""
+    (_, _, (queries, width), _), (_, _, (tokens, _), _), _ = strided
+    head_dim = width // call.num_heads
+    return dense[1][2][0] - 1, queries, tokens, call.max_seqlen_q, call.max_seqlen_k, call.num_heads, head_dim
+
+
+def _cpp_numbers(call: AttentionCall) -> tuple[float, ...]:
+    """The numbers that both C++ functions take last."""
+    seed, dtype = seed_value(call.seed, call.dropout_p), dispatch.DTYPE_CODES[call.q.dtype]
+    return call.softmax_scale, call.dropout_p, seed, dtype, torch.get_num_threads()
+
+
+def _triton_arguments(call: AttentionCall) -> tuple[Any, ...]:
+    """The fields as the Triton kernels read them: rows of adjacent columns, dense cu_seqlens, the seed's number."""
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, seed = call
+    ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    return _rows(q), _rows(k), _rows(v), *ends, *numbers, seed_value(seed, call.dropout_p)
+
+
+def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     """out (Tq, H) and the logsumexp of every row of scores, (heads, Tq) float32."""
-    strided, dense = _operands(q, k, v, cu_seqlens_q, cu_seqlens_k, order, num_heads)
-    (queries, width), (tokens, _) = strided[0][2], strided[1][2]
-    ranges = queries, tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    backend = dispatch.resolve("attention", q.device.type, q.dtype, backend)
+    strided, dense = _operands(call)
+    device, dtype = call.q.device, call.q.dtype
+    backend = dispatch.resolve("attention", device.type, dtype, backend)
     if backend == "cpp":
-        (memory, strides), ends = hold_rows("attention", q.device, strided), hold("attention", q.device, dense)
-        out = torch.empty((queries, width), dtype=q.dtype)
-        lse = torch.empty((num_heads, queries), dtype=torch.float32)
-        _check_order(order)
-        fits = dispatch.extension().attention_fwd_cpu(
-            *memory.addresses, out.data_ptr(), lse.data_ptr(), *ends.addresses[:2], dense[1][2][0] - 1, queries, tokens,
-            max_seqlen_q, max_seqlen_k, num_heads, width // num_heads, *strides, width, softmax_scale, dropout_p,
-            seed_value(seed, dropout_p), dispatch.DTYPE_CODES[q.dtype], torch.get_num_threads(),
-        )  # fmt: skip
-        if not fits:
-            _raise_ranges(*ranges)
+        (memory, strides), ends = hold_rows("attention", device, strided), hold("attention", device, dense)
+        shape = queries, width = strided[0][2]
+        out, lse = torch.empty(shape, dtype=dtype), torch.empty((call.num_heads, queries), dtype=torch.float32)
+        _check_order(call.sequence_order)
+        results, cu_seqlens = (out.data_ptr(), lse.data_ptr()), ends.addresses[:2]
+        sizes, numbers = _cpp_sizes(call, strided, dense), _cpp_numbers(call)
+        function = dispatch.extension().attention_fwd_cpu
+        if not function(*memory.addresses, *results, *cu_seqlens, *sizes, *strides, width, *numbers):
+            _raise_ranges(call)
         return out, lse
-    check_launch("attention", backend, q.device, [*strided, *dense])
-    _check_order(order)
-    _check_both_ranges(*ranges)
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    q, k, v = map(_rows, (q, k, v))
+    check_launch("attention", backend, device, [*strided, *dense])
+    _check_order(call.sequence_order)
+    _check_both_ranges(call)
     if backend == "triton":
         from ..kernels.attention import attention_fwd
 
-        return attention_fwd(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p,
-            seed_value(seed, dropout_p),
-        )  # fmt: skip
-    seed_number = seed_value(seed, dropout_p)
-    return _fwd_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_number)
+        return attention_fwd(*_triton_arguments(call))
+    return _fwd_ref(call)
 
 
-def _bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    order: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, num_heads: int, softmax_scale: float, dropout_p: float,
-    seed: Tensor | None, backend: str, into: tuple[Tensor, ...] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, where a kernel writes them in `into`: an operator's results share no memory, those of a plain call may."""
-    seed_number = seed_value(seed, dropout_p)
-    strided, dense = _operands(q, k, v, cu_seqlens_q, cu_seqlens_k, order, num_heads)
-    (queries, width), (tokens, _) = strided[0][2], strided[1][2]
-    ranges = queries, tokens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    strided.insert(0, ("grad", grad, (queries, width), q.dtype))
-    dense.append(("lse", lse, (num_heads, queries), torch.float32))
-    backend = dispatch.resolve("attention", q.device.type, q.dtype, backend)
+def _run_bwd(
+    grad: Tensor, lse: Tensor, call: AttentionCall, backend: str, into: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. A kernel writes them to `into`: results of a registered operator may not share memory, these may."""
+    strided, dense = _operands(call)
+    device, dtype, shape = call.q.device, call.q.dtype, strided[0][2]
+    sizes = _cpp_sizes(call, strided, dense)
+    strided.insert(0, ("grad", grad, shape, dtype))
+    dense.append(("lse", lse, (call.num_heads, shape[0]), torch.float32))
+    backend = dispatch.resolve("attention", device.type, dtype, backend)
     if backend != "cpp":
-        check_launch("attention", backend, q.device, [*strided, *dense])
-        _check_both_ranges(*ranges)
-        cu_seqlens_q, cu_seqlens_k, lse = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), lse.contiguous()
-        q, k, v = map(_rows, (q, k, v))
-    _check_order(order)
+        check_launch("attention", backend, device, [*strided, *dense])
+        _check_both_ranges(call)
+    _check_order(call.sequence_order)
     if backend == "reference":
-        return _bwd_ref(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale, dropout_p, seed_number)
-    dq, dk, dv = into or (torch.empty(t.shape, dtype=q.dtype, device=q.device) for t in (q, k, v))
+        return _bwd_ref(grad, call)
+    dq, dk, dv = into or (torch.empty(t.shape, dtype=dtype, device=device) for t in call[:3])
     if backend == "triton":
         from ..kernels.attention_bwd import attention_bwd
 
-        attention_bwd(
-            grad, q, k, v, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads,
-            softmax_scale, dropout_p, seed_number,
-        )  # fmt: skip
+        q, k, v, *others = _triton_arguments(call)
+        attention_bwd(grad, q, k, v, dq, dk, dv, *others)
         return dq, dk, dv
-    (memory, strides), others = hold_rows("attention", q.device, strided), hold("attention", q.device, dense)
-    cu_q, cu_k, _, lse_address = others.addresses
-    fits = dispatch.extension().attention_bwd_cpu(
-        *memory.addresses, lse_address, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), cu_q, cu_k, dense[1][2][0] - 1,
-        queries, tokens, max_seqlen_q, max_seqlen_k, num_heads, width // num_heads, *strides,
-        *(t.stride(0) for t in (dq, dk, dv)), softmax_scale, dropout_p, seed_number, dispatch.DTYPE_CODES[q.dtype],
-        torch.get_num_threads(),
-    )  # fmt: skip
-    if not fits:
-        _raise_ranges(*ranges)
+    (memory, strides), held = hold_rows("attention", device, strided), hold("attention", device, dense)
+    cu_q, cu_k, _, lse_address = held.addresses
+    results, result_strides = [t.data_ptr() for t in (dq, dk, dv)], [t.stride(0) for t in (dq, dk, dv)]
+    addresses, numbers = (*memory.addresses, lse_address, *results, cu_q, cu_k), _cpp_numbers(call)
+    if not dispatch.extension().attention_bwd_cpu(*addresses, *sizes, *strides, *result_strides, *numbers):
+        _raise_ranges(call)
     return dq, dk, dv
 
 
-def _fwd_fake(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed,
-    backend,
-):  # fmt: skip
-    strided, dense = _operands(q, k, v, cu_seqlens_q, cu_seqlens_k, order, num_heads)
-    check("attention", q.device, [*strided, *dense])
-    return q.new_empty(q.shape), q.new_empty((num_heads, q.shape[0]), dtype=torch.float32)
+def _fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *fields, backend = arguments
+    return _run(AttentionCall(*fields), backend)
 
 
-def _bwd_fake(
-    grad, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale,
-    dropout_p, seed, backend,
-):  # fmt: skip
-    return q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
+def _bwd(grad: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, backend = arguments
+    return _run_bwd(grad, lse, AttentionCall(*fields), backend)
 
 
-_ARGUMENTS = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? order, SymInt max_seqlen_q, SymInt max_seqlen_k, int num_heads, "
-    "float softmax_scale, float dropout_p, Tensor? seed, str backend"
-)
-register(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)", _fwd, _fwd_fake)
+def _fwd_fake(*arguments):
+    *fields, _ = arguments
+    call = AttentionCall(*fields)
+    strided, dense = _operands(call)
+    check("attention", call.q.device, [*strided, *dense])
+    return call.q.new_empty(call.q.shape), call.q.new_empty((call.num_heads, call.q.shape[0]), dtype=torch.float32)
+
+
+def _bwd_fake(grad, lse, q, k, v, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+register(f"attention_fwd({_SCHEMA}, str backend) -> (Tensor, Tensor)", _fwd, _fwd_fake)
 register(
-    f"attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    f"attention_bwd(Tensor grad, Tensor lse, {_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
 )
 
 
-def _beside(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether (T, N) tensors are neighbouring columns of one buffer, in this order."""
+def _are_adjacent(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether (T, N) tensors are adjacent columns of one buffer, in this order."""
     first = tensors[0]
     return (
         first.stride(1) == 1
@@ -268,8 +293,8 @@ def _beside(tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
-def _empty_beside(like: Tensor, count: int) -> tuple[Tensor, ...]:
-    """`count` uninitialised tensors of the shape (T, N) of `like`, neighbouring columns of one buffer."""
+def _empty_adjacent(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    """`count` uninitialised tensors of the shape (T, N) of `like`, adjacent columns of one buffer."""
     rows, width = like.shape
     return torch.empty((rows, count * width), dtype=like.dtype, device=like.device).split(width, dim=1)
 
@@ -286,7 +311,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         first = grads[0]
-        if not _beside(grads):
+        if not _are_adjacent(grads):
             return torch.cat(grads, dim=1), None
         return first.as_strided((len(first), len(grads) * first.shape[1]), first.stride()), None
 
@@ -295,9 +320,9 @@ def split_columns(x: Tensor, width: int) -> tuple[Tensor, ...]:
     """x (T, n * width) as n views (T, width), like `x.split(width, dim=1)`.
 
     torch's split concatenates the gradients of its parts, which reads and writes (T, n * width) once more in every layer.
-    Here nothing is copied where they are neighbouring columns of one buffer already, as `attention` writes them.
+    Here they are not copied if they are adjacent columns of one buffer already, as `attention` writes them.
     """
-    # A compiler plans buffers itself; and a tensor subclass may have no address.
+    # A compiler plans buffers itself, and a tensor subclass may have no address.
     if is_traced() or type(x) not in (Tensor, Parameter) or not (torch.is_grad_enabled() and x.requires_grad):
         return x.split(width, dim=1)
     parts: tuple[Tensor, ...] = _Split.apply(x, width)
@@ -305,20 +330,21 @@ def split_columns(x: Tensor, width: int) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, order, *ctx.numbers, seed, ctx.backend = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, sequence_order, *ctx.numbers, seed, ctx.backend = inputs
     _, lse = output
-    ctx.save_for_backward(q, k, v, lse, cu_seqlens_q, cu_seqlens_k, order, seed)
+    ctx.save_for_backward(lse, q, k, v, cu_seqlens_q, cu_seqlens_k, sequence_order, seed)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx, grad, _grad_lse):
-    q, k, v, *others, seed = ctx.saved_tensors
-    arguments = [grad, q, k, v, *others, *ctx.numbers, seed, ctx.backend]
-    if needs_dispatcher(grad, q, k, v) or not _beside((k, v)):
-        gradients = torch.ops.albert_fast.attention_bwd(*arguments)
+    lse, *tensors, seed = ctx.saved_tensors
+    call, (q, k, v, *_) = AttentionCall._make((*tensors, *ctx.numbers, seed)), tensors
+    if needs_dispatcher(grad, q, k, v) or not _are_adjacent((k, v)):
+        gradients = torch.ops.albert_fast.attention_bwd(grad, lse, *call, ctx.backend)
     else:  # columns of one product, whose gradient `split_columns` takes as one array
-        into = _empty_beside(k, 3) if _beside((q, k, v)) else (torch.empty_like(q), *_empty_beside(k, 2))
-        gradients = _bwd(*[*arguments, into])
+        joined = _are_adjacent((q, k, v))
+        into = _empty_adjacent(k, 3) if joined else (torch.empty_like(q), *_empty_adjacent(k, 2))
+        gradients = _run_bwd(grad, lse, call, ctx.backend, into)
     return *gradients, *[None] * 10
 
 
@@ -327,10 +353,21 @@ forbid_second_derivative("attention_bwd")
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    num_heads: int, softmax_scale: float | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
-    *, order: Tensor | None = None, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads: int,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    sequence_order: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Multi-head attention of packed sequences.
 
     Args:
@@ -341,8 +378,9 @@ def attention(
         num_heads: heads, each of H / num_heads adjacent columns.
         softmax_scale: factor on the scores, by default 1 / sqrt(head_dim).
         dropout_p, seed: replayable dropout of the probabilities; `seed` from `albert_fast.ops.draw_seed()`.
-        order: (B,) int32, every sequence once, in which they start on a GPU, or None for 0 to B - 1. With the longest
-            first (`albert_fast.layers.packing.longest_first`) multiprocessors finish together; results are the same.
+        sequence_order: (B,) int32, every sequence once: the order in which a GPU starts them; None: 0 to B - 1. With the
+            longest first (`albert_fast.layers.packing.longest_first`) its multiprocessors finish together. Results do not
+            depend on it.
         backend: "auto", or the name of one.
 
     Returns:
@@ -350,21 +388,23 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; on a CPU also cu_seqlens that do not run from 0 to the end
-            of their tokens, or a sequence above its max_seqlen: a GPU, which is not waited for, stays within the tensors.
+            of their tokens, or a sequence above its max_seqlen. A GPU is not waited for: there the kernels read nothing
+            outside the tensors.
         TypeError: an argument that is no dense tensor, q not floating-point.
     """
     if softmax_scale is None:
         softmax_scale = head_size("attention", matrix("attention", "q", q)[1], num_heads) ** -0.5
     if softmax_scale < 0:  # kernels look for the largest score before they scale it
         q, softmax_scale = -q, -softmax_scale
+    ends, lengths, dropout = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), (dropout_p, seed)
+    call = AttentionCall(q, k, v, *ends, sequence_order, *lengths, num_heads, softmax_scale, *dropout)
     if not dropout_p and dispatch.runs_on_torch("attention", q.device.type, q.dtype, backend):
-        strided, dense = _operands(q, k, v, cu_seqlens_q, cu_seqlens_k, order, num_heads)
+        strided, dense = _operands(call)
         check("attention", q.device, [*strided, *dense])
-        _check_order(order)
-        _check_both_ranges(len(q), len(k), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return _torch.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, num_heads, softmax_scale)
-    call = torch.ops.albert_fast.attention_fwd if needs_dispatcher(q, k, v) else _fwd
-    return call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, order, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed,
-        backend,
-    )[0]  # fmt: skip
+        _check_order(sequence_order)
+        _check_both_ranges(call)
+        return _torch.attention(q, k, v, *ends, num_heads, softmax_scale)
+    if needs_dispatcher(q, k, v):
+        out: Tensor = torch.ops.albert_fast.attention_fwd(*call, backend)[0]
+        return out
+    return _run(call, backend)[0]

@@ -1,7 +1,7 @@
 """bias_gelu: dropout(act(x + bias)), the FFN's middle, in one pass over memory (Hendrycks & Gimpel 2016, GELU).
 
-Dropout stands behind the activation, as in torch.nn.TransformerEncoderLayer. ALBERT (Lan et al. 2019) and Hugging Face's
-model have none there: our models call with dropout_p = 0.
+Dropout follows the activation, as in torch.nn.TransformerEncoderLayer. ALBERT (Lan et al. 2019) and Hugging Face's model
+have no dropout there: our models pass dropout_p = 0.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from ..runtime.registration import as_dtype, forbid_second_derivative, needs_dis
 from . import _torch
 from ._dropout import keep_scale_2d, seed_value
 
-# The order is the numbering that the C++ and Triton kernels share.
+# The C++ and Triton kernels know an activation by its number in this order.
 ACTS = ("gelu_tanh", "gelu_erf", "relu")
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
+
+dispatch.expect(acts=ACTS)
 
 
 def act_ref(u: Tensor, act: str) -> Tensor:
@@ -41,7 +43,7 @@ def act_grad_ref(u: Tensor, act: str) -> Tensor:
 
 
 def _dropped_ref(u: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """dropout(u), float32 (T, I); its gradient is the same product."""
+    """dropout(u), float32 (T, I); applied to a gradient it is dropout's gradient."""
     number = seed_value(seed, dropout_p)
     return u * keep_scale_2d(number, u.shape, dropout_p, u.device) if dropout_p else u
 
@@ -59,7 +61,7 @@ def bias_gelu_bwd_ref(
 
 
 def _operands(x: Tensor, bias: Tensor, act: str, grad: Tensor | None = None) -> list[Operand]:
-    """What the kernels read, in the order of the C++ functions."""
+    """The operands of the kernels, in the order of the C++ functions."""
     shape = matrix("bias_gelu", "x", x)
     check_choice("bias_gelu", "act", act, ACTS)
     return [("grad", grad, shape, x.dtype), ("x", x, shape, x.dtype), ("bias", bias, shape[1:], x.dtype)]
@@ -71,10 +73,9 @@ def _fwd(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | Non
     if backend == "cpp":
         memory = hold("bias_gelu", x.device, operands[1:])
         out = torch.empty(x.shape, dtype=x.dtype)
-        dispatch.extension().bias_gelu_fwd_cpu(
-            *memory.addresses, out.data_ptr(), *out.shape, ACTS.index(act), dropout_p, seed_value(seed, dropout_p),
-            dispatch.DTYPE_CODES[out.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        dropout, code = (dropout_p, seed_value(seed, dropout_p)), dispatch.DTYPE_CODES[out.dtype]
+        numbers = ACTS.index(act), *dropout, code, torch.get_num_threads()
+        dispatch.extension().bias_gelu_fwd_cpu(*memory.addresses, out.data_ptr(), *out.shape, *numbers)
         return out
     check_launch("bias_gelu", backend, x.device, operands)
     if backend == "triton":
@@ -92,10 +93,10 @@ def _bwd(
     if backend == "cpp":
         memory = hold("bias_gelu", x.device, operands)
         dx, dbias = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[1], dtype=torch.float32)
-        dispatch.extension().bias_gelu_bwd_cpu(
-            *memory.addresses, dx.data_ptr(), dbias.data_ptr(), *dx.shape, ACTS.index(act), dropout_p,
-            seed_value(seed, dropout_p), dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        dropout, code = (dropout_p, seed_value(seed, dropout_p)), dispatch.DTYPE_CODES[dx.dtype]
+        numbers = ACTS.index(act), *dropout, code, torch.get_num_threads()
+        results = dx.data_ptr(), dbias.data_ptr()
+        dispatch.extension().bias_gelu_bwd_cpu(*memory.addresses, *results, *dx.shape, *numbers)
         return dx, dbias.to(dx.dtype)
     check_launch("bias_gelu", backend, x.device, operands)
     if backend == "triton":
@@ -142,9 +143,14 @@ forbid_second_derivative("bias_gelu_bwd")
 
 
 def bias_gelu(
-    x: Tensor, bias: Tensor, act: str = "gelu_tanh", dropout_p: float = 0.0, seed: Tensor | None = None,
-    *, backend: str = "auto",
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    bias: Tensor,
+    act: str = "gelu_tanh",
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
     """dropout(act(x + bias)).
 
     Args:

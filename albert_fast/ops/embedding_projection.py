@@ -1,15 +1,15 @@
 """embedding_projection: three table look-ups, their sum, LayerNorm and the projection E -> H, as one operator.
 
 The factorised embedding of Lan et al. 2019, section 3.1; in Hugging Face `AlbertEmbeddings` followed by
-`embedding_hidden_mapping_in`. On a CPU the look-ups, the sum and LayerNorm are one C++ pass, and the product
-is `gemm`'s; on a GPU all of it is one CUDA kernel. Backward, the products are torch's on both.
+`embedding_hidden_mapping_in`. On a CPU the look-ups, the sum and LayerNorm are one C++ pass, and the product is
+`runtime.linear`'s; on a GPU all of it is one CUDA kernel. In the backward pass torch computes the products on both.
 """
 
 from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,114 +27,122 @@ from ..runtime.registration import (
 )
 from . import _reports, _torch
 from ._dropout import keep_scale_2d, seed_value
+from ._token_errors import TABLES, check_ids, index_error
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 
-TABLES = ("input_ids", "token_type_ids", "position_ids")
-# What the CUDA functions count on (csrc/cuda/embedding_projection.h): columns are padded to so many, and partial sums are
-# those of so many tokens, and of so many pairs of a token and a table.
+# Sizes of the CUDA functions' buffers (csrc/cuda/embedding_projection.h): columns are padded to a multiple of PAD_COLUMNS; a
+# partial sum is over SUM_TOKENS tokens, or over SUM_PAIRS pairs of a token and a table.
 PAD_COLUMNS, SUM_TOKENS, SUM_PAIRS = 8, 64, 32
 
 
-class TokenIndexError(IndexError):
-    """An id outside its table: which (`table`), of which packed token, its `value` and the table's `size`; `where` it is."""
+class Lookup(NamedTuple):
+    """What the normalised embeddings are computed from. _LOOKUP_SCHEMA has the fields as the operators take them."""
 
-    def __init__(self, table: str, token: int, value: int, size: int, where: str):
-        self.table, self.token, self.value, self.size = table, token, value, size
-        found = f"is {value}, outside its table of {size} rows (0 to {size - 1})"
-        if 0 <= value < size:  # told late, from a GPU
-            found = f"was outside its table of {size} rows (0 to {size - 1}), and has been written again since"
-        super().__init__(f"{table}[{where}] {found}")
+    input_ids: Tensor | None  # (T,) int64, or None with inputs_embeds
+    inputs_embeds: Tensor | None  # (T, E)
+    token_type_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64
+    word: Tensor  # (V, E)
+    token_type: Tensor  # (Y, E)
+    position: Tensor  # (P, E)
+    ln_weight: Tensor  # (E,)
+    ln_bias: Tensor  # (E,)
+
+    @property
+    def ids(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The indices into the three tables, in the order of `TABLES`."""
+        return self.input_ids, self.token_type_ids, self.position_ids
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """V, Y and P."""
+        return len(self.word), len(self.token_type), len(self.position)
+
+    def dense(self) -> Lookup:
+        return Lookup._make(None if t is None else t.contiguous() for t in self)
+
+    def kernel_tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order of the C++ and CUDA functions; inputs_embeds take the place of `word`."""
+        rows = self.word if self.inputs_embeds is None else self.inputs_embeds
+        return *self.ids, rows, self.token_type, self.position, self.ln_weight, self.ln_bias
+
+    def sums_ref(self) -> Tensor:
+        """(T, E) float32: (word + type) + position, in the order of Hugging Face's sum."""
+        words = self.word[self.input_ids] if self.inputs_embeds is None else self.inputs_embeds
+        return words.float() + self.token_type.float()[self.token_type_ids] + self.position.float()[self.position_ids]
 
 
-def check_ids(ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
-    """Raise TokenIndexError for the first id that lies outside its table (ids may be None: inputs_embeds)."""
-    for table, (values, size) in enumerate(zip(ids, sizes, strict=True)):
-        bad = None if values is None else ((values < 0) | (values >= size)).nonzero()
-        if bad is not None and len(bad):
-            raise index_error(ids, sizes)(int(bad[0]) * len(TABLES) + table)
-
-
-def index_error(ids: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> _reports.Describe:
-    """What makes the error of this call from a kernel's code, token * 3 + table."""
-    where = _reports.current_place()
-
-    def describe(code: int) -> TokenIndexError:
-        token, table = divmod(code, len(TABLES))
-        value = int(ids[table][token])  # type: ignore[index]
-        return TokenIndexError(TABLES[table], token, value, sizes[table], where(token))
-
-    return describe
-
-
-def _sum_ref(embeds: Tensor, token_type: Tensor, position: Tensor, type_ids: Tensor, position_ids: Tensor) -> Tensor:
-    # (word + type) + position, the order of Hugging Face's sum.
-    return embeds.float() + token_type.float()[type_ids] + position.float()[position_ids]
+_LOOKUP_SCHEMA = (
+    "Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids, Tensor word, Tensor token_type, "
+    "Tensor position, Tensor ln_weight, Tensor ln_bias"
+)
+_COUNT = len(Lookup._fields)
 
 
 def embedding_projection_ref(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
-    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
-    eps: float, dropout_p: float = 0.0, seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    lookup: Lookup,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """Eager reference, float32 inside."""
-    check_ids((input_ids, token_type_ids, position_ids), (len(word), len(token_type), len(position)))
-    embeds = word[input_ids] if inputs_embeds is None else inputs_embeds
-    z = _sum_ref(embeds, token_type, position, token_type_ids, position_ids)
-    normed = torch.nn.functional.layer_norm(z, z.shape[1:], ln_weight.float(), ln_bias.float(), eps)
+    check_ids(lookup.ids, lookup.sizes)
+    z = lookup.sums_ref()
+    normed = torch.nn.functional.layer_norm(z, z.shape[1:], lookup.ln_weight.float(), lookup.ln_bias.float(), eps)
     if dropout_p:
         normed = normed * keep_scale_2d(seed_value(seed, dropout_p), z.shape, dropout_p, z.device)
-    return torch.nn.functional.linear(normed, proj_weight.float(), proj_bias.float()).to(word.dtype)
+    return torch.nn.functional.linear(normed, proj_weight.float(), proj_bias.float()).to(lookup.word.dtype)
 
 
-def _operands(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
-    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor,
-) -> list[Operand]:  # fmt: skip
-    """What LayerNorm of the summed embeddings reads, in the order of the C++ functions: rows of `word`, or given ones."""
+def _operands(lookup: Lookup) -> list[Operand]:
+    """The operands of LayerNorm of the summed embeddings, in the order of `Lookup.kernel_tensors`."""
+    input_ids, inputs_embeds, dtype = lookup.input_ids, lookup.inputs_embeds, lookup.word.dtype
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("embedding_projection: give exactly one of input_ids and inputs_embeds")
-    sizes = [matrix("embedding_projection", name, t, "embedding size") for name, t in
-             (("word", word), ("token_type", token_type), ("position", position))]  # fmt: skip
-    first, (width, dtype) = token_type_ids if input_ids is None else input_ids, (sizes[0][1], word.dtype)
+    named = (("word", lookup.word), ("token_type", lookup.token_type), ("position", lookup.position))
+    sizes = [matrix("embedding_projection", name, t, "embedding size") for name, t in named]
+    first, width = lookup.token_type_ids if input_ids is None else input_ids, sizes[0][1]
     if first.dim() != 1:
         raise ValueError(f"embedding_projection: ids must have the shape (T,), got {tuple(first.shape)}")
     tokens = first.shape[0]
     ids: list[Operand] = []
-    for name, values in zip(TABLES, (input_ids, token_type_ids, position_ids), strict=True):
+    for name, values in zip(TABLES, lookup.ids, strict=True):
         if values is not None and values.dtype != torch.int64:
             raise TypeError(f"embedding_projection: {name} must be int64, got {values.dtype}")
         ids.append((name, values, (tokens,), torch.int64))
+    words: Operand = ("word", lookup.word, sizes[0], dtype)
     return [
         *ids,
-        ("word", word, sizes[0], dtype) if inputs_embeds is None else
-        ("inputs_embeds", inputs_embeds, (tokens, width), dtype),
-        ("token_type", token_type, (sizes[1][0], width), dtype),
-        ("position", position, (sizes[2][0], width), dtype),
-        ("ln_weight", ln_weight, (width,), dtype),
-        ("ln_bias", ln_bias, (width,), dtype),
-    ]  # fmt: skip
+        words if inputs_embeds is None else ("inputs_embeds", inputs_embeds, (tokens, width), dtype),
+        ("token_type", lookup.token_type, (sizes[1][0], width), dtype),
+        ("position", lookup.position, (sizes[2][0], width), dtype),
+        ("ln_weight", lookup.ln_weight, (width,), dtype),
+        ("ln_bias", lookup.ln_bias, (width,), dtype),
+    ]
 
 
 def _projection(word: Tensor, proj_weight: Tensor, proj_bias: Tensor | None = None) -> list[Operand]:
-    """What the product reads beside the embeddings."""
+    """The product's operands beside the embeddings."""
     size, _ = matrix("embedding_projection", "proj_weight", proj_weight, "embedding size")
     shape = (size, word.shape[1])
     return [("proj_weight", proj_weight, shape, word.dtype), ("proj_bias", proj_bias, (size,), word.dtype)]
 
 
 def _normed_cpu(
-    operands: list[Operand], sizes: tuple[int, ...], eps: float, dropout_p: float, seed: int
+    lookup: Lookup, operands: list[Operand], eps: float, dropout_p: float, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of the summed embeddings (T, E), after dropout, and its statistics, by the C++ kernel; V, Y and P: sizes."""
-    ids = tuple(tensor for _, tensor, _, _ in operands[: len(TABLES)])
+    """LayerNorm of the summed embeddings (T, E), after dropout, and its statistics, by the C++ kernel."""
+    ids, sizes = tuple(tensor for _, tensor, _, _ in operands[: len(TABLES)]), lookup.sizes
     (tokens,), (_, _, (width,), dtype) = operands[1][2], operands[-1]
     memory = hold("embedding_projection", torch.device("cpu"), operands)
     out = torch.empty((tokens, width), dtype=dtype)
     mean, rstd = (torch.empty(tokens, dtype=torch.float32) for _ in range(2))
-    bad = dispatch.extension().embedding_layer_norm_fwd_cpu(
-        *memory.addresses, out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), tokens, width, *sizes, eps, dropout_p, seed,
-        dispatch.DTYPE_CODES[dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    results = [t.data_ptr() for t in (out, mean, rstd)]
+    numbers = eps, dropout_p, seed, dispatch.DTYPE_CODES[dtype], torch.get_num_threads()
+    function = dispatch.extension().embedding_layer_norm_fwd_cpu
+    bad = function(*memory.addresses, *results, tokens, width, *sizes, *numbers)
     if bad >= 0:
         raise index_error(ids, sizes)(bad)
     return out, mean, rstd
@@ -149,173 +157,157 @@ def _launch(function: str, *arguments: Tensor | int | float | None) -> None:
 
 
 def _fwd_cuda(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
-    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
-    eps: float, dropout_p: float, seed: int,
-) -> Tensor:  # fmt: skip
-    """The whole operator in one CUDA kernel, on the current stream of the tensors' device; a bad id is told later."""
-    sizes = len(word), len(token_type), len(position)
+    lookup: Lookup, proj_weight: Tensor, proj_bias: Tensor, eps: float, dropout_p: float, seed: int
+) -> Tensor:
+    """The whole operator in one CUDA kernel, on the current stream of the tensors' device; a bad id is reported later."""
+    word, code = lookup.word, dispatch.DTYPE_CODES[lookup.word.dtype]
     with torch.cuda.device(word.device):
         _reports.raise_pending(word.device)
-        out = word.new_empty((len(token_type_ids), len(proj_weight)))
-        first_bad = token_type_ids.new_full((), _reports.NOTHING)
-        _launch(
-            "embedding_projection_fwd_cuda", input_ids, token_type_ids, position_ids,
-            word if inputs_embeds is None else inputs_embeds, token_type, position, ln_weight, ln_bias, proj_weight,
-            proj_bias, out, first_bad, len(out), word.shape[1], out.shape[1], *sizes, eps, dropout_p, seed,
-            dispatch.DTYPE_CODES[word.dtype],
-        )  # fmt: skip
-        _reports.report(first_bad, index_error((input_ids, token_type_ids, position_ids), sizes))
+        out = word.new_empty((len(lookup.token_type_ids), len(proj_weight)))
+        first_bad = lookup.token_type_ids.new_full((), _reports.NOTHING)
+        tensors = *lookup.kernel_tensors(), proj_weight, proj_bias, out, first_bad
+        shape = len(out), word.shape[1], out.shape[1], *lookup.sizes
+        _launch("embedding_projection_fwd_cuda", *tensors, *shape, eps, dropout_p, seed, code)
+        _reports.report(first_bad, index_error(lookup.ids, lookup.sizes))
     return out
 
 
 def _bwd_cuda(
-    dnormed: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor,
-    word: Tensor, token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, eps: float, padding_idx: int,
-    dropout_p: float, seed: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dnormed: Tensor, lookup: Lookup, eps: float, padding_idx: int, dropout_p: float, seed: int
+) -> tuple[Tensor, ...]:
     """normed (T, E), and the gradients of inputs_embeds (None where ids were given), word, token_type, position, ln_weight
     and ln_bias from that of normed. The forward has reported bad ids; their tokens add to no gradient."""
     tokens, width = dnormed.shape
-    padded = -(-width // PAD_COLUMNS) * PAD_COLUMNS
-    sizes = len(word), len(token_type), len(position)
-    pairs = (3 if inputs_embeds is None else 2) * tokens
+    padded, sizes, word = -(-width // PAD_COLUMNS) * PAD_COLUMNS, lookup.sizes, lookup.word
+    has_ids = lookup.inputs_embeds is None
+    pairs = (3 if has_ids else 2) * tokens
     # Keys count up to the sum of the sizes; the sort passes over every byte of them.
     key_dtype = torch.int16 if sum(sizes) <= torch.iinfo(torch.int16).max else torch.int32
-    code = dispatch.DTYPE_CODES[word.dtype]
+    codes = key_dtype.itemsize, dispatch.DTYPE_CODES[word.dtype]
     scratch = partial(torch.empty, dtype=torch.float32, device=word.device)
     with torch.cuda.device(word.device):
         normed = torch.empty_like(dnormed)
-        dembeds = None if inputs_embeds is None else torch.empty_like(inputs_embeds)
-        dln_weight, dln_bias = torch.empty_like(ln_weight), torch.empty_like(ln_bias)
-        dz = scratch((tokens, padded))
+        dembeds = None if lookup.inputs_embeds is None else torch.empty_like(lookup.inputs_embeds)
+        dln_weight, dln_bias = torch.empty_like(lookup.ln_weight), torch.empty_like(lookup.ln_bias)
+        dz, sums = scratch((tokens, padded)), scratch((-(-tokens // SUM_TOKENS), 2, padded))
         keys = torch.empty(pairs, dtype=key_dtype, device=word.device)
-        _launch(
-            "embedding_projection_bwd_rows_cuda", dnormed, input_ids, token_type_ids, position_ids,
-            word if inputs_embeds is None else inputs_embeds, token_type, position, ln_weight, ln_bias, normed, dembeds, dz,
-            scratch((-(-tokens // SUM_TOKENS), 2, padded)), keys, dln_weight, dln_bias, tokens, width, *sizes, eps,
-            dropout_p, seed, key_dtype.itemsize, code,
-        )  # fmt: skip
-        dword, dtype_table, dposition = (torch.zeros_like(t) for t in (word, token_type, position))
-        keys, order = torch.sort(keys, stable=True)
-        _launch(
-            "embedding_projection_bwd_tables_cuda", keys, order, dz, scratch((-(-pairs // SUM_PAIRS), 2, padded)),
-            dword if inputs_embeds is None else None, dtype_table, dposition, tokens, width, *sizes, padding_idx,
-            key_dtype.itemsize, code,
-        )  # fmt: skip
+        written = normed, dembeds, dz, sums, keys, dln_weight, dln_bias
+        numbers = tokens, width, *sizes, eps, dropout_p, seed, *codes
+        _launch("embedding_projection_bwd_rows_cuda", dnormed, *lookup.kernel_tensors(), *written, *numbers)
+        dword, dtype_table, dposition = (torch.zeros_like(t) for t in (word, lookup.token_type, lookup.position))
+        keys, places = torch.sort(keys, stable=True)
+        sums = scratch((-(-pairs // SUM_PAIRS), 2, padded))
+        tables = dword if has_ids else None, dtype_table, dposition
+        shape = tokens, width, *sizes
+        _launch("embedding_projection_bwd_tables_cuda", keys, places, dz, sums, *tables, *shape, padding_idx, *codes)
     return normed, dembeds, dword, dtype_table, dposition, dln_weight, dln_bias  # type: ignore[return-value]
 
 
-def _fwd(
-    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor,
-    token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor,
-    eps: float, padding_idx: int, dropout_p: float, seed: Tensor | None, backend: str,
-) -> Tensor:  # fmt: skip
-    tensors = (input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias)
-    operands = _operands(*tensors)
-    backend = dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend)
-    projection = _projection(word, proj_weight, proj_bias)
+def _fwd(*arguments: Any) -> Tensor:
+    lookup, (proj_weight, proj_bias, eps, _, dropout_p, seed, backend) = Lookup(*arguments[:_COUNT]), arguments[_COUNT:]
+    operands, device = _operands(lookup), lookup.word.device
+    backend = dispatch.resolve("embedding_projection", device.type, lookup.word.dtype, backend)
+    projection = _projection(lookup.word, proj_weight, proj_bias)
     if backend == "cpp":
-        check_launch("embedding_projection", backend, word.device, projection)
-        sizes = len(word), len(token_type), len(position)
-        normed, _, _ = _normed_cpu(operands, sizes, eps, dropout_p, seed_value(seed, dropout_p))
+        check_launch("embedding_projection", backend, device, projection)
+        normed, _, _ = _normed_cpu(lookup, operands, eps, dropout_p, seed_value(seed, dropout_p))
         return linear(normed, proj_weight, proj_bias)
-    check_launch("embedding_projection", backend, word.device, [*operands, *projection])
+    check_launch("embedding_projection", backend, device, [*operands, *projection])
     if backend == "cuda":
-        dense: Any = [None if t is None else t.contiguous() for t in (*tensors, proj_weight, proj_bias)]
-        return _fwd_cuda(*dense, eps, dropout_p, seed_value(seed, dropout_p))  # type: ignore[call-arg]
-    return embedding_projection_ref(
-        input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias,
-        proj_weight, proj_bias, eps, dropout_p, seed,
-    )  # fmt: skip
+        dense, number = (proj_weight.contiguous(), proj_bias.contiguous()), seed_value(seed, dropout_p)
+        return _fwd_cuda(lookup.dense(), *dense, eps, dropout_p, number)
+    return embedding_projection_ref(lookup, proj_weight, proj_bias, eps, dropout_p, seed)
 
 
-def _bwd(
-    grad: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor, position_ids: Tensor,
-    word: Tensor, token_type: Tensor, position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, eps: float,
-    padding_idx: int, dropout_p: float, seed: Tensor | None, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _bwd_cpp(
+    grad: Tensor, lookup: Lookup, operands: list[Operand], proj_weight: Tensor, eps: float, dropout_p: float, seed: int
+) -> list[Tensor]:
+    """normed (T, E), and in float32 the gradients of `word` or inputs_embeds, token_type, position, ln_weight, ln_bias."""
+    normed, mean, rstd = _normed_cpu(lookup, operands, eps, dropout_p, seed)
+    dnormed = linear(grad, proj_weight.t()).contiguous()
+    memory = hold("embedding_projection", lookup.word.device, operands[:-1])
+    gradients = [
+        torch.zeros(t.shape, dtype=torch.float32) for t in lookup.kernel_tensors()[len(TABLES) :] if t is not None
+    ]
+    addresses = [t.data_ptr() for t in (mean, rstd, *gradients)]
+    shape = len(normed), lookup.word.shape[1], *lookup.sizes
+    numbers = dropout_p, seed, dispatch.DTYPE_CODES[lookup.word.dtype], torch.get_num_threads()
+    function = dispatch.extension().embedding_layer_norm_bwd_cpu
+    function(dnormed.data_ptr(), *memory.addresses, *addresses, *shape, *numbers)
+    return [normed, *gradients]
+
+
+def _bwd_ref(
+    grad: Tensor, lookup: Lookup, _: list[Operand], proj_weight: Tensor, eps: float, dropout_p: float, seed: int
+) -> list[Tensor]:
+    """As `_bwd_cpp`."""
+    z = lookup.sums_ref()
+    keep = keep_scale_2d(seed, z.shape, dropout_p, z.device) if dropout_p else 1.0
+    mean, rstd = layer_norm_stats_ref(z, eps)
+    normed = ((z - mean[:, None]) * rstd[:, None] * lookup.ln_weight.float() + lookup.ln_bias.float()) * keep
+    dnormed = (grad.float() @ proj_weight.float()) * keep
+    dz, dln_weight, dln_bias = layer_norm_bwd_ref(dnormed, z, lookup.ln_weight.float(), mean, rstd)
+    tables = zip(lookup.ids, (lookup.word, lookup.token_type, lookup.position), strict=True)
+    gradients = [
+        dz if ids is None else torch.zeros(t.shape, dtype=torch.float32, device=z.device).index_add_(0, ids, dz)
+        for ids, t in tables
+    ]
+    return [normed, *gradients, dln_weight, dln_bias]
+
+
+def _bwd(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of inputs_embeds (empty where ids were given), word, token_type, position, ln_weight, ln_bias,
-    proj_weight and proj_bias. The embeddings are computed again: T x E is little beside keeping it."""
-    tensors = (input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias)
-    operands = _operands(*tensors)
+    proj_weight and proj_bias. The embeddings are computed again: that costs little beside keeping T x E numbers."""
+    lookup, (proj_weight, eps, padding_idx, dropout_p, seed, backend) = Lookup(*arguments[:_COUNT]), arguments[_COUNT:]
+    operands, word = _operands(lookup), lookup.word
     tokens, size = operands[1][2][0], proj_weight.shape[0]
     projection = [("grad", grad, (tokens, size), word.dtype), *_projection(word, proj_weight)]
     check_launch("embedding_projection", backend, word.device, projection)
     backend = dispatch.resolve("embedding_projection", word.device.type, word.dtype, backend)
-    seed_number = seed_value(seed, dropout_p)
-    f32 = torch.float32
+    number, f32 = seed_value(seed, dropout_p), torch.float32
     if backend != "cpp":
         check_launch("embedding_projection", backend, word.device, operands)
     if backend == "cuda":
         dnormed = linear(grad, proj_weight.t()).contiguous()
-        dense: Any = [None if t is None else t.contiguous() for t in tensors]
-        arguments: Any = (dnormed, *dense, eps, padding_idx, dropout_p, seed_number)
-        normed, dembeds, *table_grads = _bwd_cuda(*arguments)
+        normed, dembeds, *tables = _bwd_cuda(dnormed, lookup.dense(), eps, padding_idx, dropout_p, number)
         dinputs = word.new_empty(0, word.shape[1]) if dembeds is None else dembeds
         dproj_bias = grad.sum(0, dtype=f32).to(word.dtype)
-        return dinputs, *table_grads, weight_gradient(grad, normed), dproj_bias  # type: ignore[return-value]
-    if backend == "cpp":
-        sizes = len(word), len(token_type), len(position)
-        normed, mean, rstd = _normed_cpu(operands, sizes, eps, dropout_p, seed_number)
-        dnormed = linear(grad, proj_weight.t()).contiguous()
-        memory = hold("embedding_projection", word.device, operands[:-1])
-        dembeds = torch.zeros(word.shape if inputs_embeds is None else inputs_embeds.shape, dtype=f32)
-        dtype_table, dposition, dln_weight, dln_bias = (
-            torch.zeros(t.shape, dtype=f32) for t in (token_type, position, ln_weight, ln_bias)
-        )
-        dispatch.extension().embedding_layer_norm_bwd_cpu(
-            dnormed.data_ptr(), *memory.addresses, mean.data_ptr(), rstd.data_ptr(), dembeds.data_ptr(),
-            dtype_table.data_ptr(), dposition.data_ptr(), dln_weight.data_ptr(), dln_bias.data_ptr(), len(normed),
-            word.shape[1], *sizes, dropout_p, seed_number,
-            dispatch.DTYPE_CODES[word.dtype], torch.get_num_threads(),
-        )  # fmt: skip
-    else:
-        embeds = word[input_ids] if inputs_embeds is None else inputs_embeds
-        z = _sum_ref(embeds, token_type, position, token_type_ids, position_ids)
-        keep = keep_scale_2d(seed_number, z.shape, dropout_p, z.device) if dropout_p else 1.0
-        mean, rstd = layer_norm_stats_ref(z, eps)
-        normed = ((z - mean[:, None]) * rstd[:, None] * ln_weight.float() + ln_bias.float()) * keep
-        dnormed = (grad.float() @ proj_weight.float()) * keep
-        dz, dln_weight, dln_bias = layer_norm_bwd_ref(dnormed, z, ln_weight.float(), mean, rstd)
-        scatter = lambda table, ids: torch.zeros(table.shape, dtype=f32, device=z.device).index_add_(0, ids, dz)  # noqa: E731
-        dembeds = dz if input_ids is None else scatter(word, input_ids)
-        dtype_table, dposition = scatter(token_type, token_type_ids), scatter(position, position_ids)
-    dword = torch.zeros(word.shape, dtype=f32, device=word.device) if input_ids is None else dembeds
+        return dinputs, *tables, weight_gradient(grad, normed), dproj_bias
+    compute = _bwd_cpp if backend == "cpp" else _bwd_ref
+    normed, dwords, *others = compute(grad, lookup, operands, proj_weight, eps, dropout_p, number)
+    has_ids = lookup.input_ids is not None
+    dword = dwords if has_ids else torch.zeros(word.shape, dtype=f32, device=word.device)
     if 0 <= padding_idx < len(dword):
         dword[padding_idx] = 0.0  # torch.nn.Embedding's padding_idx, as in Hugging Face
     dproj_weight = weight_gradient(grad, normed.to(grad.dtype))
-    dinputs = dembeds if input_ids is None else dembeds.new_empty(0, word.shape[1])
-    grads = (dinputs, dword, dtype_table, dposition, dln_weight, dln_bias, dproj_weight, grad.sum(0, dtype=f32))
-    return tuple(g.to(word.dtype) for g in grads)  # type: ignore[return-value]
+    dinputs = dwords.new_empty(0, word.shape[1]) if has_ids else dwords
+    gradients = dinputs, dword, *others, dproj_weight, grad.sum(0, dtype=f32)
+    return tuple(g.to(word.dtype) for g in gradients)
 
 
-def _fwd_fake(
-    input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias, proj_weight,
-    proj_bias, eps, padding_idx, dropout_p, seed, backend,
-):  # fmt: skip
-    operands = _operands(
-        input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias
-    )
-    check("embedding_projection", word.device, [*operands, *_projection(word, proj_weight, proj_bias)])
-    return word.new_empty((token_type_ids.shape[0], proj_weight.shape[0]))
+def _fwd_fake(*arguments):
+    lookup, (proj_weight, proj_bias, *_) = Lookup(*arguments[:_COUNT]), arguments[_COUNT:]
+    word = lookup.word
+    check("embedding_projection", word.device, [*_operands(lookup), *_projection(word, proj_weight, proj_bias)])
+    return word.new_empty((lookup.token_type_ids.shape[0], proj_weight.shape[0]))
 
 
-def _bwd_fake(
-    grad, input_ids, inputs_embeds, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias,
-    proj_weight, eps, padding_idx, dropout_p, seed, backend,
-):  # fmt: skip
-    dinputs = word.new_empty((0, word.shape[1]) if inputs_embeds is None else inputs_embeds.shape)
-    shaped = (word, token_type, position, ln_weight, ln_bias, proj_weight)
+def _bwd_fake(grad, *arguments):
+    lookup, proj_weight = Lookup(*arguments[:_COUNT]), arguments[_COUNT]
+    word, embeds = lookup.word, lookup.inputs_embeds
+    dinputs = word.new_empty((0, word.shape[1]) if embeds is None else embeds.shape)
+    shaped = (*lookup[4:], proj_weight)
     return dinputs, *(word.new_empty(t.shape) for t in shaped), word.new_empty(proj_weight.shape[0])
 
 
-_IDS = "Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids"
-_TABLES = "Tensor word, Tensor token_type, Tensor position, Tensor ln_weight, Tensor ln_bias, Tensor proj_weight"
-_ARGUMENTS = "float eps, int padding_idx, float dropout_p, Tensor? seed, str backend"
-register(f"embedding_projection_fwd({_IDS}, {_TABLES}, Tensor proj_bias, {_ARGUMENTS}) -> Tensor", _fwd, _fwd_fake)
+_NUMBERS = "float eps, int padding_idx, float dropout_p, Tensor? seed, str backend"
 register(
-    f"embedding_projection_bwd(Tensor grad, {_IDS}, {_TABLES}, {_ARGUMENTS})"
+    f"embedding_projection_fwd({_LOOKUP_SCHEMA}, Tensor proj_weight, Tensor proj_bias, {_NUMBERS}) -> Tensor",
+    _fwd,
+    _fwd_fake,
+)
+register(
+    f"embedding_projection_bwd(Tensor grad, {_LOOKUP_SCHEMA}, Tensor proj_weight, {_NUMBERS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
@@ -341,11 +333,24 @@ forbid_second_derivative("embedding_projection_bwd")
 
 
 def embedding_projection(
-    input_ids: Tensor | None, token_type_ids: Tensor, position_ids: Tensor, word: Tensor, token_type: Tensor,
-    position: Tensor, ln_weight: Tensor, ln_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor, eps: float,
-    padding_idx: int = -1, dropout_p: float = 0.0, seed: Tensor | None = None, *, inputs_embeds: Tensor | None = None,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    eps: float,
+    padding_idx: int = -1,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])) @ proj_weight.T + proj_bias.
 
     Args:
@@ -365,30 +370,19 @@ def embedding_projection(
         TokenIndexError (an IndexError): an id outside its table; names table, token, value and size.
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
-    parameters = token_type, position, ln_weight, ln_bias, proj_weight, proj_bias
     if inputs_embeds is not None:
         (inputs_embeds,) = as_dtype(word, inputs_embeds)
-    tensors: Any = (inputs_embeds, word, *as_dtype(word, *parameters))
-    if not dropout_p and dispatch.runs_on_torch("embedding_projection", word.device.type, word.dtype, backend):
-        operands = _operands(input_ids, tensors[0], token_type_ids, position_ids, *tensors[1:6])
-        check("embedding_projection", word.device, [*operands, *_projection(word, *tensors[6:])])
-        check_ids((input_ids, token_type_ids, position_ids), (len(word), len(token_type), len(position)))
-        arguments: Any = (input_ids, tensors[0], token_type_ids, position_ids, *tensors[1:], eps, padding_idx)
-        return _torch.embedding_projection(*arguments)
+    token_type, position, ln_weight, ln_bias = as_dtype(word, token_type, position, ln_weight, ln_bias)
+    proj_weight, proj_bias = projection = as_dtype(word, proj_weight, proj_bias)
+    ids, norm = (token_type_ids, position_ids), (ln_weight, ln_bias)
+    lookup, device = Lookup(input_ids, inputs_embeds, *ids, word, token_type, position, *norm), word.device.type
+    if not dropout_p and dispatch.runs_on_torch("embedding_projection", device, word.dtype, backend):
+        check("embedding_projection", word.device, [*_operands(lookup), *_projection(word, *projection)])
+        check_ids(lookup.ids, lookup.sizes)
+        return _torch.embedding_projection(*lookup, proj_weight, proj_bias, eps, padding_idx)
+    tensors = inputs_embeds, word, token_type, position, *norm, *projection
     call: Any = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
-    device = word.device.type
     # Under autocast the product inside would change the dtype that the schema promises.
     autocast = torch.is_autocast_enabled(device) or is_traced()
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return call(
-            input_ids,
-            inputs_embeds,
-            token_type_ids,
-            position_ids,
-            *tensors[1:],
-            eps,
-            padding_idx,
-            dropout_p,
-            seed,
-            backend,
-        )
+        return call(*lookup, *projection, eps, padding_idx, dropout_p, seed, backend)

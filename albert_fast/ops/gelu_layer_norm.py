@@ -23,7 +23,7 @@ def gelu_layer_norm_ref(x: Tensor, bias: Tensor, weight: Tensor, ln_bias: Tensor
 
 
 def _operands(x: Tensor, bias: Tensor, weight: Tensor, act: str) -> list[Operand]:
-    """What both kernels read, in the order of the C++ functions."""
+    """The operands of both kernels, in the order of the C++ functions."""
     shape, dtype = matrix("gelu_layer_norm", "x", x), x.dtype
     check_choice("gelu_layer_norm", "act", act, ACTS)
     return [("x", x, shape, dtype), ("bias", bias, shape[1:], dtype), ("weight", weight, shape[1:], dtype)]
@@ -39,10 +39,9 @@ def _fwd(
         memory = hold("gelu_layer_norm", x.device, operands)
         out = torch.empty(x.shape, dtype=x.dtype)
         mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-        dispatch.extension().gelu_layer_norm_fwd_cpu(
-            *memory.addresses, out.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *out.shape, eps, ACTS.index(act),
-            dispatch.DTYPE_CODES[out.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        results = out.data_ptr(), mean.data_ptr(), rstd.data_ptr()
+        numbers = eps, ACTS.index(act), dispatch.DTYPE_CODES[out.dtype], torch.get_num_threads()
+        dispatch.extension().gelu_layer_norm_fwd_cpu(*memory.addresses, *results, *out.shape, *numbers)
         return out, mean, rstd
     check_launch("gelu_layer_norm", backend, x.device, operands)
     if backend == "triton":
@@ -74,10 +73,9 @@ def _bwd(
     memory = hold("gelu_layer_norm", x.device, operands)
     dx = torch.empty(x.shape, dtype=x.dtype)
     dbias, dweight, dln_bias = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(3))
-    dispatch.extension().gelu_layer_norm_bwd_cpu(
-        *memory.addresses, dx.data_ptr(), dbias.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr(), *dx.shape,
-        ACTS.index(act), dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    results = dx.data_ptr(), dbias.data_ptr(), dweight.data_ptr(), dln_bias.data_ptr()
+    numbers = ACTS.index(act), dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads()
+    dispatch.extension().gelu_layer_norm_bwd_cpu(*memory.addresses, *results, *dx.shape, *numbers)
     return dx, *(d.to(dx.dtype) for d in (dbias, dweight, dln_bias))
 
 

@@ -1,8 +1,8 @@
 """linear_cross_entropy: the loss of masked language modelling, without logits in memory.
 
-The mean of cross_entropy(x @ weight^T + bias, labels), ignored labels left out (Lan et al. 2019, section 3.1; Hugging
-Face's `AlbertForMaskedLM`). At V = 30,000 the logits, their softmax and its gradient are the largest tensors of a
-training step, each 234 times the size of x; the kernels keep a block of them at a time, save each row's maximum and sum
+The mean of cross_entropy(x @ weight^T + bias, labels) over the rows whose label is not ignored (Lan et al. 2019, section 3.1;
+Hugging Face's `AlbertForMaskedLM`). At V = 30,000 the logits, their softmax and its gradient are the largest tensors of a
+training step, each 234 times the size of x. The kernels hold one block of logits at a time, save each row's maximum and sum
 of exponentials, and compute the products again for the gradient.
 """
 
@@ -11,10 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.losses import IGNORED, widened
 from ..runtime import dispatch
 from ..runtime.operands import Operand, check, check_launch, hold, matrix
 from ..runtime.registration import as_dtype, forbid_second_derivative, needs_dispatcher, register, register_autograd
+from ._dtypes import widened
+
+# The label of rows that have none, in every cross-entropy.
+IGNORED = -100
+
+dispatch.expect(ignored=IGNORED)
 
 
 def _raise_bad(labels: Tensor, row: int, size: int) -> None:
@@ -26,7 +31,7 @@ def _raise_bad(labels: Tensor, row: int, size: int) -> None:
 def _labelled_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The labelled rows' numbers (n,), their logits (n, V), and their labels (n,) within the vocabulary.
 
-    A label outside it is an IndexError on a CPU; elsewhere, where asking means waiting, its row's logits are NaN.
+    A label outside the vocabulary is an IndexError on a CPU. A GPU is not waited for: there its row's logits are NaN.
     """
     size = len(weight)
     outside = (labels != IGNORED) & ((labels < 0) | (labels >= size))
@@ -38,7 +43,7 @@ def _labelled_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tu
 
 
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """Eager reference, float32 inside (float64 for float64); it does hold the logits."""
+    """Eager reference, float32 inside (float64 for float64). It holds all logits in memory."""
     _, logits, targets = _labelled_ref(x, weight, bias, labels)
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1)
 
@@ -62,29 +67,32 @@ def _bwd_ref(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, labels: Tens
 
 
 def _operands(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> list[Operand]:
-    """What both kernels read, in the order of the C++ functions."""
+    """The operands of both kernels, in the order of the C++ functions."""
     op, dtype = "linear_cross_entropy", x.dtype
     (tokens, width), (size, _) = matrix(op, "x", x, "embedding size"), matrix(op, "weight", weight, "embedding size")
     if size == 0:
         raise ValueError(f"{op}: the vocabulary is empty")
-    return [("x", x, (tokens, width), dtype), ("weight", weight, (size, width), dtype), ("bias", bias, (size,), dtype),
-            ("labels", labels, (tokens,), torch.int64)]  # fmt: skip
+    return [
+        ("x", x, (tokens, width), dtype),
+        ("weight", weight, (size, width), dtype),
+        ("bias", bias, (size,), dtype),
+        ("labels", labels, (tokens,), torch.int64),
+    ]
 
 
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (); row_max and row_sum (N,), the largest logit and the sum of exp(logit - row_max), 0 where ignored.
 
-    Two numbers and not their log-sum-exp, whose rounding would scale a whole row of probabilities by as much.
+    They are not joined to a log-sum-exp: its rounding error would scale a whole row of probabilities.
     """
     operands = _operands(x, weight, bias, labels)
     backend = dispatch.resolve("linear_cross_entropy", x.device.type, x.dtype, backend)
     if backend == "cpp":
         memory, size = hold("linear_cross_entropy", x.device, operands), len(weight)
         loss, row_max, row_sum = (torch.empty(shape, dtype=torch.float32) for shape in ((), len(x), len(x)))
-        bad = dispatch.extension().linear_cross_entropy_fwd_cpu(
-            *memory.addresses, loss.data_ptr(), row_max.data_ptr(), row_sum.data_ptr(), *x.shape, size,
-            dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        results = loss.data_ptr(), row_max.data_ptr(), row_sum.data_ptr()
+        numbers = size, dispatch.DTYPE_CODES[x.dtype], torch.get_num_threads()
+        bad = dispatch.extension().linear_cross_entropy_fwd_cpu(*memory.addresses, *results, *x.shape, *numbers)
         if bad >= 0:
             _raise_bad(labels, bad, size)
         return loss, row_max, row_sum
@@ -107,7 +115,7 @@ def _bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    # Of the loss, so in its dtype.
+    # The dtype of the loss.
     sums = torch.promote_types(x.dtype, torch.float32)
     operands: list[Operand] = [("grad", grad, (), sums), *_operands(x, weight, bias, labels)]
     operands += [(name, t, x.shape[:1], sums) for name, t in (("row_max", row_max), ("row_sum", row_sum))]
@@ -116,10 +124,9 @@ def _bwd(
         memory = hold("linear_cross_entropy", x.device, operands)
         dx = torch.empty(x.shape, dtype=x.dtype)
         dweight, dbias = (torch.empty(t.shape, dtype=torch.float32) for t in (weight, bias))
-        dispatch.extension().linear_cross_entropy_bwd_cpu(
-            *memory.addresses, dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), *dx.shape, len(dbias),
-            dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads(),
-        )  # fmt: skip
+        results = dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr()
+        numbers = len(dbias), dispatch.DTYPE_CODES[dx.dtype], torch.get_num_threads()
+        dispatch.extension().linear_cross_entropy_bwd_cpu(*memory.addresses, *results, *dx.shape, *numbers)
         return dx, dweight.to(dx.dtype), dbias.to(dx.dtype)
     check_launch("linear_cross_entropy", backend, x.device, operands)
     if backend == "triton":
@@ -177,8 +184,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor
         (), float32 (float64 for x in float64).
 
     Raises:
-        IndexError: a label outside the vocabulary, on a CPU; names row, value and size. On a GPU, which is not waited
-            for, such a label makes the loss NaN; nothing is read outside the tensors.
+        IndexError: a label outside the vocabulary, on a CPU; the message names row, value and size. A GPU is not waited
+            for: there such a label makes the loss NaN, and nothing is read outside the tensors.
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
     if not isinstance(labels, Tensor):

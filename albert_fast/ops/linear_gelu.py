@@ -1,8 +1,8 @@
 """linear_gelu: act(x @ weight^T + bias), the FFN's first product and its activation (Lan et al. 2019, section 3.1).
 
-For a GPU, where the product is worth not writing and reading again: see kernels/linear_gelu.py. On a CPU the product is
-a library's and the rest bias_gelu's; what is fused there is all of `encoder`. The gradient is bias_gelu's, from the
-sums before the activation that the forward keeps for it, and two more products of a library.
+For GPUs, where a product that is not written and read again saves time: see kernels/linear_gelu.py. On a CPU a library
+computes the product and bias_gelu the rest; the fused operator there is `encoder`. The backward pass is bias_gelu's, on the
+sums before the activation, which the forward saves; and two more products of a library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.losses import widened
 from ..runtime import dispatch
 from ..runtime.linear import linear, weight_gradient
 from ..runtime.operands import Operand, check, check_choice, check_launch, matrix
@@ -24,6 +23,7 @@ from ..runtime.registration import (
     register_autograd,
 )
 from . import _torch
+from ._dtypes import widened
 from .bias_gelu import ACTS, act_grad_ref, act_ref, bias_gelu
 
 
@@ -45,8 +45,8 @@ def _operands(x: Tensor, weight: Tensor, act: str, bias: Tensor | None = None) -
     op, dtype = "linear_gelu", x.dtype
     (tokens, depth), (columns, _) = matrix(op, "x", x), matrix(op, "weight", weight)
     check_choice(op, "act", act, ACTS)
-    return [("x", x, (tokens, depth), dtype), ("weight", weight, (columns, depth), dtype),
-            ("bias", bias, (columns,), dtype)]  # fmt: skip
+    shape = columns, depth
+    return [("x", x, (tokens, depth), dtype), ("weight", weight, shape, dtype), ("bias", bias, (columns,), dtype)]
 
 
 def _inference(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
@@ -72,7 +72,7 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> tup
         assert kept is not None
         return out, kept
     if backend == "cpp":
-        # With its bias, rounded once: see kernels/linear_gelu.py.
+        # The product adds the bias, so that sums are rounded once: see kernels/linear_gelu.py.
         sums = linear(x, weight, bias)
         return bias_gelu(sums, torch.zeros_like(bias), act, backend=backend), sums
     sums = F.linear(*map(widened, (x, weight, bias)))
@@ -82,13 +82,13 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> tup
 def _bwd(
     grad: Tensor, x: Tensor, weight: Tensor, sums: Tensor, act: str, backend: str, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; empty, and no product, where they are not needed (of frozen weights, say)."""
+    """Gradients of x, weight and bias. One that is not needed (of frozen weights, say) is empty and not computed."""
     operands = _operands(x, weight, act)
     shape = len(x), len(weight)
     operands += [(name, t, shape, x.dtype) for name, t in (("grad", grad), ("sums", sums))]
     backend = dispatch.resolve("linear_gelu", x.device.type, x.dtype, backend)
     check_launch("linear_gelu", backend, x.device, operands)
-    # As in the forward, also where a backward is called under autocast.
+    # A backward may be called under autocast; it computes in the dtypes of the forward.
     with torch.autocast(x.device.type, enabled=False):
         if backend == "reference":
             return _bwd_ref(grad, x, weight, sums, act, need_x, need_weight)
@@ -146,7 +146,7 @@ forbid_derivative("linear_gelu_inference", "linear_gelu chooses the operator tha
 
 
 def _call(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Tensor:
-    """The operator that keeps the sums where a gradient may be asked for, else the one that does not."""
+    """Run the operator that saves the sums if a gradient may be asked for, else the one that does not."""
     operators = torch.ops.albert_fast
     out: Tensor
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
@@ -158,7 +158,7 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor, act: str, backend: str) -> Te
 
 
 def without_tiles(backend: str, columns: int) -> str:
-    """What to add to the reason for a backend where its Triton kernel is not for so many columns; else nothing."""
+    """An addition to the reason for a backend, if its Triton kernel has no tiles for so many columns; else ""."""
     if backend == "triton":
         from ..kernels.linear_gelu import has_tiles
 
@@ -193,7 +193,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str = "gelu_tanh",
         return _call(x, weight, bias, act, backend)
     if x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    # Everything has its dtype: nothing inside is autocast's to change.
+    # All tensors have autocast's dtype now: inside, autocast is off.
     with torch.autocast(device, enabled=False):
         weight, bias = as_dtype(x, weight, bias)
         return _call(x, weight, bias, act, backend)

@@ -1,16 +1,16 @@
 """quantized_encoder: `encoder` on rounded weights and activations, for inference.
 
-With float32 hidden states it computes as the C++ kernel does: integers of 8 or 16 bits, attention on integers too, float32
-between. With bfloat16 ones it computes as the Triton kernels do: int8 or float8 products, attention in bfloat16, bfloat16
-between. `_integers` has the formats and both arithmetics.
+The dtype of the hidden states selects the arithmetic (`_integers.ARITHMETICS`). float32: the C++ kernel's, with integers of 8
+or 16 bits, attention on integers too, and float32 between. bfloat16: the Triton kernels', with int8 or float8 products, and
+attention and everything between in bfloat16.
 """
 
 from __future__ import annotations
 
-import array
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch import Tensor
 from ..runtime import dispatch
 from ..runtime.operands import Operand, check, check_choice, check_launch, head_size, hold, matrix
 from ..runtime.registration import forbid_derivative, needs_dispatcher, register
+from ._encoder_call import CALL_SCHEMA, EncoderCall, check_call, check_content, run_cpp
 from ._integers import (
     ARITHMETICS,
     FORMATS,
-    PRODUCTS,
+    VALUE_LEVELS,
     expected_layout,
     product_ref,
     round_rows,
@@ -31,21 +32,81 @@ from ._integers import (
 )
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
-from .bias_gelu import ACTS, bias_gelu_ref
-from .encoder import asked_rows, check_content, check_tokens, profile_address, raise_content
+from .bias_gelu import bias_gelu_ref
+from .schema import PRODUCTS, VECTORS, matrix_sizes, sizes_of
 
-# The vectors of a layer, in the order in which `vectors` has them.
-VECTORS = ("qkv_bias", "dense_bias", "norm_weight", "norm_bias", "ffn_bias", "ffn_output_bias", "full_norm_weight",
-           "full_norm_bias")  # fmt: skip
+_OP = "quantized_encoder"
+
+
+class ProductTensors(NamedTuple):
+    """One product's matrix (N, K), laid out by `lay_out`, and the factor and shift (K,) of its activations."""
+
+    integers: Tensor
+    scales: Tensor
+    sums: Tensor
+    rescales: Tensor
+    shifts: Tensor
+
+
+dispatch.expect(product_tensors=ProductTensors._fields)
+
+
+class QuantizedLayers(NamedTuple):
+    """The rounded weights of all distinct layers, as flat lists: VECTORS of each layer in turn, and for each of PRODUCTS the
+    lists of its ProductTensors."""
+
+    vectors: list[Tensor]
+    integers: list[Tensor]
+    scales: list[Tensor]
+    sums: list[Tensor]
+    rescales: list[Tensor]
+    shifts: list[Tensor]
+
+    def layers(self) -> Iterator[tuple[dict[str, Tensor], dict[str, ProductTensors]]]:
+        """Each distinct layer's vectors and products, by name.
+
+        Raises:
+            ValueError: the lists do not hold whole layers.
+        """
+        vectors, *products = self
+        count = len(vectors) // len(VECTORS)
+        fits = all(len(tensors) == count * len(PRODUCTS) for tensors in products)
+        if not count or len(vectors) % len(VECTORS) or not fits:
+            lengths = ", ".join(f"{len(tensors)} {name}" for name, tensors in zip(self._fields, self, strict=True))
+            raise ValueError(f"{_OP}: {lengths} are not those of whole layers")
+        tensors = map(ProductTensors._make, zip(*products, strict=True))
+        for i in range(0, len(vectors), len(VECTORS)):
+            named = dict(zip(VECTORS, vectors[i : i + len(VECTORS)], strict=True))
+            yield named, dict(zip(PRODUCTS, itertools.islice(tensors, len(PRODUCTS)), strict=True))
+
+
+class Options(NamedTuple):
+    """What a call names beside layers and EncoderCall. The first three serve GPUs: see `quantized_encoder`."""
+
+    sequence_order: Tensor | None  # (B,) int32
+    max_seqlen: int
+    max_wanted: int
+    precision: str
+    backend: str
+
+
+_SCHEMA = (
+    "Tensor[] vectors, Tensor[] integers, Tensor[] scales, Tensor[] sums, Tensor[] rescales, Tensor[] shifts, "
+    f"{CALL_SCHEMA}, Tensor? sequence_order, SymInt max_seqlen, SymInt max_wanted, str precision, str backend"
+)
 
 
 def integer_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, num_heads: int, softmax_scale: float
 ) -> Tensor:
-    """Attention as the kernel has it: keys rounded row by row, queries too, values column by column, probabilities of the
-    largest, to as many bits as keep sums of 64 products within 32 (csrc/cpu/integer_attention.h); softmax between."""
+    """Attention as the C++ kernel computes it (csrc/cpu/integer_attention.h), softmax in floats.
+
+    Keys and queries are rounded row by row, values column by column, probabilities to steps of the largest. Their bits are
+    chosen so that sums of 64 products fit 32 bits.
+    """
     out, d = torch.zeros_like(q), q.shape[1] // num_heads
-    levels = {"q": min(8191, (2**31 - 1) // (8191 * min(d, 64))), "k": 8191, "v": 4095, "p": 8191}
+    most = FORMATS["int16"].activation_levels
+    levels = {"q": min(most, (2**31 - 1) // (most * min(d, 64))), "k": most, "v": VALUE_LEVELS, "p": most}
 
     def rounded(x: Tensor, name: str) -> tuple[Tensor, Tensor]:  # (heads, n, m) -> integers, and steps (heads, n, 1)
         integers, step, _ = round_rows(x.flatten(0, 1), levels[name], signed=True)
@@ -70,213 +131,199 @@ def integer_attention_ref(
     return out
 
 
-def quantized_encoder_ref(
-    hidden: Tensor, vectors: Sequence[Tensor], integers: Sequence[Tensor], scales: Sequence[Tensor],
-    sums: Sequence[Tensor], rescales: Sequence[Tensor], shifts: Sequence[Tensor], order: Sequence[int], cu_seqlens: Tensor,
-    rows: Tensor | None, cu_rows: Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str,
-    precision: str,
-) -> Tensor:  # fmt: skip
-    """Eager reference: what the kernels do, in the operators' references; `sums` serve the kernels alone."""
-    arithmetic, width = ARITHMETICS[hidden.dtype], hidden.shape[1]
+def _product_ref(
+    products: dict[str, ProductTensors], sizes: tuple[int, int], precision: str, part: int | None, x: Tensor, name: str
+) -> Tensor:
+    """x (T, K) times the matrix of the product `name`, of a layer of the sizes (H, I); rounded in parts of `part` columns."""
+    n, k = matrix_sizes(name, *sizes)
+    integers, scales, _, rescales, shifts = products[name]
+    matrix, steps = unpack(name, integers, (n, k)), unpack_channels(name, scales, n)
+    return product_ref(x * rescales + shifts, matrix, steps, precision, slices(name, k, part))
+
+
+def quantized_encoder_ref(layers: QuantizedLayers, call: EncoderCall, precision: str) -> Tensor:
+    """Eager reference: what the kernels do, in the operators' references; it does not read `sums`."""
+    arithmetic, width = ARITHMETICS[call.hidden.dtype], call.hidden.shape[1]
     attention = integer_attention_ref if arithmetic.integer_attention else attention_ref
 
-    def kept(x: Tensor) -> Tensor:
-        """As it comes back from memory."""
+    def stored(x: Tensor) -> Tensor:
+        """x after it was written to memory and read again."""
         return x.to(arithmetic.between).float()
 
-    # What is rounded has not been to memory yet; what is added to it has.
-    exact = hidden.float()
-    for i, number in enumerate(order):
-        qkv_bias, dense_bias, norm, norm_bias, ffn_bias, output_bias, full, full_bias = (
-            vector.float() for vector in vectors[8 * number : 8 * number + 8]
-        )
-        sizes = {"H": width, "3H": 3 * width, "I": len(ffn_bias)}
+    distinct = list(layers.layers())
+    # A kernel rounds its result for the next product before it stores it; residuals are read from memory.
+    exact = call.hidden.float()
+    for layer_index, wanted_rows, cu_queries in call.steps():
+        vectors, products = distinct[layer_index]
+        w = {name: vector.float() for name, vector in vectors.items()}
+        product = functools.partial(_product_ref, products, (width, len(w["ffn_bias"])), precision, arithmetic.slice)
 
-        def product(x: Tensor, name: str, number: int = number, sizes: dict[str, int] = sizes) -> Tensor:
-            at = 4 * number + list(PRODUCTS).index(name)
-            shape = (sizes[PRODUCTS[name][0]], sizes[PRODUCTS[name][1]])
-            matrix, scale = unpack(name, integers[at], shape), unpack_channels(name, scales[at], shape[0])
-            parts = slices(name, shape[1], arithmetic.slice)
-            return product_ref(x * rescales[at] + shifts[at], matrix, scale, precision, parts)
-
-        last = i + 1 == len(order) and rows is not None
-        q, k, v = kept(product(exact, "qkv") + qkv_bias).split(width, dim=1)
-        residual = kept(exact)
-        if last and rows is not None and cu_rows is not None:
-            q, residual = (asked_rows(t, rows, cu_rows, cu_seqlens) for t in (q, residual))
-        cu_queries = cu_rows if last and cu_rows is not None else cu_seqlens
-        context = kept(attention(q, k, v, cu_queries, cu_seqlens, num_heads, softmax_scale))
-        attended = add_layer_norm_ref(kept(product(context, "dense")), dense_bias, residual, norm, norm_bias, eps)
-        middle = bias_gelu_ref(kept(product(attended, "ffn")), ffn_bias, act)
-        down = kept(product(middle, "ffn_output"))
-        exact = add_layer_norm_ref(down, output_bias, kept(attended), full, full_bias, eps)
-    return exact.to(hidden.dtype)
+        q, k, v = stored(product(exact, "qkv") + w["qkv_bias"]).split(width, dim=1)
+        residual = stored(exact)
+        if wanted_rows is not None:
+            q, residual = call.select_wanted(q), call.select_wanted(residual)
+        context = stored(attention(q, k, v, cu_queries, call.cu_seqlens, call.num_heads, call.softmax_scale))
+        dense, norm = stored(product(context, "dense")), (w["norm_weight"], w["norm_bias"])
+        attended = add_layer_norm_ref(dense, w["dense_bias"], residual, *norm, call.eps)
+        activated = bias_gelu_ref(stored(product(attended, "ffn")), w["ffn_bias"], call.act)
+        down, norm = stored(product(activated, "ffn_output")), (w["full_norm_weight"], w["full_norm_bias"])
+        exact = add_layer_norm_ref(down, w["ffn_output_bias"], stored(attended), *norm, call.eps)
+    return exact.to(call.hidden.dtype)
 
 
 def _operands(
-    hidden: Tensor, vectors: Sequence[Tensor], integers: Sequence[Tensor], scales: Sequence[Tensor],
-    sums: Sequence[Tensor], rescales: Sequence[Tensor], shifts: Sequence[Tensor], order: Sequence[int], cu_seqlens: Tensor,
-    rows: Tensor | None, cu_rows: Tensor | None, schedule: Tensor | None, num_heads: int, act: str, precision: str,
-) -> tuple[list[Operand], list[list[Operand]]]:  # fmt: skip
-    """What is read beside weights, and of each distinct layer in the order of the C++ function's table."""
-    op, count = "quantized_encoder", len(vectors) // 8
-    products = {"integers": integers, "scales": scales, "sums": sums, "rescales": rescales, "shifts": shifts}
-    if not count or len(vectors) % 8 or any(len(items) != 4 * count for items in products.values()):
-        lengths = ", ".join(f"{len(items)} {name}" for name, items in {"vectors": vectors, **products}.items())
-        raise ValueError(f"{op}: {lengths} are not those of whole layers")
-    tokens = check_tokens(op, hidden, order, count, cu_seqlens, rows, cu_rows, num_heads, act)
-    tokens.append(("schedule", schedule, (cu_seqlens.shape[0] - 1,), torch.int32))
-    check_choice(op, "precision", precision, FORMATS)
-    if hidden.dtype not in FORMATS[precision].hidden:
-        known = " or ".join(str(dtype) for dtype in FORMATS[precision].hidden)
-        raise ValueError(f"{op}: {precision} expects hidden in {known}, got {hidden.dtype}")
-    width, panels, layers = hidden.shape[1], integers[0].dim() == 1, []
-    for layer in range(count):
-        own = slice(4 * layer, 4 * layer + 4)
-        layer_vectors = vectors[8 * layer : 8 * layer + 8]
-        middle = layer_vectors[VECTORS.index("ffn_bias")]
+    layers: QuantizedLayers, call: EncoderCall, options: Options
+) -> tuple[list[Operand], list[list[Operand]]]:
+    """The operands of the call, and those of each distinct layer in the order of the C++ function's table."""
+    distinct = list(layers.layers())
+    operands = check_call(_OP, call, len(distinct))
+    operands.append(("sequence_order", options.sequence_order, (call.cu_seqlens.shape[0] - 1,), torch.int32))
+    check_choice(_OP, "precision", options.precision, FORMATS)
+    hidden, form = call.hidden, FORMATS[options.precision]
+    if hidden.dtype not in form.hidden:
+        known = " or ".join(str(dtype) for dtype in form.hidden)
+        raise ValueError(f"{_OP}: {options.precision} expects hidden in {known}, got {hidden.dtype}")
+    width, panels = hidden.shape[1], layers.integers[0].dim() == 1
+    all_operands: list[list[Operand]] = []
+    for vectors, products in distinct:
+        middle = vectors["ffn_bias"]
         if middle.dim() != 1 or not len(middle):
-            raise ValueError(f"{op}: expected ffn_bias of shape (I,), I above 0, got {tuple(middle.shape)}")
-        # A symbolic size of a compiler has no hash.
+            raise ValueError(f"{_OP}: expected ffn_bias of shape (I,), I above 0, got {tuple(middle.shape)}")
+        # A compiler's symbolic sizes cannot be keys of the cache.
         expectation = _expected if type(width) is type(len(middle)) is int else _expected.__wrapped__
-        expected = expectation(width, len(middle), hidden.dtype, precision, panels)
-        # Product by product.
-        found = (*layer_vectors, *itertools.chain(*zip(*(items[own] for items in products.values()), strict=True)))
-        layers.append([(name, t, shape, dtype) for (name, shape, dtype), t in zip(expected, found, strict=True)])
-    return tokens, layers
+        expected = expectation(width, len(middle), hidden.dtype, options.precision, panels)
+        found = itertools.chain(vectors.values(), *products.values())
+        all_operands.append([(name, t, shape, dtype) for (name, shape, dtype), t in zip(expected, found, strict=True)])
+    return operands, all_operands
 
 
-def _fwd(
-    hidden: Tensor, vectors: list[Tensor], integers: list[Tensor], scales: list[Tensor], sums: list[Tensor],
-    rescales: list[Tensor], shifts: list[Tensor], order: list[int], cu_seqlens: Tensor, rows: Tensor | None,
-    cu_rows: Tensor | None, schedule: Tensor | None, max_seqlen: int, max_rows: int, num_heads: int,
-    softmax_scale: float, eps: float, act: str, precision: str, backend: str,
-) -> Tensor:  # fmt: skip
-    tokens, layers = _operands(
-        hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, schedule, num_heads,
-        act, precision,
-    )  # fmt: skip
-    chosen = dispatch.resolve("quantized_encoder", hidden.device.type, hidden.dtype, backend)
-    if chosen != "cpp":
-        check_launch("quantized_encoder", chosen, hidden.device, [*tokens, *itertools.chain(*layers)])
-        check_content("quantized_encoder", len(hidden), cu_seqlens, rows, cu_rows)
-    if chosen == "reference":
-        return quantized_encoder_ref(
-            hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, num_heads,
-            softmax_scale, eps, act, precision,
-        )  # fmt: skip
-    panels = integers[0].dim() == 1
-    if panels != (chosen == "cpp"):
+def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor:
+    operands, layer_operands = _operands(layers, call, options)
+    device, panels = call.hidden.device, layers.integers[0].dim() == 1
+    backend = dispatch.resolve(_OP, device.type, call.hidden.dtype, options.backend)
+    if backend != "cpp":
+        check_launch(_OP, backend, device, [*operands, *itertools.chain(*layer_operands)])
+        check_content(_OP, call)
+    if backend == "reference":
+        return quantized_encoder_ref(layers, call, options.precision)
+    if panels != (backend == "cpp"):
         found, expected = ("panels", "rows") if panels else ("rows", "panels")
-        raise ValueError(f"quantized_encoder: the {chosen} kernel reads integers in {expected}, not in {found}")
-    if chosen == "triton":
+        raise ValueError(f"{_OP}: the {backend} kernel reads integers in {expected}, not in {found}")
+    if backend == "triton":
         from ..kernels.quantized_encoder import quantized_encoder_fwd
 
-        return quantized_encoder_fwd(
-            hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, schedule,
-            max_seqlen, max_rows, num_heads, softmax_scale, eps, act,
-        )  # fmt: skip
-    memory = hold("quantized_encoder", hidden.device, tokens[:4])
-    held = [hold("quantized_encoder", hidden.device, layer) for layer in layers]
-    table = array.array("q", [address for layer in held for address in layer.addresses])
-    steps, threads = array.array("q", order), torch.get_num_threads()
-    (count, width), asked = tokens[0][2], 0 if rows is None else tokens[2][2][0]
-    out = torch.empty((count if rows is None else asked, width), dtype=torch.float32)
-    states, ends, rows_address, cu_rows_address = memory.addresses
-    fits = dispatch.extension().quantized_encoder_fwd_cpu(
-        states, out.data_ptr(), table.buffer_info()[0], steps.buffer_info()[0], len(steps), ends, tokens[1][2][0] - 1,
-        count, rows_address, cu_rows_address, asked, width, layers[0][VECTORS.index("ffn_bias")][2][0], num_heads,
-        softmax_scale, eps, ACTS.index(act), FORMATS[precision].dtype.itemsize * 8, profile_address(threads), threads,
-    )  # fmt: skip
-    if not fits:
-        raise_content("quantized_encoder", count, cu_seqlens, rows, cu_rows)
-    return out
+        hidden, layer_indices, cu_seqlens, wanted_rows, cu_wanted, *numbers = call
+        wanted = wanted_rows, cu_wanted
+        return quantized_encoder_fwd(hidden, *layers, layer_indices, cu_seqlens, *wanted, *options[:3], *numbers)
+    held = [hold(_OP, device, layer) for layer in layer_operands]
+    table = [address for layer in held for address in layer.addresses]
+    (middle,), bits = layer_operands[0][_FFN_BIAS][2], FORMATS[options.precision].dtype.itemsize * 8
+    return run_cpp(_OP, dispatch.extension().quantized_encoder_fwd_cpu, call, operands[:4], table, middle, bits)
 
 
-def _fwd_fake(
-    hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, schedule, max_seqlen,
-    max_rows, num_heads, softmax_scale, eps, act, precision, backend,
-):  # fmt: skip
-    tokens, layers = _operands(
-        hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, schedule, num_heads,
-        act, precision,
-    )  # fmt: skip
-    check("quantized_encoder", hidden.device, [*tokens, *itertools.chain(*layers)])
-    return hidden.new_empty((hidden.shape[0] if rows is None else rows.shape[0], hidden.shape[1]))
+_FFN_BIAS = tuple(VECTORS).index("ffn_bias")
 
 
-register(
-    "quantized_encoder_fwd(Tensor hidden, Tensor[] vectors, Tensor[] integers, Tensor[] scales, Tensor[] sums, "
-    "Tensor[] rescales, Tensor[] shifts, int[] order, Tensor cu_seqlens, Tensor? rows, Tensor? cu_rows, "
-    "Tensor? schedule, SymInt max_seqlen, SymInt max_rows, int num_heads, float softmax_scale, float eps, str act, "
-    "str precision, str backend) -> Tensor",
-    _fwd,
-    _fwd_fake,
-)
+def _records(arguments: tuple[Any, ...]) -> tuple[QuantizedLayers, EncoderCall, Options]:
+    """The records of a call from its arguments in the order of _SCHEMA."""
+    rest = iter(arguments)
+    layers = QuantizedLayers._make(itertools.islice(rest, len(QuantizedLayers._fields)))
+    call = EncoderCall._make(itertools.islice(rest, len(EncoderCall._fields)))
+    return layers, call, Options._make(rest)
+
+
+def _fwd(*arguments: Any) -> Tensor:
+    return _run(*_records(arguments))
+
+
+def _fwd_fake(*arguments):
+    layers, call, options = _records(arguments)
+    operands, layer_operands = _operands(layers, call, options)
+    check(_OP, call.hidden.device, [*operands, *itertools.chain(*layer_operands)])
+    return call.fake_out()
+
+
+register(f"quantized_encoder_fwd({_SCHEMA}) -> Tensor", _fwd, _fwd_fake)
 
 forbid_derivative("quantized_encoder_fwd", "integers have no gradient; take the weights in float32")
 
 
 def quantized_encoder(
-    hidden: Tensor, vectors: Sequence[Tensor], integers: Sequence[Tensor], scales: Sequence[Tensor],
-    sums: Sequence[Tensor], rescales: Sequence[Tensor], shifts: Sequence[Tensor], order: Sequence[int], cu_seqlens: Tensor,
-    rows: Tensor | None, cu_rows: Tensor | None, num_heads: int, softmax_scale: float | None, eps: float,
-    act: str = "gelu_tanh", *, precision: str, schedule: Tensor | None = None, max_seqlen: int | None = None,
-    max_rows: int | None = None, backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """The embeddings after all layers, on rounded weights, without dropout; no gradient.
+    hidden: Tensor,
+    vectors: Sequence[Tensor],
+    integers: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    rescales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    layer_indices: Sequence[int],
+    cu_seqlens: Tensor,
+    wanted_rows: Tensor | None,
+    cu_wanted: Tensor | None,
+    num_heads: int,
+    softmax_scale: float | None,
+    eps: float,
+    act: str = "gelu_tanh",
+    *,
+    precision: str,
+    sequence_order: Tensor | None = None,
+    max_seqlen: int | None = None,
+    max_wanted: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The hidden states after all layers, on rounded weights, without dropout; no gradient.
 
-    A sequence's result is bitwise the same whatever else is in its batch, however many threads run and on any GPU whose
-    kernels have the same tiles.
+    A sequence's result does not depend on the rest of the batch, to the bit, nor on the number of threads; on GPUs it is the
+    same wherever the kernels have the same tiles.
 
     Args:
         hidden: (T, H), packed tokens: float32 for the C++ kernel, bfloat16 for the Triton kernels.
-        vectors: of each distinct layer, one after another, the eight that `VECTORS` names: biases in float32, weights and
-            biases of the norms in hidden's dtype.
-        integers, scales, sums: of each distinct layer the four of `PRODUCTS`, as `lay_out` gives them. The sums of a run
-            of 256 products of 16 bits must fit 32 bits, as those of `quantization.int16_scale` do.
-        rescales, shifts: the factor and the shift (K,) of each activation, float32.
-        order: which distinct layer runs at each step.
-        cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act, backend: as of `encoder`.
-        precision: "int8", "int16" (in float32 alone) or "fp8" (in bfloat16 alone), of every matrix.
-        schedule, max_seqlen, max_rows: for a GPU: `order` of `attention`, and bounds on a sequence's tokens and on the
-            rows that are asked of one; T where they are not given.
+        vectors: for each distinct layer in turn, the eight that `VECTORS` names: biases in float32, weights and biases of
+            the norms in hidden's dtype.
+        integers, scales, sums: for each distinct layer in turn, those of its four `PRODUCTS`, as `lay_out` gives them. In
+            16 bits, sums of a run of 256 products must fit 32 bits, as with `quantization.rounding.int16_scale`.
+        rescales, shifts: likewise, the factor and the shift (K,) of each activation, float32.
+        layer_indices: which distinct layer runs at each step.
+        cu_seqlens, wanted_rows, cu_wanted, num_heads, softmax_scale, eps, act, backend: as for `encoder`.
+        precision: "int8", "int16" (float32 hidden only) or "fp8" (bfloat16 hidden only), of every matrix.
+        sequence_order, max_seqlen, max_wanted: for GPUs: `sequence_order` of `attention`, and upper bounds on the tokens
+            and on the wanted rows of a sequence; T by default.
 
     Returns:
-        (T, H), or (Tq, H) for `rows`.
+        (T, H), or (Tq, H) for `wanted_rows`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation or precision; on a CPU also cu_seqlens,
-            rows and cu_rows outside their ranges. TypeError: an argument that is no dense tensor.
+            wanted_rows and cu_wanted out of range. TypeError: an argument that is no dense tensor.
     """
-    width = matrix("quantized_encoder", "hidden", hidden)[1]
+    width = matrix(_OP, "hidden", hidden)[1]
     if softmax_scale is None:
-        softmax_scale = head_size("quantized_encoder", width, num_heads) ** -0.5
+        softmax_scale = head_size(_OP, width, num_heads) ** -0.5
     max_seqlen = len(hidden) if max_seqlen is None else max_seqlen
-    max_rows = max_seqlen if max_rows is None else max_rows
-    call = torch.ops.albert_fast.quantized_encoder_fwd if needs_dispatcher(hidden, *vectors) else _fwd
-    return call(
-        hidden, list(vectors), list(integers), list(scales), list(sums), list(rescales), list(shifts), list(order),
-        cu_seqlens, rows, cu_rows, schedule, max_seqlen, max_rows, num_heads, softmax_scale, eps, act, precision, backend,
-    )  # fmt: skip
+    max_wanted = max_seqlen if max_wanted is None else max_wanted
+    layers = QuantizedLayers._make(map(list, (vectors, integers, scales, sums, rescales, shifts)))
+    indices = list(layer_indices)
+    call = EncoderCall(hidden, indices, cu_seqlens, wanted_rows, cu_wanted, num_heads, softmax_scale, eps, act)
+    options = Options(sequence_order, max_seqlen, max_wanted, precision, backend)
+    if needs_dispatcher(hidden, *vectors):
+        out: Tensor = torch.ops.albert_fast.quantized_encoder_fwd(*layers, *call, *options)
+        return out
+    return _run(layers, call, options)
 
 
 @functools.lru_cache(maxsize=64)
 def _expected(
     width: int, middle: int, hidden: torch.dtype, precision: str, panels: bool
 ) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
-    """Name, shape and dtype of a layer's tensors: vectors, then product by product those of each list."""
-    f32, sizes = torch.float32, {"H": width, "3H": 3 * width, "I": middle}
-    shapes = {name: (sizes[n], sizes[k]) for name, (n, k) in PRODUCTS.items()}
-    laid = {name: expected_layout(name, shape, precision, panels) for name, shape in shapes.items()}
-    lengths = {"qkv_bias": 3 * width, "ffn_bias": middle}
-    vectors = ((name, (lengths.get(name, width),), hidden if "norm" in name else f32) for name in VECTORS)
-    products = (
-        (
-            (f"integers of {name}", laid[name]["integers"], FORMATS[precision].dtype),
-            *((f"{kind} of {name}", laid[name][kind], f32) for kind in ("scales", "sums")),
-            *((f"{kind} of {name}", shape[1:], f32) for kind in ("rescales", "shifts")),
-        )
-        for name, shape in shapes.items()
-    )
-    return (*vectors, *itertools.chain(*products))
+    """Name, shape and dtype of a layer's tensors: the vectors, then product by product its ProductTensors."""
+    f32 = torch.float32
+    expected = [
+        (name, sizes_of(shape, width, middle), hidden if "norm" in name else f32) for name, shape in VECTORS.items()
+    ]
+    for name in PRODUCTS:
+        n, k = matrix_sizes(name, width, middle)
+        shapes = {**expected_layout(name, (n, k), precision, panels), "rescales": (k,), "shifts": (k,)}
+        for kind in ProductTensors._fields:
+            dtype = FORMATS[precision].dtype if kind == "integers" else f32
+            expected.append((f"{kind} of {name}", shapes[kind], dtype))
+    return tuple(expected)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.quantized import RUN, QuantizedLinear, run_sums
-from ..ops._integers import FORMATS, SLICE, Format, product_ref, slices
+from ..ops._integers import FORMATS, Format, product_ref, slices
+from ..ops.schema import SLICE
 
 PRECISIONS = ("int16", "int8", "fp8")
 

@@ -1,4 +1,4 @@
-"""Copies of weights in another layout, kept until the weights change: packed matrices; query, key and value as one."""
+"""Keeps copies of weights in another layout until the weights change: packed matrices; query, key and value as one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _SAMPLES = 64
 
 @dataclass(frozen=True)
 class _Kept(Generic[Made]):
-    """What was made of weights, and what tells whether the weights are still those."""
+    """A result made from weights, and what shows whether the weights are unchanged."""
 
     made: Made
     versions: tuple[tuple[int, int], ...]
     samples: tuple[Tensor, ...]
 
     def is_current(self, weights: Sequence[Tensor]) -> bool:
-        # Writes through `.data` leave the version as it is; some elements are compared for those.
+        # A write through `.data` does not change the version, so some elements are compared too.
         return self.versions == _versions(weights) and all(map(torch.equal, map(_sample, weights), self.samples))
 
 
@@ -32,10 +32,10 @@ _ALL: weakref.WeakSet[Derived[Any]] = weakref.WeakSet()
 
 
 class Derived(Generic[Made]):
-    """`make(weights)`, called where it was not called for these weights yet or they have changed since.
+    """Caches `make(weights)`: calls it for new weights, and again after the weights have changed.
 
-    The weights are contiguous tensors (any shape) on a CPU: there it costs microseconds to compare some of their elements.
-    A copy lives as long as the first of its weights.
+    The weights are contiguous tensors of any shape on a CPU, where comparing some of their elements costs microseconds.
+    A result lives as long as the first of its weights.
     """
 
     def __init__(self, make: Callable[[Sequence[Tensor]], Made]) -> None:
@@ -49,20 +49,20 @@ class Derived(Generic[Made]):
     def __call__(self, weights: Sequence[Tensor]) -> Made:
         found: _Kept[Made] | None = self._kept.get(weights[0])
         if found is None or not found.is_current(weights):
-            # Recorded before the weights are read: a write in between makes the copy anew at the next call.
+            # Recorded before the weights are read: after a write in between, the next call makes the copy again.
             versions, samples = _versions(weights), tuple(_sample(weight).clone() for weight in weights)
-            with torch.inference_mode(False), torch.no_grad():  # for calls of any mode
+            with torch.inference_mode(False), torch.no_grad():  # so that calls in any mode can use it
                 found = _Kept(self._make(weights), versions, samples)
             self._kept[weights[0]] = found
         return found.made
 
     def forget(self, weights: Sequence[Tensor]) -> None:
-        """Drop the copy: the next call makes it anew."""
+        """Drop the copy; the next call makes it again."""
         self._kept.pop(weights[0], None)
 
 
 def forget(weights: Iterable[Tensor]) -> None:
-    """Drop the copies of all kinds whose first weight is one of these: the next calls make them anew."""
+    """Drop every copy whose first weight is one of these; the next calls make them again."""
     for weight in weights:
         for derived in _ALL:
             derived.forget([weight])

@@ -1,8 +1,7 @@
-"""Which backend runs which operator where, and why not another.
+"""Chooses the backend that runs an operator on a device, and gives the reason why another one cannot.
 
-`TABLE` is the whole truth: for each operator and device, the backends in order of preference. Each backend has a `why not`
-function; nothing falls back in silence: the first time an operator runs on less than its first choice, a warning says what
-is missing and how to get it.
+`TABLE` lists for each operator and device the backends in order of preference. `why_not` gives the reason against one. The
+first time that an operator runs on less than its first choice, a warning says what is missing and how to get it.
 """
 
 from __future__ import annotations
@@ -26,48 +25,67 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "add_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "gelu_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "linear_cross_entropy": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
-    # All layers in one call, where no gradient is wanted; elsewhere a model runs them operator by operator.
+    # All layers in one call, for inference; with a gradient a model runs them operator by operator.
     "encoder": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "quantized_encoder": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
 }
-# Models that cannot have these run the others.
+# A model that cannot run these runs the other operators.
 WHOLE_ENCODERS = ("encoder", "quantized_encoder")
 BACKENDS = ("cpp", "triton", "cuda", "reference")
 
-# The extension and the CUDA kernels know element types by number; Triton reads them off the tensors.
+# The numbers by which the extension and the CUDA kernels know element types; Triton reads them from the tensors.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DTYPES = {
     "cpp": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-# Operators that know fewer.
+# Operators that take fewer dtypes.
 _OP_DTYPES: dict[tuple[str, str], tuple[torch.dtype, ...]] = {(op, "cpp"): (torch.float32,) for op in WHOLE_ENCODERS}
-# Of its hidden states: they tell whose arithmetic it is.
+# The dtype of the hidden states, which selects the arithmetic.
 _OP_DTYPES["quantized_encoder", "triton"] = (torch.bfloat16,)
 _OP_DTYPES["quantized_encoder", "reference"] = (torch.float32, torch.bfloat16)
-# What multiplies float8 numbers: Ada, Hopper and later.
+# GPUs from this compute capability on multiply float8 numbers: Ada, Hopper and later.
 _FLOAT8_CAPABILITY = (8, 9)
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend or precision was asked for by name that cannot run here; the message gives the reason and the alternative."""
+    """A backend or precision that was named cannot run here; the message gives the reason and an alternative."""
 
 
 def _one_thread() -> None:
-    # OpenMP's threads do not exist in a forked child, and a parallel region there waits for them for ever.
+    # A forked child has no OpenMP threads; a parallel region there would wait for them for ever.
     torch.set_num_threads(1)
+
+
+# What the extension's schema() must report: orders of tensors, and numbers that Python and C++ both rely on.
+_EXPECTED: dict[str, object] = {}
+# How reasons begin for which nothing falls back to another backend: the user's wish or the installation is wrong.
+_WRONG_ISA = "ALBERT_FAST_ISA="
+_STALE = "the C++ extension was built from other sources than this Python code"
+
+
+def expect(**values: object) -> None:
+    """Note what the extension's schema() must report. Modules call it when they are imported, before an operator runs."""
+    _EXPECTED.update(values)
+    _load_extension.cache_clear()
+
+
+@functools.cache
+def _import_extension() -> ModuleType:
+    module = importlib.import_module("albert_fast._C")
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_one_thread)
+    return module
 
 
 @functools.cache
 def _load_extension() -> tuple[ModuleType | None, str | None]:
+    """The extension, or None and the reason why it cannot be used."""
     try:
-        module = importlib.import_module("albert_fast._C")
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_one_thread)
-        return module, None
+        module = _import_extension()
     except ImportError as error:
-        if str(error).startswith("ALBERT_FAST_ISA="):
+        if str(error).startswith(_WRONG_ISA):
             return None, str(error)
         if importlib.util.find_spec("albert_fast._C") is None:
             return (
@@ -75,13 +93,18 @@ def _load_extension() -> tuple[ModuleType | None, str | None]:
                 "the C++ extension is not built: install a C++17 compiler, then `pip install -e .` (or `pip install .`) again",
             )
         return None, f"the C++ extension does not load ({error}): build it again with `pip install -e .`"
+    found = module.schema() if hasattr(module, "schema") else {}
+    differing = [name for name, value in _EXPECTED.items() if found.get(name) != value]
+    if differing:
+        return None, f"{_STALE} (they differ in: {', '.join(differing)}): build it again with `pip install -e .`"
+    return module, None
 
 
 def extension() -> ModuleType:
-    """`albert_fast._C`, loaded after torch so that both share one OpenMP thread pool.
+    """`albert_fast._C`. torch is loaded before it, so that both share one OpenMP thread pool.
 
     Raises:
-        BackendUnavailableError: it is not built, or does not load.
+        BackendUnavailableError: it is not built, does not load, or was built from other sources.
     """
     module, reason = _load_extension()
     if module is None:
@@ -90,7 +113,7 @@ def extension() -> ModuleType:
 
 
 def has_extension() -> bool:
-    """Whether `extension` finds one."""
+    """Whether `extension` returns one."""
     return _load_extension()[0] is not None
 
 
@@ -136,13 +159,13 @@ def why_not(op: str, device_type: str, backend: str, dtype: torch.dtype | None =
 
 @functools.cache
 def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str = "auto") -> str:
-    """The backend that runs `op`: the first of the table that can, or the one asked for by name.
+    """The backend that runs `op`: the first of the table that can, or the one that `backend` names.
 
-    An operator that has no kernel of the name asked for anywhere (embedding_projection has none in Triton) takes its best.
+    An operator that has no kernel of that name on any device (embedding_projection has none in Triton) takes its best.
 
     Raises:
-        BackendUnavailableError: the backend asked for cannot run here; says why, and what can. ALBERT_FAST_ISA names no
-            instruction set of this machine.
+        BackendUnavailableError: the backend asked for cannot run here; the message says why, and what can. On a CPU also:
+            ALBERT_FAST_ISA names no instruction set of this machine, or the extension was built from other sources.
     """
     if backend not in ("auto", *BACKENDS):
         raise BackendUnavailableError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
@@ -154,8 +177,9 @@ def resolve(op: str, device_type: str, dtype: torch.dtype, backend: str = "auto"
                 f"backend={backend!r} cannot run here: {reason}. backend='auto' takes the best that can"
             )
         return backend
-    if device_type == "cpu" and (_load_extension()[1] or "").startswith("ALBERT_FAST_ISA="):
-        raise BackendUnavailableError(str(_load_extension()[1]))
+    reason = _load_extension()[1]
+    if device_type == "cpu" and reason is not None and reason.startswith((_WRONG_ISA, _STALE)):
+        raise BackendUnavailableError(reason)
     missing: list[str] = []
     for candidate in TABLE[op].get(device_type, ("reference",)):
         reason = why_not(op, device_type, candidate, dtype)
@@ -179,7 +203,7 @@ def _say_fall_back(op: str, device_type: str, chosen: str, reason: str) -> None:
 
 @functools.cache
 def _say_no_extension(reason: str) -> None:
-    """The same reason holds for every operator on a CPU: it is said once a process."""
+    """Warn once a process: the same reason holds for every operator on a CPU."""
     warnings.warn(
         f"albert_fast: models on a CPU run on torch's own operators, which is slower: {reason}. "
         "`python -m albert_fast.info` shows all.",
@@ -190,18 +214,15 @@ def _say_no_extension(reason: str) -> None:
 def runs_on_torch(op: str, device_type: str, dtype: torch.dtype, backend: str) -> bool:
     """Whether an operator without kernels here runs on torch's fused ones (`ops._torch`), not on its eager reference.
 
-    So it is on a CPU in float32 without the extension, where no backend is asked for by name, nothing is traced and
-    autocast is off.
+    It does on a CPU in float32 without the extension, with backend "auto", untraced and without autocast.
     """
-    return (
-        backend == "auto" and device_type == "cpu" and dtype == torch.float32 and not is_traced()
-        and not has_extension() and not torch.is_autocast_enabled("cpu")
-        and resolve(op, device_type, dtype) == "reference"
-    )  # fmt: skip
+    if backend != "auto" or device_type != "cpu" or dtype != torch.float32 or is_traced() or has_extension():
+        return False
+    return not torch.is_autocast_enabled("cpu") and resolve(op, device_type, dtype) == "reference"
 
 
 def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
-    """Raise BackendUnavailableError where a model cannot run as `backend` on such a device."""
+    """Raise BackendUnavailableError if a model cannot run on such a device with this `backend`."""
     for op in TABLE:
         if op not in WHOLE_ENCODERS:
             resolve(op, device_type, dtype, backend)
@@ -213,7 +234,7 @@ def quantized_dtype(precision: str, device_type: str) -> torch.dtype:
 
 
 def why_not_quantized(precision: str, device: torch.device, backend: str) -> str | None:
-    """Why a model cannot run in "int8", "int16" or "fp8" there; None where it can."""
+    """Why a model cannot run in "int8", "int16" or "fp8" on this device; None where it can."""
     if device.type == "cpu" and precision == "fp8":
         if backend == "reference":  # emulates it
             return None
@@ -237,14 +258,14 @@ def why_not_quantized(precision: str, device: torch.device, backend: str) -> str
 
 
 def check_quantized(precision: str, device: torch.device, backend: str) -> None:
-    """Raise BackendUnavailableError where a model cannot run in "int8", "int16" or "fp8" there; says what it can."""
+    """Raise BackendUnavailableError if a model cannot run in "int8", "int16" or "fp8" on this device."""
     reason = why_not_quantized(precision, device, backend)
     if reason is not None:
         raise BackendUnavailableError(f"precision={precision!r} cannot run here: {reason}")
 
 
 def quantized_kernels(precision: str, device_type: str, backend: str) -> tuple[bool, str]:
-    """Whether instructions for such products are used, and which, or what instead, in a few words."""
+    """Whether the products of this precision use special instructions; and in a few words which, or what runs instead."""
     if device_type == "cuda" and backend != "reference":
         return True, "tensor cores"
     if precision == "fp8":
@@ -259,7 +280,7 @@ def quantized_kernels(precision: str, device_type: str, backend: str) -> tuple[b
 
 
 def check_device(device: str | torch.device | None) -> None:
-    """BackendUnavailableError for a GPU that is not there; torch's own words come after the weights have been read."""
+    """Raise BackendUnavailableError for a GPU that does not exist. torch would raise only after the weights were read."""
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         built = "finds no CUDA device" if torch.version.cuda else "is built without CUDA"
         raise BackendUnavailableError(f"device={str(device)!r}: torch {torch.__version__} {built}; take device='cpu'")

@@ -1,14 +1,14 @@
-"""Dense products of modules outside fused operators: our own in C++, or torch's by the fastest library that it carries.
+"""Dense products outside the fused operators: our own in C++, or torch's with the fastest library that it ships.
 
-On a CPU in float32 without a gradient, a module's product runs in C++ on a packed copy of its weight: a row's result is
-bitwise the same alone, in any batch and on any number of threads, and no number of rows costs memory that stays.
+On a CPU in float32 without a gradient, a module's product runs in C++ on a packed copy of its weight. A row's result does not
+depend on the rest of the batch or on the number of threads, to the bit, and no memory is kept per number of rows.
 
-Other products on a CPU are torch's. `torch.nn.functional.linear` in float32 calls MKL, which on some chips runs at two
-thirds of the rate of oneDNN; torch ships oneDNN too, behind the operator that its compiler lowers a Linear with constant
-weights to. So float32 products go there, forward and backward. oneDNN keeps a compiled kernel for each number of rows, half
-a megabyte each, and packed batches hardly ever repeat theirs: row counts are rounded up, so that few are seen.
+torch computes other products on a CPU. `torch.nn.functional.linear` in float32 calls MKL, which on some chips runs at two
+thirds of the rate of oneDNN. torch ships oneDNN too, behind the operator to which its compiler lowers a Linear with constant
+weights; float32 products use that operator, forward and backward. oneDNN keeps a compiled kernel for each number of rows,
+half a megabyte each, and packed batches rarely repeat a number: so row counts are rounded up, to a few different ones.
 
-GPUs and autocast take the ordinary way.
+GPUs and autocast use `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from .derived import Derived
 from .operands import check_launch, hold, hold_rows, matrix
 from .registration import is_traced, needs_dispatcher, register, register_autograd
 
-# Multiplications below which what oneDNN spends a call, more when its code is out of the caches, exceeds what its kernels gain.
+# With fewer multiplications, oneDNN's overhead a call (more if its code is not cached) exceeds what its kernels gain.
 _SMALL = 2**22
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-# Row counts between a power of two and the next that products are rounded up to; the extra rows are 3% at most.
+# Row counts are rounded up to one of so many between a power of two and the next; that adds 3% of rows at most.
 _COUNTS_PER_DOUBLING = 16
 
 
 def _check(op: str, *operands: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
-    """Raise for a tensor that does not fit: torch's operator for oneDNN trusts its callers."""
+    """Raise for a tensor that does not fit: torch's operator for oneDNN does not check its arguments."""
     first = operands[0][1]
     assert first is not None
     check_launch(op, "cpp", first.device, [(*operand, first.dtype) for operand in operands])
 
 
 def _step(rows: int) -> int:
-    """What a product's number of rows is rounded to a multiple of."""
+    """The number of rows is rounded up to a multiple of this."""
     doubling = 1 << (rows - 1).bit_length()
     return max(doubling // (2 * _COUNTS_PER_DOUBLING), min(doubling, _COUNTS_PER_DOUBLING))
 
 
 def _more_rows(x: Tensor) -> int:
-    """How many rows `x` (T, K) lacks to a number of rows that products are computed for."""
+    """How many rows are added to `x` (T, K) to round their number up."""
     return -len(x) % _step(len(x)) if len(x) else 0
 
 
@@ -61,7 +61,7 @@ def _padded(x: Tensor, more: int) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (tokens, depth), (columns, _) = matrix("linear", "x", x), matrix("linear", "weight", weight)
     _check("linear", ("x", x, (tokens, depth)), ("weight", weight, (columns, depth)), ("bias", bias, (columns,)))
-    bias = None if bias is None else bias.contiguous()  # oneDNN's operator reads one without strides
+    bias = None if bias is None else bias.contiguous()  # oneDNN's operator ignores the strides of a bias
     more = _more_rows(x)
     padded = _padded(x, more)
     if _runs_onednn(x.shape[0] * weight.numel(), x.dtype):
@@ -81,11 +81,11 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
         more = _more_rows(x)
         return _padded(grad, more).t() @ _padded(x, more)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(grad[:whole].t(), x[:whole].t(), None, "none", [], "")
-    # The rows beyond the last whole step are few: they cost less than a padded copy of all.
+    # The few rows after the last whole step cost less than a padded copy of all rows.
     return out.addmm_(grad[whole:].t(), x[whole:]) if rest else out
 
 
-# Operators of our own around them: the compiler accepts oneDNN's only with weights that are frozen into the graph.
+# Wrapped in operators of our own, since torch's compiler accepts oneDNN's only with weights that are frozen into the graph.
 register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _product,
@@ -127,12 +127,12 @@ register_autograd("linear_weight_gradient", _backward_gradient, _setup_gradient)
 
 
 def _by_torch(device_type: str, *dtypes: torch.dtype) -> bool:
-    """Whether `torch.nn.functional.linear` computes a product as it comes."""
+    """Whether `torch.nn.functional.linear` computes a product directly."""
     return device_type != "cpu" or torch.is_autocast_enabled("cpu") or len(set(dtypes)) > 1
 
 
 def library(device_type: str, dtype: torch.dtype) -> str:
-    """What computes the products of a module with such activations in the present modes, in a word."""
+    """The library that computes a module's products of such activations now: it depends on autocast and gradients."""
     if device_type != "cpu":
         return "cuBLAS"
     if dtype == torch.float32 and not _by_torch("cpu") and not torch.is_grad_enabled() and dispatch.has_extension():
@@ -154,7 +154,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_tanh(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """tanh(linear(x, weight, bias)); torch's tanh rounds an element by its place in the array, ours does not."""
+    """tanh(linear(x, weight, bias)). With torch's tanh an element's rounding depends on its index in the array; with ours not."""
     torchs = _by_torch(x.device.type, x.dtype, weight.dtype) or needs_dispatcher(x, weight, bias)
     if not torchs and _is_packable(weight) and x.dim() == 2:
         return _by_packed(x, weight, bias, tanh=True)
@@ -172,11 +172,10 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_packable(weight: Tensor) -> bool:
-    """Whether the C++ product takes `weight`: a module's own, which is there again in the next call."""
-    return (
-        isinstance(weight, Parameter) and weight.dtype == torch.float32 and weight.device.type == "cpu"
-        and weight.is_contiguous() and not weight.is_neg() and weight.data_ptr() != 0 and dispatch.has_extension()
-    )  # fmt: skip
+    """Whether the C++ product takes `weight`: a module's parameter, so that a packed copy is used again."""
+    if not isinstance(weight, Parameter) or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    return weight.is_contiguous() and not weight.is_neg() and weight.data_ptr() != 0 and dispatch.has_extension()
 
 
 def _pack(weights: Sequence[Tensor]) -> Tensor:
@@ -198,8 +197,6 @@ def _by_packed(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Te
     vector = hold("linear", weight.device, [("bias", bias, (columns,), torch.float32)])
     memory = _PACKED([weight])
     out = torch.empty((tokens, columns), dtype=torch.float32)
-    dispatch.extension().linear_fwd_cpu(
-        *rows.addresses, stride, memory.data_ptr(), *vector.addresses, out.data_ptr(), tokens, columns, depth, tanh,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    addresses = *rows.addresses, stride, memory.data_ptr(), *vector.addresses, out.data_ptr()
+    dispatch.extension().linear_fwd_cpu(*addresses, tokens, columns, depth, tanh, torch.get_num_threads())
     return out

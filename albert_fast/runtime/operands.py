@@ -1,8 +1,8 @@
-"""Checks of the tensors of an operator's call, and the addresses that a kernel reads them at.
+"""Checks the tensors of an operator's call, and holds their memory while a kernel reads it by address.
 
-An operator lists its tensors as operands: (name, tensor or None, shape, dtype). Every backend's call checks them against the
-list, whoever called: the public function, torch's dispatcher or a gradient. Calls of the extension get addresses, and release
-the GIL: `hold` keeps the memory alive until the call has returned, whatever another thread does to the tensors meanwhile.
+An operator lists its tensors as operands: (name, tensor or None, shape, dtype). Every call of a backend checks them, whether
+it comes from the public function, torch's dispatcher or a gradient. The extension gets addresses and releases the GIL: `hold`
+keeps the memory alive until the call has returned, whatever another thread does to the tensors.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-# Name in errors, the tensor, the shape and the dtype that the kernel reads; None: an argument that was left out.
+# The name for errors, the tensor (None if it was left out), and the shape and dtype that the kernel reads.
 Operand = tuple[str, Tensor | None, tuple[int, ...], torch.dtype]
 
 
 def check(op: str, device: torch.device, operands: Iterable[Operand]) -> None:
-    """Raise for the first operand of another shape, dtype or device than its kernel reads.
+    """Raise for the first operand whose shape, dtype or device is not what its kernel reads.
 
     Raises:
         ValueError: a shape, dtype or device that does not fit. TypeError: no tensor.
@@ -30,14 +30,14 @@ def check(op: str, device: torch.device, operands: Iterable[Operand]) -> None:
             continue
         try:
             fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
-        except (AttributeError, RuntimeError):  # not a tensor; a nested one has no shape
+        except (AttributeError, RuntimeError):  # not a tensor, or a nested one, which has no shape
             fits = False
         if not fits:
             _raise_misfit(op, device, operand)
 
 
 class Memory:
-    """Addresses of a call's operands, 0 for None. Their memory stays allocated as long as this object is referred to."""
+    """Addresses of a call's operands, 0 for None. Their memory stays allocated while this object is referenced."""
 
     __slots__ = ("_held", "addresses")
 
@@ -46,7 +46,7 @@ class Memory:
 
 
 def hold(op: str, device: torch.device, operands: Iterable[Operand]) -> Memory:
-    """Check operands as `check` does, and hold their memory, dense, for a call that reads them by address.
+    """Check operands as `check` does, and hold their memory, made dense, for a call that reads it by address.
 
     Raises:
         ValueError: as `check`; a tensor whose memory was released or is smaller than its shape. TypeError: no strided tensor.
@@ -60,20 +60,20 @@ def hold(op: str, device: torch.device, operands: Iterable[Operand]) -> Memory:
             continue
         try:
             fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
-            # Sign bits of lazily negated views are no numbers in memory.
+            # A lazily negated view has its numbers in memory with the wrong sign.
             dense = tensor.resolve_neg().contiguous()
             storage = dense.untyped_storage()
         except (AttributeError, RuntimeError):
             _raise_misfit(op, device, operand)
         if not fits:
             _raise_misfit(op, device, operand)
-        # From the shape and dtype that were checked: another thread may have put other memory into the tensor since.
+        # Sizes from the shape and dtype that were checked: another thread may have replaced the tensor's memory since.
         _append(op, operand, addresses, held, storage, int(dense.storage_offset()) * dtype.itemsize, math.prod(shape))
     return Memory(addresses, held)
 
 
 def hold_rows(op: str, device: torch.device, operands: Iterable[Operand]) -> tuple[Memory, list[int]]:
-    """`hold` for (T, N) tensors whose rows may be strided, and the rows' strides in elements."""
+    """`hold` for (T, N) tensors whose rows may be strided; also returns the strides of the rows in elements."""
     addresses: list[int] = []
     held: list[torch.UntypedStorage] = []
     strides: list[int] = []
@@ -94,9 +94,14 @@ def hold_rows(op: str, device: torch.device, operands: Iterable[Operand]) -> tup
 
 
 def _append(
-    op: str, operand: Operand, addresses: list[int], held: list[torch.UntypedStorage], storage: torch.UntypedStorage,
-    begin: int, elements: int,
-) -> None:  # fmt: skip
+    op: str,
+    operand: Operand,
+    addresses: list[int],
+    held: list[torch.UntypedStorage],
+    storage: torch.UntypedStorage,
+    begin: int,
+    elements: int,
+) -> None:
     if elements:
         _check_room(op, operand, storage, begin + elements * operand[3].itemsize)
     addresses.append(storage.data_ptr() + begin)
@@ -104,7 +109,7 @@ def _append(
 
 
 def _check_room(op: str, operand: Operand, storage: torch.UntypedStorage, end: int) -> None:
-    """ValueError where `storage` does not reach to byte `end`: FSDP, for one, releases the memory of living tensors."""
+    """ValueError if `storage` ends before byte `end`: FSDP, for example, releases the memory of tensors that are in use."""
     if storage.nbytes() < end or storage.data_ptr() == 0:
         name, _, shape, dtype = operand
         raise ValueError(
@@ -114,7 +119,7 @@ def _check_room(op: str, operand: Operand, storage: torch.UntypedStorage, end: i
 
 
 def check_launch(op: str, backend: str, device: torch.device, operands: Iterable[Operand]) -> None:
-    """`check`, and ValueError for a tensor whose memory was released; for a lazily negated one on a GPU's backend."""
+    """`check`; and ValueError for a tensor whose memory was released, or a lazily negated one on a GPU's backend."""
     check(op, device, operands)
     for operand in operands:
         name, tensor, shape, dtype = operand
@@ -160,7 +165,7 @@ def matrix(op: str, name: str, x: Tensor, width: str = "width") -> tuple[int, in
 
 
 def check_choice(op: str, name: str, value: str, known: Iterable[str]) -> None:
-    """ValueError where `value` is none of `known`."""
+    """ValueError if `value` is not one of `known`."""
     if value not in known:
         raise ValueError(f"{op}: unknown {name} {value!r}; known: {', '.join(known)}")
 
@@ -169,7 +174,7 @@ def head_size(op: str, width: int, num_heads: int) -> int:
     """Columns of each head.
 
     Raises:
-        ValueError: fewer than one head, no columns, or a width that the heads do not divide. TypeError: no integer.
+        ValueError: fewer than one head, no columns, or a width that is not a multiple of num_heads. TypeError: no integer.
     """
     if isinstance(num_heads, float):
         raise TypeError(f"{op}: num_heads must be an integer, got {num_heads!r}")

@@ -90,8 +90,8 @@ class OpCase:
             return torch.empty((), device="meta")
         if self.name == "linear_gelu":
             return torch.empty((len(inputs["x"]), len(inputs["weight"])), dtype=inputs["x"].dtype, device="meta")
-        if inputs.get("rows") is not None:
-            return torch.empty((len(inputs["rows"]), inputs["hidden"].shape[1]), device="meta")
+        if inputs.get("wanted_rows") is not None:
+            return torch.empty((len(inputs["wanted_rows"]), inputs["hidden"].shape[1]), device="meta")
         like = next(inputs[name] for name in ("x", "q", "hidden") if name in inputs)
         return torch.empty_like(like, device="meta")
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from .. import ops
 from ..models import losses
 from ..ops.bias_gelu import act_ref
+from ..ops.linear_cross_entropy import IGNORED
 from .case import EPS, Inputs, OpCase, drawn_seed, dropped, norm_weights, randn
 from .encoder_cases import (
     attention_eager,
@@ -146,7 +147,7 @@ def _add_layer_norm_extra(inputs: Inputs) -> int:
 def _linear_cross_entropy_inputs(shape, dtype, device="cpu", generator=None, labelled=1.0) -> Inputs:
     rows, width, vocabulary = shape
     labels = torch.randint(0, vocabulary, (rows,), generator=generator)
-    labels = labels.masked_fill(torch.rand(rows, generator=generator) >= labelled, losses.IGNORED)
+    labels = labels.masked_fill(torch.rand(rows, generator=generator) >= labelled, IGNORED)
     return {
         "x": randn((rows, width), dtype, device, generator),
         "weight": randn((vocabulary, width), dtype, device, generator) * width**-0.5,

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from ..ops._dropout import HEAD_STRIDE, keep_scale
 from ..ops._integers import FORMATS, lay_out, unpack, unpack_channels
 from ..ops.bias_gelu import act_ref
-from ..ops.quantized_encoder import VECTORS
+from ..ops.schema import PRODUCTS, SLICE, VECTORS, WEIGHTS, matrix_sizes, sizes_of, split_layers
 from ..quantization.rounding import rounded_linear
 from .case import EPS, Inputs, drawn_seed, randn
 
@@ -96,34 +95,42 @@ def attention_saved_bytes(inputs: Inputs) -> float:
 
 def encoder_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh", wanted=False) -> Inputs:
     lengths, hidden, heads, middle, distinct, steps = shape
-    sizes = {"H": hidden, "I": middle}
     weights = []
-    for name, spelt in list(ops.WEIGHTS.items()) * distinct:
-        size = tuple(sizes[letter] for letter in spelt.split())
+    for name, letters in list(WEIGHTS.items()) * distinct:
+        size = sizes_of(letters, hidden, middle)
         scale = size[-1] ** -0.5 if len(size) == 2 else 0.2
         drawn = randn(size, dtype, device, generator) * scale
         weights.append(drawn + 1 if name.endswith("norm_weight") else drawn)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    rows = cu_rows = None
+    rows = cu_wanted = None
     if wanted:  # about a third of the tokens
         flags = torch.rand(sum(lengths), generator=generator) < 0.3
         before = torch.cat([flags.new_zeros(1, dtype=torch.int32), flags.cumsum(0).int()])
-        rows, cu_rows = flags.nonzero().squeeze(1).to(device), before[cu_seqlens.long().cpu()].to(device)
+        rows, cu_wanted = flags.nonzero().squeeze(1).to(device), before[cu_seqlens.long().cpu()].to(device)
     return {
-        "hidden": randn((sum(lengths), hidden), dtype, device, generator), "weights": weights,
-        "order": [step * distinct // steps for step in range(steps)], "cu_seqlens": cu_seqlens, "rows": rows,
-        "cu_rows": cu_rows, "num_heads": heads, "softmax_scale": (hidden // heads) ** -0.5, "eps": EPS, "act": act,
-    }  # fmt: skip
+        "hidden": randn((sum(lengths), hidden), dtype, device, generator),
+        "weights": weights,
+        "layer_indices": [step * distinct // steps for step in range(steps)],
+        "cu_seqlens": cu_seqlens,
+        "wanted_rows": rows,
+        "cu_wanted": cu_wanted,
+        "num_heads": heads,
+        "softmax_scale": (hidden // heads) ** -0.5,
+        "eps": EPS,
+        "act": act,
+    }
 
 
-def encoder_eager(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale, eps, act):
-    per_layer = len(ops.WEIGHTS)
-    for step, number in enumerate(order):
-        w = dict(zip(ops.WEIGHTS, weights[number * per_layer : (number + 1) * per_layer], strict=True))
+def encoder_eager(
+    hidden, weights, layer_indices, cu_seqlens, wanted_rows, cu_wanted, num_heads, softmax_scale, eps, act
+):
+    layers = split_layers(weights)
+    for step, layer_index in enumerate(layer_indices):
+        w = layers[layer_index]
         q, k, v = (F.linear(hidden, w[name], w[f"{name}_bias"]) for name in ("query", "key", "value"))
         cu_q = cu_seqlens
-        if step + 1 == len(order) and rows is not None:
-            q, hidden, cu_q = q[rows], hidden[rows], cu_rows
+        if step + 1 == len(layer_indices) and wanted_rows is not None:
+            q, hidden, cu_q = q[wanted_rows], hidden[wanted_rows], cu_wanted
         context = attention_eager(q, k, v, cu_q, cu_seqlens, 0, 0, num_heads, softmax_scale, 0.0, None)
         x = F.linear(context, w["dense"], w["dense_bias"]) + hidden
         x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
@@ -133,10 +140,10 @@ def encoder_eager(hidden, weights, order, cu_seqlens, rows, cu_rows, num_heads, 
 
 
 def encoder_operations(inputs: Inputs) -> float:
-    lengths, matrices = inputs["cu_seqlens"].diff().double(), inputs["weights"][: len(ops.WEIGHTS)]
+    lengths, matrices = inputs["cu_seqlens"].diff().double(), inputs["weights"][: len(WEIGHTS)]
     tokens, width = len(inputs["hidden"]), inputs["hidden"].shape[1]
     products = 2.0 * tokens * sum(m.numel() for m in matrices if m.dim() == 2)
-    return len(inputs["order"]) * (products + 4.0 * float((lengths * lengths).sum()) * width)
+    return len(inputs["layer_indices"]) * (products + 4.0 * float((lengths * lengths).sum()) * width)
 
 
 # quantized_encoder: shapes as of encoder -------------------------------------------------------------------------------------
@@ -151,14 +158,12 @@ def quantized_encoder_inputs(
     shape, dtype, device="cpu", generator=None, precision="int8", act="gelu_tanh", wanted=False
 ) -> Inputs:
     inputs = encoder_inputs(shape, dtype, device, generator, act, wanted)
-    weights, per_layer = inputs.pop("weights"), len(ops.WEIGHTS)
     lists: dict[str, list[Tensor]] = {name: [] for name in ("integers", "scales", "sums", "rescales", "shifts")}
     vectors: list[Tensor] = []
-    for first in range(0, len(weights), per_layer):
-        named = dict(zip(ops.WEIGHTS, weights[first : first + per_layer], strict=True))
+    for named in split_layers(inputs.pop("weights")):
         for kind in ("", "_bias"):
             named[f"qkv{kind}"] = torch.cat([named[f"{name}{kind}"] for name in ("query", "key", "value")])
-        for name in ops.PRODUCTS:
+        for name in PRODUCTS:
             weight = named[name]
             rescale = torch.rand(weight.shape[1], generator=generator) * 1.5 + 0.5
             linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
@@ -210,37 +215,37 @@ def _attention(q, k, v, cu_q, cu_k, num_heads, softmax_scale):
 
 
 def quantized_encoder_eager(
-    hidden, vectors, integers, scales, sums, rescales, shifts, order, cu_seqlens, rows, cu_rows, num_heads, softmax_scale,
-    eps, act, precision,
+    hidden, vectors, integers, scales, sums, rescales, shifts, layer_indices, cu_seqlens, wanted_rows, cu_wanted, num_heads,
+    softmax_scale, eps, act, precision,
 ):  # fmt: skip
     """Panels are the C++ kernel's, which rounds in slices and multiplies integers in attention; rows the Triton kernels'."""
     dtype, width, middle = hidden.dtype, hidden.shape[1], len(vectors[4])
     panels, wide = integers[0].dim() == 1, torch.promote_types(dtype, torch.float32)
     attend = _rounded_attention if panels else _attention
-    shapes = {"qkv": (3 * width, width), "dense": (width, width), "ffn": (middle, width), "ffn_output": (width, middle)}
+    shapes = {name: matrix_sizes(name, width, middle) for name in PRODUCTS}
     matrices = []
     for i, (packed, scale) in enumerate(zip(integers, scales, strict=True)):
-        name = list(ops.PRODUCTS)[i % 4]
+        name = list(PRODUCTS)[i % 4]
         matrix = unpack(name, packed, shapes[name]).to(wide)
         matrices.append(matrix * unpack_channels(name, scale, shapes[name][0])[:, None])
 
     def product(x: Tensor, at: int) -> Tensor:
         x = x * rescales[at] + shifts[at]
-        parts = x.split(768, dim=1) if at % 4 == 3 and panels else [x]
+        parts = x.split(SLICE, dim=1) if at % 4 == 3 and panels else [x]
         return torch.cat([_rounded(part, precision) for part in parts], dim=1) @ matrices[at].t()
 
     def kept(x: Tensor) -> Tensor:
         return x.to(dtype).to(wide)
 
     hidden = hidden.to(wide)
-    for step, number in enumerate(order):
+    for step, number in enumerate(layer_indices):
         own = [vector.to(wide) for vector in vectors[8 * number : 8 * number + 8]]
         w, at = dict(zip(VECTORS, own, strict=True)), 4 * number
         q, k, v = kept(product(hidden, at) + w["qkv_bias"]).chunk(3, dim=1)
         hidden = kept(hidden)
         cu_q = cu_seqlens
-        if step + 1 == len(order) and rows is not None:
-            q, hidden, cu_q = q[rows], hidden[rows], cu_rows
+        if step + 1 == len(layer_indices) and wanted_rows is not None:
+            q, hidden, cu_q = q[wanted_rows], hidden[wanted_rows], cu_wanted
         context = kept(attend(q, k, v, cu_q.tolist(), cu_seqlens.tolist(), num_heads, softmax_scale))
         x = kept(product(context, at + 1)) + w["dense_bias"] + hidden
         x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
@@ -254,4 +259,4 @@ def quantized_encoder_operations(inputs: Inputs) -> float:
     tokens, width, middle = len(inputs["hidden"]), inputs["hidden"].shape[1], len(inputs["vectors"][4])
     pairs = float(inputs["cu_seqlens"].diff().double().square().sum())
     products = 2.0 * tokens * (4 * width * width + 2 * width * middle)
-    return len(inputs["order"]) * (products + 4.0 * pairs * width)
+    return len(inputs["layer_indices"]) * (products + 4.0 * pairs * width)

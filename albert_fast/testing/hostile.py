@@ -39,8 +39,8 @@ _SAVED = {
     "linear_cross_entropy": {"row_max": 1, "row_sum": 2}, "linear_gelu": {"sums": 1},
 }  # fmt: skip
 _DEFAULTS = {
-    "backend": "auto", "dropout_p": 0.0, "seed": None, "order": None, "inputs_embeds": None, "padding_idx": -1, "rows": None,
-    "cu_rows": None, "schedule": None, "max_seqlen": 64, "max_rows": 64, "need_x": True, "need_weight": True,
+    "backend": "auto", "dropout_p": 0.0, "seed": None, "sequence_order": None, "inputs_embeds": None, "padding_idx": -1,
+    "wanted_rows": None, "cu_wanted": None, "max_seqlen": 64, "max_wanted": 64, "need_x": True, "need_weight": True,
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-// LayerNorm(dropout(x + bias) + residual): what follows the output projection of attention and of the feed-forward
-// block. One pass over memory: forward reads x and residual and writes out; backward reads grad, x, residual and writes
-// dx (and dresidual, which differs from dx only under dropout).
+// LayerNorm(dropout(x + bias) + residual), which follows the last product of attention and of the feed-forward block.
+// One pass over memory: forward reads x and residual and writes out; backward reads grad, x and residual and writes dx
+// (and dresidual, which differs from dx only under dropout).
 #include "choose.h"
 #include "dropout.h"
 #include "kernels.h"

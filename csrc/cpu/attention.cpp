@@ -1,11 +1,10 @@
 // softmax(scale * Q K^T) V over packed sequences, forward and backward, with no array of all scores of a sequence.
 //
-// Forward: a task takes one head of one sequence, or a share of its queries where heads are too few for all threads.
+// Forward: a task takes one head of one sequence, or a share of its queries if there are too few heads for all threads.
 //
 // Backward: P is computed again from the saved log-sum-exp (Dao et al. 2022, "FlashAttention"); then dP = dO V^T,
 // dS = P * (dP - rowsum(P * dP)), dV = P^T dO, dQ = scale dS K, dK = scale dS^T Q. The row sum is taken over keys
-// rather than as rowsum(dO * O): it is exact where there is one key, and not limited by the rounding of a bfloat16
-// output.
+// and not as rowsum(dO * O): so it is exact for one key, and does not suffer from the rounding of a bfloat16 output.
 #include "attention_forward.h"
 #include "kernels.h"
 
@@ -42,8 +41,8 @@ struct RowSums {
     }
 };
 
-// One vector of queries: turns scores into P (with dropout applied) and dprobabilities (dO V^T) into dS, both keys
-// rows.
+// For one vector of queries: turns scores into P (with dropout applied), and dprobabilities (dO V^T) into dS. Both have
+// a row for each key.
 template <bool kDropout>
 inline void softmax_backward(float* scores, float* dprobabilities, std::int64_t row, std::int64_t keys, Vec lse,
                              const Dropout& dropout, UintVec state) {
@@ -51,8 +50,8 @@ inline void softmax_backward(float* scores, float* dprobabilities, std::int64_t 
         if constexpr (kDropout) return dropout.apply(x, state, splat(static_cast<std::uint32_t>(key)));
         return x;
     };
-    // Scores are far larger than 1 where softmax is saturated, and the rounding of lse scales a whole row of P by as
-    // much; dP - rowsum(P * dP) cancels only where the row sums to 1.
+    // P is normalised again: when softmax is saturated, scores are far larger than 1 and the rounding of lse scales a
+    // whole row of P; but dP - rowsum(P * dP) cancels only if the row sums to 1.
     const RowSums sums = sum_in_blocks(keys, [&](std::int64_t key) {
         const Vec p = exp(load(scores + key * row, Full{}) - lse);
         const Vec dp = rounded(drop(load(dprobabilities + key * row, Full{}), key));

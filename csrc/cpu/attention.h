@@ -1,8 +1,7 @@
-// What the forward and the backward pass of attention share: the sequences, the blocks of queries, the order of the
-// tasks.
+// The sequences, the blocks of queries and the order of tasks, for the forward and the backward pass of attention.
 //
-// Scores are kept transposed, one row for each key and one column for each query of a block: then softmax runs over
-// vectors of queries with no sum across lanes, keys need no transpose, and products with P and with P^T read the same
+// Scores are stored transposed, one row for each key and one column for each query of a block. So softmax runs over
+// vectors of queries without sums across lanes, keys need no transpose, and products with P and P^T read the same
 // array.
 #pragma once
 
@@ -15,8 +14,6 @@ namespace albert_fast::ALBERT_FAST_ISA {
 
 // 48 queries are 8 tiles of 6 rows for P V, and 3 vectors of 16 for the scores.
 constexpr std::int64_t kQueryBlock = 48;
-// Rows of the hash for head h start at h * kHeadStride.
-constexpr std::uint32_t kHeadStride = 0x10001u;
 
 struct Shape {
     std::int64_t sequences, heads, head_dim;
@@ -53,7 +50,7 @@ static inline const std::int32_t* longest_first(const Shape& shape) {
     return order;
 }
 
-// The queries of a sequence in blocks of whole vectors, as even as that allows.
+// Divides the queries of a sequence into blocks of whole vectors, as evenly as possible.
 static inline Chunks query_blocks(std::int64_t queries) {
     return Chunks(queries, 1, larger(divide_up(queries, kQueryBlock), 1), kLanes);
 }

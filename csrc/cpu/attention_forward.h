@@ -1,8 +1,8 @@
-// The forward pass of attention for one head of one sequence: what attention.cpp runs as its tasks and encoder.cpp
-// between its products.
+// The forward pass of attention for one head of one sequence; attention.cpp runs it as its tasks, encoder.h between its
+// products.
 //
-// K and V are packed once; then queries go in blocks: scores, softmax, product with V. Operations 4 Sq Sk d; the two
-// products run near the arithmetic limit, everything else is about a tenth of them for d = 64.
+// K and V are packed once. Then for each block of queries: scores, softmax, product with V. Operations 4 Sq Sk d. The
+// two products run near the arithmetic limit; everything else takes about a tenth of their time for d = 64.
 #pragma once
 
 #include "attention.h"
@@ -30,7 +30,7 @@ struct Head {
           first_key(shape.cu_k[sequence]),
           keys(shape.keys(sequence)) {}
 
-    // The same head for the packed queries [begin, end) alone.
+    // The same head, with only those of its queries that lie in [begin, end) of the packed batch.
     Head within(std::int64_t begin, std::int64_t end) const {
         Head part = *this;
         part.first_query = larger(first_query, begin);
@@ -45,7 +45,7 @@ struct Head {
     }
 };
 
-// Sum of term(key) over all keys, in blocks against rounding error.
+// Sum of term(key) over all keys, in blocks, which keeps the rounding error small.
 template <class Term>
 static inline auto sum_in_blocks(std::int64_t keys, Term term) {
     constexpr std::int64_t kBlock = 32;
@@ -59,8 +59,8 @@ static inline auto sum_in_blocks(std::int64_t keys, Term term) {
     return sum;
 }
 
-// Softmax over the keys of one vector of queries, not yet divided by its sum: scores (keys rows, `row` apart) become
-// exp(score - maximum), with dropout applied.
+// Softmax over the keys for one vector of queries, without the division by its sum: scores (a row for each key, `row`
+// apart) become exp(score - maximum), with dropout applied.
 template <bool kDropout>
 static inline void softmax(float* scores, std::int64_t row, std::int64_t keys, const Dropout& dropout, UintVec state,
                            Vec& maximum, Vec& sum) {
@@ -82,7 +82,7 @@ static inline std::int64_t forward_floats(std::int64_t keys, std::int64_t head_d
            2 * kQueryBlock;
 }
 
-// The queries of parts `part` of `parts`; lse may be null.
+// Computes the queries of part `part` of `parts`; lse may be null.
 template <bool kDropout, class T>
 static inline void forward_task(const Inputs<T>& in, const Head& head, std::int64_t part, std::int64_t parts,
                                 Rows<T> out, float* lse) {

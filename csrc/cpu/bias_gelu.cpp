@@ -22,7 +22,7 @@ void forward(const T* x, const T* bias, T* out, std::int64_t rows, std::int64_t 
     });
 }
 
-// dx of kRows rows, and their sum added to `sums`.
+// Computes dx of kRows rows, and adds their sum to `sums`.
 template <class Act, bool kDropout, int kRows, class T>
 inline void backward_group(const T* grad, const T* x, const T* bias, T* dx, float* sums, std::int64_t first,
                            std::int64_t n, const Dropout& dropout) {

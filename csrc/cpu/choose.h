@@ -1,4 +1,4 @@
-// From codes that arrive at run time to types and constants that templates take.
+// Calls a template with the type or constant that a code at run time names.
 #pragma once
 
 #include "math.h"
@@ -25,12 +25,12 @@ static inline void with_flag(bool flag, Body body) {
 template <class Body>
 static inline void with_activation(int act, Body body) {
     switch (act) {
-        case kGeluTanh:
-            return body(Activation<kGeluTanh>{});
-        case kGeluErf:
-            return body(Activation<kGeluErf>{});
+        case ActivationCode::kGeluTanh:
+            return body(Activation<ActivationCode::kGeluTanh>{});
+        case ActivationCode::kGeluErf:
+            return body(Activation<ActivationCode::kGeluErf>{});
         default:
-            return body(Activation<kRelu>{});
+            return body(Activation<ActivationCode::kRelu>{});
     }
 }
 

@@ -1,8 +1,8 @@
-// Sums over the rows of an array, as needed for the gradients of biases and LayerNorm weights.
+// Sums over the rows of an array, for the gradients of biases and LayerNorm weights.
 //
-// The rows are cut into chunks that depend on their number alone. A chunk adds four rows at a time in registers and
-// then to its own row of partial sums; the partial sums are added in the order of the chunks. So the result is the same
-// for every number of threads, and its error grows with the length of a chunk, not with the number of rows.
+// The rows are divided into chunks, which depend only on their number. A chunk adds four rows at a time in registers,
+// and these to its own row of partial sums. The partial sums are added in the order of the chunks. So the result does
+// not depend on the number of threads, and its error grows with the length of a chunk, not with the number of rows.
 #pragma once
 
 #include "parallel.h"

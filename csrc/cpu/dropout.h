@@ -1,5 +1,5 @@
-// Dropout that can be replayed: whether an element is kept is a hash of (seed, row, column), so nothing is stored for
-// the backward pass and every backend drops the same elements.
+// Replayable dropout: a hash of (seed, row, column) decides whether an element is kept. So nothing is stored for the
+// backward pass, and every backend drops the same elements.
 //   x = mix(low(seed) ^ row * 0x9E3779B1);  x = mix(x ^ high(seed) ^ column * 0x85EBCA77);  kept iff x >= floor(p *
 //   2^32)
 #pragma once

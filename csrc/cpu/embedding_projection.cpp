@@ -1,5 +1,5 @@
-// dropout(LayerNorm(word + token type + position)) for packed tokens: the part of embedding_projection before its
-// product (linear.cpp, or torch's). The gather, the two additions, LayerNorm and dropout make one pass; the gradient
+// dropout(LayerNorm(word + token type + position)) for packed tokens: embedding_projection up to its product, which
+// linear.cpp or torch computes. The gather, the two additions, LayerNorm and dropout are one pass; the gradient
 // scatters without atomics.
 #include "choose.h"
 #include "dropout.h"
@@ -25,7 +25,7 @@ struct Tables {
     }
 };
 
-// The code of the first id that its table does not hold, or -1.
+// The code of the first id outside its table, or -1.
 std::int64_t first_bad_id(const std::int64_t* ids, const std::int64_t* types, const std::int64_t* positions,
                           std::int64_t tokens, std::int64_t V, std::int64_t Y, std::int64_t P) {
     const auto outside = [](std::int64_t id, std::int64_t size) { return id < 0 || id >= size; };
@@ -57,8 +57,8 @@ void forward(const Tables<T>& in, const T* weight, const T* bias, T* out, float*
     });
 }
 
-// Adds row t of dz (tokens, n) to row row_of(t) of table, for all t in order. Threads share out the columns, so no two
-// of them meet in a row that several tokens point to, and every sum keeps the order of the tokens.
+// Adds row t of dz (tokens, n) to row row_of(t) of table, for all t in order. Each thread takes some of the columns, so
+// two threads never write to the same element, and every sum is in the order of the tokens.
 template <class RowOf>
 void scatter_add(const float* dz, float* table, std::int64_t tokens, std::int64_t n, int num_threads, RowOf row_of) {
     constexpr std::int64_t kSlice = 2 * kLanes;
@@ -80,7 +80,7 @@ void backward(const Tables<T>& in, const T* grad, const T* weight, const float* 
               float* dtype_table, float* dposition, float* dweight, float* dbias, std::int64_t tokens,
               const Dropout& dropout, int num_threads) {
     const std::int64_t n = in.n;
-    // With inputs_embeds the gradient of row t of `word` is that of token t: no sum, so it is written in place.
+    // With inputs_embeds, row t of `word` belongs to token t alone: its gradient needs no sum and is written in place.
     const bool gathered = in.ids != nullptr;
     Scratch memory;
     float* dz_rows = gathered ? memory.get(tokens * n) : dword;

@@ -1,4 +1,4 @@
-// The encoder in float32: packing of its matrices, and the call from Python. encoder_call.h has the work.
+// The encoder in float32: packs a layer's matrices, and runs all layers of a call (encoder_call.h).
 #include "encoder_call.h"
 #include "kernels.h"
 
@@ -36,14 +36,10 @@ void encoder_pack_cpu(Address query, Address key, Address value, Address dense, 
     });
 }
 
-bool encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
-                     std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted, std::int64_t wanted_count,
-                     std::int64_t H, std::int64_t I, std::int64_t num_heads, double scale, double eps, int act,
-                     Address profile, int num_threads) {
-    EncoderCall call(x, out, table, order, layers, cu_seqlens, B, T, wanted_rows, cu_wanted, wanted_count, num_heads,
-                     scale, eps, act, profile, num_threads);
+bool encoder_fwd_cpu(const EncoderArguments& arguments) {
+    EncoderCall call(arguments);
     if (!call.prepare()) return false;
-    run_encoder<Float32>(call, Sizes(H, I, kPanel));
+    run_encoder<Float32>(call, Sizes(arguments.H, arguments.I, kPanel));
     return true;
 }
 

@@ -1,21 +1,21 @@
-// The shared layer, all num_hidden_layers times, in one call: no Python, no allocation and as few barriers as can be
-// between the first layer and the last. `Encoder` is the schedule; its parameter is the arithmetic of the products:
-// Float32 (encoder_layer.h), or Integers, whose rows are rounded where they are made or just before they are multiplied
-// (quantized_layer.h).
+// Runs the layer num_hidden_layers times in one call, without Python, without allocations and with as few barriers as
+// possible between the first layer and the last. `Encoder` divides the work. Its parameter is the arithmetic of the
+// products: Float32 (encoder_layer.h), or Integers (quantized_layer.h), which rounds rows where they are computed or
+// just before they are multiplied.
 //
-// Weights are packed once and read by all layers. Three ways to share the work:
+// Weights are packed once and read by all layers. There are three ways to divide the work:
 //
-// By sequences, where they can be dealt to the threads evenly: a thread takes a group of them through all layers, so
-// that the states of a group of short ones never leave its second cache, and no thread ever waits.
+// By sequences, if they can be assigned to the threads evenly (encoder_call.h): a thread takes a group of sequences
+// through all layers. The states of a group stay in its second cache, and no thread waits.
 //
-// By rows: a thread takes its rows of the batch through all layers. Attention needs rows of others where a sequence
-// goes across a border between threads. Rows go in blocks whose activations stay in a core's second cache, the
-// feed-forward block's middle among them, which is made and used up in slices of kSlice columns.
+// By rows: a thread takes its rows of the batch through all layers. Attention needs other threads' rows if a sequence
+// crosses a border between threads. A thread works on blocks of rows whose activations stay in a core's second cache.
+// The feed-forward block's middle is computed and used up in slices of kSlice columns.
 //
-// By columns: few rows leave all time to the reading of weights, so every thread takes all rows and reads its share of
+// By columns: with few rows the time goes into reading weights, so every thread takes all rows and reads its share of
 // each matrix, with a barrier after each product.
 //
-// Sums do not depend on the way, the threads or the rest of the batch: a sequence's result is bitwise the same.
+// Sums do not depend on the way, on the number of threads or on the rest of the batch, so neither does a result.
 #pragma once
 
 #include <vector>
@@ -33,8 +33,8 @@ class Encoder {
     using Operand = typename Format::Operand;
 
 public:
-    // `wanted` may be null: all rows. Work is skipped once `region` has failed.
-    Encoder(const Batch& batch, const Sizes& sizes, const Wanted* wanted, int act, int threads, Region& region)
+    // wanted: null for all rows. Once `region` has failed, work is skipped.
+    Encoder(const Batch& batch, const Sizes& sizes, const WantedRows* wanted, int act, int threads, Region& region)
         : batch_(batch),
           sizes_(sizes),
           wanted_(wanted),
@@ -57,7 +57,7 @@ public:
         context_ = arrays.take(rows * stride);
         residual_ = arrays.take(count * stride);
         queries_ = arrays.take(count * stride);
-        // One place for what the next product of a row reads: the states, then the context, then the states again.
+        // What the next product of a row reads, rounded: the states, then the context, then the states again.
         rounded_ = arrays.take(rounded);
         work_ = arrays.take(work);
         for (int t = 0; t <= threads; ++t) {
@@ -68,7 +68,7 @@ public:
         }
     }
 
-    // Takes the memory that a thread will need in `run`, where to fail would leave the others at a barrier.
+    // Allocates what a thread will need in `run`. A failure there would leave the other threads waiting at a barrier.
     void reserve() const {
         std::int64_t longest = 0;
         for (std::int64_t b = 0; b < batch_.sequences; ++b) {
@@ -78,38 +78,38 @@ public:
         scratch<Purpose::kTask>(larger(attention, round_up(sizes_.hidden, kLanes)));
     }
 
-    // What one thread does; all threads call it, inside one parallel region, after reserve().
-    void run(int thread, const float* x, const std::vector<Layer>& layers, float* out, double* profile) const {
-        Clock clock(profile == nullptr ? nullptr : profile + thread * kStages);
+    // Runs one thread's work. All threads call it, inside one parallel region, after reserve().
+    void run(int thread, const float* hidden, const std::vector<Layer>& layers, float* out, double* profile) const {
+        Clock clock(profile == nullptr ? nullptr : profile + thread * Stage::kCount);
         const bool by_columns = few_rows(batch_.rows, threads_);
         const Team team = by_columns ? Team{thread, threads_} : Team{0, 1};
         const Range rows = by_columns ? Range{0, batch_.rows} : Range{borders_[thread], borders_[thread + 1]};
         const Range own = by_columns ? team.share(batch_.rows) : rows;
-        // A head that two threads share is prepared twice: keys and values are rounded, or brought into order.
+        // A head that two threads share would be prepared twice: its keys and values are rounded or packed first.
         const bool by_heads = by_columns || (crossed_ && batch_.heads % threads_ == 0);
         const Team heads = by_heads ? Team{thread, threads_} : team;
-        copy_rows(x, sizes_.hidden, own, hidden_, sizes_.stride);
-        clock.lap(kCopy);
+        copy_rows(hidden, sizes_.hidden, own, hidden_, sizes_.stride);
+        clock.lap(Stage::kCopy);
         round(own, hidden_, layers[0].qkv(0), operand(hidden_), clock);
         barrier(by_columns, clock);
         for (std::size_t i = 0; i < layers.size(); ++i) {
             const bool whole = wanted_ == nullptr || i + 1 < layers.size();
             project(team, rows, operand(hidden_), layers[i], {whole ? 0 : 1, 3}, qkv_, 3 * sizes_.stride);
-            clock.lap(kProject);
+            clock.lap(Stage::kProject);
             if (!whole) return last(thread, layers[i], out, clock);
             barrier(crossed_, clock);
             attend(heads, by_heads ? Range{0, batch_.rows} : rows, {qkv_, 3 * sizes_.stride}, batch_.cu_seqlens);
-            clock.lap(kAttention);
+            clock.lap(Stage::kAttention);
             barrier(crossed_, clock);
             const bool more = i + 1 < layers.size();
             const Matrix next = layers[more ? i + 1 : i].qkv(0);
             finish(team, work_of(thread, by_columns), rows, layers[i], hidden_, hidden_, more ? &next : nullptr, clock);
         }
         copy_rows(hidden_, sizes_.stride, own, out, sizes_.hidden);
-        clock.lap(kCopy);
+        clock.lap(Stage::kCopy);
     }
 
-    // Rows of a block, whole tiles: its floats take three quarters of the second cache, and 126 rows are always enough.
+    // Rows of a block, in whole tiles: its floats fill three quarters of the second cache, and it has at most 126 rows.
     static std::int64_t rows_of_block(const Sizes& sizes) {
         const std::int64_t row = static_cast<std::int64_t>(sizeof(float)) * (2 * sizes.stride + middle_stride(1));
         const std::int64_t tiles = second_cache_bytes() * 3 / 4 / (row * Format::kRowsOfTile);
@@ -117,8 +117,8 @@ public:
     }
 
 private:
-    // What a team needs beside the rows: attended and product (block x hidden), middle (block x columns of the slices),
-    // and the roundings of attended and of each slice of middle.
+    // A team's memory for a block of rows: attended and product (block x hidden), middle (block x columns of the
+    // slices), and the rounded rows of attended and of each slice of middle.
     struct Work {
         float *attended, *product, *middle, *rounded;
         std::int64_t block, slices, middle_row;
@@ -126,7 +126,7 @@ private:
 
     const Batch& batch_;
     const Sizes& sizes_;
-    const Wanted* wanted_;
+    const WantedRows* wanted_;
     Region& region_;
     int act_, threads_;
     std::int64_t few_;        // rows at most, by columns
@@ -154,7 +154,7 @@ private:
         return work;
     }
 
-    // The operand of a product with the states or the context.
+    // The states or the context as the left side of a product.
     Operand operand(const float* rows) const {
         const std::int64_t count = larger(batch_.rows, wanted_ == nullptr ? 0 : wanted_->count);
         return Format::operand(rows, sizes_.stride, rounded_, count, sizes_.hidden);
@@ -164,7 +164,7 @@ private:
         return Format::operand(work.attended, sizes_.stride, work.rounded, work.block, sizes_.hidden);
     }
 
-    // The operand of a slice of middle, counted from the first that a team holds at a time.
+    // A slice of middle as the left side of a product; slices count from the first that the team holds.
     Operand middle(const Work& work, std::int64_t slice) const {
         float* memory = work.rounded + Arrays::padded(Format::operand_floats(work.block, sizes_.hidden)) +
                         slice * Arrays::padded(Format::operand_floats(work.block, kSlice));
@@ -177,7 +177,7 @@ private:
             for (std::int64_t row = rows.begin; row < rows.end; ++row) {
                 Format::round(from + row * sizes_.stride, matrix, to, row);
             }
-            clock.lap(kRounding);
+            clock.lap(Stage::kRounding);
         }
     }
 
@@ -185,7 +185,7 @@ private:
 #if defined(_OPENMP)
         if (needed) {
 #pragma omp barrier
-            clock.lap(kWait);
+            clock.lap(Stage::kWait);
         }
 #endif
     }
@@ -206,8 +206,8 @@ private:
         for (std::int64_t i = 0; i < count; ++i) body(Range{begin(i), begin(i + 1)});
     }
 
-    // The parts `parts` of query, key and value (0, 1, 2) of rows of `from`, one after another from each whole panel
-    // on.
+    // to = the products of the rows of `from` with those of query, key and value (0, 1, 2) that `parts` names. Each of
+    // them begins at a whole panel.
     void project(Team team, Range rows, const Operand& from, const Layer& layer, Range parts, float* to,
                  std::int64_t to_row) const {
         const std::int64_t hidden = sizes_.hidden, panels = sizes_.panels();
@@ -227,7 +227,7 @@ private:
         });
     }
 
-    // context_ = attention of the queries `rows`, which begin at cu_queries, to the keys of their sequences.
+    // context_ = attention of the queries `rows`; cu_queries says where each sequence's queries begin.
     void attend(Team team, Range rows, Rows<const float> queries, const std::int32_t* cu_queries) const {
         const std::int64_t stride = sizes_.stride;
         const Shape shape{batch_.sequences, batch_.heads, sizes_.hidden / batch_.heads, cu_queries, batch_.cu_seqlens};
@@ -245,11 +245,12 @@ private:
         }
     }
 
-    // to = LayerNorm(product + bias + residual) for rows one stride apart, rounded for `matrix` while it is at hand.
+    // to = LayerNorm(product + bias + residual) for rows one stride apart; also rounds each row for `matrix`, unless
+    // null.
     void add_norm(Range rows, const float* product, const float* bias, const float* residual, const float* weight,
                   const float* norm_bias, float* to, const Matrix* matrix, const Operand& rounded) const {
         const std::int64_t n = sizes_.hidden, stride = sizes_.stride;
-        float* line = scratch<Purpose::kTask>(round_up(n, kLanes));  // reserved: inside a region this allocates nothing
+        float* line = scratch<Purpose::kTask>(round_up(n, kLanes));  // see reserve(): this allocates nothing
         for (std::int64_t row = rows.begin; row < rows.end; ++row) {
             const RowStatistics statistics = normalise_row(line, n, batch_.eps, [&](std::int64_t i, auto lanes) {
                 const Vec sum = load(product + row * stride + i, lanes) + load(bias + i, lanes);
@@ -261,8 +262,8 @@ private:
         }
     }
 
-    // What follows attention: to = LayerNorm(FFN(a) + a), a = LayerNorm(dense(context_) + residual), rounded for `next`
-    // where there is one.
+    // The rest of a layer after attention: a = LayerNorm(dense(context_) + residual), to = LayerNorm(FFN(a) + a).
+    // Rounds `to` for the next layer's product, unless `next` is null.
     void finish(Team team, const Work& work, Range rows, const Layer& layer, const float* residual, float* to,
                 const Matrix* next, Clock& clock) const {
         const std::int64_t stride = sizes_.stride;
@@ -285,19 +286,19 @@ private:
                 Format::product(operand(context_).from(block.begin), count, layer.dense(), panels.begin, panels.end,
                                 into_product);
             }
-            clock.lap(kDense);
+            clock.lap(Stage::kDense);
             barrier(shared, clock);
             const Matrix up = layer.ffn(0);
             add_norm(mine, work.product, vectors.dense_bias, residual + offset, vectors.norm_weight, vectors.norm_bias,
                      work.attended, &up, attended(work));
-            clock.lap(kNorm);
+            clock.lap(Stage::kNorm);
             barrier(shared, clock);
             for (std::int64_t first = 0; first < sizes_.slices(); first += work.slices) {
                 const std::int64_t last = smaller(first + work.slices, sizes_.slices());
                 for (std::int64_t slice = first; slice < last; ++slice) {
                     fill_middle(team, work, count, layer, slice, work.middle + (slice - first) * kSlice);
                 }
-                clock.lap(kUp);
+                clock.lap(Stage::kUp);
                 barrier(shared, clock);
                 if constexpr (Format::kRounds) {
                     for (std::int64_t slice = first; slice < last; ++slice) {
@@ -306,7 +307,7 @@ private:
                                           layer.ffn_output(slice), middle(work, slice - first), row);
                         }
                     }
-                    clock.lap(kRounding);
+                    clock.lap(Stage::kRounding);
                     barrier(shared, clock);
                 }
                 for (std::int64_t slice = first; slice < last && !region_.stopped(); ++slice) {
@@ -318,12 +319,12 @@ private:
                         Format::product(from, count, matrix, panels.begin, panels.end, onto_product);
                     }
                 }
-                clock.lap(kDown);
+                clock.lap(Stage::kDown);
             }
             barrier(shared, clock);
             add_norm(mine, work.product, vectors.ffn_output_bias, work.attended, vectors.full_norm_weight,
                      vectors.full_norm_bias, to + offset, next, operand(to).from(block.begin));
-            clock.lap(kNorm);
+            clock.lap(Stage::kNorm);
             barrier(shared, clock);
         });
     }
@@ -343,7 +344,7 @@ private:
         });
     }
 
-    // The last layer for the wanted rows, once keys and values of all rows are made.
+    // The last layer for the wanted rows, after the keys and values of all rows.
     void last(int thread, const Layer& layer, float* out, Clock& clock) const {
         const std::int64_t stride = sizes_.stride;
         const bool by_columns = few_rows(wanted_->count, threads_);
@@ -358,18 +359,18 @@ private:
                 copy_rows(hidden_ + wanted_->rows[row] * stride, stride, {0, 1}, residual_ + row * stride, stride);
             }
         }
-        clock.lap(kCopy);
+        clock.lap(Stage::kCopy);
         round(own, residual_, layer.qkv(0), operand(residual_), clock);
         barrier(by_columns, clock);
         project(team, rows, operand(residual_), layer, {0, 1}, queries_, stride);
-        clock.lap(kProject);
+        clock.lap(Stage::kProject);
         barrier(by_columns, clock);
-        attend(team, rows, {queries_, stride}, wanted_->cu_seqlens);
-        clock.lap(kAttention);
+        attend(team, rows, {queries_, stride}, wanted_->cu_wanted);
+        clock.lap(Stage::kAttention);
         barrier(by_columns, clock);
         finish(team, work_of(thread, by_columns), rows, layer, residual_, residual_, nullptr, clock);
         copy_rows(residual_, stride, own, out, sizes_.hidden);
-        clock.lap(kCopy);
+        clock.lap(Stage::kCopy);
     }
 };
 

@@ -1,14 +1,12 @@
-// A layer of the encoder as encoder.h reads it: sizes, matrices packed in one piece of memory, vectors as the model has
-// them. `Float32` is the arithmetic of encoder.cpp; quantized_layer.h has those of quantized_encoder.cpp.
+// A layer of the encoder as encoder.h reads it: its sizes, its vectors as the model has them, its matrices packed in
+// one piece of memory. `Float32` is the arithmetic of encoder.cpp; quantized_layer.h has that of quantized_encoder.cpp.
 #pragma once
 
+#include "../layer_schema.h"
 #include "attention_forward.h"
 #include "packed_gemm.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
-
-// Columns of the feed-forward block's middle that are made and used up at a time.
-constexpr std::int64_t kSlice = 768;
 
 // Sizes of a layer whose matrices are packed in panels of `panel` columns.
 struct Sizes {
@@ -23,22 +21,24 @@ struct Sizes {
     std::int64_t slice_columns(std::int64_t slice) const { return slice_end(slice) - slice * kSlice; }
 };
 
-// The vectors of one of the distinct layers; first the biases of query, key and value.
+// The vectors of a layer; qkv_bias has the biases of query, key and value.
 struct LayerVectors {
     const float *qkv_bias[3], *dense_bias, *norm_weight, *norm_bias;
     const float *ffn_bias, *ffn_output_bias, *full_norm_weight, *full_norm_bias;
 };
 
-// An address in a row of the table that Python hands over.
-static inline const float* at(const std::int64_t* row, int slot) { return reinterpret_cast<const float*>(row[slot]); }
+// The tensor whose address is in column `column` of a row of Python's table.
+static inline const float* at(const std::int64_t* row, int column) {
+    return reinterpret_cast<const float*>(row[column]);
+}
 
-// Element [begin, begin + kLanes) of a vector of n elements, zero beyond it.
+// Elements [begin, begin + kLanes) of a vector of n elements, zeros beyond its end.
 static inline Vec load_padded(const float* vector, std::int64_t begin, std::int64_t n) {
     if (begin + kLanes <= n) return load(vector + begin, Full{});
     return begin < n ? load(vector + begin, Part{static_cast<int>(n - begin)}) : Vec{};
 }
 
-// Products of float32: they read activations where they stand.
+// Products in float32, which read activations in place.
 struct Float32 {
     static constexpr std::int64_t kRowsOfTile = kPackedRows;
     static constexpr bool kRounds = false;
@@ -49,7 +49,7 @@ struct Float32 {
         std::int64_t k;
     };
 
-    // The left side of a product, for rows of floats that stand anywhere.
+    // The left side of a product: rows of floats, `stride` apart.
     struct Operand {
         const float* rows;
         std::int64_t stride;
@@ -76,42 +76,23 @@ struct Float32 {
         packed_product(a.rows, a.stride, rows, w.packed, w.k, first, last, emit);
     }
 
-    // Where the parts of a layer stand in packed memory.
+    // Where a layer's matrices lie in packed memory.
     class Layer {
     public:
-        // Slots of a row of the table; the order of `WEIGHTS` in albert_fast/ops/encoder.py, then the packed memory.
-        enum Slot : int {
-            kQuery,
-            kQueryBias,
-            kKey,
-            kKeyBias,
-            kValue,
-            kValueBias,
-            kDense,
-            kDenseBias,
-            kNormWeight,
-            kNormBias,
-            kFfn,
-            kFfnBias,
-            kFfnOutput,
-            kFfnOutputBias,
-            kFullNormWeight,
-            kFullNormBias,
-            kPacked,
-            kSlots
-        };
+        // A row of the table: the tensors of Weight, then the packed matrices.
+        static constexpr int kPacked = Weight::kCount, kTableColumns = kPacked + 1;
 
         LayerVectors vectors;
 
         Layer(const std::int64_t* row, const Sizes& sizes)
-            : vectors{{at(row, kQueryBias), at(row, kKeyBias), at(row, kValueBias)},
-                      at(row, kDenseBias),
-                      at(row, kNormWeight),
-                      at(row, kNormBias),
-                      at(row, kFfnBias),
-                      at(row, kFfnOutputBias),
-                      at(row, kFullNormWeight),
-                      at(row, kFullNormBias)},
+            : vectors{{at(row, Weight::kQueryBias), at(row, Weight::kKeyBias), at(row, Weight::kValueBias)},
+                      at(row, Weight::kDenseBias),
+                      at(row, Weight::kNormWeight),
+                      at(row, Weight::kNormBias),
+                      at(row, Weight::kFfnBias),
+                      at(row, Weight::kFfnOutputBias),
+                      at(row, Weight::kFullNormWeight),
+                      at(row, Weight::kFullNormBias)},
               packed_(at(row, kPacked)),
               sizes_(sizes) {}
 

@@ -1,4 +1,5 @@
-// What the encoder divides its work by: the batch, ranges of it, threads and their borders, and a clock of stages.
+// How the encoder divides its work: the batch, ranges of its rows, the threads and their groups of sequences; and a
+// clock that counts the time of each stage.
 #pragma once
 
 #include <algorithm>
@@ -6,11 +7,12 @@
 #include <utility>
 #include <vector>
 
+#include "../layer_schema.h"
 #include "parallel.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
-// Rows a thread at which reading all weights for them costs more than the barriers of going by columns.
+// Up to this many rows a thread, reading all weights costs a thread more than the barriers of working by columns.
 constexpr std::int64_t kFewRows = 48;
 
 struct Batch {
@@ -19,13 +21,13 @@ struct Batch {
     float scale, eps;
 };
 
-// Instead of the row of a sequence without tokens.
+// Stands for a wanted row of a sequence without tokens.
 constexpr std::int64_t kNoRow = -1;
 
-// The tokens that the last layer is asked for: packed rows, and where each sequence's begin among them.
-struct Wanted {
-    const std::int64_t* rows;
-    const std::int32_t* cu_seqlens;
+// The rows of the packed batch that the last layer is computed for, sequence by sequence.
+struct WantedRows {
+    const std::int64_t* rows;       // (count)
+    const std::int32_t* cu_wanted;  // (sequences + 1): where each sequence's rows begin among them, and count
     std::int64_t count;
 };
 
@@ -36,14 +38,15 @@ struct Range {
     std::int64_t size() const { return end - begin; }
 };
 
-// The threads that work on the same rows, and this thread's place among them: all by columns, one alone by rows.
+// The threads that work on the same rows, and this thread's rank among them. By columns a team is all threads, by rows
+// each thread is a team of its own.
 struct Team {
-    int place, size;
+    int rank, size;
 
-    Range share(std::int64_t count) const { return {count * place / size, count * (place + 1) / size}; }
+    Range share(std::int64_t count) const { return {count * rank / size, count * (rank + 1) / size}; }
 };
 
-// Where thread t of `threads` begins by rows: at a border between sequences if there is one near.
+// The first row of thread t of `threads` by rows: at a border between sequences if one is near.
 static inline std::int64_t border(const Batch& batch, std::int64_t t, std::int64_t threads) {
     const std::int64_t target = batch.rows * t / threads;
     const std::int32_t* end = batch.cu_seqlens + batch.sequences + 1;
@@ -54,16 +57,17 @@ static inline std::int64_t border(const Batch& batch, std::int64_t t, std::int64
     return off * threads * 16 <= batch.rows ? nearest : target;
 }
 
-// Sequences that one thread takes through all layers by itself: [first, last) of the batch.
+// Sequences [first, last) of the batch, which one thread takes through all layers by itself.
 struct Group {
     std::int64_t first, last;
 };
 
-// Neighbouring sequences in groups of about `most` rows, dealt to the threads, the costliest group first, each to
-// whoever has least. `even` says whether the threads then have about the same to do.
-class Deal {
+// Which groups of sequences each thread takes. Neighbouring sequences form groups of about `most` rows; the costliest
+// group is assigned first, each to the thread that has least to do so far. `even` says whether all threads then have
+// about the same to do.
+class GroupAssignment {
 public:
-    Deal(const Batch& batch, std::int64_t most, double pair_cost, int threads) : groups_(threads) {
+    GroupAssignment(const Batch& batch, std::int64_t most, double pair_cost, int threads) : groups_(threads) {
         const auto rows_to = [&](std::int64_t b) { return batch.cu_seqlens[b]; };
         std::vector<std::pair<double, Group>> all;
         double total = 0.0;
@@ -96,17 +100,14 @@ private:
     std::vector<std::vector<Group>> groups_;
 };
 
-// What a thread's time goes to; the names are `STAGES` in albert_fast/ops/encoder.py.
-enum Stage : int { kProject, kAttention, kDense, kNorm, kUp, kDown, kRounding, kCopy, kWait, kStages };
-
-// Adds the time since the last lap to a stage; does nothing where nobody asks.
+// Adds the time since the last lap to a stage; does nothing without a place for the seconds (Stage::kCount).
 class Clock {
 public:
     explicit Clock(double* seconds) : seconds_(seconds) {
         if (seconds_ != nullptr) last_ = now();
     }
 
-    void lap(Stage stage) {
+    void lap(Stage::Index stage) {
         if (seconds_ == nullptr) return;
         const double time = now();
         seconds_[stage] += time - last_;

@@ -1,17 +1,17 @@
-// The product of small float32 matrices that stay in the caches: the one that attention needs, forward and backward.
+// The product of small float32 matrices that stay in the caches, for attention and linear_cross_entropy.
 //
 //   C (rows x columns) = A (rows x depth) B (depth x columns), or C += A B
 //
 // B and C are row-major with rows of whole vectors (columns is a multiple of kLanes, the caller pads); A is read
-// element by element with any strides, so it may be a transpose. A tile of C stays in registers while the depth runs:
-// for every step a few vectors of B are loaded and multiplied by a few broadcast elements of A.
+// element by element with any strides, so it may be a transpose. A tile of C stays in registers over the whole depth;
+// each step loads a few vectors of B and multiplies them by a few broadcast elements of A.
 #pragma once
 
 #include "vec.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
-// Element (i, k) stands at data[i * row + k * step].
+// Element (i, k) is data[i * row + k * step].
 struct Strided {
     const float* data;
     std::int64_t row, step;
@@ -77,7 +77,7 @@ static inline void multiply_strip(Strided a, const float* b, std::int64_t b_row,
     }
 }
 
-// C = A B, or C += A B where `add`, over the whole depth at once.
+// C = A B, or with `add` C += A B, over the whole depth at once.
 static inline void multiply_depth(Strided a, const float* b, std::int64_t b_row, float* c, std::int64_t c_row,
                                   std::int64_t rows, std::int64_t columns, std::int64_t depth, bool add) {
     std::int64_t j = 0;
@@ -98,9 +98,8 @@ static inline void multiply_depth(Strided a, const float* b, std::int64_t b_row,
     }
 }
 
-// C = A B, or C += A B where `add`. The depth goes in blocks: B's block stays in the caches, and no sum is longer than
-// a block plus the number of blocks, which keeps its rounding error small. The order of every sum depends on the depth
-// alone.
+// C = A B, or with `add` C += A B. The depth is divided into blocks: a block of B stays in the caches, and short sums
+// keep the rounding error small. The order of every sum depends on the depth alone.
 static inline void multiply(Strided a, const float* b, std::int64_t b_row, float* c, std::int64_t c_row,
                             std::int64_t rows, std::int64_t columns, std::int64_t depth, bool add) {
     constexpr std::int64_t kBlock = 64;

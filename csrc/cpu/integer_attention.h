@@ -1,12 +1,13 @@
 // Attention of one head of one sequence in integers, for encoders whose products are integers: Q K^T and V^T P^T
 // through the tiles of integer_gemm.h, softmax in float32 between them.
 //
-// Keys are rounded to 14 bits key by key, queries to as many as keep sums of up to 64 products within 32 bits (13, and
-// more for narrower heads), values to 13 bits column by column, probabilities to 13 bits of the largest. That errs by
-// about 1e-4 of an output, little beside the rounding of the products around it, at twice the rate of float32.
+// Keys are rounded to 14 bits, each with its own scale; queries to 13 bits (more for narrow heads), so that sums of up
+// to 64 products fit 32 bits; values to 13 bits, column by column; probabilities to 13 bits of the largest. The error
+// is about 1e-4 of an output, small beside the rounding of the products around it, and the rate is twice that of
+// float32.
 //
-// Queries go in blocks of one panel. Scores stand one row for each key and one column for each query, so softmax runs
-// over vectors of queries, and pairs of rows of probabilities are the panel that the second product reads.
+// A block of queries is one panel. Scores have one row for each key and one column for each query, so softmax runs over
+// vectors of queries, and pairs of rows of probabilities are the panel that the second product reads.
 #pragma once
 
 #include "attention_forward.h"
@@ -14,10 +15,10 @@
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
-// The largest integers of probabilities and of values; sums of 64 of their products fit 32 bits.
-constexpr float kProbabilityLevels = 8191.0f, kValueLevels = 4095.0f;
+// The largest integer of probabilities. Sums of 64 products of it with kValueLevels fit 32 bits.
+constexpr float kProbabilityLevels = kInt16Levels;
 
-// Sums of up to kShortRun elements are moved to float32; those of narrow heads need not be.
+// Sums move to float32 after every kShortRun elements; heads of up to kShortRun columns do without.
 constexpr std::int64_t kShortRun = 64;
 struct Int16OneRun : Int16 {
     static constexpr bool kInRuns = false;
@@ -26,7 +27,7 @@ struct Int16ShortRuns : Int16 {
     static constexpr std::int64_t kRun = kShortRun / kGroup;
 };
 
-// A row as it stands.
+// A row that is rounded without a factor and a shift.
 struct PlainRow {
     const float* row;
     std::int64_t n;
@@ -48,8 +49,8 @@ static inline void transpose_pairs(char* from, std::int64_t from_row, std::int64
               width);
 }
 
-// Softmax over the keys of one vector of queries, not yet divided by its sum, which is returned: scores (keys rows,
-// kColumns apart) become probabilities in pairs of keys, rounded.
+// Softmax over the keys for one vector of queries, without the division by its sum, which is returned: scores (a row
+// for each key, kColumns apart) become rounded probabilities in pairs of keys.
 static inline Vec softmax_pairs(const float* scores, std::int64_t keys, float* probabilities) {
     Vec maximum = load(scores, Full{});
     for (std::int64_t key = 1; key < keys; ++key) maximum = larger(maximum, load(scores + key * kColumns, Full{}));
@@ -110,7 +111,8 @@ static inline void integer_attention(const Inputs<float>& in, const Head& head, 
     const std::int64_t row = rounded_row_bytes<std::int16_t>(d), pair_rows = divide_up(keys, 2);
     const std::int64_t value_row = rounded_row_bytes<std::int16_t>(round_up(keys, 8)), width = round_up(d, kLanes);
     if (keys == 0) return zero_rows(out, head.first_query, head.column, head.queries, d);
-    const float query_levels = smaller(8191, ((std::int64_t{1} << 31) - 1) / (8191 * smaller(d, kShortRun)));
+    constexpr std::int64_t kLargest = (std::int64_t{1} << 31) - 1;
+    const float query_levels = smaller(kInt16Levels, kLargest / (kInt16Levels * smaller(d, kShortRun)));
     Arrays arrays(scratch<Purpose::kTask>(integer_attention_floats(keys, d)));
     char* rounded_keys = reinterpret_cast<char*>(arrays.take(keys * row / 4));
     RowScale* key_scales = reinterpret_cast<RowScale*>(arrays.take(2 * keys));

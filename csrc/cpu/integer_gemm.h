@@ -1,5 +1,5 @@
-// Products of integers with weights that are packed once: out (rows x N) = A (rows x K) W^T, where a row of A has a
-// scale (and in Int8 a zero point) of its own, and a row of W, an output channel, a scale.
+// Products of integers with weights that are packed once: out (rows x N) = A (rows x K) W^T. Each row of A has its own
+// scale (and in Int8 its own zero point); each row of W, an output channel, has its own scale.
 //
 // W is packed in panels of kColumns channels, [N / kColumns][K / kGroup][kColumns][kGroup]: kGroup neighbours in K fill
 // the 32 bits whose products one instruction adds up in one lane (vpdpbusd: u8 x s8, four of them; vpdpwssd: s16 x s16,
@@ -12,7 +12,7 @@
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
-constexpr std::int64_t kColumns = 32;
+constexpr std::int64_t kColumns = kIntegerPanel;
 constexpr int kColumnVectors = static_cast<int>(kColumns / kLanes);
 // One step of a panel: kGroup elements of K for all of its columns.
 constexpr std::int64_t kStepBytes = 4 * kColumns;
@@ -40,17 +40,18 @@ static inline IntVec pairs(IntVec x, IntVec y) {
 #endif
 }
 
-// What a row of A is multiplied with to give floats: scale * (element - zero).
+// The scale and zero point of a row of A; its elements stand for scale * (element - zero).
 struct RowScale {
     float scale, zero;
 };
 
-// Activations of 8 bits without a sign and a zero point, weights of 8 bits with one. A sum of K < 66,000 products fits.
+// Activations are unsigned 8-bit integers with a zero point, weights signed 8-bit integers. Sums of K < 66,000 products
+// fit 32 bits.
 struct Int8 {
     using Element = std::uint8_t;
     using Weight = std::int8_t;
     static constexpr int kGroup = 4;
-    static constexpr float kLevels = 255.0f;
+    static constexpr float kLevels = kInt8Levels;
     static constexpr bool kHasZero = true, kInRuns = false;
 
     // sum + the four products of each lane; `a` holds a group of A in every lane.
@@ -58,7 +59,7 @@ struct Int8 {
 #if defined(__AVX512VNNI__)
         return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)w);
 #else
-        // Even and odd elements as 16-bit pairs: exact, where the saturating u8 x s8 instruction of AVX2 is not.
+        // Even and odd elements as pairs of 16 bits, which is exact; AVX2's u8 x s8 instruction saturates.
         const IntVec low = (a & 0x00FF00FF), high = ((IntVec)((UintVec)a >> 8)) & 0x00FF00FF;
         return sum + pairs(low, low_bytes(w)) + pairs(high, high_bytes(w));
 #endif
@@ -70,13 +71,14 @@ private:
     static inline IntVec high_bytes(IntVec x) { return (IntVec)((ShortVec)x >> 8); }
 };
 
-// Both in 16 bits with a sign, activations of 14. Sums are moved to float32 after every run of kRun steps, 256
-// elements: weights are rounded so that no run can leave 32 bits (`int16_scale` in albert_fast/quantization.py).
+// Activations and weights are signed 16-bit integers; activations use 14 bits. Sums move to float32 after every run of
+// kRun steps, 256 elements: weights are rounded so that the sum of a run fits 32 bits (`int16_scale` in
+// albert_fast/quantization/rounding.py).
 struct Int16 {
     using Element = std::int16_t;
     using Weight = std::int16_t;
     static constexpr int kGroup = 2;
-    static constexpr float kLevels = 8191.0f;
+    static constexpr float kLevels = kInt16Levels;
     static constexpr std::int64_t kRun = 128;
     static constexpr bool kHasZero = false, kInRuns = true;
 
@@ -94,7 +96,7 @@ struct IntegerMatrix {
     const char* packed;  // panels, kStepBytes * steps each
     const float* scale;  // (N rounded up to kColumns)
     const float* sum;    // likewise: of each channel's integers, for the zero point
-    // (K): activations are multiplied with the one, then the other is added, before they are rounded.
+    // (K): an activation is multiplied by rescale, then shift is added, then it is rounded.
     const float *rescale, *shift;
 };
 
@@ -167,7 +169,7 @@ static inline void integer_product(const char* a, std::int64_t a_row, const RowS
                 Fetch{panel + bytes + bytes * tile / tiles, kStepBytes / tiles}, [&](int r, int v, Vec sum) {
                     const std::int64_t column = p * kColumns + v * kLanes;
                     const RowScale row = scales[begin + r];
-                    // Rounded one by one: the compiler must not fuse them in some tiles and not in others.
+                    // rounded() keeps the compiler from fusing a product with a sum in some tiles and not in others.
                     if constexpr (Format::kHasZero) sum -= rounded(row.zero * load(w.sum + column, Full{}));
                     emit(begin + r, column, rounded(sum * (row.scale * load(w.scale + column, Full{}))));
                 });

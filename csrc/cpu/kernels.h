@@ -1,11 +1,13 @@
-// Declarations of the CPU kernels, once per instruction set: bindings.cpp includes this file with ALBERT_FAST_ISA set
-// to portable, avx2, avx512 and avx512_vnni in turn, hence no include guard. Every csrc/cpu/<op>.cpp includes it for
-// its own set.
+// Declares the CPU kernels, once for each instruction set: bindings.cpp includes this file with ALBERT_FAST_ISA set to
+// portable, avx2, avx512 and avx512_vnni in turn, hence no include guard. Every csrc/cpu/<op>.cpp includes it for its
+// own set.
 //
-// Common to all: tensors are contiguous unless a stride (in elements) is given; T = tokens, H = hidden, N = row length;
-// dtype is a DtypeCode and holds for every tensor not marked f32 or int; sums and statistics are float32; results do
-// not depend on num_threads. Dropout is off for dropout_p = 0; csrc/cpu/dropout.h defines which elements it keeps.
+// For all functions: a tensor is contiguous unless a stride (in elements) is given. T = tokens, H = hidden size, N =
+// row length. `dtype`, a DtypeCode, is the type of every tensor that is not marked f32 or int. Sums and statistics are
+// float32. Results do not depend on num_threads. Dropout is off for dropout_p = 0; csrc/cpu/dropout.h defines which
+// elements it keeps.
 #include "../common.h"
+#include "../encoder_arguments.h"
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
@@ -94,8 +96,8 @@ void linear_cross_entropy_bwd_cpu(Address grad, Address x, Address weight, Addre
 std::int64_t linear_packed_size_cpu(std::int64_t N, std::int64_t K);
 void linear_pack_cpu(Address weight, Address packed, std::int64_t N, std::int64_t K, int num_threads);
 
-// out (T,N) = x (T,K) weight^T + bias (N), or tanh of that; all f32; bias = 0: none. A row's result is bitwise the same
-// whatever rows are beside it.
+// out (T,N) = x (T,K) weight^T + bias (N), or tanh of that; all f32; bias = 0: none. A row's result does not
+// depend on the other rows, to the bit.
 void linear_fwd_cpu(Address x, std::int64_t x_stride, Address packed, Address bias, Address out, std::int64_t T,
                     std::int64_t N, std::int64_t K, bool tanh, int num_threads);
 
@@ -106,34 +108,22 @@ std::int64_t encoder_packed_size_cpu(std::int64_t H, std::int64_t I);
 void encoder_pack_cpu(Address query, Address key, Address value, Address dense, Address ffn, Address ffn_output,
                       Address packed, std::int64_t H, std::int64_t I, int num_threads);
 
-// out (T,H) = x (T,H) after `layers` layers without dropout, all f32. table (distinct layers, 17) int64: addresses, as
-// listed in csrc/cpu/encoder_layer.h; order (layers) int64: the row of the table for each layer; cu_seqlens (B+1)
-// int32. wanted_rows (wanted_count) int64, cu_wanted (B+1) int32: the rows of x that the last layer is computed for,
-// sequence by sequence, and then out is (wanted_count,H); cu_wanted = 0: all. A row that is asked of a sequence without
-// tokens is computed from zeros. Returns false, and writes nothing, where cu_seqlens or cu_wanted does not run from 0
-// to T or wanted_count without falling, or a row lies outside its sequence. profile (num_threads,9) f64 takes the
-// seconds of each thread and stage on top of what it holds; 0: nothing is timed.
-bool encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers, Address cu_seqlens,
-                     std::int64_t B, std::int64_t T, Address wanted_rows, Address cu_wanted, std::int64_t wanted_count,
-                     std::int64_t H, std::int64_t I, std::int64_t num_heads, double scale, double eps, int act,
-                     Address profile, int num_threads);
+// All layers, without dropout; encoder_arguments.h says what is read and written. A row of the table has the addresses
+// of the tensors in Weight, then that of the packed matrices. Returns false, and writes nothing, where cu_seqlens or
+// cu_wanted does not run from 0 to T or wanted_count without falling, or a wanted row lies outside its sequence.
+bool encoder_fwd_cpu(const EncoderArguments& arguments);
 
-// Likewise with matrices of `bits` (8 or 16) bits and activations that are rounded row by row. A row of the table
-// (distinct layers, 28) int64: the addresses of qkv_bias, dense_bias, norm_weight, norm_bias, ffn_bias,
-// ffn_output_bias, full_norm_weight, full_norm_bias; then for qkv, dense, ffn and ffn_output each five: those of the
-// packed integers (csrc/cpu/integer_gemm.h), of each channel's scale and sum of integers, of each activation's factor
-// and shift. It is compiled for AVX512-VNNI too.
-bool quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers,
-                               Address cu_seqlens, std::int64_t B, std::int64_t T, Address wanted_rows,
-                               Address cu_wanted, std::int64_t wanted_count, std::int64_t H, std::int64_t I,
-                               std::int64_t num_heads, double scale, double eps, int act, int bits, Address profile,
-                               int num_threads);
+// The same with matrices of `bits` (8 or 16) bits and activations that are rounded row by row. A row of the table has
+// the addresses of the tensors in Vector, then for each Product those of the tensors in ProductTensor: the packed
+// integers (csrc/cpu/integer_gemm.h), the scale and the sum of integers of each channel, the factor and the shift of
+// each activation. Compiled for AVX512-VNNI too.
+bool quantized_encoder_fwd_cpu(const EncoderArguments& arguments, int bits);
 
-// Asks for large pages under memory that nothing has been written to yet.
+// Asks the operating system for large pages under memory that has not been written to yet.
 void use_large_pages_cpu(Address memory, std::int64_t bytes);
 
-// Multiplies integers that never leave the first cache, `repeats` tiles on every thread; returns the operations of one
-// thread. Timed, it gives the rate that products cannot exceed.
+// Multiplies `repeats` tiles of integers on every thread, from the first cache alone; returns the operations of one
+// thread. Its time gives the highest rate that products can reach.
 std::int64_t quantized_encoder_limit_cpu(int bits, std::int64_t repeats, int num_threads);
 
 }  // namespace albert_fast::ALBERT_FAST_ISA

@@ -1,5 +1,5 @@
-// LayerNorm of a row and its gradient, shared by the operators that end in one. What is normalised comes from a
-// function of the operator, so it is computed in registers and never stored.
+// LayerNorm of a row and its gradient, for all operators that end in one. The operator passes a function that computes
+// the input of LayerNorm, in registers, so it is never stored.
 #pragma once
 
 #include "column_sums.h"
@@ -10,15 +10,15 @@ struct RowStatistics {
     float mean, rstd;
 };
 
-// 0, or NaN where torch's layer_norm has one: it joins moments of whole vectors, and the square of a mean that passes
-// float, of rows near 1e25, makes a NaN there.
+// 0, or NaN where torch's layer_norm gives NaN: it joins the moments of whole vectors, and the square of the mean
+// exceeds float for rows near 1e25.
 static inline float moments_overflow(float mean, std::int64_t n) {
     constexpr std::int64_t kTorchLanes = kLanes > 8 ? 16 : 8;
     return n < kTorchLanes || n % kTorchLanes == 0 ? 0.0f * (mean * mean) : 0.0f;
 }
 
-// Fills row (n, kept in L1) with input(i, lanes) and returns its statistics. The variance is that of the differences
-// from the mean, which does not cancel as E[x^2] - E[x]^2 does.
+// Fills row (n, kept in L1) with input(i, lanes) and returns its statistics. The variance comes from the
+// differences from the mean, which do not cancel as E[x^2] - E[x]^2 does.
 template <class Input>
 static inline RowStatistics normalise_row(float* row, std::int64_t n, float eps, Input input) {
     const float total = sum_row(n, [&](std::int64_t i, auto lanes) {
@@ -45,7 +45,7 @@ static inline void scale_row(const float* row, std::int64_t n, RowStatistics sta
     });
 }
 
-// The parts of an operator that the gradient asks for, each for one vector of one row:
+// The functions that the gradient needs from an operator, each for one vector of one row:
 //   Vec input(row, i, lanes)            what was normalised
 //   Vec grad(row, i, lanes)             the gradient of the normalised row times weight plus bias
 //   Vec emit(row, i, dz, lanes)         stores the gradient dz of the input; returns what its bias sum takes
@@ -84,7 +84,7 @@ struct LayerNormBackward {
             for (int r = 0; r < kRows; ++r) {
                 const Vec x = load(normalised + r * width + i, Full{});
                 const Vec dy = grad(first + r, i, lanes);
-                // Where a row has equal numbers, scale is huge: dy * w must be rounded as it was in its mean.
+                // In a row of equal numbers scale is huge: dy * w must be rounded as it was for its mean.
                 const Vec dz = (rounded(dy * w) - grad_mean[r] - x * product_mean[r]) * scale[r];
                 weight_sum += dy * x;
                 bias_sum += dy;

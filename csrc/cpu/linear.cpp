@@ -1,7 +1,7 @@
 // A dense product outside the layers, and its activation: out = act(x W^T + bias), W packed once (packed_gemm.h).
 //
-// A library's product sums in an order that depends on the number of rows, and may keep a compiled kernel for each such
-// number. Here every row is summed in the same order whatever is computed beside it, and nothing is kept but W.
+// In a library, the order of a product's sums depends on the number of rows, and a compiled kernel may be kept for each
+// number. Here the order of a row's sums does not depend on the other rows, and only W is kept.
 #include "kernels.h"
 #include "math.h"
 #include "packed_gemm.h"
@@ -11,7 +11,7 @@ namespace {
 
 // Rows that a task takes at a time, whole tiles for every instruction set: they stay in the caches from panel to panel.
 constexpr std::int64_t kRowsOfTask = 84;
-// Multiplications that are worth a task, so that small products run on the calling thread alone.
+// With fewer multiplications a task does not pay, so small products run on the calling thread alone.
 constexpr std::int64_t kProductOfTask = 1 << 16;
 
 struct Identity {
@@ -27,7 +27,7 @@ void forward(const float* x, std::int64_t x_row, const float* packed, const floa
              std::int64_t n, std::int64_t k, int num_threads) {
     const std::int64_t panels = divide_up(n, kPanel), blocks = divide_up(rows, kRowsOfTask);
     const std::int64_t work = rows * panels * kPanel * k / kProductOfTask;
-    // Each block of rows is cut into as many groups of panels as give every thread four tasks.
+    // Each block of rows has enough groups of panels to give every thread four tasks.
     const std::int64_t wanted = smaller(divide_up(4 * num_threads, larger(blocks, 1)), work / larger(blocks, 1));
     const std::int64_t groups = larger(smaller(wanted, panels), 1);
     parallel_for(blocks * groups, work < 2 ? 1 : num_threads, [&](std::int64_t task) {

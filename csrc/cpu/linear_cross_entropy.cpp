@@ -1,17 +1,17 @@
-// The mean of cross_entropy(x W^T + bias, labels) over the labelled rows, and its gradients; of the logits there are
-// kVocabularyBlock x kRowBlock at a time, in the first cache.
+// The mean of cross_entropy(x W^T + bias, labels) over the labelled rows, and its gradients. At any time a thread holds
+// kVocabularyBlock x kRowBlock logits, in the first cache.
 //
-// Labelled rows go in batches, and the vocabulary in parts that depend on its size alone. A task takes one batch and
-// one part: it packs a block of the vocabulary as float32 once and multiplies all rows of the batch by it. Logits are
-// kept transposed, one row for each word and one column for each row of x, so that softmax runs over vectors of rows
-// with no sum across lanes and one array serves all three products, as in attention.cpp. The products are our own,
-// since a library's would write a block of logits to memory and read it again for softmax, and would want a copy of W
-// in float32 where W is bfloat16.
+// The labelled rows are divided into batches, the vocabulary into parts that depend only on its size. A task takes one
+// batch and one part: it packs a block of the vocabulary as float32 once and multiplies all rows of the batch by it.
+// Logits are stored transposed, one row for each word and one column for each row of x: so softmax runs over vectors of
+// rows without sums across lanes, and one array serves all three products, as in attention.cpp. The products are our
+// own: a library would write a block of logits to memory and read it again for softmax, and would need a copy of W in
+// float32 if W is bfloat16.
 //
-// Forward: each part has the maximum and the sum of exponentials of every row; these are merged in the order of the
-// parts. Operations 2 N V E. Backward: softmax again from the same two numbers of each row, which are kept instead of
-// their log-sum-exp because its rounding would scale a whole row of large logits; a part owns its rows of dW and adds
-// up its own share of dx, and the shares are added in the order of the parts. Operations 6 N V E.
+// Forward: each part computes the maximum and the sum of exponentials of every row; these are merged in the order of
+// the parts. Operations 2 N V E. Backward: softmax is computed again from the same two numbers of each row. (The
+// rounding of their log-sum-exp would scale a whole row of large logits.) A part writes its rows of dW and its share of
+// dx; the shares are added in the order of the parts. Operations 6 N V E.
 #include "choose.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -20,7 +20,6 @@
 namespace albert_fast::ALBERT_FAST_ISA {
 namespace {
 
-constexpr std::int64_t kIgnored = -100;
 constexpr std::int64_t kRowBlock = 64;          // the columns of one full tile of a product on AVX-512
 constexpr std::int64_t kVocabularyBlock = 128;  // 32 KiB of logits; 64 KiB of weights for E = 128
 constexpr std::int64_t kMaxParts = 64;          // more than most machines have cores
@@ -117,11 +116,11 @@ struct Words {
     }
 };
 
-// Of every row: the largest logit and the sum of exp(logit - largest).
+// The largest logit of every row, and the sum of exp(logit - largest).
 struct Softmax {
     float *maximum, *sum;
 
-    // An infinitely low maximum is not subtracted: logits of -infinity alone would make a NaN of all that follow.
+    // A maximum of -infinity is not subtracted: a row of -infinity would become NaN.
     static Vec shift(Vec maximum) { return maximum == splat(-kInfinity) ? Vec{} : maximum; }
 
     // Takes in one vector of columns of logits, `row` apart, and leaves the bias added to them.
@@ -182,7 +181,8 @@ double merge(const Batch& batch, const Softmax* parts, std::int64_t count, const
         for (std::int64_t lane = 0; lane < smaller(batch.size - i, kLanes); ++lane) {
             softmax.maximum[batch.rows[i + lane]] = subtracted[lane];
             softmax.sum[batch.rows[i + lane]] = sum[lane];
-            // What is large is subtracted first: a loss near zero is not lost in the rounding of a log-sum-exp.
+            // The large numbers are subtracted first, so that a small loss is not lost in the rounding of a
+            // log-sum-exp.
             total += __builtin_logf(sum[lane]) + (subtracted[lane] - targets[i + lane]);
         }
     }

@@ -90,7 +90,7 @@ struct Activation;
 
 // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation for negative x.
 template <>
-struct Activation<kGeluTanh> {
+struct Activation<ActivationCode::kGeluTanh> {
     // log2(exp(-2u)).
     static inline Vec exponent(Vec x) { return x * (x * x * -0.102943240f - 2.30220820f); }
 
@@ -109,7 +109,7 @@ struct Activation<kGeluTanh> {
 
 // x Phi(x), Phi the standard normal distribution function.
 template <>
-struct Activation<kGeluErf> {
+struct Activation<ActivationCode::kGeluErf> {
     static inline Vec distribution(Vec x, Vec density) {
         const Vec tail = normal_tail(x, density);
         return x > 0.0f ? 1.0f - tail : tail;
@@ -124,7 +124,7 @@ struct Activation<kGeluErf> {
 };
 
 template <>
-struct Activation<kRelu> {
+struct Activation<ActivationCode::kRelu> {
     static inline Vec forward(Vec x) { return larger(Vec{}, x); }
 
     static inline Vec backward(Vec x, Vec grad) { return x <= 0.0f ? Vec{} : grad; }

@@ -1,5 +1,4 @@
-// Between tensors of either dtype and aligned float32 arrays whose rows are whole vectors, as the products of gemm.h
-// want them.
+// Copies between tensors of either dtype and aligned float32 arrays whose rows are whole vectors, which gemm.h reads.
 #pragma once
 
 #include "parallel.h"

@@ -2,9 +2,8 @@
 //
 // W is packed in panels of two vectors of its rows, [N / kPanel][K][kPanel], the order in which a tile reads it: a tile
 // of up to kTileRows rows of A and one panel keeps its sums in registers while K runs, loads two vectors a step and
-// broadcasts an element of each row. What follows a product (bias, activation, a sum so far) happens on the sums before
-// they are stored. Every sum runs over K in order, whatever the tile: a row's result does not depend on the rows beside
-// it.
+// broadcasts an element of each row. Bias, activation or an earlier sum are applied to the sums before they are stored.
+// Every sum runs over K in order in every tile, so a row's result does not depend on the other rows.
 #pragma once
 
 #include "parallel.h"
@@ -39,8 +38,8 @@ static inline void pack_panel(const float* w, std::int64_t stride, std::int64_t 
     }
 }
 
-// What a tile fetches into the second cache while it works: its part of the next panel, `step` bytes with every step.
-// Matrices come from memory that is too slow for the first tile of a panel, and each of the others leaves it idle.
+// The part of the next panel that a tile fetches into the second cache while it works, `step` bytes with every step.
+// Without it, the first tile of a panel would wait for memory, which the other tiles leave idle.
 struct Fetch {
     const char* from;
     std::int64_t step;
@@ -88,8 +87,8 @@ static inline void packed_tile_of(std::int64_t rows, const float* a, std::int64_
 template <class Emit>
 static inline void packed_product(const float* a, std::int64_t a_row, std::int64_t rows, const float* packed,
                                   std::int64_t k, std::int64_t first, std::int64_t last, Emit emit) {
-    // Full tiles and one with the rest; two even ones rather than a full and a small one, which would wait for its
-    // panel.
+    // Full tiles, then one with the remaining rows; but two even tiles instead of a full and a small one, since a small
+    // one would wait for its panel.
     const std::int64_t tiles = divide_up(rows, kPackedRows), size = tiles == 2 ? divide_up(rows, 2) : kPackedRows;
     const std::int64_t bytes = k * kPanel * static_cast<std::int64_t>(sizeof(float));
     for (std::int64_t p = first; p < last; ++p) {

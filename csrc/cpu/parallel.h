@@ -1,4 +1,4 @@
-// Threads, memory for temporaries, and the split of rows into chunks.
+// Runs tasks on threads, provides memory for temporaries, and divides rows into chunks.
 #pragma once
 
 #include <atomic>
@@ -29,15 +29,15 @@ static inline T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Made by the thread that called, before a parallel region: keeps the first exception of any thread, since one that
-// leaves a region ends the process, and has the calling thread ask for signals.
+// Keeps the first exception of any thread in a parallel region, since one that leaves the region would end the process;
+// and lets the calling thread ask for signals. The calling thread constructs it before the region.
 class Region {
 public:
     Region() = default;
     Region(const Region&) = delete;
     Region& operator=(const Region&) = delete;
 
-    // Calls body(), unless the region has failed; whether body() ran to its end.
+    // Calls body(), unless the region has failed. Returns whether body() ran to its end.
     template <class Body>
     bool run(Body body) noexcept {
         return !stopped() && attempt(body);
@@ -49,7 +49,7 @@ public:
         return failed_.load(std::memory_order_relaxed);
     }
 
-    // Behind the region: throws what was kept.
+    // To call after the region: throws the exception that was kept.
     void finish() const {
         if (error_) std::rethrow_exception(error_);
     }
@@ -73,7 +73,7 @@ private:
 };
 
 // Calls body(task) for every task in [0, tasks), on up to num_threads threads of the OpenMP pool that torch uses too;
-// whoever is free takes the next one. Tasks must not depend on each other. Throws the first exception of a task.
+// a thread that is free takes the next one. Tasks must not depend on each other. Throws the first exception of a task.
 template <class Body>
 static inline void parallel_for(std::int64_t tasks, int num_threads, Body body) {
     [[maybe_unused]] const int threads = static_cast<int>(smaller(num_threads, tasks));
@@ -110,8 +110,8 @@ static inline void parallel_rows(std::int64_t rows, std::int64_t columns, int nu
     parallel_for(chunks.count, num_threads, [&](std::int64_t i) { body(chunks.begin(i), chunks.end(i)); });
 }
 
-// Asks for large pages under memory that nothing has been written to yet: at 4 KiB a page, weights and activations are
-// more pages than the processor remembers addresses of.
+// Asks the operating system for large pages under memory that has not been written to yet. With pages of 4 KiB, weights
+// and activations have more pages than the processor caches addresses of.
 static inline void use_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
 #if defined(__linux__)
     constexpr std::uintptr_t kLarge = 2 << 20;
@@ -121,7 +121,7 @@ static inline void use_large_pages([[maybe_unused]] void* memory, [[maybe_unused
 #endif
 }
 
-// A core's second cache, as the operating system says, or the usual 1 MiB.
+// The size of a core's second cache from the operating system, or the usual 1 MiB.
 static inline std::int64_t second_cache_bytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -130,7 +130,8 @@ static inline std::int64_t second_cache_bytes() {
     return 1 << 20;
 }
 
-// Memory that grows and stays: an allocation of its size goes to the kernel and back, at a page fault per 4 KiB.
+// Memory that grows and is kept: large allocations would come from the operating system each time, with a page fault
+// per 4 KiB.
 class Scratch {
 public:
     Scratch() = default;
@@ -157,7 +158,7 @@ private:
     std::int64_t capacity_ = 0;
 };
 
-// What a task of a parallel region needs for itself, and what the caller holds for all tasks at once.
+// kTask: for one task of a parallel region. kShared: for all tasks of a call, held by the caller.
 enum class Purpose { kTask, kShared };
 
 // At least `floats` floats at a multiple of 64 bytes, contents undefined, valid until this thread asks again for the

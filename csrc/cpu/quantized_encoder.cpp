@@ -1,6 +1,5 @@
-// The encoder on quantised weights: activations are rounded row by row to 8 bits (Int8) or up to 16 (Int16), everything
-// between the products is float32. encoder_call.h has the work,
-// albert_fast/quantization.py makes and packs the weights.
+// The encoder on integer weights: activations are rounded row by row to 8 bits (Int8) or 14 (Int16), everything between
+// the products is float32. encoder_call.h runs the layers; albert_fast/quantization/rounding.py rounds the weights.
 #include "encoder_call.h"
 #include "kernels.h"
 #include "quantized_layer.h"
@@ -8,7 +7,7 @@
 namespace albert_fast::ALBERT_FAST_ISA {
 namespace {
 
-// Full tiles on operands that stay in the first cache; returns the operations of one thread.
+// Multiplies full tiles whose operands stay in the first cache; returns the operations of one thread.
 template <class Format>
 std::int64_t repeat_tile(std::int64_t repeats, int num_threads) {
     constexpr std::int64_t kSteps = 64, kOutputs = kIntegerRows * kColumns;
@@ -36,15 +35,10 @@ std::int64_t quantized_encoder_limit_cpu(int bits, std::int64_t repeats, int num
     return bits == 8 ? repeat_tile<Int8>(repeats, num_threads) : repeat_tile<Int16>(repeats, num_threads);
 }
 
-bool quantized_encoder_fwd_cpu(Address x, Address out, Address table, Address order, std::int64_t layers,
-                               Address cu_seqlens, std::int64_t B, std::int64_t T, Address wanted_rows,
-                               Address cu_wanted, std::int64_t wanted_count, std::int64_t H, std::int64_t I,
-                               std::int64_t num_heads, double scale, double eps, int act, int bits, Address profile,
-                               int num_threads) {
-    EncoderCall call(x, out, table, order, layers, cu_seqlens, B, T, wanted_rows, cu_wanted, wanted_count, num_heads,
-                     scale, eps, act, profile, num_threads);
+bool quantized_encoder_fwd_cpu(const EncoderArguments& arguments, int bits) {
+    EncoderCall call(arguments);
     if (!call.prepare()) return false;
-    const Sizes sizes(H, I, kColumns);
+    const Sizes sizes(arguments.H, arguments.I, kColumns);
     bits == 8 ? run_encoder<Integers<Int8>>(call, sizes) : run_encoder<Integers<Int16>>(call, sizes);
     return true;
 }

@@ -1,5 +1,5 @@
-// The integer arithmetics of quantized_encoder.cpp: how rows of activations are rounded, and a layer of integer
-// matrices.
+// The integer arithmetic of quantized_encoder.cpp: how rows of activations are rounded, and where a layer's integer
+// matrices lie.
 #pragma once
 
 #include "encoder_layer.h"
@@ -7,7 +7,8 @@
 
 namespace albert_fast::ALBERT_FAST_ISA {
 
-// Products of Format's integers: rows are rounded to a step of their own, just before they are multiplied.
+// Products in Format's integers. Each row of activations is rounded, to a step of its own, just before it is
+// multiplied.
 template <class Format>
 struct Integers {
     using Element = typename Format::Element;
@@ -19,7 +20,7 @@ struct Integers {
         std::int64_t k;
     };
 
-    // Rounded rows, kept apart from the floats: elements `stride` bytes a row, and a scale a row.
+    // The left side of a product: rounded rows, `stride` bytes apart, and the scale of each row.
     struct Operand {
         char* rows;
         std::int64_t stride;
@@ -37,7 +38,7 @@ struct Integers {
         return {reinterpret_cast<char*>(memory), rounded_row_bytes<Element>(k), reinterpret_cast<RowScale*>(scales)};
     }
 
-    // Row `row` of `to`, rounded for a product with `w`. Columns beyond k meet zeros in the packed weights.
+    // Rounds a row into row `row` of `to`, for a product with `w`. Columns beyond k meet zeros in the packed weights.
     static void round(const float* from, const Matrix& w, const Operand& to, std::int64_t row) {
         to.scales[row] = round_row(RescaledRow{from, w.integers.rescale, w.integers.shift, w.k}, Format::kLevels,
                                    reinterpret_cast<Element*>(to.rows + row * to.stride));
@@ -56,38 +57,29 @@ struct Integers {
         integer_product<Format>(a.rows, a.stride, a.scales, rows, w.integers, steps(w.k), first, last, emit);
     }
 
-    // A layer; kernels.h says what its row of the table holds.
+    // A layer of integer matrices.
     class Layer {
     public:
-        enum Product : int { kQkv, kDense, kFfn, kFfnOutput };
-        enum Slot : int { kWeights, kScale, kSum, kRescale, kShift, kProductSlots };
-        static constexpr int kSlots = 8 + 4 * kProductSlots;
+        // A row of the table: the tensors of Vector, then for each Product those of ProductTensor.
+        static constexpr int kTableColumns = Vector::kCount + Product::kCount * ProductTensor::kCount;
 
         LayerVectors vectors;
 
-        Layer(const std::int64_t* row, const Sizes& sizes)
-            : vectors{{at(row, 0), at(row, 0) + sizes.hidden, at(row, 0) + 2 * sizes.hidden},
-                      at(row, 1),
-                      at(row, 2),
-                      at(row, 3),
-                      at(row, 4),
-                      at(row, 5),
-                      at(row, 6),
-                      at(row, 7)},
-              sizes_(sizes) {
-            for (int product = 0; product < 4; ++product) {
-                const std::int64_t* slots = row + 8 + product * kProductSlots;
-                all_[product] = {reinterpret_cast<const char*>(slots[kWeights]), at(slots, kScale), at(slots, kSum),
-                                 at(slots, kRescale), at(slots, kShift)};
+        Layer(const std::int64_t* row, const Sizes& sizes) : vectors(vectors_of(row, sizes.hidden)), sizes_(sizes) {
+            for (int product = 0; product < Product::kCount; ++product) {
+                const std::int64_t* own = row + Vector::kCount + product * ProductTensor::kCount;
+                all_[product] = {reinterpret_cast<const char*>(own[ProductTensor::kIntegers]),
+                                 at(own, ProductTensor::kScales), at(own, ProductTensor::kSums),
+                                 at(own, ProductTensor::kRescales), at(own, ProductTensor::kShifts)};
             }
         }
 
-        Matrix qkv(std::int64_t part) const { return columns(kQkv, part * sizes_.width, sizes_.hidden); }
-        Matrix dense() const { return columns(kDense, 0, sizes_.hidden); }
-        Matrix ffn(std::int64_t slice) const { return columns(kFfn, slice * kSlice, sizes_.hidden); }
-        // A slice of its rows: all channels of each slice are packed together, and have sums of their own.
+        Matrix qkv(std::int64_t part) const { return columns(Product::kQkv, part * sizes_.width, sizes_.hidden); }
+        Matrix dense() const { return columns(Product::kDense, 0, sizes_.hidden); }
+        Matrix ffn(std::int64_t slice) const { return columns(Product::kFfn, slice * kSlice, sizes_.hidden); }
+        // The matrix's columns of one slice: they are packed together, for all channels, and have sums of their own.
         Matrix ffn_output(std::int64_t slice) const {
-            IntegerMatrix part = all_[kFfnOutput];
+            IntegerMatrix part = all_[Product::kFfnOutput];
             part.packed += slice * steps(kSlice) * sizes_.panels() * kStepBytes;
             part.sum += slice * sizes_.width;
             part.rescale += slice * kSlice;
@@ -96,11 +88,23 @@ struct Integers {
         }
 
     private:
-        IntegerMatrix all_[4];
+        IntegerMatrix all_[Product::kCount];
         Sizes sizes_;
 
-        // The channels from `first` on, the first of a panel.
-        Matrix columns(Product product, std::int64_t first, std::int64_t k) const {
+        static LayerVectors vectors_of(const std::int64_t* row, std::int64_t hidden) {
+            const float* qkv_bias = at(row, Vector::kQkvBias);
+            return {{qkv_bias, qkv_bias + hidden, qkv_bias + 2 * hidden},
+                    at(row, Vector::kDenseBias),
+                    at(row, Vector::kNormWeight),
+                    at(row, Vector::kNormBias),
+                    at(row, Vector::kFfnBias),
+                    at(row, Vector::kFfnOutputBias),
+                    at(row, Vector::kFullNormWeight),
+                    at(row, Vector::kFullNormBias)};
+        }
+
+        // The channels from `first` on; a panel begins there.
+        Matrix columns(Product::Index product, std::int64_t first, std::int64_t k) const {
             IntegerMatrix part = all_[product];
             part.packed += first / kColumns * steps(k) * kStepBytes;
             part.scale += first;

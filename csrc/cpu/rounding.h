@@ -1,4 +1,4 @@
-// Rows of floats rounded to integers, each with a step of its own: the left sides of integer_gemm.h's products.
+// Rounds rows of floats to integers, each row with its own step: the left sides of integer_gemm.h's products.
 #pragma once
 
 #include <cfloat>
@@ -15,13 +15,13 @@ static inline std::int64_t rounded_row_bytes(std::int64_t k) {
     return bytes % 1024 == 0 ? bytes + 64 : bytes;
 }
 
-// `levels` / extent, or 0 where a row is too small to be told from zero.
+// `levels` / extent, or 0 for a row whose elements are too small to be distinguished from zero.
 static inline float inverse_step(float extent, float levels) {
     const float inverse = levels / extent;
     return extent > 0.0f && inverse < FLT_MAX ? inverse : 0.0f;
 }
 
-// A row as it is rounded: x * rescale + shift, element by element.
+// A row that is rounded after x * rescale + shift, element by element.
 struct RescaledRow {
     const float *row, *rescale, *shift;
     std::int64_t n;
@@ -32,7 +32,7 @@ struct RescaledRow {
     }
 };
 
-// The smallest and largest element of a row, zero among them; `damage` is NaN where it holds a NaN or an infinity.
+// The smallest and largest element of a row, zero among them; `damage` is NaN if the row has a NaN or an infinity.
 struct Extent {
     float low, high, damage;
 
@@ -56,7 +56,7 @@ template <class Row>
 static inline RowScale round_row(const Row& row, float levels, std::uint8_t* to) {
     typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
     const Extent extent(row);
-    // Halves of both: the range of a finite row may pass float's largest number.
+    // Halved first: the range of a finite row may exceed float's largest number.
     const float range = 0.5f * extent.high - 0.5f * extent.low, steps = 0.5f * levels;
     const float inverse = inverse_step(range, steps);
     const float zero = __builtin_rintf(-extent.low * inverse), shift = kRoundToInteger + zero;

@@ -32,7 +32,7 @@ struct Bfloat16 {
     std::uint16_t bits;
 };
 
-// How many lanes of a vector stand for elements: all of them, or the first `count` at the end of a row.
+// How many lanes of a vector hold elements: all, or at the end of a row the first `count`.
 struct Full {};
 struct Part {
     int count;
@@ -59,8 +59,8 @@ static inline UintVec lane_numbers() {
     return lanes;
 }
 
-// The larger, the smaller of both; y where either is NaN, so a NaN in y stays. x86 has just this in one instruction,
-// which GCC does not see in the comparison.
+// The larger, the smaller of both; y if either is NaN, so that a NaN in y stays. x86 has one instruction for it, which
+// GCC does not find from the comparison.
 static inline Vec larger(Vec x, Vec y) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y);
@@ -81,7 +81,7 @@ static inline Vec smaller(Vec x, Vec y) {
 #endif
 }
 
-// x, rounded: the compiler may not fuse the product that gave it with a sum that follows.
+// x, but the compiler cannot fuse the product that computed it with a sum that follows.
 static inline Vec rounded(Vec x) {
 #if defined(__x86_64__)
     asm("" : "+x"(x));
@@ -186,7 +186,7 @@ static inline float sum_lanes(Vec x) {
 #endif
 }
 
-// The largest of all lanes; any number where one is NaN.
+// The largest of all lanes; undefined if one is NaN.
 static inline float largest_lane(Vec x) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)

@@ -6,8 +6,8 @@
 
 namespace albert_fast::cuda {
 
-// Starts to bring rows first_row to first_row + kTileColumns, columns first_column on, of proj_weight; zeros outside
-// it.
+// Starts copying the rows first_row to first_row + kTileColumns of proj_weight, from column first_column on; outside of
+// it there are zeros.
 template <class Scalar>
 __device__ __forceinline__ void load_weight(unsigned char* target, const Arguments<Scalar>& a, std::int64_t first_row,
                                             std::int64_t first_column) {

@@ -26,6 +26,7 @@
 
 #include <algorithm>
 
+#include "../layer_schema.h"
 #include "embedding_product.cuh"
 #include "embedding_rows_gradient.cuh"
 #include "embedding_tables_gradient.cuh"
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kResident ? kMultiprocessorBlocks : 
     for (std::int64_t step = 0; step < steps; ++step) {
         const std::int64_t chunk = step % chunks;
         wait_for_copies<kStages - 2>();
-        __syncthreads();  // this step's weights and the rows are there, and nobody reads the last step's any more
+        __syncthreads();  // this step's weights and the rows have arrived, and the last step's are not read any more
         load_step(step + kStages - 1);
         if constexpr (!kResident) {
             if (chunk % kGatherChunks == 0) {
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kResident ? kMultiprocessorBlocks : 
     }
 }
 
-// What the current device has.
+// The properties of the current device.
 struct Device {
     int multiprocessors = 0, shared_bytes = 0;
 };
@@ -100,12 +101,12 @@ template <class Scalar, int kTokens, bool kResident>
 cudaError_t launch(const Arguments<Scalar>& a, const Device& device, cudaStream_t stream) {
     const auto kernel = embedding_projection_fwd_kernel<Scalar, kTokens, kResident>;
     const int bytes = static_cast<int>(Shared<Scalar, kTokens>::bytes(a.E, kResident));
-    // The limit is the process's, not this call's: all threads set the same one, whatever their E.
+    // The limit holds for the process, not for this call, so all threads set the same one, whatever their E.
     if (const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes)) {
         return error;
     }
-    // Few tokens: the columns are shared out as well, so that all multiprocessors have work.
+    // With few tokens the columns are divided too, so that all multiprocessors have work.
     const std::int64_t token_blocks = (a.T + kTokens - 1) / kTokens, tiles = (a.H + kTileColumns - 1) / kTileColumns;
     const std::int64_t wanted =
         std::max<std::int64_t>(1, kMultiprocessorBlocks * device.multiprocessors / token_blocks);
@@ -122,7 +123,7 @@ cudaError_t launch(const Arguments<Scalar>& a, const Device& device, cudaStream_
 template <class Scalar>
 cudaError_t choose_and_launch(const Arguments<Scalar>& a, const Device& device, cudaStream_t stream) {
     if constexpr (!std::is_same_v<Scalar, float>) {
-        // Large tiles read proj_weight less often, but want two blocks on a multiprocessor and enough tokens for all.
+        // Large tiles read proj_weight less often, but need two blocks on a multiprocessor and enough tokens for all.
         const bool fits = Shared<Scalar, 128>::bytes(a.E, true) * kMultiprocessorBlocks <= device.shared_bytes;
         if (fits && a.T >= 128 * device.multiprocessors) return launch<Scalar, 128, true>(a, device, stream);
     }
@@ -140,7 +141,7 @@ bool fills_16(std::int64_t n) {
     return n * static_cast<std::int64_t>(sizeof(Scalar)) % 16 == 0;
 }
 
-// What the forward pass and its gradient look up, with the element type that its caller left out.
+// The look-ups of the forward pass and its gradient, with pointers of the element type.
 template <class Scalar>
 Embeddings<Scalar> typed_embeddings(const std::int64_t* ids, const std::int64_t* types, const std::int64_t* positions,
                                     const void* word, const void* token_type, const void* position,
@@ -167,7 +168,7 @@ Embeddings<Scalar> typed_embeddings(const std::int64_t* ids, const std::int64_t*
             wide};
 }
 
-// Calls run with a value of the element type, for its sake.
+// Calls run with a value of the element type, from which run takes the type.
 template <class Run>
 int with_dtype(int dtype, Run run) {
     if (dtype == 0) return run(float());
@@ -176,7 +177,7 @@ int with_dtype(int dtype, Run run) {
     return cudaErrorInvalidValue;
 }
 
-// One of the backward kernels, whose shared memory every device has without being asked.
+// Launches a backward kernel; every device has its shared memory without raising the limit.
 template <class... Parameters, class... Values>
 cudaError_t launch_blocks(void (*kernel)(Parameters...), dim3 blocks, int threads, int bytes, void* stream,
                           Values... values) {
@@ -193,7 +194,6 @@ inline unsigned block_count(std::int64_t items, std::int64_t in_a_block) {
 }
 
 constexpr int kJoinBytes = kJoinThreads * sizeof(Four);
-constexpr int kPadColumns = 8;  // 16 bytes of the smallest dtype
 
 inline std::int64_t padded_width(std::int64_t E) { return (E + kPadColumns - 1) / kPadColumns * kPadColumns; }
 

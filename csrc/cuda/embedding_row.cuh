@@ -1,5 +1,5 @@
-// The arithmetic of one embedding row, apart from how a block shares it out: the same functions compile for the GPU and
-// for the host, where the tests run them.
+// The arithmetic of one embedding row, without the division of work in a block. The functions compile for the GPU and
+// for the host, where tests run them.
 #pragma once
 
 #include <cmath>
@@ -60,7 +60,7 @@ ALBERT_FAST_HOST_DEVICE int first_bad_table(const TokenRows& rows, std::int64_t 
     return rows.position < 0 || rows.position >= P ? 2 : -1;
 }
 
-// In the order of Hugging Face's sum.
+// Adds in the order of Hugging Face's sum.
 ALBERT_FAST_HOST_DEVICE float embedding_sum(float word, float token_type, float position) {
     return (word + token_type) + position;
 }
@@ -69,8 +69,8 @@ struct RowStatistics {
     float mean, rstd;
 };
 
-// From the mean and the sum of squares of a row's E centred elements. As in torch's layer_norm on a CPU, where the
-// mean's square passes float the row is NaN, if it has whole vectors of elements.
+// 1 / standard deviation, from the mean and the sum of squares of a row's E centred elements. As in torch's layer_norm
+// on a CPU, a row of whole vectors becomes NaN if the square of its mean exceeds float.
 ALBERT_FAST_HOST_DEVICE float reciprocal_deviation(float mean, float squares, std::int64_t E, float eps) {
     const float overflow = E % 16 == 0 ? 0.0f * (mean * mean) : 0.0f;
     return 1.0f / sqrtf(squares / static_cast<float>(E) + overflow + eps);
@@ -82,8 +82,8 @@ ALBERT_FAST_HOST_DEVICE float layer_norm(float z, const RowStatistics& row, floa
     return normalised(z, row) * weight + bias;
 }
 
-// What the gradient of a row's LayerNorm needs of all its columns: with g the gradient of the output times ln_weight,
-// the means of g and of g z_hat.
+// What the gradient of LayerNorm needs to know of a whole row: the means of g and of g z_hat, where g is the gradient
+// of the output times ln_weight.
 struct RowGradient {
     RowStatistics statistics;
     float mean_g, mean_g_z_hat;

@@ -1,17 +1,18 @@
 // The gradient of the normalised rows (T,E): of their sum before LayerNorm, and of LayerNorm's weights.
 //
-// A block takes kGradientRows tokens, eight lanes a row, and computes again what the forward pass did not keep. A row
-// of up to kGatherColumns columns is read once and stays in registers; of a wider one the sums are taken first and its
-// columns read again, a tile at a time. Sums over tokens are those of a block in a fixed order, then of the blocks
-// (embedding_tables_gradient.cuh): kGradientRows is the same on every chip, so they are too.
+// A block takes kGradientRows tokens, eight lanes a row, and computes again what the forward pass did not save. A row
+// of up to kGatherColumns columns is read once and stays in registers. A wider row is read twice: first for its sums,
+// then a tile of columns at a time. Tokens are summed within a block in a fixed order, then over blocks
+// (embedding_tables_gradient.cuh). kGradientRows is the same on every chip, and so are the sums.
 #pragma once
 
+#include "../layer_schema.h"
 #include "embedding_tile.cuh"
 #include "hardware.cuh"
 
 namespace albert_fast::cuda {
 
-constexpr int kGradientRows = 64;  // tokens of a block
+constexpr int kGradientRows = kSumTokens;  // tokens of a block
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kGroups = kThreads / kRowLanes;  // rows that a block works at together
 
@@ -43,7 +44,7 @@ struct RowsGradient : Embeddings<Scalar> {
     std::int64_t padded;       // E rounded up to 16 bytes in every dtype
 };
 
-// Where things stand in a block's shared memory.
+// The layout of a block's shared memory.
 struct RowsGradientShared {
     RowGradient* rows;  // (kGradientRows), of rows that do not fit the registers
     float* sums;        // (kWarps,2,kGatherColumns)
@@ -99,8 +100,8 @@ __device__ __forceinline__ void load_gradient(float (&dy)[kLaneColumns], const R
     }
 }
 
-// What all columns of a token's row say together; `z_hat` (the normalised sum) and `dy` hold the last of them
-// afterwards, as in row_statistics.
+// The sums over all columns of a token's row. Afterwards `z_hat` (the normalised sum) and `dy` hold the last columns,
+// as in row_statistics.
 template <bool kOneTile, class Scalar>
 __device__ __forceinline__ RowGradient row_gradient(float (&z_hat)[kLaneColumns], float (&dy)[kLaneColumns],
                                                     const RowsGradient<Scalar>& a, const TokenRows& rows,
@@ -195,7 +196,7 @@ __device__ __forceinline__ void store_sums(float (&dweight)[kLaneColumns], float
             a.partial[(static_cast<std::int64_t>(blockIdx.x) * 2 + i / kGatherColumns) * a.padded + column] = sum;
         }
     }
-    __syncthreads();  // the next tile's sums take the same place
+    __syncthreads();  // the next tile's sums use the same memory
 }
 
 template <class Scalar>
@@ -209,7 +210,7 @@ __device__ __forceinline__ void store_keys(const RowsGradient<Scalar>& a, const 
     a.keys.set(types + a.T + token, good ? words + a.Y + rows.position : none);
 }
 
-// Blocks that share a multiprocessor: two where what is kept of a row fits 128 registers.
+// Blocks that share a multiprocessor: two if the registers of a row are at most 128.
 template <class Scalar, bool kOneTile>
 constexpr int kGradientBlocks = kOneTile && sizeof(Scalar) < sizeof(float) ? 2 : 1;
 

@@ -1,14 +1,17 @@
-// Sums of the rows of dz (T,E) into the gradients of the three tables, and of blocks' partial sums, without atomics.
+// Adds the rows of dz (T,E) to the gradients of the three tables, and joins blocks' partial sums, without atomics.
 //
-// The pairs of token and table are sorted by the row they add to, tokens of a row in order, so that each row's pairs
-// are one run. A warp adds up kWarp neighbouring pairs. Runs inside its chunk it finishes; of one that reaches over an
-// edge it keeps the sum, and a block of its own joins these in order. So two rows with thousands of tokens each (the
-// types) are shared out as well as thousands of rows with two, and the order of a sum depends on the ids alone.
+// The pairs of token and table are sorted by the row they add to, and by token within a row, so that each row's pairs
+// are one run. A warp adds up a chunk of kWarp neighbouring pairs. It writes the sums of runs that lie inside its
+// chunk. The partial sums of a run that crosses chunks are joined in order by a block of its own. So the work is
+// divided well both for two rows with thousands of tokens each (the types) and for thousands of rows with two, and the
+// order of a sum depends on the ids alone.
 #pragma once
 
 #include "embedding_rows_gradient.cuh"
 
 namespace albert_fast::cuda {
+
+static_assert(kWarp == kSumPairs, "a warp makes a partial sum");
 
 constexpr int kJoinWarps = 16, kJoinThreads = kJoinWarps * kWarp;
 constexpr int kFours = 4, kJoinColumns = kWarp * kFours;  // columns of a lane and of a warp at a time
@@ -16,10 +19,10 @@ constexpr int kAhead = 8;                                 // rows on their way a
 
 template <class Scalar>
 struct TablesGradient {
-    Keys keys;                                  // (pairs), ascending
-    const std::int64_t* order;                  // (pairs): which of the unsorted pairs, T of each table
-    const float* dz;                            // (T,padded)
-    float* partial;                             // (chunks,2,padded): of a run from before, of a run that goes on
+    Keys keys;                  // (pairs), ascending
+    const std::int64_t* order;  // (pairs): the index of each pair before the sort, T of each table
+    const float* dz;            // (T,padded)
+    float* partial;             // (chunks,2,padded): of the run from the chunk before, of the run into the next
     Scalar *dword, *dtype_table, *dposition;    // (V,E), (Y,E), (P,E), zeros
     std::int64_t pairs, T, E, padded, V, Y, P;  // V is 0 with inputs_embeds
     std::int64_t padding_idx;                   // the row of dword that stays zero, or -1
@@ -133,7 +136,7 @@ __device__ __forceinline__ Four block_sum(std::int64_t count, bool inside, Four*
         next.load(shared[other + threadIdx.x].x);
         sum.add(next);
     }
-    __syncthreads();  // the next sum takes the same place
+    __syncthreads();  // the next sum uses the same memory
     return sum;
 }
 
@@ -149,7 +152,7 @@ __device__ __forceinline__ std::int64_t last_chunk(const TablesGradient<Scalar>&
     return low;
 }
 
-// Block x: the run that begins in chunk x and goes on, if there is one.
+// Block x joins the run that begins in chunk x and continues in the next, if there is one.
 template <class Scalar>
 __global__ void __launch_bounds__(kJoinThreads) embedding_projection_bwd_join_kernel(const TablesGradient<Scalar> a) {
     extern __shared__ uint4 shared_memory[];

@@ -24,7 +24,7 @@ constexpr int kLaneColumns = kGatherColumns / kRowLanes;
 constexpr int kWeightStride = kChunkBytes + kPadBytes;
 constexpr int kWeightBytes = kTileColumns * kWeightStride;
 
-// What makes the normalised rows (T,E).
+// What the normalised rows (T,E) are computed from.
 template <class Scalar>
 struct Embeddings {
     const std::int64_t *ids, *types, *positions;                       // (T); ids null: word is (T,E)
@@ -60,14 +60,14 @@ constexpr int kVector = 16 / sizeof(Scalar);  // elements in 16 bytes
 template <class Scalar>
 constexpr int kChunk = kChunkBytes / sizeof(Scalar);  // elements in a chunk of proj_weight
 
-// Bytes of a normalised row in shared memory: all of it where rows are resident, else what is gathered at a time.
+// Bytes of a normalised row in shared memory: the whole row if rows are resident, else the columns gathered at a time.
 template <class Scalar>
 __host__ __device__ __forceinline__ std::int64_t row_stride(std::int64_t E, bool resident) {
     const std::int64_t columns = resident ? (E + kChunk<Scalar> - 1) / kChunk<Scalar> * kChunk<Scalar> : kGatherColumns;
     return columns * static_cast<std::int64_t>(sizeof(Scalar)) + kPadBytes;
 }
 
-// Where things stand in a block's shared memory.
+// The layout of a block's shared memory.
 template <class Scalar, int kTokens>
 struct Shared {
     TokenRows* tokens;          // (kTokens)
@@ -130,7 +130,7 @@ __device__ __forceinline__ void gather(float (&z)[kLaneColumns], const Embedding
     }
 }
 
-// Normalises what `gather` brought and writes it to shared memory, `row` pointing at first_column there.
+// Normalises what `gather` read and writes it to shared memory; `row` points at first_column there.
 template <class Scalar>
 __device__ __forceinline__ void store_normalised(Scalar* row, const float (&z)[kLaneColumns],
                                                  const Embeddings<Scalar>& a, std::int64_t token, bool good,
@@ -164,8 +164,8 @@ __device__ __forceinline__ float sum_over_row_lanes(float x) {
     return x;
 }
 
-// Mean and deviation of a token's summed embeddings. `z` holds this lane's share of the last columns afterwards: of
-// all, if there is one tile of kGatherColumns. Wider rows are gathered again, from the L1 cache.
+// Mean and deviation of a token's summed embeddings. Afterwards `z` holds this lane's share of the last kGatherColumns
+// columns, which may be all. Wider rows are gathered again, from the L1 cache.
 template <bool kOneTile, class Scalar>
 __device__ __forceinline__ RowStatistics row_statistics(float (&z)[kLaneColumns], const Embeddings<Scalar>& a,
                                                         const TokenRows& rows, int lane) {
@@ -199,7 +199,7 @@ __device__ __forceinline__ TokenRows token_rows(const Embeddings<Scalar>& a, std
     return rows;
 }
 
-// Looks at the ids of the block's tokens; one thread a token.
+// Reads and checks the ids of the block's tokens; one thread a token.
 template <class Scalar, int kTokens>
 __device__ __forceinline__ void find_rows(const Arguments<Scalar>& a, const Shared<Scalar, kTokens>& shared,
                                           std::int64_t first_token) {

@@ -1,4 +1,4 @@
-// The instructions that CUDA C++ has no word for: tensor cores, their loads, and copies that run on their own.
+// Instructions that CUDA C++ has no function for: tensor cores, their loads, and copies in the background.
 //
 // Layouts are those of the PTX instruction set manual, "Matrix fragments for mma.m16n8k16" and "ldmatrix". With
 // g = lane / 4 and t = lane % 4, a thread holds of A (16 x 16) rows g, g + 8 and columns 2t, 2t + 1, 2t + 8, 2t + 9; of
@@ -18,8 +18,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Stores 16 bytes at once: an assigned uint4 may be split into words, as the compiler's vectoriser pleases. Nothing
-// that is stored so is read again by the same kernel.
+// Stores 16 bytes at once; the compiler might split the assignment of a uint4 into words. The same kernel must not read
+// these bytes again.
 __device__ __forceinline__ void store_16(void* global, const void* items) {
     std::uint32_t words[4];
     memcpy(words, items, sizeof words);

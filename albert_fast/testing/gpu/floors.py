@@ -183,8 +183,7 @@ def _encoder(shape: Any) -> Runs:
     from ...kernels.encoder import encoder_fwd
 
     i = counted_inputs("encoder", shape)
-    names = ("hidden", "weights", "order", "cu_seqlens", "rows", "cu_rows", "num_heads", "softmax_scale", "eps", "act")
-    return (lambda: encoder_fwd(*(i[name] for name in names)),)
+    return (lambda: encoder_fwd(**i),)
 
 
 def _quantized_encoder(shape: Any) -> Runs:

@@ -333,16 +333,15 @@ def _graph_inputs_launches() -> Iterator[Case]:
 
 def _encoder_launches() -> Iterator[Case]:
     from ...kernels.encoder import encoder_fwd
-    from ...ops.encoder import WEIGHTS
+    from ...ops.schema import WEIGHTS, sizes_of
 
     def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, asked: bool) -> None:
         width = heads * head_dim
-        sizes = {"H": width, "I": 4 * width}
-        weights = [_empty([sizes[name] for name in spelt.split()], dtype=dtype) for spelt in WEIGHTS.values()]
+        weights = [_empty(*sizes_of(letters, width, 4 * width), dtype=dtype) for letters in WEIGHTS.values()]
         cu_seqlens, rows = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-        asked_rows, cu_rows = (rows, cu_seqlens) if asked else (None, None)
+        wanted = (rows, cu_seqlens) if asked else (None, None)
         hidden = _empty(tokens, width, dtype=dtype)
-        encoder_fwd(hidden, weights, [0], cu_seqlens, asked_rows, cu_rows, heads, 0.125, 1e-12, "gelu_tanh")
+        encoder_fwd(hidden, weights, [0], cu_seqlens, *wanted, heads, 0.125, 1e-12, "gelu_tanh")
 
     # Every tile of products, with the released models' heads and with the largest, whole and padded; rows asked for.
     chosen = {"f32": [(16, 64, False), (128, 128, True)], "bf16": [(16, 128, True), (128, 64, False), (128, 80, True)]}
