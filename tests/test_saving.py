@@ -124,8 +124,8 @@ def test_a_real_kill(tmp_path: Path) -> None:
     script = """
         import os, random, signal, sys, time
         import torch
-        from albert_fast import reference
-        from albert_fast.config import ALBERTConfig
+        from albert_fast.models import reference
+        from albert_fast.models.config import ALBERTConfig
 
         torch.set_num_threads(1)
         fields = dict(vocab_size=2000, embedding_size=32, hidden_size=64, num_attention_heads=2, intermediate_size=64)

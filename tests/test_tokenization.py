@@ -381,7 +381,7 @@ def test_missing_libraries_name_the_extra(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
     code = (
         "import sys; sys.modules['tokenizers'] = None\n"
-        "from albert_fast.tokenization import load_tokenizer\n"
+        "from albert_fast.text.tokenizer import load_tokenizer\n"
         f"try: load_tokenizer({str(tmp_path)!r})\n"
         "except ImportError as error: print(error)\n"
     )
@@ -390,7 +390,7 @@ def test_missing_libraries_name_the_extra(tmp_path: Path) -> None:
 
 
 def test_importing_costs_neither_library() -> None:
-    code = "import sys, albert_fast.tokenization; print({'tokenizers', 'sentencepiece', 'torch'} & set(sys.modules))"
+    code = "import sys, albert_fast.text.tokenizer; print({'tokenizers', 'sentencepiece', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
