@@ -86,7 +86,7 @@ def test_some_special_tokens_as_text(small: Tokenizer) -> None:
     assert ids.count(small.mask_token_id) == 1
     assert ids.count(small.sep_token_id) == ids.count(small.cls_token_id) == 1
     assert set(small.all_special_tokens) >= {"[CLS]", "[SEP]", "[MASK]", small.pad_token, small.unk_token}
-    with pytest.raises(ValueError, match=r"\['film'\] are no special tokens"):
+    with pytest.raises(ValueError, match=r"\['film'\] are not special tokens"):
         small(text, split_special_tokens=["film"])
     with pytest.raises(TypeError, match="split_special_tokens is 'yes'"):
         small(text, split_special_tokens="yes")

@@ -145,8 +145,8 @@ class Counting:
 
 def test_twenty_thousand_added_tokens_are_added_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    add = _vocabulary._add_tokens
-    monkeypatch.setattr(_vocabulary, "_add_tokens", lambda backend, *rest: add(Counting(backend, calls), *rest))
+    add = _vocabulary.add_tokens
+    monkeypatch.setattr(_vocabulary, "add_tokens", lambda backend, *rest: add(Counting(backend, calls), *rest))
     added = {f"<t{i}>": 10 + i for i in range(20_000)}
     tokenizer = load_tokenizer(write(tmp_path, vocab_txt="\n".join(WORDPIECES), added_tokens_json=added))
     assert calls == [20_000]  # the library builds its search anew at each call

@@ -129,7 +129,7 @@ def _batch(folder: Path, batch_size: int, length: int, ragged: bool, device: tor
     """Random ids (B, S) and their mask: all of length S, or lengths spread evenly from S / 8 to S."""
     import torch
 
-    from ..checkpoints.weights import config_path
+    from ..checkpoints.saving import config_path
     from ..models.config import ALBERTConfig
 
     config = ALBERTConfig.from_json_file(config_path(folder))

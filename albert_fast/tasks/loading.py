@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.weights import config_path, resolve
+from ..checkpoints.saving import config_path
+from ..checkpoints.weights import resolve
 from ..models.config import ALBERTConfig
 from ..models.pretrained import PretrainedMixin, held_precision
 from ..runtime.devices import choose_device

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.weights import config_path, resolve
+from ..checkpoints.saving import config_path, missing_config
+from ..checkpoints.weights import resolve
 from ..models.albert import ALBERTModel
 from ..models.config import ALBERTConfig
 from ..models.heads import (
@@ -107,7 +108,7 @@ def _model_class(folder: Path) -> tuple[Any, ALBERTConfig]:
     """The class that config.json names (where it names none, the encoder without a head), and the configuration."""
     file = config_path(folder)
     if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json there, where a checkpoint has it")
+        raise missing_config(folder)
     config = ALBERTConfig.from_json_file(file)
     if config.extra.get("quantization_config") is not None:
         raise ValueError(f"{folder}: its weights are rounded already; take the checkpoint that they were made from")
