@@ -37,10 +37,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random checkpoints with one vocabulary."""
     tokenizer = train_tokenizer([*TEXTS, "never say never: a good, bad, new story!"] * 4, 46)
     config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=48, initializer_range=0.4,
+        vocab_size=tokenizer.vocab_size,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        initializer_range=0.4,
         id2label={0: "negative", 1: "positive"},
-    )  # fmt: skip
+    )
     kinds = {
         "classifier": (ALBERTForSequenceClassification, config),
         "regressor": (

@@ -154,8 +154,11 @@ def test_a_real_kill(tmp_path: Path) -> None:
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "model")],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("[1, 2]"), "no child was killed before, or none after, it had saved"
     assert run.stdout.endswith("] ['config.json', 'model.safetensors']\n"), (

@@ -74,10 +74,10 @@ class Repository:
                 f"{self.name}: no such folder here{near(self.name)}; as a name on the hub it is not in the local cache, and "
                 f"the hub cannot be reached: {self.unreachable}. Check the path, or the network"
             )
-        place = (
+        source = (
             "the local cache holds" if self.arguments.get("local_files_only") else "this repository of the hub holds"
         )
-        return FileNotFoundError(f"{self.name}: no such folder here{near(self.name)}; {place} none of {what}")
+        return FileNotFoundError(f"{self.name}: no such folder here{near(self.name)}; {source} none of {what}")
 
 
 def near(name: str) -> str:

@@ -61,7 +61,7 @@ def quantize_checkpoint(
         precision: "int8" or "int16".
         texts: the calibration texts, as the model will be given them; pairs for tasks over pairs.
         max_length: texts are cut to this many tokens; default: as many as the model takes.
-        overwrite: replace `output`, if it holds nothing but such a checkpoint.
+        overwrite: replace `output`, if it holds only the files of a stored checkpoint.
 
     Returns:
         How many tokens the rounding was calibrated on.

@@ -162,8 +162,8 @@ class RowReader:
         return None
 
     def _fail(self, problem: str, column: str | int | None = None) -> NoReturn:
-        place = f"{self._lines.name}, line {self._line}" + ("" if column is None else f", column {column!r}")
-        raise ValueError(f"{place}: {problem}")
+        where = f"{self._lines.name}, line {self._line}" + ("" if column is None else f", column {column!r}")
+        raise ValueError(f"{where}: {problem}")
 
     def _plain_line(self, deadline: float | None) -> Record | None:
         line = self._lines.read(deadline)
@@ -171,9 +171,9 @@ class RowReader:
             return None
         self._line = line.number
         if line.dropped:
-            place = f"{self._lines.name}, line {line.number}"
+            where = f"{self._lines.name}, line {line.number}"
             warnings.warn(
-                f"{place}: {line.dropped} bytes beyond the first {self._lines.longest} are left out", stacklevel=2
+                f"{where}: {line.dropped} bytes beyond the first {self._lines.longest} are left out", stacklevel=2
             )
         return Record(line.number, self._checked_text(line.text.removesuffix("\r")))
 

@@ -52,18 +52,18 @@ def require(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Turns errors of a library in the block, also Rust panics, into a ValueError that begins with `place`."""
+def naming(subject: str) -> Iterator[None]:
+    """Turns errors of a library in the block, also Rust panics, into a ValueError that begins with `subject`."""
     try:
         yield
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{subject}: {error}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # pyo3 gives no public name for it
             raise
-        raise ValueError(f"{place}: the tokenizers library failed: {error}") from error
+        raise ValueError(f"{subject}: the tokenizers library failed: {error}") from error
 
 
 def find(folder: Path) -> Path:
@@ -103,7 +103,7 @@ def read(file: Path, warn: bool = True) -> tuple[tokenizers.Tokenizer, dict[str,
     """Reads a vocabulary file and the JSON files in its folder; returns the pipeline and tokenizer_config's settings."""
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file}: {file.stat().st_size} bytes; a vocabulary has at most {MAX_BYTES}")
-    given = _settings_beside(file)
+    given = _settings_of_folder(file)
     if file.suffix == ".json":
         backend, defaults = _read_pipeline(file, given)
     elif file.suffix == ".model":
@@ -122,33 +122,33 @@ def read(file: Path, warn: bool = True) -> tuple[tokenizers.Tokenizer, dict[str,
     size = _json(file.with_name("config.json")).get("vocab_size")
     if warn and isinstance(size, int) and backend.get_vocab_size() > size:
         warnings.warn(
-            f"albert_fast: {file} has {backend.get_vocab_size()} pieces, the model beside it (config.json) {size}: ids "
+            f"albert_fast: {file} has {backend.get_vocab_size()} pieces, the model in the same folder (config.json) {size}: ids "
             "from there on are errors",
             stacklevel=3,
         )
     return backend, public_settings(settings)
 
 
-def _settings_beside(file: Path) -> dict[str, Any]:
+def _settings_of_folder(file: Path) -> dict[str, Any]:
     """Reads tokenizer_config, special_tokens_map, added_tokens and config.json in a vocabulary's folder."""
-    place = file.with_name("tokenizer_config.json")
-    config = _json(place)
+    path = file.with_name("tokenizer_config.json")
+    config = _json(path)
     known = {key: config[key] for key in (*_FLAGS, *_SIDES, "tokenizer_class") if config.get(key) is not None}
     for key, value in known.items():
         right = value in ("left", "right") if key in _SIDES else isinstance(value, bool if key in _FLAGS else str)
         if not right:
             want = "'left' or 'right'" if key in _SIDES else "true or false" if key in _FLAGS else "a name"
-            raise ValueError(f"{place}: {key} is {value!r:.100}; expected {want}")
+            raise ValueError(f"{path}: {key} is {value!r:.100}; expected {want}")
     added, older = config.get("added_tokens_decoder"), {}
-    where, older_place = f"{place}: added_tokens_decoder", file.with_name("special_tokens_map.json")
+    where, older_path = f"{path}: added_tokens_decoder", file.with_name("special_tokens_map.json")
     if added is None:  # as in transformers, the two older files are read only if this entry is missing
-        older = _json(older_place)
+        older = _json(older_path)
         where = str(file.with_name("added_tokens.json"))
         added = {str(index): {"content": content} for content, index in _json(Path(where)).items()}
     tokens = {**config, **older}
     for key in _UNIGRAM_TOKENS:
         if tokens.get(key) is not None:
-            known[key] = _content(tokens[key], f"{older_place if key in older else place}: {key}")
+            known[key] = _content(tokens[key], f"{older_path if key in older else path}: {key}")
     if not isinstance(added, dict):
         raise ValueError(f"{where} is {added!r:.100}; expected an object of id and token")
     known["added_tokens_decoder"] = {
@@ -156,7 +156,7 @@ def _settings_beside(file: Path) -> dict[str, Any]:
         for index, token in added.items()
     }
     extra = tokens.get("extra_special_tokens") or tokens.get("additional_special_tokens") or []
-    where = f"{place}: extra_special_tokens or additional_special_tokens"
+    where = f"{path}: extra_special_tokens or additional_special_tokens"
     if not isinstance(extra, (list, dict)):
         raise ValueError(f"{where} is {extra!r:.100}; expected a list")
     known["extra_special_tokens"] = [
@@ -165,7 +165,7 @@ def _settings_beside(file: Path) -> dict[str, Any]:
     # transformers writes 1e30 if it knows no limit.
     longest = config.get("model_max_length")
     if isinstance(longest, bool) or not isinstance(longest, (int, float, type(None))) or longest == 0:
-        raise ValueError(f"{place}: model_max_length is {longest!r:.100}; expected a number of tokens")
+        raise ValueError(f"{path}: model_max_length is {longest!r:.100}; expected a number of tokens")
     limits = [longest, _json(file.with_name("config.json")).get("max_position_embeddings")]
     real = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 1e9]
     if real:

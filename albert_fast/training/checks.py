@@ -70,9 +70,7 @@ def read_split(
     """
     examples = read_examples(file, label_names=label_names, **columns)
     if for_metrics and holds_probabilities(examples):
-        raise ValueError(
-            f"{file}: labels are probabilities; metrics need one label an example (a loss does not)"
-        )
+        raise ValueError(f"{file}: labels are probabilities; metrics need one label an example (a loss does not)")
     if label_names is None and examples.label_names is not None:
         try:
             names = [float(name) for name in examples.label_names]

@@ -60,56 +60,56 @@ def read_examples(
     )
     if not rows:
         raise ValueError(f"{path}: no examples")
-    places = [f"{path}, line {row.line}" for row in rows]
-    return Examples(_texts(rows, places), *_labels([row.label for row in rows], label_names, places))
+    sources = [f"{path}, line {row.line}" for row in rows]
+    return Examples(_texts(rows, sources), *_labels([row.label for row in rows], label_names, sources))
 
 
-def _texts(rows: Sequence[Record], places: Sequence[str]) -> list[str] | list[tuple[str, str]]:
+def _texts(rows: Sequence[Record], sources: Sequence[str]) -> list[str] | list[tuple[str, str]]:
     """The texts; pairs of texts if every row has a second one."""
-    alone = next((place for row, place in zip(rows, places, strict=True) if row.pair is None), None)
-    if alone is None:
+    single = next((source for row, source in zip(rows, sources, strict=True) if row.pair is None), None)
+    if single is None:
         return [(row.text, row.pair or "") for row in rows]
-    if paired := next((place for row, place in zip(rows, places, strict=True) if row.pair is not None), None):
-        raise ValueError(f"{alone}: no second text, which {paired} has; all rows need one, or none")
+    if paired := next((source for row, source in zip(rows, sources, strict=True) if row.pair is not None), None):
+        raise ValueError(f"{single}: no second text, which {paired} has; all rows need one, or none")
     return [row.text for row in rows]
 
 
 def _labels(
-    labels: Sequence[Any], label_names: Sequence[str] | None, places: Sequence[str]
+    labels: Sequence[Any], label_names: Sequence[str] | None, sources: Sequence[str]
 ) -> tuple[list[int] | list[float] | list[list[float]], list[str] | None]:
-    """Returns (ids, names), (numbers, None) or (probabilities of the classes, names). `places` are for error messages."""
+    """Returns (ids, names), (numbers, None) or (probabilities of the classes, names). `sources` are for error messages."""
     soft = [isinstance(label, list) for label in labels]
     if not any(soft):
-        return encode_labels([str(label) for label in labels], label_names, places)
+        return encode_labels([str(label) for label in labels], label_names, sources)
     if not all(soft):
         raise ValueError(
-            f"{places[soft.index(False)]}: the label is one value, but that of {places[soft.index(True)]} is a list of "
+            f"{sources[soft.index(False)]}: the label is one value, but that of {sources[soft.index(True)]} is a list of "
             "probabilities; all rows need the same kind"
         )
     names = [str(i) for i in range(len(labels[0]))] if label_names is None else list(label_names)
-    for place, label in zip(places, labels, strict=True):
+    for source, label in zip(sources, labels, strict=True):
         if len(label) != len(names) or abs(sum(label) - 1) > 1e-2 or min(label) < 0:
-            raise ValueError(f"{place}: the label is {label}, expected {len(names)} probabilities")
+            raise ValueError(f"{source}: the label is {label}, expected {len(names)} probabilities")
     return list(labels), names
 
 
 def encode_labels(
-    labels: Sequence[str], label_names: Sequence[str] | None = None, places: Sequence[str] | None = None
+    labels: Sequence[str], label_names: Sequence[str] | None = None, sources: Sequence[str] | None = None
 ) -> tuple[list[int] | list[float], list[str] | None]:
     """Turns the labels of a file into (ids, names) or (numbers, None); see `read_examples`.
 
     Args:
-        places: where each label is, for error messages; default: "label 0" and so on.
+        sources: where each label is, for error messages; default: "label 0" and so on.
     """
 
-    def place(index: int) -> str:
-        return f"label {index}" if places is None else places[index]
+    def source(index: int) -> str:
+        return f"label {index}" if sources is None else sources[index]
 
     if label_names is not None:
         index = {str(i): i for i in range(len(label_names))} | {name: i for i, name in enumerate(label_names)}
         wrong = next((i for i, label in enumerate(labels) if label not in index), None)
         if wrong is not None:
-            raise ValueError(f"{place(wrong)}: the label is {labels[wrong]!r}, expected one of {list(label_names)}")
+            raise ValueError(f"{source(wrong)}: the label is {labels[wrong]!r}, expected one of {list(label_names)}")
         return [index[label] for label in labels], list(label_names)
     try:
         numbers = [float(label) for label in labels]
@@ -119,7 +119,7 @@ def encode_labels(
         return [ids[label] for label in labels], names
     wrong = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
     if wrong is not None:
-        raise ValueError(f"{place(wrong)}: the label {labels[wrong]!r} is not a finite number")
+        raise ValueError(f"{source(wrong)}: the label {labels[wrong]!r} is not a finite number")
     whole = {int(number) for number in numbers if number == int(number) >= 0}
     if all(number in whole for number in numbers) and whole == set(range(len(whole))) and len(whole) > 1:
         return [int(number) for number in numbers], [str(i) for i in range(len(whole))]

@@ -111,7 +111,7 @@ class Run:
         """
         self.saved = load_state(self.folder, self.settings, self.device)
         if self.saved is None:
-            self.report(f"{self.folder} holds no state to go on from: a new run")
+            self.report(f"{self.folder} holds no state to continue from: a new run")
             return
         self.stage = self.saved["stage"]
         self.history = json.loads(self.saved["history"])
