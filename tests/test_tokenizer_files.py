@@ -90,7 +90,7 @@ def test_two_vocabularies_that_nothing_tells_apart(tmp_path: Path, model: bytes,
 
 def test_a_vocabulary_larger_than_the_model_is_told(tmp_path: Path, model: bytes) -> None:
     write(tmp_path, spiece_model=model, config_json={"vocab_size": 50})
-    with pytest.warns(UserWarning, match=r"60 pieces, the model beside it \(config.json\) 50"):
+    with pytest.warns(UserWarning, match=r"60 pieces, the model in the same folder \(config.json\) 50"):
         load_tokenizer(tmp_path)
 
 

@@ -123,7 +123,7 @@ class Run:
                 f"{self.folder / STATE_NAME}: {begun} epochs are done or begun, so the run cannot end after "
                 f"{self.recipe.epochs}; give epochs (--epochs) of {begun} or more"
             )
-        self.report(f"going on with {self.stage} after {epoch} epochs and {step} steps")
+        self.report(f"continuing with {self.stage} after {epoch} epochs and {step} steps")
 
     def epochs(self, stage: Stage) -> None:
         """Runs all epochs of a stage, from where the saved state left it.
