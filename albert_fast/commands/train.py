@@ -20,7 +20,7 @@ class RecipeOptions:
     """The fields of `albert_fast.training.Recipe` with its defaults; that class takes too long to import for --help."""
 
     epochs: Annotated[int, typer.Option(min=1, help="Passes over TRAIN.")] = 3
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Texts in a step.")] = 32
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Texts in a training step.")] = 32
     learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -31,20 +31,26 @@ class RecipeOptions:
             show_default="5e-5 with --init-from, else 5e-4",
         ),
     ] = None
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW.")] = 0.01
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.01
     warmup_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps that warm up.")] = 0.06
     max_grad_norm: Annotated[float, typer.Option(min=0.0, help="Scale larger gradients down to this norm.")] = 1.0
     max_length: Annotated[int, typer.Option(min=3, help="Cut texts to this many tokens.")] = 128
-    label_smoothing: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the cross-entropy.")] = 0.0
+    label_smoothing: Annotated[float, typer.Option(min=0.0, max=1.0, help="Label smoothing of the cross-entropy.")] = (
+        0.0
+    )
     piece_dropout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of tokens masked while training.")] = 0.0
     position_shift: Annotated[
         int, typer.Option(min=0, help="Training texts start at a random position up to this.")
     ] = 0
-    ema_decay: Annotated[float | None, typer.Option(help="Keep a running average of the weights.")] = None
+    ema_decay: Annotated[float | None, typer.Option(help="Keep a running average of the weights, with this decay.")] = (
+        None
+    )
     pretrain_epochs: Annotated[int, typer.Option(min=0, help="Masked language modelling on TRAIN first.")] = 0
-    pretrain_batch_size: Annotated[int, typer.Option(min=1, help="Texts in a step of it.")] = 32
-    pretrain_learning_rate: Annotated[float, typer.Option(min=0.0, help="Its highest rate.")] = 5e-4
-    mask_probability: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of tokens it hides.")] = 0.15
+    pretrain_batch_size: Annotated[int, typer.Option(min=1, help="Texts in a pre-training step.")] = 32
+    pretrain_learning_rate: Annotated[float, typer.Option(min=0.0, help="The highest rate of pre-training.")] = 5e-4
+    mask_probability: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of tokens to hide in pre-training.")
+    ] = 0.15
     metric: Annotated[
         str | None,
         typer.Option(
@@ -52,7 +58,7 @@ class RecipeOptions:
             show_default="accuracy; mse for numbers",
         ),
     ] = None
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0
     checkpoint_steps: Annotated[
         int | None, typer.Option(min=1, help="Also save the state every so many steps.", show_default="every epoch")
     ] = None
