@@ -1,7 +1,7 @@
-"""The command `albert-fast`: one module of `albert_fast.commands` for each subcommand.
+"""The program `albert-fast`: each subcommand is a module of `albert_fast.commands`.
 
-Nothing heavy is imported before a subcommand runs, so `--help` answers at once. Needs the extra `cli` (typer, tqdm);
-without it `main` says how to install it.
+Heavy modules are imported when a subcommand runs, so that `--help` answers at once. The program needs the extra `cli`
+(typer, tqdm); without it `main` says how to install it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .runtime.version import __version__
 if TYPE_CHECKING:
     import typer
 
-# Module in albert_fast.commands -> its line in the list of commands.
+# Module in albert_fast.commands -> its line in `albert-fast --help`.
 SUBCOMMANDS = {
     "classify": "Label each line of a text.",
     "encode": "Turn lines of text into vectors.",
@@ -29,12 +29,12 @@ SUBCOMMANDS = {
 }
 _EPILOG = (
     "Exit codes: 0 fine; 1 the work failed; 2 wrong usage; 130 interrupted. "
-    "With ALBERT_FAST_TRACEBACK=1 in the environment an error shows where it arose."
+    "Set ALBERT_FAST_TRACEBACK=1 to see where an error arose."
 )
 
 
 def build_app() -> typer.Typer:
-    """The typer application with every subcommand. ImportError where typer is not installed."""
+    """Builds the typer application with every subcommand. ImportError where typer is not installed."""
     import typer
 
     app = typer.Typer(
@@ -43,7 +43,7 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,  # plain paragraphs keep the lines of the examples
+        rich_markup_mode=None,  # so that the lines of the examples stay as they are
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
@@ -52,7 +52,7 @@ def build_app() -> typer.Typer:
             typer.echo(f"albert-fast {__version__}")
             raise typer.Exit()
 
-    version = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Show the version and leave.")
+    version = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Show the version and exit.")
 
     @app.callback()
     def root(version: bool = version) -> None:
@@ -65,7 +65,7 @@ def build_app() -> typer.Typer:
 
 
 def main() -> None:
-    """Entry point of the console script; leaves through sys.exit with one of the documented codes."""
+    """Runs the console script and exits with one of the codes that --help lists."""
     try:
         app = build_app()
     except ImportError as error:

@@ -37,7 +37,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
-from albert_fast.checkpoints.weights import config_path, resolve, shipped_model
+from albert_fast.checkpoints.saving import config_path
+from albert_fast.checkpoints.weights import resolve, shipped_model
 from albert_fast.inspect.info import describe
 from albert_fast.runtime.dispatch import BackendUnavailableError
 from albert_fast.testing import data_dir

@@ -180,14 +180,14 @@ def test_broken_shards(saved: Path, shards: dict[str, str]) -> None:
 
     load_with(good)
     for elsewhere in ("../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "shard.pkl", "", 3, None):
-        with pytest.raises(ValueError, match=rf"index.json: '{key}' is said to be in .*not the name of a shard"):
+        with pytest.raises(ValueError, match=rf"index.json: '{key}' is listed in .*not the name of a shard"):
             load_with(good | {key: elsewhere})
     with pytest.raises(ValueError, match=rf"index.json lists 'encoder.nowhere' in {good[key]}, which does not"):
         load_with(good | {"encoder.nowhere": good[key]})
     other = next(shard for shard in good.values() if shard != good[key])
-    with pytest.raises(ValueError, match=rf"index.json: says that '{key}' is in {other}, it is in .*{good[key]}"):
+    with pytest.raises(ValueError, match=rf"index.json: says that '{key}' is in {other}; it is in .*{good[key]}"):
         load_with(good | {key: other})
-    with pytest.raises(ValueError, match=rf"index.json: does not list '{key}', which stands in .*{good[key]}"):
+    with pytest.raises(ValueError, match=rf"index.json: does not list '{key}', which is in .*{good[key]}"):
         load_with({k: v for k, v in good.items() if k != key})
     with pytest.raises(FileNotFoundError, match=r"index\.json lists a shard that does not exist: gone\.safetensors"):
         load_with(good | {key: "gone.safetensors"})
@@ -203,7 +203,7 @@ def test_a_key_in_two_shards(saved: Path, shards: dict[str, str]) -> None:
     one, two = sorted(set(shards.values()))
     for name in (one, two):
         save_file(load_file(saved / name) | {key: torch.ones(48)}, saved / name)
-    with pytest.raises(ValueError, match=rf"{two}: '{key}' also stands in .*{one}"):
+    with pytest.raises(ValueError, match=rf"{two}: '{key}' is also in .*{one}"):
         reference.ALBERTModel.from_pretrained(saved)
 
 

@@ -255,3 +255,26 @@ def test_query_key_and_value_of_a_state_dict_are_named_one_by_one() -> None:
         with pytest.raises(RuntimeError, match=rf"size mismatch for {query}: .*\[{len(part)}, {part.shape[1]}\]"):
             model.load_state_dict({**state, query: part})
     assert_same_bits(model.state_dict(), state)
+
+
+def test_a_folder_of_transformers_trainer(tmp_path: Path) -> None:
+    """The Trainer saves a model that is not its PreTrainedModel without config.json."""
+    pytest.importorskip("accelerate", reason="the Trainer needs accelerate")
+    source, folder = tmp_path / "model", tmp_path / "trained"
+    model = albert_fast.ALBERTForSequenceClassification(albert_fast.ALBERTConfig(**SMALL)).eval()
+    model.save_pretrained(source)
+    arguments = transformers.TrainingArguments(str(folder), report_to=[], use_cpu=True)
+    transformers.Trainer(model=model, args=arguments).save_model(str(folder))
+    assert not (folder / "config.json").exists(), "the Trainer writes it now: the error needs no advice any more"
+    with pytest.raises(
+        FileNotFoundError, match=r"no config\.json in .*trained.*Trainer saved the weights alone"
+    ) as caught:
+        albert_fast.ALBERTForSequenceClassification.from_pretrained(folder)
+    assert 'from_pretrained(folder, config="the folder or id of the model that was trained")' in str(caught.value)
+    assert "trainer.model.save_pretrained(folder)" in str(caught.value)
+    loaded = albert_fast.ALBERTForSequenceClassification.from_pretrained(folder, config=str(source))
+    assert_same_bits(loaded.state_dict(), model.state_dict())
+    (folder / "training_args.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in ") as caught:
+        albert_fast.ALBERTForSequenceClassification.from_pretrained(folder)
+    assert "Trainer" not in str(caught.value)

@@ -37,10 +37,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random checkpoints with one vocabulary."""
     tokenizer = train_tokenizer([*TEXTS, "never say never: a good, bad, new story!"] * 4, 46)
     config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=48, initializer_range=0.4,
+        vocab_size=tokenizer.vocab_size,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        initializer_range=0.4,
         id2label={0: "negative", 1: "positive"},
-    )  # fmt: skip
+    )
     kinds = {
         "classifier": (ALBERTForSequenceClassification, config),
         "regressor": (
@@ -121,7 +127,7 @@ def test_failures_name_what_to_do(run, models, tmp_path) -> None:
         (["classify", tmp_path / "none.txt", "-m", model], "none.txt: No such file"),
         (["classify", "-", "-m", tmp_path / "no" / "model"], "no"),
         (["classify", "-", "-m", tmp_path / "empty"], "empty"),
-        (["classify", "-", "-m", model, "--max-length", "100"], "--max-length 100 is more than the model's 48"),
+        (["classify", "-", "-m", model, "--max-length", "100"], "max_length 100 is more than the model's 48"),
         (["classify", "-", "-m", model, "--backend", "abacus"], "abacus"),
         (["classify", "-", "-m", model, "--device", "cuda:99"], ""),
         (["encode", "-", "-m", models["language"], "--pooling", "pooler", "-o", tmp_path / "o.npy"], "has no pooler"),
@@ -302,7 +308,10 @@ def test_demo_checks_the_numbers(run, models, monkeypatch: pytest.MonkeyPatch, i
         peer, shown = "transformers' AlbertForSequenceClassification (sdpa), within", f", transformers {version}"
     else:
         monkeypatch.setitem(sys.modules, "transformers", None)
-        peer, shown = "albert_fast.reference (plain PyTorch; pip install transformers to compare with it), within", ""
+        peer, shown = (
+            "albert_fast.models.reference (plain PyTorch; pip install transformers to compare with it), within",
+            "",
+        )
     lines = run("demo", "a fine film", "a mess", "-m", models["classifier"], "--rounds", 1).stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[2:4]] == ["a fine film", "a mess"]
     assert lines[5].split()[:3] == ["float32", "transformers" if installed else "reference", "ms"]

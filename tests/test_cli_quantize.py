@@ -38,9 +38,16 @@ def folder(tmp_path: Path) -> Path:
     """A classifier with its tokenizer."""
     tokenizer = train_tokenizer(TEXTS * 4, 44)
     config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=48, initializer_range=0.4, id2label={0: "bad", 1: "good"},
-    )  # fmt: skip
+        vocab_size=tokenizer.vocab_size,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        initializer_range=0.4,
+        id2label={0: "bad", 1: "good"},
+    )
     torch.manual_seed(1)
     ALBERTForSequenceClassification(config).save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")

@@ -31,9 +31,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([" ".join(row) for row in ROWS] * 4, 40)
     config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size, embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=48, initializer_range=0.4, id2label={0: "bad", 1: "good"},
-    )  # fmt: skip
+        vocab_size=tokenizer.vocab_size,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=48,
+        initializer_range=0.4,
+        id2label={0: "bad", 1: "good"},
+    )
     torch.manual_seed(1)
     ALBERTForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save(folder)

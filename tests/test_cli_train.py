@@ -141,7 +141,7 @@ def test_messages_and_more_epochs(labelled: Path, tmp_path: Path) -> None:
     ):
         assert says in first.stderr
     second = run(*command, "--epochs", 3, "--resume")
-    assert "going on with classify after 1 epochs" in second.stderr
+    assert "continuing with classify after 1 epochs" in second.stderr
     records = [json.loads(line) for line in second.stdout.splitlines()[:3]]
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert records[0] == json.loads(first.stdout.splitlines()[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from albert_fast.checkpoints import weights
+from albert_fast.checkpoints import saving
 from albert_fast.runtime import files
 from albert_fast.text.tokenizer import train_tokenizer
 from albert_fast.training import checkpointing
@@ -44,7 +44,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_file(
     script = """
 import os, signal, sys
 from pathlib import Path
-from albert_fast import files
+from albert_fast.runtime import files
 with files.replacing(Path(sys.argv[1])) as file:
     file.write(bytes(1 << 16))
     file.flush()
@@ -85,12 +85,12 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 def test_every_writer_removes_what_killed_ones_left(tmp_path: Path) -> None:
     """The state and log of training, a tokenizer's files and the note of `encode`: the checkpoint is in test_saving."""
     left = []
-    for name in ("training_state.pt", "log.jsonl", "tokenizer.json", "tokenizer_config.json", weights.CHECKPOINT):
+    for name in ("training_state.pt", "log.jsonl", "tokenizer.json", "tokenizer_config.json", saving.CHECKPOINT):
         left.append(tmp_path / f".{name}.0123456789abcdef.part")
         left[-1].mkdir()
         (left[-1] / "half").write_bytes(bytes(1000))
     checkpointing.save_state(tmp_path, {"step": 3})
     checkpointing.write_log(tmp_path, [{"loss": 0.5}])
     train_tokenizer(["ein kleiner Text, noch ein Text"] * 9, 60, kind="wordpiece").save(tmp_path)
-    assert [path for path in left if path.exists()] == [tmp_path / f".{weights.CHECKPOINT}.0123456789abcdef.part"]
+    assert [path for path in left if path.exists()] == [tmp_path / f".{saving.CHECKPOINT}.0123456789abcdef.part"]
     assert os.path.getsize(tmp_path / "training_state.pt") > 0

@@ -25,15 +25,30 @@ from albert_fast.training.checkpointing import LOCK_NAME, STATE_NAME, claimed
 from albert_fast.training.optimization import linear_schedule
 
 CONFIG = ALBERTConfig(
-    embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2,
-    max_position_embeddings=16, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-)  # fmt: skip
+    embedding_size=16,
+    hidden_size=32,
+    num_attention_heads=2,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    max_position_embeddings=16,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+)
 
 
 RECIPE = Recipe(
-    epochs=2, batch_size=8, learning_rate=3e-3, max_length=16, piece_dropout=0.1, label_smoothing=0.1, ema_decay=0.9,
-    pretrain_epochs=1, pretrain_batch_size=8, seed=5, checkpoint_steps=3,
-)  # fmt: skip
+    epochs=2,
+    batch_size=8,
+    learning_rate=3e-3,
+    max_length=16,
+    piece_dropout=0.1,
+    label_smoothing=0.1,
+    ema_decay=0.9,
+    pretrain_epochs=1,
+    pretrain_batch_size=8,
+    seed=5,
+    checkpoint_steps=3,
+)
 
 
 @pytest.fixture
@@ -241,9 +256,12 @@ def test_fit_starts_from_a_checkpoint_and_predicts_numbers(text_files: tuple[Pat
     numbers.write_text("".join(json.dumps(record) + "\n" for record in records))
     with pytest.warns(UserWarning, match="classifier"):
         history = run_fit(
-            (numbers, numbers), tmp_path / "second", init_from=tmp_path / "first", config=None,
+            (numbers, numbers),
+            tmp_path / "second",
+            init_from=tmp_path / "first",
+            config=None,
             recipe=Recipe(epochs=1, max_length=16, metric="mse"),
-        )  # fmt: skip
+        )
     assert history[0]["dev_mse"] == pytest.approx(history[0]["dev_loss"], rel=1e-4)
     one, two = (load_tokenizer(tmp_path / name).get_vocab() for name in ("first", "second"))
     assert one == two

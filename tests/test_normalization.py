@@ -203,8 +203,9 @@ def test_what_the_configuration_states_outranks_the_pipeline(
     assert load_tokenizer(tmp_path / "b")(lines) == read(lines)
 
 
-@pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"keep_accents": True},
-                                     {"do_lower_case": False, "keep_accents": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [{}, {"do_lower_case": False}, {"keep_accents": True}, {"do_lower_case": False, "keep_accents": True}]
+)
 def test_a_pipeline_of_transformers_is_changed_as_transformers_does(tmp_path: Path, options: dict[str, bool]) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("google.protobuf")

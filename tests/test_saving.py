@@ -124,8 +124,8 @@ def test_a_real_kill(tmp_path: Path) -> None:
     script = """
         import os, random, signal, sys, time
         import torch
-        from albert_fast import reference
-        from albert_fast.config import ALBERTConfig
+        from albert_fast.models import reference
+        from albert_fast.models.config import ALBERTConfig
 
         torch.set_num_threads(1)
         fields = dict(vocab_size=2000, embedding_size=32, hidden_size=64, num_attention_heads=2, intermediate_size=64)
@@ -154,8 +154,11 @@ def test_a_real_kill(tmp_path: Path) -> None:
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "model")],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("[1, 2]"), "no child was killed before, or none after, it had saved"
     assert run.stdout.endswith("] ['config.json', 'model.safetensors']\n"), (

@@ -98,9 +98,13 @@ def release_ids(processor, text: str) -> list[int]:
 def assert_same_as_transformers(ours: Tokenizer, theirs, text: str, pair: str | None = None, **cut) -> None:
     actual = ours(text, pair, return_offsets=True, return_special_tokens_mask=True, **cut)
     expected = theirs(
-        text, pair, return_offsets_mapping=True, return_token_type_ids=True, return_special_tokens_mask=True,
+        text,
+        pair,
+        return_offsets_mapping=True,
+        return_token_type_ids=True,
+        return_special_tokens_mask=True,
         **({"truncation": "longest_first", **cut} if cut else {}),
-    )  # fmt: skip
+    )
     if any(quote in text + (pair or "") for quote in ("``", "''")):
         del actual["offset_mapping"], expected["offset_mapping"]  # theirs hold one of the two characters
     assert actual == dict(expected), text
@@ -203,8 +207,13 @@ def test_trained_vocabulary_loads_everywhere(tmp_path: Path, kind: str) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = train_tokenizer(iter(CORPUS), 70, kind=kind)
     assert tokenizer.vocab_size <= 70
-    assert [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id,
-            tokenizer.mask_token_id] == [0, 1, 2, 3, 4]  # fmt: skip
+    assert [
+        tokenizer.pad_token_id,
+        tokenizer.unk_token_id,
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.mask_token_id,
+    ] == [0, 1, 2, 3, 4]
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "albert"}))
     # By its class's name, transformers' tokenizer of ALBERT builds rules of its own, which delete vowel signs.
@@ -253,9 +262,11 @@ def test_padding_and_tensors(small: Tokenizer) -> None:
     tensors = small(["a film", "a quiet piece of work"], return_tensors="pt", return_offsets=True)
     width = max(map(len, lists["input_ids"]))
     assert {key: value.shape for key, value in tensors.items()} == {
-        "input_ids": (2, width), "token_type_ids": (2, width), "attention_mask": (2, width),
+        "input_ids": (2, width),
+        "token_type_ids": (2, width),
+        "attention_mask": (2, width),
         "offset_mapping": (2, width, 2),
-    }  # fmt: skip
+    }
     assert all(value.dtype == torch.int64 for value in tensors.values())
     for row, ids in enumerate(lists["input_ids"]):
         assert tensors["input_ids"][row].tolist() == ids + [small.pad_token_id] * (width - len(ids))
@@ -381,7 +392,7 @@ def test_missing_libraries_name_the_extra(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
     code = (
         "import sys; sys.modules['tokenizers'] = None\n"
-        "from albert_fast.tokenization import load_tokenizer\n"
+        "from albert_fast.text.tokenizer import load_tokenizer\n"
         f"try: load_tokenizer({str(tmp_path)!r})\n"
         "except ImportError as error: print(error)\n"
     )
@@ -390,7 +401,7 @@ def test_missing_libraries_name_the_extra(tmp_path: Path) -> None:
 
 
 def test_importing_costs_neither_library() -> None:
-    code = "import sys, albert_fast.tokenization; print({'tokenizers', 'sentencepiece', 'torch'} & set(sys.modules))"
+    code = "import sys, albert_fast.text.tokenizer; print({'tokenizers', 'sentencepiece', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 

@@ -68,9 +68,17 @@ def test_special_tokens_as_text_are_the_release_s_pieces(tmp_path: Path) -> None
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([line.lower() for line in CORPUS]), model_writer=model, vocab_size=62, minloglevel=2,
-        pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>", control_symbols=["[CLS]", "[SEP]", "[MASK]"],
-    )  # fmt: skip
+        sentence_iterator=iter([line.lower() for line in CORPUS]),
+        model_writer=model,
+        vocab_size=62,
+        minloglevel=2,
+        pad_id=0,
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        pad_piece="<pad>",
+        control_symbols=["[CLS]", "[SEP]", "[MASK]"],
+    )
     (tmp_path / "spiece.model").write_bytes(model.getvalue())
     tokenizer = load_tokenizer(tmp_path)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -86,7 +94,7 @@ def test_some_special_tokens_as_text(small: Tokenizer) -> None:
     assert ids.count(small.mask_token_id) == 1
     assert ids.count(small.sep_token_id) == ids.count(small.cls_token_id) == 1
     assert set(small.all_special_tokens) >= {"[CLS]", "[SEP]", "[MASK]", small.pad_token, small.unk_token}
-    with pytest.raises(ValueError, match=r"\['film'\] are no special tokens"):
+    with pytest.raises(ValueError, match=r"\['film'\] are not special tokens"):
         small(text, split_special_tokens=["film"])
     with pytest.raises(TypeError, match="split_special_tokens is 'yes'"):
         small(text, split_special_tokens="yes")

@@ -27,9 +27,18 @@ def model() -> bytes:
     sentencepiece = pytest.importorskip("sentencepiece")
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=out, vocab_size=60, minloglevel=2, pad_id=0, unk_id=1, bos_id=-1,
-        eos_id=-1, pad_piece="<pad>", unk_piece="<unk>", control_symbols=["[CLS]", "[SEP]", "[MASK]"],
-    )  # fmt: skip
+        sentence_iterator=iter(CORPUS),
+        model_writer=out,
+        vocab_size=60,
+        minloglevel=2,
+        pad_id=0,
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        pad_piece="<pad>",
+        unk_piece="<unk>",
+        control_symbols=["[CLS]", "[SEP]", "[MASK]"],
+    )
     return out.getvalue()
 
 
@@ -81,7 +90,7 @@ def test_two_vocabularies_that_nothing_tells_apart(tmp_path: Path, model: bytes,
 
 def test_a_vocabulary_larger_than_the_model_is_told(tmp_path: Path, model: bytes) -> None:
     write(tmp_path, spiece_model=model, config_json={"vocab_size": 50})
-    with pytest.warns(UserWarning, match=r"60 pieces, the model beside it \(config.json\) 50"):
+    with pytest.warns(UserWarning, match=r"60 pieces, the model in the same folder \(config.json\) 50"):
         load_tokenizer(tmp_path)
 
 
@@ -99,9 +108,16 @@ def test_forms_of_vocab_txt(tmp_path: Path) -> None:
 
 def test_settings_of_tokenizer_config(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    stated = {"padding_side": "left", "truncation_side": "left", "model_max_length": 6, "cls_token": "<c>",
-              "sep_token": {"content": "<s>", "__type": "AddedToken"}, "split_special_tokens": True,
-              "additional_special_tokens": ["<user>"], "tokenizer_class": "BertTokenizer"}  # fmt: skip
+    stated = {
+        "padding_side": "left",
+        "truncation_side": "left",
+        "model_max_length": 6,
+        "cls_token": "<c>",
+        "sep_token": {"content": "<s>", "__type": "AddedToken"},
+        "split_special_tokens": True,
+        "additional_special_tokens": ["<user>"],
+        "tokenizer_class": "BertTokenizer",
+    }
     load_tokenizer(write(tmp_path, vocab_txt="\n".join(WORDPIECES))).save(tmp_path)
     write(tmp_path, tokenizer_config_json=stated)
     ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -118,8 +134,13 @@ def test_settings_of_tokenizer_config(tmp_path: Path) -> None:
 
 def test_older_files_count_where_the_newer_entry_is_missing(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    write(tmp_path, vocab_txt="\n".join(WORDPIECES), tokenizer_config_json={"cls_token": "[CLS]"},
-          special_tokens_map_json={"cls_token": "<c>"}, added_tokens_json={"<user>": 10})  # fmt: skip
+    write(
+        tmp_path,
+        vocab_txt="\n".join(WORDPIECES),
+        tokenizer_config_json={"cls_token": "[CLS]"},
+        special_tokens_map_json={"cls_token": "<c>"},
+        added_tokens_json={"<user>": 10},
+    )
     ours, theirs = load_tokenizer(tmp_path), transformers.BertTokenizer.from_pretrained(tmp_path)
     assert ours("a<user>film")["input_ids"] == theirs("a<user>film")["input_ids"] == [8, 7, 10, 5, 3]
     write(tmp_path, tokenizer_config_json={"cls_token": "[CLS]", "added_tokens_decoder": {}})
@@ -145,8 +166,8 @@ class Counting:
 
 def test_twenty_thousand_added_tokens_are_added_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    add = _vocabulary._add_tokens
-    monkeypatch.setattr(_vocabulary, "_add_tokens", lambda backend, *rest: add(Counting(backend, calls), *rest))
+    add = _vocabulary.add_tokens
+    monkeypatch.setattr(_vocabulary, "add_tokens", lambda backend, *rest: add(Counting(backend, calls), *rest))
     added = {f"<t{i}>": 10 + i for i in range(20_000)}
     tokenizer = load_tokenizer(write(tmp_path, vocab_txt="\n".join(WORDPIECES), added_tokens_json=added))
     assert calls == [20_000]  # the library builds its search anew at each call

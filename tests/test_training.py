@@ -23,9 +23,16 @@ from albert_fast.training.metrics import compute_metrics, confidence_interval
 from albert_fast.training.optimization import WeightAverage, linear_schedule, make_optimizer
 
 CONFIG = ALBERTConfig(
-    vocab_size=40, embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=2,
-    max_position_embeddings=16, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-)  # fmt: skip
+    vocab_size=40,
+    embedding_size=16,
+    hidden_size=32,
+    num_attention_heads=2,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    max_position_embeddings=16,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+)
 quietly = {"device": "cpu", "progress": False}
 
 
@@ -52,9 +59,13 @@ def batch_of(head: str, generator: torch.Generator, rows: int = 4, columns: int 
 
 
 HEADS = [
-    "ALBERTForMaskedLM", "ALBERTForPreTraining", "ALBERTForSequenceClassification", "ALBERTForTokenClassification",
-    "ALBERTForQuestionAnswering", "ALBERTForMultipleChoice",
-]  # fmt: skip
+    "ALBERTForMaskedLM",
+    "ALBERTForPreTraining",
+    "ALBERTForSequenceClassification",
+    "ALBERTForTokenClassification",
+    "ALBERTForQuestionAnswering",
+    "ALBERTForMultipleChoice",
+]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -193,9 +204,15 @@ def test_scheduler_and_gradient_norm_and_hook() -> None:
     seen: list[tuple[float, int]] = []
     before = model.table.weight.detach().clone()
     train(
-        model, toy_loader(4), lambda outputs, labels: 1e6 * nn.functional.cross_entropy(outputs, labels), optimizer,
-        scheduler=schedule, max_grad_norm=1e-3, after_step=lambda *step: seen.append(step), **quietly,
-    )  # fmt: skip
+        model,
+        toy_loader(4),
+        lambda outputs, labels: 1e6 * nn.functional.cross_entropy(outputs, labels),
+        optimizer,
+        scheduler=schedule,
+        max_grad_norm=1e-3,
+        after_step=lambda *step: seen.append(step),
+        **quietly,
+    )
     assert [examples for _, examples in seen] == [16] * 4
     assert schedule.get_last_lr() == [0.0]
     assert 0 < (model.table.weight - before).norm() < 4e-3

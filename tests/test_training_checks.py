@@ -20,9 +20,13 @@ from albert_fast.training import run as run_module
 from albert_fast.training.checkpointing import STATE_NAME
 
 CONFIG = ALBERTConfig(
-    embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=64, num_hidden_layers=1,
+    embedding_size=16,
+    hidden_size=32,
+    num_attention_heads=2,
+    intermediate_size=64,
+    num_hidden_layers=1,
     max_position_embeddings=16,
-)  # fmt: skip
+)
 RECIPE = Recipe(epochs=1, batch_size=8, max_length=16)
 WORDS = ["kalu", "misti", "penor", "robar", "tupil", "salu"]
 
@@ -227,7 +231,7 @@ def test_evaluate_checks_first(write, checkpoint: Path, monkeypatch: pytest.Monk
     fails(ValueError, "do not belong together", write([0, 1], "ids.tsv"))
     topics = CONFIG.replace(vocab_size=len(tokenizer), problem_type="multi_label_classification")
     ALBERTForSequenceClassification(topics).save_pretrained(checkpoint)
-    fails(ValueError, "several labels a text")
+    fails(ValueError, "several labels for a text")
 
 
 def test_a_small_text_gives_a_small_vocabulary(write, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_soft_labels_are_read_and_collated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected 3 probabilities"):
         read_examples(path, label_names=["a", "b", "c"])
     path.write_text('{"text": "a", "label": [0.25, 0.75]}\n{"text": "b", "label": 1}\n')
-    with pytest.raises(ValueError, match=r"line 2: the label is one value, that of .*line 1 a list"):
+    with pytest.raises(ValueError, match=r"line 2: the label is one value, but that of .*line 1 is a list"):
         read_examples(path)
     path.write_text('{"text": "a", "label": [0.25, 0.75]}\n{"text": "b", "label": [0.9, 0.3]}\n')
     with pytest.raises(ValueError, match=r"line 2: the label is .0.9, 0.3., expected 2 probabilities"):

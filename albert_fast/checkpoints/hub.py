@@ -1,4 +1,4 @@
-"""One repository of the Hugging Face hub, or of its local cache, through huggingface_hub."""
+"""Fetches the files of a repository on the Hugging Face hub, or of its local cache, through huggingface_hub."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-# Seconds that the hub may take to answer at all. huggingface_hub alone retries for half a minute.
+# Seconds to wait for the hub's first answer. huggingface_hub itself would retry for half a minute.
 TIMEOUT = 5.0
 
 
 class Repository:
-    """Files of the repository `name`; `arguments` are huggingface_hub's: revision, cache_dir, token, subfolder ...
+    """The files of one repository.
 
-    Asks the hub once whether it answers. Where it does not, files come from the local cache alone.
+    Asks the hub once whether it answers. If it does not, files come from the local cache only.
+
+    Args:
+        name: `model` or `owner/model`.
+        arguments: revision, cache_dir, token, subfolder and others, as huggingface_hub takes them.
 
     Raises:
         ImportError: huggingface_hub is not installed.
@@ -43,16 +47,16 @@ class Repository:
             url = huggingface_hub.hf_hub_url(name, "config.json", **where)
             huggingface_hub.get_hf_file_metadata(url, token=arguments.get("token"), timeout=TIMEOUT)
         except (HfHubHTTPError, EntryNotFoundError, ValueError):
-            pass  # it answered; `fetch` says what
-        except Exception as error:  # of the HTTP library that huggingface_hub uses
+            pass  # it answered; `fetch` reports the error
+        except Exception as error:  # any error of the HTTP library that huggingface_hub uses
             self.unreachable = error
             self.arguments["local_files_only"] = True
 
     def fetch(self, file: str) -> Path | None:
-        """The local copy of a file; None where the repository has no such file.
+        """Returns the local copy of a file; None if the repository has no such file.
 
         Raises:
-            FileNotFoundError: no such repository, or the hub refuses it.
+            FileNotFoundError: there is no such repository, or the hub refuses access.
         """
         try:
             return Path(self._hub.hf_hub_download(self.name, file, **self.arguments))
@@ -64,16 +68,16 @@ class Repository:
             ) from error
 
     def missing(self, what: str) -> FileNotFoundError:
-        """The error where `what`, which a checkpoint needs, is not there."""
+        """The error for a repository without `what`, which a checkpoint needs."""
         if self.unreachable is not None:
             return FileNotFoundError(
                 f"{self.name}: no such folder here{near(self.name)}; as a name on the hub it is not in the local cache, and "
                 f"the hub cannot be reached: {self.unreachable}. Check the path, or the network"
             )
-        place = (
+        source = (
             "the local cache holds" if self.arguments.get("local_files_only") else "this repository of the hub holds"
         )
-        return FileNotFoundError(f"{self.name}: no such folder here{near(self.name)}; {place} none of {what}")
+        return FileNotFoundError(f"{self.name}: no such folder here{near(self.name)}; {source} none of {what}")
 
 
 def near(name: str) -> str:

@@ -1,4 +1,4 @@
-"""sentence-transformers' modules.json: what a folder does to an encoder's states, which this library does not read yet."""
+"""Describes sentence-transformers' modules.json: the steps after the encoder, which this library does not apply yet."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ FILES = ("modules.json", "1_Pooling/config.json")
 
 
 def describe(folder: Path) -> str | None:
-    """The modules behind the encoder of a sentence-transformers folder, "Pooling (cls_token), Normalize" say.
+    """Lists the modules after the encoder of a sentence-transformers folder, such as "Pooling (cls_token), Normalize".
 
-    `folder` is where the encoder's config.json is: the folder of modules.json, or the one below it that modules.json names.
-    None where there is no such file or it names an encoder alone.
+    Args:
+        folder: the folder with the encoder's config.json: that of modules.json, or a folder in it that modules.json names.
+
+    Returns:
+        None if there is no modules.json, or if it names only an encoder.
     """
     folder = folder.resolve()
     for root in (folder, folder.parent):

@@ -1,17 +1,14 @@
-"""Checkpoints in Hugging Face's layout, read and written so that nothing is half-loaded and nothing half-written.
+"""Finds checkpoints in Hugging Face's layout, reads their tensors and fills a model with them.
 
-Reading: model.safetensors, sharded safetensors, pytorch_model.bin (weights_only: no code from a file ever runs) and its
-shards. Every check happens before the first parameter changes; an error names the file and the key. Writing: beside the
-old files, flushed to the disk, then renamed.
+It reads model.safetensors, sharded safetensors, and pytorch_model.bin and its shards; no code from a file ever runs. Every
+check happens before the first parameter changes, so that nothing is half-loaded; an error names the file and the key.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -31,20 +27,23 @@ from .hub import Repository, near
 WEIGHTS_NAMES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 BODY = ("embeddings.", "encoder.", "pooler.")
 HEADS = ("pooler.", "predictions.", "sop_classifier.", "classifier.", "qa_outputs.")
-# Buffers that older versions of transformers wrote; both follow from the configuration.
+# Buffers that older versions of transformers wrote; both can be computed from the configuration.
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 OLD_NAMES = (
     (r"^module\.", ""),  # nn.DataParallel
     (r"\.gamma$", ".weight"),
     (r"\.beta$", ".bias"),
-    (r"(\.albert_layers\.\d+)\.LayerNorm_1\.", r"\1.full_layer_layer_norm."),  # Google's two LayerNorms of a layer
+    (
+        r"(\.albert_layers\.\d+)\.LayerNorm_1\.",
+        r"\1.full_layer_layer_norm.",
+    ),  # the two LayerNorms of a layer in Google's releases
     (r"(\.albert_layers\.\d+)\.LayerNorm\.", r"\1.attention.LayerNorm."),
 )
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SOP = "sop_classifier.classifier"
-# A safetensors header has some 120 bytes a tensor; its reader takes seconds for the 100 MB that the format allows.
+# A safetensors header has about 120 bytes per tensor; the reader takes seconds for the 100 MB that the format allows.
 LARGEST_HEADER = 16 << 20
-# Of a file of torch.save: its members lie in it as they are, so that it unpacks to less than its own size.
+# Limits of a zip file. torch.save stores its members uncompressed: they unpack to less than the size of the file.
 MOST_MEMBERS = 100_000
 MOST_UNPACKED = 4
 _TENSORFLOW = (
@@ -53,12 +52,10 @@ _TENSORFLOW = (
     "with its convert_albert_original_tf_checkpoint_to_pytorch.py"
 )
 _FOREIGN = re.compile(r"\.ckpt(-\w+)?\.(index|meta|data-\d+-of-\d+)$|\.ckpt-\w+$|\.h5$|\.msgpack$|^saved_model\.pb$")
-# What the scratch folders of saves are named after: one for both files of a checkpoint.
-CHECKPOINT = "checkpoint"
 
 
 class Checkpoint(dict[str, Tensor]):
-    """Tensors by name, and in `files` the file that each one was read from."""
+    """Tensors by name; `files` holds the file that each one was read from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,19 +65,19 @@ class Checkpoint(dict[str, Tensor]):
 def resolve(
     path_or_hub_id: str | Path, *, weights: bool = True, names: tuple[str, ...] = WEIGHTS_NAMES, **hub: Any
 ) -> Path:
-    """A local file or folder as it is; anything else is looked up on the Hugging Face hub (or in its local cache).
+    """Returns a local file or folder as it is; looks anything else up on the Hugging Face hub or in its local cache.
 
     Args:
         path_or_hub_id: a path, or `model` or `owner/model` on the hub.
-        weights: whether weights are needed, or config.json alone.
-        names: the files of weights that will do, the first one first.
+        weights: False if config.json is enough.
+        names: accepted names of the file of weights, in order of preference.
         hub: revision, cache_dir, token, local_files_only, force_download, subfolder: as huggingface_hub takes them.
 
     Raises:
-        FileNotFoundError: neither here nor there; says at once what a misspelt path is close to.
+        FileNotFoundError: it is in neither place; the message suggests a path with a similar name.
         PermissionError: a file or folder that may not be read.
         ValueError: a checkpoint of TensorFlow.
-        ImportError: not here, and huggingface_hub is not installed.
+        ImportError: there is no such path, and huggingface_hub is not installed.
     """
     hub = {name: value for name, value in hub.items() if value is not None and value != ""}
     path = Path(path_or_hub_id).expanduser()
@@ -100,7 +97,7 @@ def resolve(
     config = repository.fetch("config.json")
     if config is None:
         raise repository.missing("config.json")
-    # A name of the hub serves for text too.
+    # The tokenizer's files too: a hub name works for texts as well.
     for file in (*_vocabulary.FILES, *_vocabulary.SETTINGS, *sentence_modules.FILES) if weights else ():
         repository.fetch(file)
     for file in names if weights else ():
@@ -118,7 +115,7 @@ def resolve(
 
 
 def weights_names(use_safetensors: bool | None = None, variant: str | None = None) -> tuple[str, ...]:
-    """WEIGHTS_NAMES of one kind, with "fp16" say as `variant`: model.fp16.safetensors."""
+    """The WEIGHTS_NAMES of one kind (None: both); a `variant` such as "fp16" gives model.fp16.safetensors."""
     names = [name for name in WEIGHTS_NAMES if use_safetensors in (None, "safetensors" in name)]
     if variant is None:
         return tuple(names)
@@ -127,15 +124,15 @@ def weights_names(use_safetensors: bool | None = None, variant: str | None = Non
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file lists shards: model.safetensors.index.json, or with a variant before the ending."""
+    """Whether a file lists shards, such as model.safetensors.index.json."""
     return path.suffix == ".json" and ".index" in path.name
 
 
 def shipped_model() -> Path:
-    """Folder of the sentiment classifier that comes with the package (English, "negative" and "positive").
+    """The folder of the sentiment classifier in this package (English, "negative" and "positive").
 
     Raises:
-        FileNotFoundError: this installation was made without it.
+        FileNotFoundError: this installation does not have it.
     """
     folder = Path(__file__).resolve().parents[1] / "data" / "sst2-small"
     if not (folder / "model.safetensors").is_file():
@@ -144,11 +141,11 @@ def shipped_model() -> Path:
 
 
 def load_checkpoint(path: str | Path, names: tuple[str, ...] = WEIGHTS_NAMES) -> Checkpoint:
-    """All tensors of a checkpoint folder (the first of `names` in it), of a single weights file or of an index.
+    """Reads all tensors of a checkpoint folder (from the first of `names` in it), of a single file or of an index.
 
     Raises:
         FileNotFoundError: no weights there.
-        ValueError: a file that is truncated, hostile or anything but plain tensors by name.
+        ValueError: a file that is truncated or hostile, or holds anything but tensors by name.
     """
     path = Path(path)
     if path.is_dir():
@@ -171,22 +168,22 @@ def load_checkpoint(path: str | Path, names: tuple[str, ...] = WEIGHTS_NAMES) ->
         if key not in checkpoint:
             raise ValueError(f"{path} lists {key!r} in {weight_map[key]}, which does not hold it")
         if key not in weight_map:
-            raise ValueError(f"{path}: does not list {key!r}, which stands in {checkpoint.files[key]}")
+            raise ValueError(f"{path}: does not list {key!r}, which is in {checkpoint.files[key]}")
         if weight_map[key] != checkpoint.files[key].name:
-            raise ValueError(f"{path}: says that {key!r} is in {weight_map[key]}, it is in {checkpoint.files[key]}")
+            raise ValueError(f"{path}: says that {key!r} is in {weight_map[key]}; it is in {checkpoint.files[key]}")
     return checkpoint
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """key -> file name of its shard, beside the index."""
+    """Reads an index: key -> the name of the shard in the same folder."""
     try:
         shards = dict(files.read_json_object(path)["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an index of shards: {error!r}") from error
     for key, shard in shards.items():
-        # A plain name: an index must not lead out of its folder.
+        # Plain names only: an index must not point outside its folder.
         if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard):
-            raise ValueError(f"{path}: {key!r} is said to be in {shard!r}, which is not the name of a shard")
+            raise ValueError(f"{path}: {key!r} is listed in {shard!r}, which is not the name of a shard")
     return shards
 
 
@@ -213,13 +210,13 @@ def _read_file(path: Path, checkpoint: Checkpoint) -> None:
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path}: {key!r} is not a tensor by name but {type(tensor).__name__}")
         if key in checkpoint:
-            raise ValueError(f"{path}: {key!r} also stands in {checkpoint.files[key]}")
+            raise ValueError(f"{path}: {key!r} is also in {checkpoint.files[key]}")
         checkpoint[key] = tensor.detach()
         checkpoint.files[key] = path
 
 
 def _check_header(path: Path) -> None:
-    """ValueError for a safetensors header that its reader would take seconds over, or that the file does not have."""
+    """ValueError for a safetensors header that is missing or so long that the reader would take seconds."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > LARGEST_HEADER:
@@ -227,9 +224,9 @@ def _check_header(path: Path) -> None:
 
 
 def _check_members(path: Path) -> None:
-    """ValueError for a zip file that would unpack to much more than its own size, which torch.save never writes."""
+    """ValueError for a zip file that would unpack to much more than its own size; torch.save writes no such file."""
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # torch's format before 1.6, a pickle
+        if file.read(4) != b"PK\x03\x04":  # a pickle, as torch wrote before 1.6
             return
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -243,19 +240,21 @@ def _check_members(path: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file holds weights of TensorFlow or Flax, by its name."""
+    """Whether the name of a file says that it holds weights of TensorFlow or Flax."""
     return _FOREIGN.search(path.name) is not None
 
 
 def rename_old_names(
     state: Mapping[str, Tensor], prefix: str = "", mapping: Mapping[str, str] | None = None
 ) -> Checkpoint:
-    """`state` under today's names, the encoder's under `prefix`: "" for a bare model, "albert." for one with a head.
+    """Renames the tensors of old checkpoints to today's names.
 
-    `mapping` are patterns of names and their replacements, applied first.
+    Args:
+        prefix: what the encoder's names begin with: "" for an encoder alone, "albert." for a model with a head.
+        mapping: pattern -> replacement, applied to the names first.
 
     Raises:
-        ValueError: two tensors of `state` come under one name, or a name is TensorFlow's.
+        ValueError: two tensors get the same name, or a name is TensorFlow's.
     """
     renamed, origin = Checkpoint(), dict[str, str]()
     for old, tensor in state.items():
@@ -280,7 +279,7 @@ def rename_old_names(
 
 
 def _file(state: Mapping[str, Tensor], key: str | None = None) -> str:
-    """Where `key` was read from; for a key that is not there, where its neighbours were."""
+    """The file that `key` was read from; for a key that is missing, the file of the others."""
     files = state.files if isinstance(state, Checkpoint) else {}
     return str((files.get(key) if key else None) or next(iter(files.values()), "checkpoint"))
 
@@ -293,15 +292,22 @@ def load_into(
     ignore_mismatched_sizes: bool = False,
     check: Callable[[str, Tensor], str | None] = lambda key, tensor: None,
 ) -> dict[str, Any]:
-    """Copy `state` into the parameters of `model`, in their dtypes; either all of it or, on an error, nothing.
+    """Copies `state` into the parameters of `model`, in their dtypes: all of it or, after an error, nothing.
 
-    `state` bears the model's names (`rename_old_names`). Tensors of heads that the model does not have are left alone.
-    A head of the model that `state` does not have at all keeps its random weights, with a warning, if
-    `allow_missing_head`. A tensor that the model ties to another may be absent. A sentence order head of width 2, as in
-    Google's releases, replaces one of num_labels. `check` says what is wrong with a tensor of the right shape and dtype.
+    Tensors of heads that the model does not have are ignored. A tensor that the model ties to another may be missing. A
+    sentence order head of width 2, as in Google's releases, replaces one of num_labels.
+
+    Args:
+        state: tensors under the model's names, see `rename_old_names`.
+        allow_missing_head: a head that `state` lacks entirely keeps its random weights, with a warning.
+        ignore_mismatched_sizes: a tensor of another shape keeps its random weights, with a warning.
+        check: returns what is wrong with a tensor of the right shape and dtype, or None.
+
+    Returns:
+        missing_keys, unexpected_keys, mismatched_keys and error_msgs, as transformers returns them.
 
     Raises:
-        ValueError: missing, extra or misshapen tensors, tensors that are not floats, tied tensors that differ, what
+        ValueError: missing, extra or misshapen tensors, tensors that are not floats, tied tensors that differ, or what
             `check` finds.
     """
     expected = model.state_dict(keep_vars=True)
@@ -369,83 +375,27 @@ def load_into(
         head_model.classifier = nn.Linear(old.shape[1], 2, device=old.device, dtype=old.dtype)
     model.load_state_dict(complete, strict=True)
     return {
-        "missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched, "error_msgs": [],
-    }  # fmt: skip
+        "missing_keys": missing,
+        "unexpected_keys": unexpected,
+        "mismatched_keys": mismatched,
+        "error_msgs": [],
+    }
 
 
 def _fits(found: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether a checkpoint's tensor may fill the model's: any floats for floats, else (integers, float8) the very dtype."""
+    """Whether a checkpoint's dtype may fill the model's: any float fills a float; integers and float8 must be equal."""
     return found in FLOATS if wanted in FLOATS else found == wanted
 
 
 def _head(key: str) -> str | None:
-    """The entry of HEADS that `key` belongs to, None for the encoder's tensors."""
+    """The entry of HEADS that `key` belongs to; None for the encoder's tensors."""
     key = key.removeprefix("albert.")
     return next((head for head in HEADS if key.startswith(head)), None)
 
 
 def tied(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(alias, first name) for every name under which `model` has a parameter that an earlier name has too."""
+    """Yields (alias, first name) for every further name of a parameter that `model` has under several names."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if first.setdefault(id(parameter), name) != name:
             yield name, first[id(parameter)]
-
-
-def save_checkpoint(
-    model: nn.Module,
-    values: Mapping[str, Any],
-    directory: str | Path,
-    tensors: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write config.json, of `values`, and model.safetensors into `directory`; one process at a time, other files there stay.
-
-    `tensors` are written in place of the model's own; ValueError where they have other names or shapes.
-
-    A kill at any moment leaves the checkpoint that was there, or the new one, whole: both files are written in a scratch
-    folder and flushed first; renaming the weights is the moment of change, and a configuration that was not renamed any
-    more is found by `config_path` and renamed by the next save.
-    """
-    directory, state = Path(directory), model.state_dict(keep_vars=True)
-    aliases = {alias for alias, _ in tied(model)}
-    given = state if tensors is None else tensors
-    for key in sorted((given.keys() ^ state.keys()) - aliases):
-        raise ValueError(f"state_dict: {key!r} is {'missing' if key in state else 'not a tensor of the model'}")
-    for key, tensor in given.items():
-        if tensor.shape != state[key].shape:
-            raise ValueError(f"state_dict: {key!r} has the shape {tuple(tensor.shape)}, not {tuple(state[key].shape)}")
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in given.items() if key not in aliases}
-    with files.scratch(directory / CHECKPOINT, _finish) as folder:
-        # In this order: `config_path` takes a configuration without its weights for a committed one.
-        weights, config = folder / "model.safetensors", folder / "config.json"
-        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
-        files.flush(weights)
-        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        files.flush(config)
-        shutil.copymode(config, weights)  # safetensors creates files that nobody else may read
-        files.flush(folder)
-        files.flush(directory)
-        os.replace(weights, directory / "model.safetensors")
-    files.flush(directory)
-
-
-def config_path(directory: Path) -> Path:
-    """config.json of a checkpoint, or what a save that was killed at the very end had not yet renamed to it."""
-    for folder in files.scratch_folders(directory / CHECKPOINT):
-        if _is_committed(folder):
-            return folder / "config.json"
-    return directory / "config.json"
-
-
-def _is_committed(folder: Path) -> bool:
-    """Whether a save's scratch folder has lost its weights to the checkpoint, and still has the configuration."""
-    return (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
-
-
-def _finish(folder: Path) -> None:
-    """Removes a save's scratch folder; a configuration whose weights are in the checkpoint already follows them."""
-    if _is_committed(folder):
-        os.replace(folder / "config.json", folder.parent / "config.json")
-    (folder / "config.json").unlink(missing_ok=True)  # before the weights: alone it would count as committed
-    shutil.rmtree(folder)

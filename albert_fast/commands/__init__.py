@@ -1,1 +1,1 @@
-"""The subcommands of `albert-fast`, a module each; what several of them need is in the modules with an underscore."""
+"""The subcommands of `albert-fast`, one module each; modules with an underscore are shared by several of them."""

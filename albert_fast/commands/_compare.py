@@ -1,4 +1,4 @@
-"""Models on the same input side by side: how far apart their outputs are and how long they take."""
+"""Compares models on the same input: how far apart their outputs are, and how long they take."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One side: median seconds of a call, how many times faster than the first side, its largest error against the
-    float32 reference, absolute and relative to that reference's largest output."""
+    """One side of a comparison.
+
+    Attributes:
+        seconds: median of a call. speedup: how many times faster than the first side.
+        error: largest difference from the float32 reference. relative_error: the same, divided by its largest output.
+    """
 
     side: str
     seconds: float
@@ -26,7 +30,7 @@ class Row:
 def compare(
     sides: Mapping[str, Callable[[], torch.Tensor]], expected: torch.Tensor, rounds: int, device: torch.device
 ) -> list[Row]:
-    """Times the sides in turns; each returns the output (same shape as `expected`) that is compared."""
+    """Times the sides in turns and compares their outputs with `expected`, which has the same shape."""
     import torch
 
     from ..inspect.timing import Side, interleaved, paired_ratio
@@ -45,7 +49,7 @@ def compare(
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns under their titles, the first to the left, the others to the right."""
+    """A text table; the first column is aligned to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "  ".join(

@@ -1,4 +1,4 @@
-"""From an exception to a line on standard error and an exit code."""
+"""Turns an exception into one line on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from typing import Any, TypeVar
 
 import typer
 
+from ..tasks.errors import UsageError
+
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-_SPEAK_FOR_THEMSELVES = (ValueError, TypeError, IndexError, RuntimeError, ImportError, OSError, NotImplementedError)
+# Errors whose message is enough; for others the type is shown too.
+_CLEAR = (ValueError, TypeError, IndexError, RuntimeError, ImportError, OSError, NotImplementedError)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-class UsageError(Exception):
-    """Options or arguments that contradict each other or the situation; exit code 2."""
-
-
 def warn(message: str) -> None:
-    """A line on standard error, in the form of all of this program's messages."""
+    """Writes a line to standard error, in the form of all messages of this program."""
     print(f"albert-fast: {message}", file=sys.stderr, flush=True)
 
 
 def reports_errors(command: Command) -> Command:
-    """A command that ends in an exit code and one message, not a traceback (unless ALBERT_FAST_TRACEBACK is set)."""
+    """Ends a command with one message and an exit code, not a traceback (unless ALBERT_FAST_TRACEBACK is set)."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -42,7 +41,7 @@ def reports_errors(command: Command) -> Command:
             warn(str(interrupt) or "interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # The reader, `head` for one, has what it wanted. Python would complain when it flushes at the end.
+            # The reader, such as `head`, has what it wanted. Python would complain when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             if os.environ.get("ALBERT_FAST_TRACEBACK"):
@@ -54,13 +53,16 @@ def reports_errors(command: Command) -> Command:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning without the line of code that it comes from, which says nothing to a user of the command line."""
+    """Shows a warning without the line of code that it comes from."""
     warn(f"warning: {str(message).removeprefix('albert_fast: ')}")
 
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, (UsageError, *_SPEAK_FOR_THEMSELVES)) and not isinstance(error, KeyError) and str(error):
+    if isinstance(error, _CLEAR) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error} (ALBERT_FAST_TRACEBACK=1 shows where)"
+
+
+__all__ = ["UsageError", "reports_errors", "warn"]

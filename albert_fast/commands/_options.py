@@ -1,20 +1,20 @@
-"""Options that several subcommands share, and the model and tokenizer that they name."""
+"""Options that several subcommands share, alone and in groups that a command takes as one record."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from ..text.text_files import Columns
 from ._errors import warn
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..text.tokenizer import Tokenizer
 
 
 class Precision(str, Enum):
@@ -34,7 +34,8 @@ class InputFormat(str, Enum):
     jsonl = "jsonl"
 
 
-INPUT_HELP = "Text, one a line, or a table (.csv, .tsv, .jsonl), also as .gz; - is standard input; or a text itself."
+INPUT_HELP = "Lines of text, or a table (.csv, .tsv, .jsonl), also as .gz; - is standard input; or the text itself."
+TABLE_HELP = "A table with text and label: .tsv, .csv or .jsonl, also as .gz."
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder of a checkpoint, or its name on the Hugging Face hub.")
 ]
@@ -64,29 +65,101 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads.", show_default="as PyTorch chooses"),
 ]
-InputFormatOption = Annotated[
-    InputFormat,
-    typer.Option(
-        "--input-format", help='jsonl: {"text": ..., "text_pair": ...} a line; auto: by the ending of FILE, else text.'
-    ),
-]
-Encoding = Annotated[str, typer.Option("--encoding", help="Character encoding of the input, such as latin-1.")]
-ReplaceBadBytes = Annotated[
-    bool, typer.Option("--replace-bad-bytes", help="Read bytes that are not text in this encoding as U+FFFD.")
-]
-TextColumn = Annotated[
-    str | None,
-    typer.Option(
-        "--text-column", help="Name, or number from 0 where there is no header.", show_default="text, sentence, review"
-    ),
-]
-PairColumn = Annotated[str | None, typer.Option("--pair-column", help="Second text, for tasks over pairs.")]
-LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Name, or number.", show_default="label")]
 
 
-def column(name: str | None) -> str | int | None:
-    """A column of a header by its name; one of a file without a header by its number."""
+@dataclass(frozen=True)
+class Input:
+    """How the bytes of FILE become rows."""
+
+    input_format: Annotated[
+        InputFormat,
+        typer.Option(
+            "--input-format",
+            help='jsonl: {"text": ..., "text_pair": ...} on each line; auto: by the ending of FILE, else text.',
+        ),
+    ] = InputFormat.auto
+    encoding: Annotated[str, typer.Option("--encoding", help="Character encoding of the input, such as latin-1.")] = (
+        "utf-8"
+    )
+    replace_bad_bytes: Annotated[
+        bool, typer.Option("--replace-bad-bytes", help="Read bytes that are not text in this encoding as U+FFFD.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Which columns of a table to read."""
+
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            "--text-column",
+            help="Name, or number from 0 where there is no header.",
+            show_default="text, sentence, review",
+        ),
+    ] = None
+    pair_column: Annotated[str | None, typer.Option("--pair-column", help="Second text, for tasks over pairs.")] = None
+    label_column: Annotated[
+        str | None, typer.Option("--label-column", help="Name, or number.", show_default="label")
+    ] = None
+
+    def as_columns(self) -> Columns:
+        return Columns(_column(self.text_column), _column(self.pair_column), _column(self.label_column))
+
+    def as_keywords(self) -> dict[str, Any]:
+        """The arguments of `read_examples`, `evaluate` and `fit`."""
+        columns = self.as_columns()
+        return {"text_column": columns.text, "pair_column": columns.pair, "label_column": columns.label}
+
+
+def _column(name: str | None) -> str | int | None:
+    """The name of a column in a header, or the number of a column in a table without one."""
     return int(name) if name is not None and name.isdigit() else name
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a model computes and in which numbers."""
+
+    backend: Backend = "auto"
+    precision: PrecisionOption = None
+    device: Device = None
+    threads: Threads = None
+
+    def as_keywords(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` and of the tasks; sets the threads."""
+        set_threads(self.threads)
+        chosen = None if self.precision is None else self.precision.value
+        return {"backend": self.backend, "precision": chosen, "device": self.device}
+
+
+def expands_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives typer a command whose parameters may be dataclasses: every field becomes an option of its own, in its place."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if not dataclasses.is_dataclass(hint):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+            continue
+        options = get_type_hints(hint, include_extras=True)
+        fields = dataclasses.fields(hint)
+        groups[parameter.name] = hint, [field.name for field in fields]
+        parameters += [
+            inspect.Parameter(field.name, parameter.KEYWORD_ONLY, default=field.default, annotation=options[field.name])
+            for field in fields
+        ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, (group, fields) in groups.items():
+            given[name] = group(**{field: given.pop(field) for field in fields})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def set_threads(threads: int | None) -> None:
@@ -96,99 +169,15 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def place(device: str | None) -> torch.device:
-    """The device that was asked for, or a GPU if there is one. RuntimeError where it does not exist."""
-    import torch
+def warn_of_rounding(model: str | Path, precision: Precision | None) -> None:
+    """Says that int8 from float weights is rounded at every start, and which command does it once."""
+    if precision is not Precision.int8:
+        return
+    from ..checkpoints.weights import resolve
+    from ..tasks.loading import holds_floats
 
-    from ..runtime.dispatch import check_device
-
-    check_device(device)
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def shipped_model() -> Path:
-    """Folder of the sentiment classifier that comes with the package."""
-    from ..checkpoints.weights import shipped_model
-
-    return shipped_model()
-
-
-def load(
-    model_class: str, folder: Path, backend: str, precision: Precision | None, device: torch.device, **overrides: Any
-) -> Any:
-    """Model of a class of `albert_fast`, by its name, in evaluation mode; it returns outputs with fields, and no more."""
-    import albert_fast
-
-    if precision is Precision.int8 and not _is_rounded(folder):
+    if holds_floats(folder := resolve(model)):
         warn(
             f"{folder} holds floats: they are rounded to int8, calibrated on random ids, at every start; "
             f"`albert-fast quantize {folder} OUT --precision int8 --calibration FILE` stores a more exact rounding once"
         )
-    loader = getattr(albert_fast, model_class)
-    chosen = None if precision is None else precision.value
-    overrides = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, **overrides}
-    return loader.from_pretrained(folder, backend=backend, precision=chosen, device=device, **overrides)
-
-
-def stated_precision(folder: Path, precision: Precision | None) -> Precision:
-    """The precision that was asked for, or the one that a checkpoint's config.json states, or float32."""
-    from ..models.config import ALBERTConfig
-    from ..models.pretrained import held_precision
-
-    held = None if precision is not None else held_precision(ALBERTConfig.from_pretrained(folder), folder)
-    return precision or Precision(held or "fp32")
-
-
-def _is_rounded(path: Path) -> bool:
-    """Whether a checkpoint's configuration speaks of integers; also where it cannot be read, which loading reports."""
-    from ..checkpoints.weights import config_path
-    from ..models.config import ALBERTConfig
-
-    try:
-        config = ALBERTConfig.from_json_file(config_path(path if path.is_dir() else path.parent))
-    except (OSError, ValueError):
-        return True
-    return config.extra.get("quantization_config") is not None
-
-
-def text_tokenizer(folder: Path) -> Tokenizer:
-    """Tokenizer of a folder for texts of strangers: a "[SEP]" or "<pad>" in one is text, not a control token."""
-    from ..text.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    tokenizer.split_special_tokens = True
-    return tokenizer
-
-
-def token_limit(tokenizer: Tokenizer, config: Any, wanted: int | None) -> int:
-    """Tokens that a text is cut to; ValueError where more are wanted than the model has positions."""
-    if wanted is not None and wanted > config.max_position_embeddings:
-        raise ValueError(f"--max-length {wanted} is more than the model's {config.max_position_embeddings} positions")
-    return wanted or min(tokenizer.model_max_length, config.max_position_embeddings)
-
-
-def tokenize(tokenizer: Tokenizer, texts: Sequence[tuple[str, str | None]], limit: int) -> dict[str, list[list[int]]]:
-    """Ids and masks of texts and of pairs of texts, mixed as they come, each cut to `limit` tokens."""
-    rows: dict[str, list[list[int]]] = {}
-    alone = [index for index, (_, pair) in enumerate(texts) if pair is None]
-    paired = [index for index, (_, pair) in enumerate(texts) if pair is not None]
-    for chosen, inputs in (
-        (alone, [texts[index][0] for index in alone]),
-        (paired, [(texts[index][0], texts[index][1] or "") for index in paired]),
-    ):
-        for key, values in tokenizer(inputs, max_length=limit).items():
-            column = rows.setdefault(key, [[] for _ in texts])
-            for index, value in zip(chosen, values, strict=True):
-                column[index] = value
-    return rows
-
-
-def batches_by_length(
-    tokenizer: Tokenizer, rows: Mapping[str, Sequence[list[int]]], batch_size: int, device: torch.device
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """(indices of the rows, padded tensors) of batches of rows of similar length, the shortest first."""
-    order = sorted(range(len(rows["input_ids"])), key=lambda index: len(rows["input_ids"][index]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = tokenizer.collate({key: [values[index] for index in chosen] for key, values in rows.items()})
-        yield chosen, {key: tensor.to(device) for key, tensor in batch.items()}

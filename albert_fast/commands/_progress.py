@@ -1,4 +1,4 @@
-"""A progress bar on standard error, only where that is a terminal and the answers do not go to the same one."""
+"""A progress bar on standard error. It shows only on a terminal that does not show the answers as well."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ._lines import Lines
 
 
 class Progress:
-    """Bytes of a file that are done, of all there are; lines where the input's end is not known."""
+    """Shows how many bytes of a file are done; where the size is not known, how many lines."""
 
     def __init__(self, lines: Lines, label: str, answers_on_stdout: bool) -> None:
         from tqdm import tqdm

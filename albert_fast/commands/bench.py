@@ -1,4 +1,4 @@
-"""`albert-fast bench`: this library, the plain reference and transformers on this machine, on the same weights."""
+"""`albert-fast bench`: compares this library, the plain reference and transformers on the same weights and input."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Size(str, Enum):
 
 
 @reports_errors
+@options.expands_groups
 def command(
     model: Annotated[
         str | None,
@@ -39,6 +40,7 @@ def command(
             "--model", "-m", help="Folder of a checkpoint, or its name on the hub.", show_default="random weights"
         ),
     ] = None,
+    *,
     size: Annotated[
         Size, typer.Option(help="Size of the random model; tiny is that of the Chinese release.")
     ] = Size.base,
@@ -52,15 +54,12 @@ def command(
         bool, typer.Option("--profile", help="Instead: where our forward's time goes, against this machine's limits.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results and machine as JSON.")] = False,
-    backend: options.Backend = "auto",
-    precision: options.PrecisionOption = None,
-    device: options.Device = None,
-    threads: options.Threads = None,
+    compute: options.Compute,
 ) -> None:
     """Measure speed and error on this machine: albert_fast, the eager reference and, where installed, transformers.
 
-    All sides run the same weights and input in turns; the time is the median of the rounds, the speed-up the median
-    ratio to the eager reference, the error the largest one of last_hidden_state against the reference in float32. Run
+    All sides run the same weights and input in turns. The time is the median of the rounds; the speed-up is the median
+    ratio to the eager reference; the error is the largest difference of last_hidden_state from the float32 reference. Run
     it on a machine that does nothing else.
 
     \b
@@ -72,22 +71,30 @@ def command(
     """
     import torch
 
-    options.set_threads(threads)
-    place = options.place(device)
+    from ..runtime.devices import choose_device
+    from ..tasks.loading import stated_precision
+
+    given = compute.as_keywords()
+    device, backend = choose_device(given["device"]), given["backend"]
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         folder = _random_model(SIZES[size.value], Path(scratch)) if model is None else _resolved(model)
-        batch = _batch(folder, batch_size, length, ragged, place)
-        chosen = options.stated_precision(folder, precision)
+        batch = _batch(folder, batch_size, length, ragged, device)
+        precision = stated_precision(folder, given["precision"])
         if by_stage:
-            stages = _stages(folder, batch, backend, chosen, place, rounds)
+            stages = _stages(folder, batch, backend, precision, rounds)
         else:
-            sides, exact = _sides(folder, batch, backend, chosen, place)
-            rows = compare(sides, exact(), rounds, place)
+            sides, exact = _sides(folder, batch, backend, precision)
+            rows = compare(sides, exact(), rounds, device)
     case = {
-        "model": model or f"random {size.value}", "batch_size": batch_size, "length": length,
-        "tokens": int(batch["attention_mask"].sum()), "precision": chosen.value, "device": str(place),
-        "threads": torch.get_num_threads(), "rounds": rounds,
-    }  # fmt: skip
+        "model": model or f"random {size.value}",
+        "batch_size": batch_size,
+        "length": length,
+        "tokens": int(batch["attention_mask"].sum()),
+        "precision": precision,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+    }
     if as_json:
         from ..inspect.info import describe
 
@@ -106,8 +113,8 @@ def _resolved(model: str) -> Path:
 def _random_model(sizes: tuple[int, int, int, int], folder: Path) -> Path:
     import torch
 
-    from .. import ALBERTConfig
     from ..models import reference
+    from ..models.config import ALBERTConfig
 
     hidden, heads, layers, intermediate = sizes
     config = ALBERTConfig(
@@ -118,12 +125,12 @@ def _random_model(sizes: tuple[int, int, int, int], folder: Path) -> Path:
     return folder
 
 
-def _batch(folder: Path, batch_size: int, length: int, ragged: bool, place: torch.device) -> dict[str, torch.Tensor]:
-    """Random ids (B, S) and the mask of their lengths, all S or spread evenly from S / 8 to S."""
+def _batch(folder: Path, batch_size: int, length: int, ragged: bool, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random ids (B, S) and their mask: all of length S, or lengths spread evenly from S / 8 to S."""
     import torch
 
-    from .. import ALBERTConfig
-    from ..checkpoints.weights import config_path
+    from ..checkpoints.saving import config_path
+    from ..models.config import ALBERTConfig
 
     config = ALBERTConfig.from_json_file(config_path(folder))
     if length > config.max_position_embeddings:
@@ -134,39 +141,40 @@ def _batch(folder: Path, batch_size: int, length: int, ragged: bool, place: torc
     spread = torch.linspace(shortest, length, batch_size, dtype=torch.float32).round().long()
     lengths = spread if batch_size > 1 else torch.tensor([length])
     mask = (torch.arange(length) < lengths[:, None]).long()
-    return {"input_ids": ids.to(place), "attention_mask": mask.to(place)}
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _sides(
-    folder: Path, batch: dict[str, torch.Tensor], backend: str, precision: options.Precision, place: torch.device
+    folder: Path, batch: dict[str, torch.Tensor], backend: str, precision: str
 ) -> tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
-    """Sides by name, the reference first, and the reference in float32; real tokens' hidden states (T, H)."""
-    from .. import ALBERTModel
+    """The sides by name, the reference first, and the float32 reference. Each returns the real tokens' states (T, H)."""
     from ..models import reference
+    from ..models.albert import ALBERTModel
     from ..models.load_arguments import PRECISIONS
 
+    device = batch["input_ids"].device
     real = batch["attention_mask"].bool()
-    # The others have no integer formats: they run what they would run instead.
-    plain = precision.value if precision.value in PRECISIONS else "fp32"
+    # The other sides have no integer formats and run in float32 instead.
+    plain = precision if precision in PRECISIONS else "fp32"
 
     def side(network: Any) -> Callable[[], torch.Tensor]:
         return lambda: network(**batch).last_hidden_state[real]
 
-    exact = reference.ALBERTModel.from_pretrained(folder, device=place)
-    eager = exact if plain == "fp32" else reference.ALBERTModel.from_pretrained(folder, precision=plain, device=place)
-    fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision.value, device=place)
-    sides = {f"eager reference, {plain}": side(eager), f"albert_fast, {precision.value}": side(fast)}
+    exact = reference.ALBERTModel.from_pretrained(folder, device=device)
+    eager = exact if plain == "fp32" else reference.ALBERTModel.from_pretrained(folder, precision=plain, device=device)
+    fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision, device=device)
+    sides = {f"eager reference, {plain}": side(eager), f"albert_fast, {precision}": side(fast)}
     if importlib.util.find_spec("transformers") is not None:
         from transformers import AlbertConfig, AlbertModel
 
-        # From our own state, so that whatever checkpoint we read is compared; only what AlbertModel knows goes in.
+        # From our own state, so that any checkpoint that we can read can be compared, without the heads.
         theirs = AlbertModel(
             AlbertConfig.from_dict(exact.config.to_dict(), attn_implementation="sdpa"),
             add_pooling_layer=exact.pooler is not None,
         )
         theirs.load_state_dict(exact.state_dict())
         module: Any = theirs  # transformers types `to` for other arguments
-        sides[f"transformers sdpa, {plain}"] = side(module.to(place, PRECISIONS[plain]).eval())
+        sides[f"transformers sdpa, {plain}"] = side(module.to(device, PRECISIONS[plain]).eval())
     return sides, side(exact)
 
 
@@ -174,15 +182,15 @@ def _stages(
     folder: Path,
     batch: dict[str, torch.Tensor],
     backend: str,
-    precision: options.Precision,
-    place: torch.device,
+    precision: str,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """The rows of --profile: name, seconds, rate, unit, limit and of_limit of every stage."""
-    from .. import ALBERTModel
+    """The rows of --profile: name, seconds, rate, unit, limit and of_limit of each stage."""
     from ..inspect.profiling import profile
+    from ..models.albert import ALBERTModel
 
-    fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision.value, device=place)
+    device = batch["input_ids"].device
+    fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision, device=device)
     return [
         {
             "name": stage.name,

@@ -1,4 +1,4 @@
-"""`albert-fast demo`: does this installation give the right answers, and how fast."""
+"""`albert-fast demo`: checks that this installation gives the right answers, and shows how fast."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from . import _options as options
 from ._compare import compare, table
 from ._errors import UsageError, reports_errors
 from ._lines import Lines, given_text
-from .classify import Classifier, best
 
 if TYPE_CHECKING:
     import torch
+
+    from ..tasks.classify import TextClassifier
 
 SENTENCES = (
     "A generous, quietly funny film that earns every one of its tears.",
@@ -25,7 +26,7 @@ SENTENCES = (
     "The first half drags, but the last scene is worth the wait.",
     "Not good, not bad, just there.",
 )
-# Largest difference of logits, relative to the largest logit, that rounding in another order explains in float32.
+# Largest difference of float32 logits, relative to the largest logit, that another order of rounding explains.
 TOLERANCE = 1e-4
 
 
@@ -44,10 +45,10 @@ def command(
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
-    """Check an installation: label a few sentences, then compare numbers and speed with transformers' AlbertModel.
+    """Check this installation: label a few sentences, then compare numbers and speed with transformers.
 
-    The comparison is in float32, with scaled dot-product attention. Where transformers is not installed, it is with
-    this package's own plain PyTorch reference. Exit code 1 where the numbers differ by more than rounding.
+    The comparison is with transformers' AlbertModel in float32, with scaled dot-product attention; without transformers,
+    with this package's plain PyTorch reference. Exit code 1 if the numbers differ by more than rounding.
 
     \b
     Examples:
@@ -59,10 +60,15 @@ def command(
         raise UsageError("give sentences or --file, not both")
     given = [given_text(text, f"text {position}") for position, text in enumerate(texts or SENTENCES, 1)]
     sentences = given if file is None else _read(file)
-    classifier = Classifier(model, backend=backend, device=device, threads=threads)
-    answers = classifier([(text, None) for text in sentences])
-    rows = [(text, best(answer), *(f"{answer[label]:.3f}" for label in classifier.labels)) for text, answer in
-            zip(sentences, answers, strict=True)]  # fmt: skip
+    from ..tasks.classify import TextClassifier, best_label
+
+    options.set_threads(threads)
+    classifier = TextClassifier(model, backend=backend, device=device)
+    answers = classifier(sentences)
+    rows = [
+        (text, best_label(answer), *(f"{answer[label]:.3f}" for label in classifier.labels))
+        for text, answer in zip(sentences, answers, strict=True)
+    ]
     sys.stdout.write(table(("sentence", "label", *classifier.labels), rows) + "\n")
     sys.stdout.flush()
     if bench:
@@ -82,16 +88,20 @@ def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return logits
 
 
-def _peer(classifier: Classifier) -> tuple[str, str, Any]:
-    """(short name, what it is, the model) of what the numbers are compared with, on the classifier's weights."""
+def _peer(classifier: TextClassifier) -> tuple[str, str, Any]:
+    """The model to compare with, on the classifier's weights: (short name, description, model)."""
     from ..models import reference
 
     plain = reference.ALBERTForSequenceClassification.from_pretrained(classifier.folder, device=classifier.device)
     try:
         from transformers import AlbertConfig, AlbertForSequenceClassification
     except ImportError:
-        return "reference", "albert_fast.reference (plain PyTorch; pip install transformers to compare with it)", plain
-    # From our own state, so that whatever checkpoint we read is compared.
+        return (
+            "reference",
+            "albert_fast.models.reference (plain PyTorch; pip install transformers to compare with it)",
+            plain,
+        )
+    # From our own state, so that any checkpoint that we can read can be compared.
     config = AlbertConfig.from_dict(plain.config.to_dict(), attn_implementation="sdpa")
     theirs: Any = AlbertForSequenceClassification(config)  # transformers types `to` for other arguments
     theirs.load_state_dict(plain.state_dict())
@@ -115,7 +125,7 @@ def _machine(device: torch.device) -> str:
     return f"{processor}; {versions}"
 
 
-def _bench(classifier: Classifier, sentences: list[str], rounds: int) -> None:
+def _bench(classifier: TextClassifier, sentences: list[str], rounds: int) -> None:
     import torch
 
     device = classifier.device
@@ -123,7 +133,7 @@ def _bench(classifier: Classifier, sentences: list[str], rounds: int) -> None:
     many = (sentences * 32)[:32]
     rows, worst = [], 0.0
     for size, texts in (("1 sentence", sentences[:1]), ("32 sentences", many)):
-        batch = classifier.tokenizer(texts, max_length=classifier.limit, return_tensors="pt")
+        batch = classifier.tokenizer(texts, max_length=classifier.max_length, return_tensors="pt")
         batch = {key: value.to(device) for key, value in batch.items()}
         with torch.inference_mode():
             expected = peer(**batch).logits

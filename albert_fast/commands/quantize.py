@@ -19,6 +19,7 @@ class StoredPrecision(str, Enum):
 
 
 @reports_errors
+@options.expands_groups
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, or its name on the hub.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
@@ -28,22 +29,21 @@ def command(
     calibration: Annotated[
         str,
         typer.Option(
-            "--calibration", metavar="FILE", help="Text as the model will be given it, one a line, or JSON lines."
+            "--calibration", metavar="FILE", help="Lines of text, or JSON lines, as the model will be given them."
         ),
     ],
-    max_lines: Annotated[int, typer.Option("--max-lines", min=1, help="Read this many lines of FILE at most.")] = 1000,
+    *,
+    max_lines: Annotated[int, typer.Option("--max-lines", min=1, help="Read at most this many lines of FILE.")] = 1000,
     max_length: options.MaxLength = None,
     batch_size: options.BatchSize = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
-    input_format: options.InputFormatOption = options.InputFormat.auto,
-    encoding: options.Encoding = "utf-8",
-    replace_bad_bytes: options.ReplaceBadBytes = False,
+    input: options.Input,
     threads: options.Threads = None,
 ) -> None:
-    """Store MODEL with its layers rounded to integers: it starts at once, and its answers are the same at every start.
+    """Store MODEL with its layers rounded to integers, once instead of at every start.
 
-    FILE decides how the weights are rounded: a few hundred lines of the text that the model will work on are enough. No
-    labels are needed. OUT gets the weights, the configuration and the tokenizer, and appears when it is complete; other
+    FILE decides how the weights are rounded: a few hundred lines of the text that the model will work on are enough,
+    without labels. OUT gets the weights, the configuration and the tokenizer; it appears when it is complete. Other
     commands take it as --model.
 
     \b
@@ -54,7 +54,7 @@ def command(
     from ..tasks.quantize import quantize_checkpoint
 
     options.set_threads(threads)
-    with Lines(calibration, input_format, encoding, replace_bad_bytes) as lines:
+    with Lines(calibration, input) as lines:
         records: list[Record] = []
         while len(records) < max_lines and (some := lines.window(max_lines - len(records), patience=None)):
             records += some

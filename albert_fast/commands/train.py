@@ -1,12 +1,11 @@
-"""`albert-fast train`: the command line of `albert_fast.training.fit`.
-
-The defaults repeat those of `albert_fast.training.Recipe`, which costs too much to import for a help text.
-"""
+"""`albert-fast train`: the command line of `albert_fast.training.fit`."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,72 +15,107 @@ from . import _options as options
 from ._errors import UsageError, reports_errors, warn
 
 
-@reports_errors
-def command(
-    train_file: Annotated[
-        Path, typer.Argument(metavar="TRAIN", help=".tsv, .csv or .jsonl, also as .gz: text and label.")
-    ],
-    output_dir: Annotated[
-        Path, typer.Argument(metavar="OUTPUT", help="Folder for the best model, the log and the state.")
-    ],
-    dev_file: Annotated[Path | None, typer.Option("--dev", help="Chooses the best epoch.")] = None,
-    test_file: Annotated[Path | None, typer.Option("--test", help="Measured once, at the end.")] = None,
-    init_from: Annotated[
-        str | None, typer.Option("--init-from", help="Start from this checkpoint.", show_default="a new model")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in OUTPUT; --epochs may be another number than before.")
-    ] = False,
-    text_column: options.TextColumn = None,
-    pair_column: options.PairColumn = None,
-    label_column: options.LabelColumn = None,
-    label_names: Annotated[
-        str | None, typer.Option(help="Classes in order of their ids: negative,positive.", show_default="as in TRAIN")
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 32,
+@dataclass(frozen=True)
+class RecipeOptions:
+    """The fields of `albert_fast.training.Recipe` with its defaults; that class takes too long to import for --help."""
+
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over TRAIN.")] = 3
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Texts in a training step.")] = 32
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--learning-rate", "--lr", min=0.0, help="The highest.", show_default="5e-5 with --init-from, else 5e-4"
+            "--learning-rate",
+            "--lr",
+            min=0.0,
+            help="The highest rate.",
+            show_default="5e-5 with --init-from, else 5e-4",
         ),
-    ] = None,
-    weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.01,
-    warmup_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps that warm up.")] = 0.06,
-    max_grad_norm: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    max_length: Annotated[int, typer.Option(min=3, help="Cut texts to this many tokens.")] = 128,
-    label_smoothing: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.0,
-    piece_dropout: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of tokens masked while training.")
-    ] = 0.0,
+    ] = None
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.01
+    warmup_ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the steps that warm up.")] = 0.06
+    max_grad_norm: Annotated[float, typer.Option(min=0.0, help="Scale larger gradients down to this norm.")] = 1.0
+    max_length: Annotated[int, typer.Option(min=3, help="Cut texts to this many tokens.")] = 128
+    label_smoothing: Annotated[float, typer.Option(min=0.0, max=1.0, help="Label smoothing of the cross-entropy.")] = (
+        0.0
+    )
+    piece_dropout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of tokens masked while training.")] = 0.0
     position_shift: Annotated[
         int, typer.Option(min=0, help="Training texts start at a random position up to this.")
-    ] = 0,
-    ema_decay: Annotated[float | None, typer.Option(help="Keep a running average of the weights.")] = None,
-    pretrain_epochs: Annotated[int, typer.Option(min=0, help="Masked language modelling on TRAIN first.")] = 0,
-    pretrain_batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    pretrain_learning_rate: Annotated[float, typer.Option(min=0.0)] = 5e-4,
-    mask_probability: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.15,
+    ] = 0
+    ema_decay: Annotated[float | None, typer.Option(help="Keep a running average of the weights, with this decay.")] = (
+        None
+    )
+    pretrain_epochs: Annotated[int, typer.Option(min=0, help="Masked language modelling on TRAIN first.")] = 0
+    pretrain_batch_size: Annotated[int, typer.Option(min=1, help="Texts in a pre-training step.")] = 32
+    pretrain_learning_rate: Annotated[float, typer.Option(min=0.0, help="The highest rate of pre-training.")] = 5e-4
+    mask_probability: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of tokens to hide in pre-training.")
+    ] = 0.15
     metric: Annotated[
         str | None,
         typer.Option(
             help="Chooses the best epoch: accuracy, f1, matthews, mse, pearson, loss ...",
             show_default="accuracy; mse for numbers",
         ),
-    ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0
     checkpoint_steps: Annotated[
-        int | None, typer.Option(min=1, help="Save the state every so many steps too.", show_default="every epoch")
-    ] = None,
-    vocab_size: Annotated[int, typer.Option(min=10, help="New model: pieces of its vocabulary, at most.")] = 8000,
-    layers: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None,
-    hidden_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="256")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="1024")] = None,
-    embedding_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="128")] = None,
+        int | None, typer.Option(min=1, help="Also save the state every so many steps.", show_default="every epoch")
+    ] = None
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """Sizes of a model that starts from random weights."""
+
+    vocab_size: Annotated[int, typer.Option(min=10, help="New model: pieces of its vocabulary, at most.")] = 8000
+    layers: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="256")] = None
+    heads: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="1024")] = None
+    embedding_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="128")] = None
     dropout: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="New model: in layers and attention.", show_default="0.1")
+    ] = None
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of ALBERTConfig that were given."""
+        sizes = {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.intermediate_size,
+            "embedding_size": self.embedding_size,
+            "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": self.dropout,
+        }
+        return {name: value for name, value in sizes.items() if value is not None}
+
+
+@reports_errors
+@options.expands_groups
+def command(
+    train_file: Annotated[Path, typer.Argument(metavar="TRAIN", help=options.TABLE_HELP)],
+    output_dir: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder for the best model, the log and the state.")
+    ],
+    *,
+    dev_file: Annotated[Path | None, typer.Option("--dev", help="A table like TRAIN; chooses the best epoch.")] = None,
+    test_file: Annotated[
+        Path | None, typer.Option("--test", help="A table like TRAIN; measured once, at the end.")
     ] = None,
+    init_from: Annotated[
+        str | None, typer.Option("--init-from", help="Start from this checkpoint.", show_default="a new model")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in OUTPUT; the number of --epochs may change.")
+    ] = False,
+    columns: options.TableColumns,
+    label_names: Annotated[
+        str | None, typer.Option(help="Classes in order of their ids: negative,positive.", show_default="as in TRAIN")
+    ] = None,
+    recipe: RecipeOptions,
+    new_model: NewModel,
     progress: Annotated[
         bool | None,
         typer.Option("--progress/--no-progress", help="Bars on standard error.", show_default="on a terminal"),
@@ -89,10 +123,10 @@ def command(
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
-    """Train a text classifier, or a regressor where labels are numbers, from scratch or from a checkpoint.
+    """Train a text classifier, or a regressor if the labels are numbers, from scratch or from a checkpoint.
 
-    OUTPUT is a checkpoint folder for classify, encode and transformers. A run that was stopped goes on with --resume
-    and the same options; with more --epochs, a finished one does too. Everything is checked before the first step.
+    OUTPUT is a checkpoint folder for classify, encode and transformers. Everything is checked before the first step. An
+    interrupted run continues with --resume and the same options; a finished run continues with more --epochs.
 
     \b
     Examples:
@@ -101,43 +135,32 @@ def command(
       albert-fast train train.jsonl my-model --dev dev.jsonl --pretrain-epochs 10 --layers 6
       albert-fast classify new.txt --model my-model
     """
-    sizes = {
-        "num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads,
-        "intermediate_size": intermediate_size, "embedding_size": embedding_size,
-        "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout,
-    }  # fmt: skip
-    chosen = {name: value for name, value in sizes.items() if value is not None}
-    if init_from is not None and chosen:
-        raise UsageError(f"--init-from has its own sizes; leave out what sets {', '.join(chosen)}")
+    sizes = new_model.config_fields()
+    if init_from is not None and sizes:
+        raise UsageError(f"--init-from has its own sizes; leave out what sets {', '.join(sizes)}")
     from ..training import Recipe, fit, small_config
 
     options.set_threads(threads)
-    bars = sys.stderr.isatty() if progress is None else progress
-    columns: dict[str, Any] = {
-        "text_column": options.column(text_column),
-        "pair_column": options.column(pair_column),
-        "label_column": options.column(label_column),
-    }
-    recipe = Recipe(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=weight_decay,
-        warmup_ratio=warmup_ratio, max_grad_norm=max_grad_norm, max_length=max_length, label_smoothing=label_smoothing,
-        piece_dropout=piece_dropout, position_shift=position_shift, ema_decay=ema_decay, pretrain_epochs=pretrain_epochs,
-        pretrain_batch_size=pretrain_batch_size, pretrain_learning_rate=pretrain_learning_rate,
-        mask_probability=mask_probability, metric=metric, seed=seed, checkpoint_steps=checkpoint_steps,
-    )  # fmt: skip
+    config = small_config(recipe.max_length + recipe.position_shift).replace(**sizes) if sizes else None
     try:
         result = fit(
-            train_file, output_dir, dev_file=dev_file, test_file=test_file, recipe=recipe,
-            config=small_config(max_length + position_shift).replace(**chosen) if chosen else None, vocab_size=vocab_size,
-            init_from=init_from, label_names=None if label_names is None else label_names.split(","), resume=resume,
-            device=device, progress=bars, report=warn, **columns,
-        )  # fmt: skip
+            train_file,
+            output_dir,
+            dev_file=dev_file,
+            test_file=test_file,
+            recipe=Recipe(**dataclasses.asdict(recipe)),
+            config=config,
+            vocab_size=new_model.vocab_size,
+            init_from=init_from,
+            label_names=None if label_names is None else label_names.split(","),
+            resume=resume,
+            device=device,
+            progress=sys.stderr.isatty() if progress is None else progress,
+            report=warn,
+            **columns.as_keywords(),
+        )
     except KeyboardInterrupt as interrupt:
-        from ..training.checkpointing import STATE_NAME
-
-        saved = (output_dir / STATE_NAME).exists()
-        after = "the same command with --resume continues" if saved else "nothing was saved yet"
-        raise KeyboardInterrupt(f"{f'interrupted {interrupt}'.strip()}; {after}") from None
+        raise KeyboardInterrupt(_after_interrupt(str(interrupt), output_dir)) from None
     for record in result.history:
         sys.stdout.write(json.dumps(record) + "\n")
     best = "" if result.best_value is None else f", {result.metric} {result.best_value:.4f} on {dev_file}"
@@ -145,3 +168,12 @@ def command(
     if result.test is not None:
         figures = {"examples": result.test.examples, "loss": result.test.loss, **result.test.metrics}
         sys.stdout.write(f"{test_file}: {json.dumps(figures)}\n")
+
+
+def _after_interrupt(where: str, output_dir: Path) -> str:
+    """Where the run was interrupted, and how it continues."""
+    from ..training.checkpointing import STATE_NAME
+
+    saved = (output_dir / STATE_NAME).exists()
+    after = "the same command with --resume continues" if saved else "nothing was saved yet"
+    return f"{f'interrupted {where}'.strip()}; {after}"

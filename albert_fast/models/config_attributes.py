@@ -179,7 +179,8 @@ class ConfigAttributes:
         Raises:
             FileNotFoundError: no such configuration. ValueError: one that is not ALBERT's, or does not fit together.
         """
-        from ..checkpoints.weights import config_path, resolve
+        from ..checkpoints.saving import config_path
+        from ..checkpoints.weights import resolve
 
         hub = {name: changes.pop(name) for name in HUB_ARGUMENTS if name in changes}
         path = resolve(pretrained_model_name_or_path, weights=False, **hub)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.weights import config_path, weights_names
+from ..checkpoints.saving import config_path, missing_config
+from ..checkpoints.weights import weights_names
 from .config import ALBERTConfig
 from .config_attributes import DEFAULTS, HUB_ARGUMENTS
 
@@ -141,7 +142,7 @@ class LoadArguments:
         else:
             file = config_path(path if path.is_dir() else path.parent)
             if not file.is_file():
-                raise FileNotFoundError(f"{path}: no config.json in {file.parent.resolve()}, where a checkpoint has it")
+                raise missing_config(path)
             config = ALBERTConfig.from_json_file(file)
         known = {
             *_HARMLESS,

@@ -13,15 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import sentence_modules
-from ..checkpoints.weights import (
-    config_path,
-    load_checkpoint,
-    load_into,
-    rename_old_names,
-    resolve,
-    save_checkpoint,
-    tied,
-)
+from ..checkpoints.saving import config_path, save_checkpoint
+from ..checkpoints.weights import load_checkpoint, load_into, rename_old_names, resolve, tied
 from ..quantization.calibration import Calibration
 from ..runtime import dispatch
 from .config import ALBERTConfig

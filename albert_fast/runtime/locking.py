@@ -1,4 +1,4 @@
-"""Locks on files that other processes respect. The system releases them when a process dies, however it dies."""
+"""Locks between processes, by way of files. The operating system releases a lock when its process ends or is killed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 
 class LockedError(RuntimeError):
-    """Another process, or another open file of this one, holds the lock."""
+    """Another process holds the lock, or this process does by another open file."""
 
 
 def try_lock(descriptor: int) -> bool:
-    """Locks an open file until `unlock`, or until its descriptor is closed; False where somebody else holds the lock.
+    """Locks an open file until `unlock` or until the descriptor is closed. Returns False where another one holds the lock.
 
-    A file system without locks gets a warning and True: work goes on, unprotected.
+    On a file system without locks it warns and returns True: the work goes on unprotected.
     """
     try:
         if sys.platform == "win32":
@@ -32,12 +32,14 @@ def try_lock(descriptor: int) -> bool:
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        warnings.warn(f"this file system has no locks ({error}): start no second process there", stacklevel=2)
+        warnings.warn(
+            f"this file system has no locks ({error}): do not start a second process that writes there", stacklevel=2
+        )
     return True
 
 
 def unlock(descriptor: int) -> None:
-    """Releases the lock at once, although a forked child may still hold the descriptor."""
+    """Releases the lock now, even if a forked child still has the descriptor open."""
     with contextlib.suppress(OSError):
         if sys.platform == "win32":
             import msvcrt
@@ -52,24 +54,24 @@ def unlock(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file inside; it contains the holder's process id and is removed at the end.
+    """Holds a lock file while the block runs. The file contains this process's id and is removed at the end.
 
     Raises:
-        LockedError: another process holds it; the message names the file and that process.
-        OSError: the file cannot be made.
+        LockedError: another process holds the lock; the message names the file and that process.
+        OSError: the file cannot be created.
     """
     descriptor = _acquire(path)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows does not remove an open file: an empty one stays there
+        with contextlib.suppress(OSError):  # Windows cannot remove an open file: an empty file stays
             path.unlink()
         unlock(descriptor)
         os.close(descriptor)
 
 
 def _acquire(path: Path) -> int:
-    """The descriptor of the locked file."""
+    """Creates and locks the file; returns its descriptor."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -82,7 +84,7 @@ def _acquire(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the holder before us removed the file after we opened it: make another
+        os.close(descriptor)  # the previous holder removed the file after we opened it: create it again
 
 
 def _is_file_at(descriptor: int, path: Path) -> bool:
@@ -93,7 +95,7 @@ def _is_file_at(descriptor: int, path: Path) -> bool:
 
 
 def _holder(path: Path) -> str:
-    """ " 123" for the process id in a lock file, "" where there is none to read."""
+    """The process id in a lock file, after a space; "" where the file holds none."""
     with contextlib.suppress(OSError):
         number = path.read_text(encoding="ascii", errors="replace").strip()
         if number.isdigit():

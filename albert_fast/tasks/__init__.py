@@ -1,1 +1,1 @@
-"""What people do with an encoder, as Python calls."""
+"""Tasks over text as Python calls: embed, classify, fill masks, and store a model in integers."""

@@ -1,23 +1,43 @@
-"""A checkpoint in int8 or int16 made of one in floats: calibrated on text once, instead of at every start."""
+"""Stores a checkpoint in int8 or int16, calibrated on text once instead of at every start."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..checkpoints.weights import config_path, resolve
+import torch
+
+from ..checkpoints.saving import config_path, missing_config
+from ..checkpoints.weights import resolve
+from ..models.albert import ALBERTModel
 from ..models.config import ALBERTConfig
+from ..models.heads import (
+    ALBERTForMaskedLM,
+    ALBERTForMultipleChoice,
+    ALBERTForPreTraining,
+    ALBERTForQuestionAnswering,
+    ALBERTForSequenceClassification,
+    ALBERTForTokenClassification,
+)
 from ..runtime import files
 from ..text import vocabulary as _vocabulary
-
-if TYPE_CHECKING:
-    from ..text.tokenizer import Tokenizer
+from ..text.batching import TextPair, padded_batches, tokenize
+from ..text.tokenizer import Tokenizer, load_tokenizer
+from .loading import token_limit
 
 PRECISIONS = ("int8", "int16")
-# What such a folder holds; a folder that holds anything else is not replaced.
+_MODELS: tuple[Any, ...] = (
+    ALBERTModel,
+    ALBERTForMaskedLM,
+    ALBERTForMultipleChoice,
+    ALBERTForPreTraining,
+    ALBERTForQuestionAnswering,
+    ALBERTForSequenceClassification,
+    ALBERTForTokenClassification,
+)
+# The files of a stored checkpoint; a folder with any other file is not replaced.
 NAMES = ("config.json", "model.safetensors", *_vocabulary.FILES, *_vocabulary.SETTINGS)
 
 
@@ -31,28 +51,26 @@ def quantize_checkpoint(
     batch_size: int = 32,
     overwrite: bool = False,
 ) -> int:
-    """Write the folder `output`: the model of `source` with rounded layers, its head as it was, and its tokenizer.
+    """Writes the folder `output`: the model of `source` with rounded layers, its head unchanged, and its tokenizer.
 
-    The folder appears when it is complete. `ALBERTModel.from_pretrained(output, precision=precision)` loads it.
+    The folder appears when it is complete. `ALBERTModel.from_pretrained(output)` loads it in its precision.
 
     Args:
-        source: a checkpoint's folder or its name on the hub, with a tokenizer; a class of this library is named in its
-            config.json, or it is a bare encoder.
+        source: a checkpoint's folder or its name on the hub, with a tokenizer. Its config.json names a class of this
+            library, or no class: then it is an encoder without a head.
         precision: "int8" or "int16".
-        texts: what to calibrate on, as the model will be given it; pairs for tasks over pairs.
-        max_length: tokens that a text is cut to; None: what the model takes.
-        overwrite: replace a folder that holds nothing but such a checkpoint.
+        texts: the calibration texts, as the model will be given them; pairs for tasks over pairs.
+        max_length: texts are cut to this many tokens; default: as many as the model takes.
+        overwrite: replace `output`, if it holds only the files of a stored checkpoint.
 
     Returns:
-        The number of tokens that the rounding was calibrated on.
+        How many tokens the rounding was calibrated on.
 
     Raises:
-        FileExistsError: `output` is there, and `overwrite` is off or it holds other files.
+        FileExistsError: `output` exists and `overwrite` is off, or it holds other files.
         ValueError: an unknown precision, weights that are rounded already, no text, an unknown architecture.
         FileNotFoundError: no checkpoint, or no vocabulary in it.
     """
-    from ..text.tokenizer import load_tokenizer
-
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}: a checkpoint is stored in one of {', '.join(PRECISIONS)}")
     output = Path(output)
@@ -63,33 +81,14 @@ def quantize_checkpoint(
         raise ValueError(f"{output}: the output is the source; name another folder")
     model_class, config = _model_class(folder)
     tokenizer = load_tokenizer(folder)
-    longest = config.max_position_embeddings
-    if max_length is not None and max_length > longest:
-        raise ValueError(f"max_length {max_length} is more than the model's {longest} positions")
-    batches = _batches(tokenizer, texts, max_length or min(tokenizer.model_max_length, longest), batch_size)
+    batches = _batches(tokenizer, texts, token_limit(tokenizer, config, max_length), batch_size)
     model = model_class.from_pretrained(path, precision=precision, device="cpu", calibration=batches)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with files.scratch(output, _put_back) as scratch:
-        made = scratch / "new"
-        made.mkdir()
+    with files.replacing_folder(output) as new:
         for name in (*_vocabulary.FILES, *_vocabulary.SETTINGS):
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, made / name)
-                files.flush(made / name)
-        model.save_pretrained(made)
-        if output.exists():
-            os.rename(output, scratch / "old")
-        os.rename(made, output)
-        files.flush(output.parent)
+                shutil.copyfile(folder / name, new / name)
+        model.save_pretrained(new)
     return sum(int(batch["attention_mask"].sum()) for batch in batches)
-
-
-def _put_back(scratch: Path) -> None:
-    """Removes a scratch folder; what it holds of an output that was moved away, and is not there anew, goes back."""
-    output = scratch.with_name(scratch.name[1:].rsplit(".", 2)[0])
-    if (scratch / "old").exists() and not output.exists():
-        os.rename(scratch / "old", output)
-    shutil.rmtree(scratch)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -106,30 +105,27 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _model_class(folder: Path) -> tuple[Any, ALBERTConfig]:
-    """The class of this library that config.json names, the bare encoder where it names none, and the configuration."""
-    import albert_fast
-
+    """The class that config.json names (where it names none, the encoder without a head), and the configuration."""
     file = config_path(folder)
     if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json there, where a checkpoint has it")
+        raise missing_config(folder)
     config = ALBERTConfig.from_json_file(file)
     if config.extra.get("quantization_config") is not None:
-        raise ValueError(f"{folder}: its weights are rounded already; take the checkpoint that they were made of")
+        raise ValueError(f"{folder}: its weights are rounded already; take the checkpoint that they were made from")
     architectures = config.extra.get("architectures") or ["AlbertModel"]
     name = str(architectures[0]).replace("Albert", "ALBERT")
-    if name not in albert_fast.__all__ or not name.startswith("ALBERT") or name == "ALBERTConfig":
+    found = next((model for model in _MODELS if model.__name__ == name), None)
+    if found is None:
         raise ValueError(f"{file}: architectures {architectures!r} names no model of this library")
-    return getattr(albert_fast, name), config
+    return found, config
 
 
 def _batches(
-    tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], limit: int, batch_size: int
-) -> list[dict[str, Any]]:
+    tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_length: int, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
     """Padded batches of texts of similar length."""
-    pairs = [(text, None) if isinstance(text, str) else text for text in texts]
-    rows = [tokenizer(first, second, max_length=limit) for first, second in pairs]
-    rows.sort(key=lambda row: len(row["input_ids"]))
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    if not batches:
+    pairs: list[TextPair] = [(text, None) if isinstance(text, str) else text for text in texts]
+    if not pairs:
         raise ValueError("there is no text to calibrate on")
-    return [tokenizer.collate({key: [row[key] for row in batch] for key in batch[0]}) for batch in batches]
+    rows = tokenize(tokenizer, pairs, max_length)
+    return [batch for _, batch in padded_batches(tokenizer, rows, batch_size)]

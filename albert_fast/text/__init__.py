@@ -1,1 +1,1 @@
-"""Tokenizers, their vocabularies, and readers of text files."""
+"""Tokenizers and their vocabularies, batches of texts, and readers of text files."""

@@ -1,4 +1,4 @@
-"""Lines of a file, of standard input or of a pipe, in constant memory; a pipe is not waited for longer than wanted."""
+"""Reads the lines of a file, of standard input or of a pipe, in constant memory and with a limit on the waiting time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 CHUNK = 1 << 16
-# More than any model reads of one text; the rest of a longer line is dropped unread, so that memory stays bounded.
+# More than any model reads of one text. The rest of a longer line is dropped, so that memory stays bounded.
 LONGEST_LINE = 1 << 20
 
 
 class Line(NamedTuple):
-    """number: from 1. text: without its line end. dropped: bytes beyond the longest line that are not in `text`."""
+    """A line: its number from 1, its text without the line end, and how many bytes beyond the limit were dropped."""
 
     number: int
     text: str
@@ -30,14 +30,17 @@ class Line(NamedTuple):
 
 
 class LineReader:
-    """Decoded lines of a byte stream.
+    """Reads and decodes the lines of a byte stream.
 
-    A line ends at a line feed; the last one may lack it. A byte order mark at the start of UTF-8 is left out. A stream
-    whose name ends in .gz is unpacked by `open_lines`.
+    A line ends at a line feed, which the last line may lack. A byte order mark at the start of UTF-8 is dropped.
+
+    Args:
+        errors: "strict" or "replace", as for `bytes.decode`.
+        longest: bytes of a line that are kept.
 
     Attributes:
-        name: what error messages call the stream. count: lines that were given out. consumed: their bytes.
-        size: bytes of the whole file, None where that is not known.
+        name: the stream's name in error messages. count: lines that were returned. consumed: their bytes.
+        size: bytes of the whole file; None where they are not known.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class LineReader:
         self._stream, self._encoding, self._errors = stream, encoding, errors
         self._fd: int | None = None
         try:
-            if not isinstance(stream, gzip.GzipFile):  # its descriptor is that of the packed bytes
+            if not isinstance(stream, gzip.GzipFile):  # its descriptor gives the packed bytes
                 self._fd = stream.fileno()
         except (OSError, io.UnsupportedOperation):
             pass  # bytes in memory
@@ -64,13 +67,17 @@ class LineReader:
             self._stream.close()
 
     def checksum(self) -> str:
-        """Of the bytes of all lines that were given out so far."""
+        """A checksum of all lines that were returned so far."""
         return self._hash.hexdigest()
 
     def read(self, deadline: float | None = None) -> Line | None:
-        """The next line; None at the end, or where none arrives before `deadline` (of time.monotonic; None: no limit).
+        """Returns the next line; None at the end, or if none arrives before `deadline`.
 
-        ValueError that names the line: bytes that are not text in this encoding, gzip data that is cut or damaged.
+        Args:
+            deadline: a time of time.monotonic; None: no limit.
+
+        Raises:
+            ValueError: bytes that are not text in this encoding, or damaged gzip data; the message names the line.
         """
         if not self._wait_for_line(deadline):
             return None
@@ -85,7 +92,7 @@ class LineReader:
         if self.count == 1 and self._encoding.startswith("utf-8"):
             raw = raw.removeprefix(codecs.BOM_UTF8)
         try:
-            if dropped:  # the cut may lie within a character, which an incremental decoder leaves out
+            if dropped:  # the cut may be inside a character, which an incremental decoder drops
                 return codecs.getincrementaldecoder(self._encoding)(self._errors).decode(raw)
             return raw.decode(self._encoding, self._errors)
         except UnicodeDecodeError as error:
@@ -93,7 +100,7 @@ class LineReader:
             raise ValueError(f"{where}: byte {error.start + 1} of the line is not {self._encoding}") from error
 
     def _wait_for_line(self, deadline: float | None) -> bool:
-        """Whether a line is there; reads on until it is, the input ends or the deadline passes."""
+        """Reads until there is a line, the input ends or the deadline passes; returns whether there is a line."""
         while not self._lines:
             if self._ended:
                 return False
@@ -106,7 +113,7 @@ class LineReader:
 
     def _read_chunk(self) -> None:
         try:
-            # read1 gives what is there before it raises; read would lose it.
+            # read1 returns what it has before it raises; read would lose it.
             chunk = os.read(self._fd, CHUNK) if self._fd is not None else self._stream.read1(CHUNK)  # type: ignore[attr-defined]
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             self._ended = True
@@ -134,7 +141,7 @@ class LineReader:
 def open_lines(
     path: str | Path, encoding: str = "utf-8", errors: str = "strict", longest: int = LONGEST_LINE
 ) -> LineReader:
-    """Lines of a file, unpacked where its name ends in .gz, or of standard input for "-". OSError: see `open`."""
+    """Opens a file, which is unpacked if its name ends in .gz, or standard input for "-". OSError: see `open`."""
     if str(path) == "-":
         return LineReader(sys.stdin.buffer, "standard input", encoding, errors, longest)
     packed = str(path).lower().endswith(".gz")

@@ -1,10 +1,10 @@
-"""Text rules of ALBERT's release as steps of a `tokenizers` normalizer, and how settings change a saved normalizer.
+"""The text rules of ALBERT's release as steps of a `tokenizers` normalizer, and how settings change a saved normalizer.
 
-A step is a dict, in the form in which tokenizer.json holds it. ALBERT's steps follow the released code
-(tokenization.preprocess_text, then SentencePiece's own character map): blanks and quotes unified, NFKD without the
-characters whose canonical combining class is not 0, lower case as Python's str.lower. Vowel signs of Indic scripts
-and most marks of Thai have class 0 and stay. BERT's rule, NFD without category Mn, is the library's BertNormalizer;
-it makes words of such scripts equal, so vocabularies that are trained here follow ALBERT's in this.
+A step is a dict in the form of tokenizer.json. ALBERT's steps follow the released code (tokenization.preprocess_text,
+then SentencePiece's character map): blanks and quotes are unified; NFKD, and characters whose canonical combining class
+is not 0 are deleted; lower case as in Python's str.lower. Vowel signs of Indic scripts and most marks of Thai have class
+0 and stay. BERT's rule (NFD, and category Mn is deleted) is the library's BertNormalizer. It deletes those vowel signs, so
+that different words become equal; vocabularies that are trained here follow ALBERT's rule.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 Step = dict[str, Any]
 
-# Blanks of str.split that SentencePiece's character maps delete, which would join two words.
+# Blanks for str.split that SentencePiece's character maps delete: without this step two words would be joined.
 _BLANKS: Step = {"type": "Replace", "pattern": {"Regex": r"[\x0b\x1c-\x1f]"}, "content": " "}
 _QUOTES: tuple[Step, ...] = tuple(
     {"type": "Replace", "pattern": {"String": quote}, "content": '"'} for quote in ("``", "''")
 )
-# str.lower turns a capital sigma at the end of a word into the final form; the library's Lowercase does not.
+# At the end of a word, str.lower turns a capital sigma into the final form; the library's Lowercase does not.
 _FINAL_SIGMA: Step = {
     "type": "Replace",
     "pattern": {"Regex": r"(?<=\p{Cased}\p{Case_Ignorable}*)\u03A3(?!\p{Case_Ignorable}*\p{Cased})"},
@@ -30,21 +30,23 @@ _FINAL_SIGMA: Step = {
 }
 _LOWER: tuple[Step, ...] = (_FINAL_SIGMA, {"type": "Lowercase"})
 _BERT_KEYS = {
-    "do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars",
-}  # fmt: skip
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 
 
 def albert_steps(
     lower_case: bool, keep_accents: bool, remove_space: bool = True, charsmap: bytes = b"", composes: bool = False
 ) -> list[Step]:
-    """Steps of ALBERT's release.
+    """Makes the steps of ALBERT's release.
 
     Args:
         lower_case, keep_accents, remove_space: do_lower_case, keep_accents and remove_space of tokenizer_config.json.
-        charsmap: precompiled character map of a SentencePiece model; empty for none.
-        composes: whether that map composes characters. The library applies the map to graphemes of up to 5 bytes and
-            so never composes the Hangul or vowel signs of two parts that NFKD took apart; NFC does. With accents kept
-            it must not run, because it sorts marks, which the map does not.
+        charsmap: the precompiled character map of a SentencePiece model; empty for none.
+        composes: whether that map composes characters. The library applies the map to graphemes of at most 5 bytes, so
+            it does not compose Hangul and vowel signs that NFKD took apart; an NFC step does. NFC must not run when
+            accents are kept, because it sorts marks, which the map does not.
     """
     steps = [*([_BLANKS] if remove_space else ()), *_QUOTES]
     if not keep_accents:
@@ -59,12 +61,12 @@ def albert_steps(
 
 
 def accent_steps() -> list[Step]:
-    """Steps that take off accents and keep vowel signs, for the front of a BertNormalizer that keeps accents."""
+    """Steps that delete accents and keep vowel signs; they run before a BertNormalizer that keeps accents."""
     return [{"type": "NFD"}, _combining_marks(), {"type": "NFC"}]
 
 
 def build(library: Any, steps: Iterable[Step]) -> Any:
-    """Normalizer of the `tokenizers` library (its module `tokenizers`) from steps of `albert_steps`."""
+    """Makes a normalizer of the `tokenizers` library (`library` is its module) from steps of `albert_steps`."""
     made = []
     for step in steps:
         if step["type"] == "Replace":
@@ -82,12 +84,13 @@ def build(library: Any, steps: Iterable[Step]) -> Any:
 
 
 def obey(normalizer: Mapping[str, Any] | None, given: Mapping[str, Any], model: str) -> Step | None:
-    """A tokenizer.json's normalizer, changed where tokenizer_config.json says something else, as in transformers.
+    """Changes a tokenizer.json's normalizer to what tokenizer_config.json says, as transformers does.
 
     Args:
-        normalizer: content of "normalizer". A key that is not in `given` leaves it as it is.
-        given: do_lower_case, keep_accents, remove_space, strip_accents, tokenize_chinese_chars, where they are stated.
-        model: "type" of tokenizer.json's model.
+        normalizer: the content of "normalizer".
+        given: those of do_lower_case, keep_accents, remove_space, strip_accents and tokenize_chinese_chars that
+            tokenizer_config.json states; the others change nothing.
+        model: the "type" of tokenizer.json's model.
     """
     steps = _flat(normalizer)
     if model == "Unigram":
@@ -98,14 +101,14 @@ def obey(normalizer: Mapping[str, Any] | None, given: Mapping[str, Any], model: 
         given = {key: value for key, value in given.items() if key != "strip_accents"}
     stated = {baked: given[key] for key, baked in _BERT_KEYS.items() if key in given}
     if stated and model == "WordPiece" and not any(step["type"] == "BertNormalizer" for step in steps):
-        # transformers' BertTokenizer builds its own normalizer in place of any other.
+        # transformers' BertTokenizer replaces any other normalizer by its own.
         defaults = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True}
         steps = [{"type": "BertNormalizer", **defaults}]
     return _joined([{**step, **stated} if step["type"] == "BertNormalizer" else step for step in steps])
 
 
 def contracted(normalizer: bytes | None) -> list[str]:
-    """Strings that a normalizer (its serialised JSON) replaces by fewer characters."""
+    """The strings that a normalizer (given as serialised JSON) replaces by fewer characters."""
     import json
 
     steps = _flat(json.loads(normalizer)) if normalizer else []
@@ -131,22 +134,21 @@ def _obey_albert(steps: list[Step], given: Mapping[str, Any]) -> list[Step]:
 
 
 def _is_last(step: Step) -> bool:
-    """Whether a step belongs behind the release's rules: SentencePiece's map and what prepares it."""
+    """Whether a step comes after the release's rules: SentencePiece's map and the steps that prepare it."""
     return step["type"] in ("NFC", "NFKC", "Precompiled") or (step["type"] == "Replace" and step["content"] == " ")
 
 
 def _before(steps: list[Step], found: Callable[[Step], bool], new: list[Step]) -> list[Step]:
-    """The steps with new ones in front of the first step that is found, else at the end."""
-    places = [index for index, step in enumerate(steps) if step != _BLANKS and found(step)]
-    at = places[0] if places else len(steps)
+    """Inserts new steps before the first step for which `found` is true, else at the end."""
+    at = next((index for index, step in enumerate(steps) if step != _BLANKS and found(step)), len(steps))
     return [*steps[:at], *new, *steps[at:]]
 
 
 def _with_true_spans(steps: list[Step]) -> list[Step]:
-    """The steps with one more before each Precompiled: it deletes what the map deletes at the start of a text.
+    """Adds a step before each Precompiled that deletes what the map deletes at the start of a text.
 
-    The text that comes out is the same. But the library's Precompiled shifts the spans of the whole text by the
-    characters that it deletes there; Replace does not.
+    The resulting text is the same. But the library's Precompiled shifts the spans of the whole text by the characters
+    that it deletes there; Replace does not.
     """
     out: list[Step] = []
     for step in steps:
@@ -158,7 +160,7 @@ def _with_true_spans(steps: list[Step]) -> list[Step]:
 
 
 def _flat(normalizer: Mapping[str, Any] | None) -> list[Step]:
-    """Steps of a normalizer, sequences within sequences opened."""
+    """The steps of a normalizer as one list, without nested sequences."""
     if normalizer is None:
         return []
     if normalizer["type"] != "Sequence":
@@ -174,14 +176,14 @@ def _joined(steps: list[Step]) -> Step | None:
 
 @functools.cache
 def _combining_marks() -> Step:
-    """Step that deletes the characters for which unicodedata.combining is not 0; all are below U+20000."""
+    """A step that deletes the characters whose unicodedata.combining is not 0; all of them are below U+20000."""
     codes = [code for code in range(0x300, 0x20000) if unicodedata.combining(chr(code))]
     return {"type": "Replace", "pattern": {"Regex": f"[{_ranges(codes)}]"}, "content": ""}
 
 
 @functools.lru_cache(maxsize=4)
 def _leading(charsmap: str) -> Step | None:
-    """Step that deletes, at the start of a text, the blanks, controls and marks that a character map deletes."""
+    """A step that deletes, at the start of a text, the blanks, controls and marks that a character map deletes."""
     from tokenizers import normalizers
 
     precompiled = normalizers.Precompiled(base64.b64decode(charsmap))
@@ -197,7 +199,7 @@ def _invisible() -> tuple[int, ...]:
 
 
 def _ranges(codes: list[int]) -> str:
-    """Code points in rising order as the inside of a regular expression's character class."""
+    """Writes sorted code points as the inside of a character class of a regular expression."""
     runs: list[list[int]] = []
     for code in codes:
         if runs and runs[-1][1] == code - 1:

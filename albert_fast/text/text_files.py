@@ -1,16 +1,16 @@
-"""Texts, with labels and ids where there are any, from plain lines, CSV, TSV and JSON lines; all of them also as .gz.
+"""Reads texts, with their labels and ids, from plain lines, CSV, TSV and JSON lines, also as .gz.
 
-`read_table("train.csv", Columns(label="label"))` yields a `Record` for each row. The same rules hold for training,
-evaluation and the command line:
+`read_table("train.csv", Columns(label="label"))` yields a `Record` for each row. Training, evaluation and the command
+line use the same rules:
 
 | format | a row | columns |
 |---|---|---|
 | csv | comma-separated, quoted with "; a quoted text may hold line ends | named in the first row, or numbered from 0 |
 | tsv | tab-separated, no quoting | the same |
-| jsonl | an object a line | its keys |
+| jsonl | an object on each line | its keys |
 | text | a line | none: the line is the text |
 
-A row that is not what it should be is a ValueError that names file, line and column; the rows before it were given out.
+A row that cannot be read raises a ValueError that names file, line and column, after the rows before it were returned.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ TEXT_COLUMNS = ("text", "sentence", "review")
 PAIR_COLUMN = "text_pair"
 LABEL_COLUMN = "label"
 KEY_COLUMN = "id"
-# Of a file that is read whole: documents may be long, but a quote that is never closed must not take all of it.
+# For files that are read whole: a document may be long, but a quote that is never closed must not swallow the file.
 LONGEST_ROW = 1 << 26
-# What Python's csv reader says -> what that means for the file.
+# Message of Python's csv reader -> what is wrong with the file.
 _CSV_ERRORS = {
     "unexpected end of data": "a quote that opens in this row is never closed",
     "',' expected after '\"'": "a closing quote is followed by text; a quote within a quoted text is written twice",
@@ -52,10 +52,12 @@ _ENDINGS = {".csv": Format.csv, ".tsv": Format.tsv, ".jsonl": Format.jsonl, ".nd
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read, each by its name, or by its number from 0 in a table without a header.
+    """Which columns to read: each by its name, or by its number from 0 in a table without a header.
 
-    text: default: text, sentence or review. pair: the second text; default: text_pair where there is one. label:
-    default: none is read.
+    Attributes:
+        text: default: text, sentence or review.
+        pair: the second text; default: text_pair, if there is one.
+        label: default: no label is read.
     """
 
     text: str | int | None = None
@@ -67,8 +69,10 @@ class Columns:
 class Record:
     """One row, or one plain line.
 
-    line: its first line in the file, from 1. label: as it is in the file: a str, from JSON also a number, a bool or a list of
-    numbers. key: the column "id", from JSON of any type.
+    Attributes:
+        line: the number of its first line in the file, from 1.
+        label: as in the file: a str; from JSON also a number, a bool or a list of numbers.
+        key: the column "id"; from JSON of any type.
     """
 
     line: int
@@ -79,12 +83,12 @@ class Record:
 
 
 def table_format(path: str | Path) -> Format | None:
-    """The format of a table by the ending of its name, .gz left out; None where it is no table's."""
+    """The format that the ending of a name stands for, without .gz; None if it is not a table's."""
     return _ENDINGS.get(Path(str(path).lower().removesuffix(".gz")).suffix)
 
 
 def read_table(path: str | Path, columns: Columns) -> Iterator[Record]:
-    """Every row of a table; blank lines are passed over. ValueError: see the top of this file. OSError: see `open`."""
+    """Yields every row of a table, without blank lines. ValueError: see the top of this file. OSError: see `open`."""
     format = table_format(path)
     if format is None:
         raise ValueError(f"{path}: cannot tell the format from the name; expected .tsv, .csv or .jsonl (also with .gz)")
@@ -98,10 +102,11 @@ def read_table(path: str | Path, columns: Columns) -> Iterator[Record]:
 
 
 class RowReader:
-    """Rows of an open file, one at a time.
+    """Reads the rows of an open file, one at a time.
 
-    skip_blank: pass over blank lines of a table. If off, a blank line that a row follows is an error, because the answers
-    after it would not be on the lines of their rows; blank lines at the end are always passed over.
+    Args:
+        skip_blank: ignore blank lines of a table. If False, a blank line before a row is an error, because later answers
+            would not be on the lines of their rows. Blank lines at the end are always ignored.
     """
 
     def __init__(self, lines: LineReader, format: Format, columns: Columns, *, skip_blank: bool = False) -> None:
@@ -118,18 +123,18 @@ class RowReader:
         if self._headless and columns.text is None:
             raise ValueError(f"{lines.name}: a table without a header needs the number of its text column too")
         self._header: list[str] | None = None
-        self._width: int | None = None  # fields of the first row, which all have
-        self._text: str | int | None = columns.text  # found in the first row where it is not given
-        self._blank: int | None = None  # the first blank line since the last row
-        self._line = 0  # where the row that is being read begins
+        self._width: int | None = None  # number of fields in the first row; all rows must have as many
+        self._text: str | int | None = columns.text  # if it is not given, it is found in the first row
+        self._blank: int | None = None  # number of the first blank line since the last row
+        self._line = 0  # number of the first line of the current row
         self._pending: str | None = None
         if format is Format.csv:
-            # Python's own limit of 131,072 characters a field is for the whole process; raised, never lowered.
+            # Python's limit of 131,072 characters in a field is global in the process; it is raised, never lowered.
             csv.field_size_limit(max(csv.field_size_limit(), lines.longest))
             self._csv = csv.reader(self._csv_lines(), strict=True)
 
     def read(self, deadline: float | None = None) -> Record | None:
-        """The next row; None at the end, or where none begins before `deadline` (see `LineReader.read`)."""
+        """Returns the next row; None at the end, or if none begins before `deadline` (see `LineReader.read`)."""
         if self._format is Format.text:
             return self._plain_line(deadline)
         while (line := self._lines.read(deadline)) is not None:
@@ -157,8 +162,8 @@ class RowReader:
         return None
 
     def _fail(self, problem: str, column: str | int | None = None) -> NoReturn:
-        place = f"{self._lines.name}, line {self._line}" + ("" if column is None else f", column {column!r}")
-        raise ValueError(f"{place}: {problem}")
+        where = f"{self._lines.name}, line {self._line}" + ("" if column is None else f", column {column!r}")
+        raise ValueError(f"{where}: {problem}")
 
     def _plain_line(self, deadline: float | None) -> Record | None:
         line = self._lines.read(deadline)
@@ -166,9 +171,9 @@ class RowReader:
             return None
         self._line = line.number
         if line.dropped:
-            place = f"{self._lines.name}, line {line.number}"
+            where = f"{self._lines.name}, line {line.number}"
             warnings.warn(
-                f"{place}: {line.dropped} bytes beyond the first {self._lines.longest} are left out", stacklevel=2
+                f"{where}: {line.dropped} bytes beyond the first {self._lines.longest} are left out", stacklevel=2
             )
         return Record(line.number, self._checked_text(line.text.removesuffix("\r")))
 
@@ -185,7 +190,7 @@ class RowReader:
     # CSV and TSV
 
     def _csv_lines(self) -> Iterator[str]:
-        """Lines for the csv reader: the pending one, then those that a quoted text goes on in."""
+        """Gives the csv reader the pending line, then the lines in which a quoted text continues."""
         size = 0
         while True:
             text, self._pending = self._pending, None
@@ -237,7 +242,7 @@ class RowReader:
         self._find_text(header)
 
     def _find_text(self, names: Sequence[str]) -> None:
-        """The text column where none was asked for: the one that has a usual name."""
+        """Finds the text column by its usual names if none was asked for."""
         if self._text is not None:
             return
         found = [name for name in TEXT_COLUMNS if name in names]
@@ -307,7 +312,7 @@ class RowReader:
         )
 
     def _json_label(self, value: Any, column: str | int) -> Any:
-        """A label that is a string, a number, a bool or a list of numbers."""
+        """Checks that a label is a string, a number, a bool or a list of numbers."""
         if isinstance(value, str):
             if not value.strip():
                 self._fail("empty; every row needs a label", column)
@@ -319,7 +324,7 @@ class RowReader:
 
     def _json_key(self, value: Any) -> Any:
         try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as it will be given back
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as it will be written
         except (ValueError, RecursionError) as error:
             self._fail(f"cannot be given back as JSON: {error}", KEY_COLUMN)
         return value

@@ -1,17 +1,17 @@
-"""Text in, ids out: reads the vocabulary that lies in a checkpoint's folder, and trains new ones.
+"""The tokenizer: reads the vocabulary in a checkpoint's folder, turns texts into ids, and trains new vocabularies.
 
     tokenizer = load_tokenizer("path/to/checkpoint")
     model(**tokenizer(["A fine film.", "Dull."], return_tensors="pt"))
 
-| file | what it is | who ships it |
+| file | what it is | written by |
 |---|---|---|
-| tokenizer.json | a whole pipeline; tokenizer_config.json may change it | transformers, `Tokenizer.save` |
+| tokenizer.json | a complete pipeline; tokenizer_config.json may change it | transformers, `Tokenizer.save` |
 | spiece.model | SentencePiece unigram, with the text rules of ALBERT's release | English ALBERT v1, v2 |
-| vocab.txt | WordPiece, one piece a line | Chinese ALBERT, BERT |
+| vocab.txt | WordPiece, one piece on each line | Chinese ALBERT, BERT |
 
-The first that exists is read, together with tokenizer_config.json, special_tokens_map.json and config.json where they
-are there; of spiece.model and vocab.txt, the one that belongs to the model. The libraries are an extra:
-`pip install "albert-fast[text]"`.
+The first of these files that exists is read, with tokenizer_config.json, special_tokens_map.json and config.json if they
+exist. If a folder has both spiece.model and vocab.txt, the one that belongs to the model is read. The libraries are an
+extra: `pip install "albert-fast[text]"`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.files import replacing
 from . import normalization as _normalization
 from . import vocabulary as _vocabulary
+from . import vocabulary_training as _training
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,21 +40,22 @@ _CUTS = ("longest_first", "only_first", "only_second")
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Tokenizer of a checkpoint's folder; a vocabulary file itself is taken too.
+    """Loads the tokenizer of a checkpoint's folder; takes a vocabulary file too.
 
-    What tokenizer_config.json states outranks tokenizer.json (do_lower_case, keep_accents, strip_accents,
+    Settings in tokenizer_config.json override tokenizer.json: do_lower_case, keep_accents, strip_accents,
     tokenize_chinese_chars, remove_space, padding_side, truncation_side, split_special_tokens, names of special tokens,
-    added tokens); what it does not state is as tokenizer.json has it. model_max_length is the smaller of its own and of
-    config.json's max_position_embeddings.
+    added tokens. model_max_length is the smaller of its own value and config.json's max_position_embeddings. Warns if the
+    vocabulary has more pieces than config.json's vocab_size.
 
-    Errors: FileNotFoundError where there is no folder or no vocabulary in it; ValueError that names a file that is
-    broken, and where spiece.model and vocab.txt both fit; ImportError that names the extra where a library is missing.
-    Warns where the vocabulary has more pieces than config.json's vocab_size.
+    Raises:
+        FileNotFoundError: there is no such folder, or no vocabulary in it.
+        ValueError: a broken file, which the message names; or both spiece.model and vocab.txt fit.
+        ImportError: a library is missing; the message names the extra.
     """
-    place = Path(folder)
-    if not place.exists():
-        raise FileNotFoundError(f"no such folder or file: {place}")
-    file = place if place.is_file() else _vocabulary.find(place)
+    path = Path(folder)
+    if not path.exists():
+        raise FileNotFoundError(f"no such folder or file: {path}")
+    file = path if path.is_file() else _vocabulary.find(path)
     backend, settings = _vocabulary.read(file)
     return Tokenizer(backend, settings)
 
@@ -70,32 +72,38 @@ def train_tokenizer(
     max_lines: int = 0,
     seed: int = 0,
 ) -> Tokenizer:
-    """New vocabulary of vocab_size pieces, learnt from lines of text (an open file is one).
+    """Learns a new vocabulary of vocab_size pieces from lines of text, such as an open file.
 
-    kind "unigram" is SentencePiece with ALBERT's settings (<pad> 0, <unk> 1, [CLS] 2, [SEP] 3, [MASK] 4; punctuation
-    that is always a piece of its own); "wordpiece" is BERT's. max_lines: draw that many lines for unigram, 0 for all.
-    at_most: from a text that holds too little for vocab_size, take all that it gives.
-    Errors: ValueError where the text holds too little for vocab_size and `at_most` is off, naming both.
+    Args:
+        at_most: if the text holds too little for vocab_size pieces, take as many as it gives.
+        kind: "unigram" is SentencePiece with ALBERT's settings (<pad> 0, <unk> 1, [CLS] 2, [SEP] 3, [MASK] 4; some
+            punctuation is always a piece of its own); "wordpiece" is BERT's.
+        character_coverage: share of the text's characters that "unigram" knows.
+        max_lines: draw this many lines for "unigram"; 0: all.
+
+    Raises:
+        ValueError: the text holds too little for vocab_size, and `at_most` is off.
     """
     if kind == "unigram":
-        backend, settings = _vocabulary.train_unigram(
-            lines, vocab_size, at_most, lower_case, keep_accents, character_coverage, max_lines, seed
+        how = _training.UnigramTraining(
+            vocab_size, at_most, lower_case, keep_accents, character_coverage, max_lines, seed
         )
+        backend, settings = _training.train_unigram(lines, how)
     elif kind == "wordpiece":
-        backend, settings = _vocabulary.train_wordpiece(lines, vocab_size, lower_case, keep_accents)
+        backend, settings = _training.train_wordpiece(lines, vocab_size, lower_case, keep_accents)
     else:
         raise ValueError(f"kind is {kind!r}; known: 'unigram', 'wordpiece'")
     return Tokenizer(backend, settings)
 
 
 class Tokenizer:
-    """Callable on a str, a list of str, a pair of either, or a list of (str, str) pairs.
+    """Turns texts into ids: call it on a str, a list of str, a pair of either, or a list of (str, str) pairs.
 
-    Calls change nothing in the tokenizer, so threads and forked processes share one without a lock.
+    Calls do not change the tokenizer, so threads and forked processes share it without a lock.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-        """backend: the pipeline of the `tokenizers` library. settings: tokenizer_config.json's content."""
+        """backend: a pipeline of the `tokenizers` library. settings: the content of tokenizer_config.json."""
         self.backend = backend
         self.settings = dict(settings)
         self.model_max_length = int(settings.get("model_max_length", DEFAULT_MAX_LENGTH))
@@ -107,7 +115,7 @@ class Tokenizer:
         self.cls_token: str = settings["cls_token"]
         self.sep_token: str = settings["sep_token"]
         self.mask_token: str | None = settings.get("mask_token")
-        backend.no_truncation()  # both are done here: the library keeps them as a state that calls would share
+        backend.no_truncation()  # both are done here: in the library they are a state that calls would share
         backend.no_padding()
         contracted = _normalization.contracted(backend.normalizer and backend.normalizer.__getstate__())
         self._contracted = re.compile("|".join(map(re.escape, contracted))) if contracted else None
@@ -125,11 +133,11 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: the highest one and 1, special and added pieces counted."""
+        """Number of ids: the highest id plus 1, special and added pieces included."""
         size = int(self.backend.get_vocab_size(with_added_tokens=True))
         if self.backend.id_to_token(size - 1) is not None and self.backend.id_to_token(size) is None:
             return size
-        return max(self.get_vocab().values()) + 1  # lines of a vocab.txt that are there twice leave ids without a piece
+        return max(self.get_vocab().values()) + 1  # a line that is twice in a vocab.txt leaves an id without a piece
 
     @property
     def pad_token_id(self) -> int:
@@ -153,12 +161,12 @@ class Tokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The pad, unknown, cls, sep and mask tokens and every other special one, in the order of their ids."""
+        """All special tokens (pad, unknown, cls, sep, mask and others) in the order of their ids."""
         return [str(self.backend.id_to_token(i)) for i in self.all_special_ids]
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Ids of the pad, unknown, cls, sep and mask tokens and of every other special one, sorted."""
+        """The ids of all special tokens (pad, unknown, cls, sep, mask and others), sorted."""
         return sorted(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def get_vocab(self) -> dict[str, int]:
@@ -179,20 +187,26 @@ class Tokenizer:
         return_special_tokens_mask: bool = False,
         split_special_tokens: bool | Iterable[str] | None = None,
     ) -> dict[str, Any]:
-        """input_ids, token_type_ids and attention_mask: lists (one list for a single text), or with
-        return_tensors="pt" int64 tensors (B, S), padded to the longest row (B = 1 for a single text).
+        """Returns input_ids, token_type_ids and attention_mask.
 
-        max_length: cut to that many tokens, special ones counted. truncation=True alone cuts to model_max_length; a
-        pair is cut from its longer side first, or with "only_first", "only_second" from that side alone.
-        padding: True pads lists too, "max_length" pads to that length; padding_side and truncation_side say where.
-        return_offsets adds offset_mapping, (start, end) in characters of the text that was given, (0, 0) for a special
-        token; return_special_tokens_mask adds special_tokens_mask, 1 where the template put a special token.
-        split_special_tokens: whether special tokens that are written in a text ("[SEP]", "<pad>") are text like any
-        other, as text of strangers should be, or are those tokens. False, the default, as in transformers: they are
-        tokens. True: all are text. A list of special tokens: those are text. None: the attribute of that name.
+        They are lists (one list for a single text) or, with return_tensors="pt", int64 tensors (B, S), padded to the
+        longest row (B = 1 for a single text).
 
-        Errors: TypeError for a text that is no str, ValueError for half a surrogate pair in a text, both with the
-        text's number; TypeError or ValueError for an argument of another type or value.
+        Args:
+            max_length: cut to this many tokens, special tokens included.
+            truncation: True without max_length cuts to model_max_length. The longer text of a pair is cut first; with
+                "only_first" or "only_second" only that text.
+            padding: True pads lists too; "max_length" pads to that length. The attributes padding_side and
+                truncation_side say on which side.
+            return_offsets: add offset_mapping: (start, end) in characters of the given text, (0, 0) for special tokens.
+            return_special_tokens_mask: add special_tokens_mask: 1 where the template put a special token.
+            split_special_tokens: what special tokens ("[SEP]", "<pad>") mean that are written in a text. False: the
+                tokens, as in transformers. True: plain text, as texts from strangers need it. A list of special tokens:
+                these are plain text. None: as the attribute of this name says, by default False.
+
+        Raises:
+            TypeError: a text that is not a str, or an argument of another type.
+            ValueError: half of a surrogate pair in a text, or an argument of another value.
         """
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors is {return_tensors!r}; known: None (lists), 'pt' (tensors)")
@@ -225,7 +239,7 @@ class Tokenizer:
         return {key: value[0] for key, value in out.items()} if single else out
 
     def pad(self, batch: Mapping[str, Sequence[Sequence[Any]]], *, length: int | None = None) -> dict[str, Any]:
-        """Rows of unequal length, as __call__ returns them, padded to `length` or to the longest, on padding_side."""
+        """Pads rows, as __call__ returns them, to `length` or to the longest row, on padding_side."""
         longest = max((len(row) for row in batch["input_ids"]), default=0)
         if length is not None and longest > length:
             raise ValueError(f"a row of {longest} tokens does not fit in length {length}; cut it with max_length")
@@ -238,25 +252,25 @@ class Tokenizer:
         return out
 
     def collate(self, batch: Mapping[str, Sequence[Sequence[Any]]]) -> dict[str, torch.Tensor]:
-        """Rows of unequal length, as __call__ returns them, as padded int64 tensors (B, S)."""
+        """Pads rows, as __call__ returns them, and makes int64 tensors (B, S) of them."""
         return _tensors(self.pad(batch))
 
     def tokenize(self, text: str) -> list[str]:
-        """Pieces of a text, without the special tokens of the template."""
+        """The pieces of a text, without the special tokens of the template."""
         return list(self.convert_ids_to_tokens(self(text, add_special_tokens=False)["input_ids"]))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of ids (a list or a 1-d tensor). Case and spacing that the vocabulary does not keep are lost."""
+        """The text of ids (a list or a 1-d tensor), without the case and spacing that the vocabulary does not keep."""
         return str(self.backend.decode(self._checked(ids), skip_special_tokens=skip_special_tokens))
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
-        """Piece of an id, or pieces of many."""
+        """The piece of an id, or a list of pieces for several ids."""
         if isinstance(ids, int):
             return self.backend.id_to_token(self._checked([ids])[0])
         return [self.backend.id_to_token(i) for i in self._checked(ids)]
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Id of a piece, or ids of many; a piece that is not in the vocabulary gets the unknown token's id."""
+        """The id of a piece, or a list of ids for several pieces; unknown pieces get the unknown token's id."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         found = self.backend.token_to_id(tokens)
@@ -264,14 +278,14 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which load_tokenizer and transformers read."""
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
+        directory = Path(folder)
+        directory.mkdir(parents=True, exist_ok=True)
         settings = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
         for name, content in (
             ("tokenizer.json", self.backend.to_str(pretty=False)),
             ("tokenizer_config.json", settings),
         ):
-            with replacing(place / name) as file:
+            with replacing(directory / name) as file:
                 file.write(content.encode())
 
     def _encode(
@@ -287,10 +301,10 @@ class Tokenizer:
             raise
 
     def _backend(self, split: bool | Iterable[str]) -> tokenizers.Tokenizer:
-        """The pipeline, or one with the same ids in which the special tokens to be split cannot be found in a text.
+        """The pipeline, or a copy with the same ids that treats the special tokens in `split` as plain text.
 
-        The library's own switch leaves it to the model, which finds the pieces "<pad>" and "[SEP]" of a SentencePiece
-        vocabulary in a text.
+        The library's own switch is not enough: the model would still find "<pad>" and "[SEP]", which are pieces of a
+        SentencePiece vocabulary.
         """
         if split is False:
             return self.backend
@@ -301,9 +315,9 @@ class Tokenizer:
             special = self.all_special_tokens
             chosen = frozenset(special if split is True else split)
             if unknown := chosen.difference(special):
-                raise ValueError(f"split_special_tokens: {sorted(unknown)} are no special tokens; those are {special}")
+                raise ValueError(f"split_special_tokens: {sorted(unknown)} are not special tokens; these are {special}")
             content = json.loads(self.backend.to_str())
-            secret = secrets.token_hex(16)  # nobody can write the tokens' names that hold it
+            secret = secrets.token_hex(16)  # no text contains it, so the renamed tokens are never found
             hidden = {token: f"\x00{secret} {token}" for token in chosen}
             for token in content["added_tokens"]:
                 token["content"] = hidden.get(token["content"], token["content"])
@@ -318,7 +332,7 @@ class Tokenizer:
         return self._splitting[key]
 
     def _cut(self, out: dict[str, list[Any]], encodings: list[tokenizers.Encoding], limit: int, strategy: str) -> None:
-        """Shortens the rows of more than `limit` tokens; special tokens of the template stay."""
+        """Cuts rows of more than `limit` tokens; the special tokens of the template stay."""
         for index, encoding in enumerate(encodings):
             if len(encoding) <= limit:
                 continue
@@ -329,28 +343,25 @@ class Tokenizer:
                 raise ValueError(
                     f"text {index}: {lengths[0]} and {lengths[1]} tokens cannot be cut to {limit} by {strategy!r}"
                 )
-            places: tuple[list[int], ...] = ([], [])
-            for place, owner in enumerate(owners):
-                if owner is not None:
-                    places[owner].append(place)
-            left = self.truncation_side == "left"
-            kept = {place for side, count in zip(places, (first, second), strict=True)
-                    for place in (side[len(side) - count :] if left else side[:count])}  # fmt: skip
-            chosen = [place for place, owner in enumerate(owners) if owner is None or place in kept]
+            kept: set[int] = set()
+            for number, count in enumerate((first, second)):
+                own = [position for position, owner in enumerate(owners) if owner == number]
+                kept.update(own[len(own) - count :] if self.truncation_side == "left" else own[:count])
+            chosen = [position for position, owner in enumerate(owners) if owner is None or position in kept]
             for rows in out.values():
-                rows[index] = [rows[index][place] for place in chosen]
+                rows[index] = [rows[index][position] for position in chosen]
 
     def _spans(self, row: str | tuple[str, str], encoding: tokenizers.Encoding) -> list[tuple[int, int]]:
-        """Offsets of a row's tokens, put right where the library gives a part of what a token was made from."""
+        """The offsets of a row's tokens, corrected where the library gives only a part of a token's characters."""
         spans: list[tuple[int, int]] = encoding.offsets
         for number, text in enumerate(row if isinstance(row, tuple) else (row,)):
             own = [i for i, owner in enumerate(encoding.sequence_ids) if owner == number]
-            # The replacement of several characters has the place of their last one.
+            # For a replacement of several characters the library gives the last one.
             matches = self._contracted.finditer(text) if self._contracted else ()
             moved = {match.end() - 1: match.start() for match in matches}
             for i, following in zip(own, [*(spans[i][0] for i in own[1:]), len(text)], strict=False):
                 start, end = spans[i]
-                # A character that was composed from several has the place of their first one.
+                # For a character that was composed from several the library gives the first one.
                 while end < following and _extends(text[end]) and self._differ(text[start:end], text[start : end + 1]):
                     end += 1
                 spans[i] = moved.get(start, start), end
@@ -369,7 +380,7 @@ class Tokenizer:
 
 
 def _rows(text: Any, text_pair: Any) -> tuple[list[Any], bool]:
-    """The texts as a list of str or of (str, str), and whether one single text was given."""
+    """Returns the texts as a list of str or of (str, str), and whether a single text was given."""
     single = isinstance(text, str)
     for name, value in (("text", text), ("text_pair", text_pair)):
         if isinstance(value, (bytes, bytearray)):
@@ -395,7 +406,7 @@ def _rows(text: Any, text_pair: Any) -> tuple[list[Any], bool]:
 
 
 def _check_surrogates(rows: list[Any]) -> None:
-    """ValueError that names the first text with half a surrogate pair, which is no character."""
+    """Raises ValueError for the first text with half of a surrogate pair, which is not a character."""
     for index, row in enumerate(rows):
         for text in row if isinstance(row, tuple) else (row,):
             try:
@@ -409,7 +420,7 @@ def _check_surrogates(rows: list[Any]) -> None:
 
 
 def _shares(first: int, second: int, room: int, strategy: str) -> tuple[int, int]:
-    """Tokens that stay of two texts of `first` and `second` tokens so that they fill `room`."""
+    """How many tokens stay of two texts of `first` and `second` tokens, so that they fill `room`."""
     over = first + second - room
     if strategy == "only_first" or (second == 0 and strategy == "longest_first"):
         return first - over, second
@@ -424,7 +435,7 @@ def _shares(first: int, second: int, room: int, strategy: str) -> tuple[int, int
 
 
 def _extends(character: str) -> bool:
-    """Whether a character can compose with the one before it: a mark, or a vowel or final consonant of Hangul."""
+    """Whether a character can be composed with the one before it: a mark, or a vowel or final consonant of Hangul."""
     return "\u1160" <= character <= "\u11ff" or unicodedata.category(character).startswith("M")
 
 

@@ -1,8 +1,7 @@
-"""Vocabulary files to pipelines of the `tokenizers` library: how each format is read, built and trained.
+"""Reads vocabulary files as pipelines of the `tokenizers` library.
 
-The text rules are in _normalization.py. A unigram piece never ends in digit-comma, as in ALBERT's release
-(tokenization.encode_pieces). Where tokenizer_config.json states a setting, it outranks tokenizer.json, as in
-transformers; a setting that it does not state is left as tokenizer.json has it.
+The text rules are in normalization.py. A unigram piece never ends in digit-comma, as in ALBERT's release
+(tokenization.encode_pieces). A setting in tokenizer_config.json overrides tokenizer.json, as in transformers.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import io
 import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +25,26 @@ if TYPE_CHECKING:
 FILES = ("tokenizer.json", "spiece.model", "vocab.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MAX_BYTES = 128 << 20  # the largest vocabularies in use have 20 MB
-MAX_ID = 1 << 24  # the library writes a pipeline by counting from 0 to the highest id
+MAX_ID = 1 << 24  # the library counts from 0 to the highest id when it writes a pipeline
 _UNIGRAM_TOKENS = {
-    "pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
-}  # fmt: skip
-_WORDPIECE_TOKENS = {**_UNIGRAM_TOKENS, "pad_token": "[PAD]", "unk_token": "[UNK]"}
-_FLAGS = ("do_lower_case", "keep_accents", "remove_space", "strip_accents", "tokenize_chinese_chars",
-          "split_special_tokens")  # fmt: skip
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+WORDPIECE_TOKENS = {**_UNIGRAM_TOKENS, "pad_token": "[PAD]", "unk_token": "[UNK]"}
+_RULES = ("do_lower_case", "keep_accents", "remove_space", "strip_accents", "tokenize_chinese_chars")
+_FLAGS = (*_RULES, "split_special_tokens")
 _SIDES = ("padding_side", "truncation_side")
-# The class of transformers that reads tokenizer.json as it is; its AlbertTokenizer deletes vowel signs.
-_AS_SAVED = "PreTrainedTokenizerFast"
-# Punctuation that ALBERT's vocabulary keeps apart from words (user_defined_symbols of its release).
-_SYMBOLS = ("(", ")", '"', "-", ".", "\u2013", "\u00a3", "\u20ac")
-# A number must not swallow the comma behind it; the release re-splits such pieces, this cost keeps them from winning.
+# The class of transformers that reads tokenizer.json unchanged; its AlbertTokenizer deletes vowel signs.
+AS_SAVED = "PreTrainedTokenizerFast"
+# Numbers must not include the comma after them. The release splits such pieces again; this penalty keeps them out.
 _DIGIT_COMMA_PENALTY = 100.0
 
 
 def require(name: str) -> Any:
-    """Module `name`, or an ImportError that says which extra brings it."""
+    """Imports module `name`; the ImportError says which extra installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -52,27 +52,29 @@ def require(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Turns what a library raises inside, a Rust panic too, into a ValueError that begins with `place`."""
+def naming(subject: str) -> Iterator[None]:
+    """Turns errors of a library in the block, also Rust panics, into a ValueError that begins with `subject`."""
     try:
         yield
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{subject}: {error}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # pyo3 gives no public name for it
             raise
-        raise ValueError(f"{place}: the tokenizers library failed: {error}") from error
+        raise ValueError(f"{subject}: the tokenizers library failed: {error}") from error
 
 
 def find(folder: Path) -> Path:
-    """The vocabulary file of a folder: tokenizer.json, else spiece.model or vocab.txt.
+    """Finds the vocabulary file of a folder: tokenizer.json, else spiece.model or vocab.txt.
 
-    Where both of these exist, four questions decide, in this order, among those whose pieces the model's vocab_size
-    has room for: which kind does tokenizer_class name, which has vocab_size pieces, which is the only one with room,
-    which kind does config.json's model_type mean.
-    Errors: FileNotFoundError that names what was looked for; ValueError where none of the four has an answer.
+    If both of the latter exist, four questions decide between those with at most vocab_size pieces, in this order: which
+    kind does tokenizer_class name; which has exactly vocab_size pieces; which is the only one that is not larger; which
+    kind does config.json's model_type use.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists the names. ValueError: the four questions have no answer.
     """
     found = [folder / name for name in FILES if (folder / name).is_file()]
     if not found:
@@ -92,61 +94,61 @@ def find(folder: Path) -> Path:
             return wanted[0]
     have = " and ".join(f"{file.name} ({count} pieces)" for file, count in pieces.items())
     raise ValueError(
-        f"{folder}: holds {have}; tokenizer_class {named or 'not stated'} and vocab_size {size} do not tell which one is "
+        f"{folder}: holds {have}; tokenizer_class {named or 'not stated'} and vocab_size {size} do not say which one is "
         "the model's: load one by its path, or set tokenizer_class in tokenizer_config.json"
     )
 
 
 def read(file: Path, warn: bool = True) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Pipeline and tokenizer_config settings of one vocabulary file and the JSON files beside it."""
+    """Reads a vocabulary file and the JSON files in its folder; returns the pipeline and tokenizer_config's settings."""
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file}: {file.stat().st_size} bytes; a vocabulary has at most {MAX_BYTES}")
-    given = _settings_beside(file)
+    given = _settings_of_folder(file)
     if file.suffix == ".json":
         backend, defaults = _read_pipeline(file, given)
     elif file.suffix == ".model":
         rules = given.get("do_lower_case", True), given.get("keep_accents", False), given.get("remove_space", True)
-        backend, defaults = _unigram(file.read_bytes(), rules, str(file))
-        given["tokenizer_class"] = _AS_SAVED
+        backend, defaults = unigram_pipeline(file.read_bytes(), rules, str(file))
+        given["tokenizer_class"] = AS_SAVED
     elif file.suffix == ".txt":
         backend, defaults = _read_wordpiece(file, given)
     else:
         raise ValueError(f"{file}: not a vocabulary; known endings: .json, .model, .txt")
     settings = {**defaults, **given}
     with naming(str(file)):
-        _add_tokens(backend, settings, given)
+        add_tokens(backend, settings, given)
         probe = [settings[key] or "" for key in _UNIGRAM_TOKENS]
-        backend.encode(" ".join([*probe, "a,1"]))  # a broken pipeline shows here
+        backend.encode(" ".join([*probe, "a,1"]))  # raises for a broken pipeline
     size = _json(file.with_name("config.json")).get("vocab_size")
     if warn and isinstance(size, int) and backend.get_vocab_size() > size:
         warnings.warn(
-            f"albert_fast: {file} has {backend.get_vocab_size()} pieces, the model beside it (config.json) {size}: ids "
+            f"albert_fast: {file} has {backend.get_vocab_size()} pieces, the model in the same folder (config.json) {size}: ids "
             "from there on are errors",
             stacklevel=3,
         )
-    return backend, _public(settings)
+    return backend, public_settings(settings)
 
 
-def _settings_beside(file: Path) -> dict[str, Any]:
-    """What tokenizer_config, special_tokens_map, added_tokens and config.json beside a vocabulary state about it."""
-    place = file.with_name("tokenizer_config.json")
-    config = _json(place)
+def _settings_of_folder(file: Path) -> dict[str, Any]:
+    """Reads tokenizer_config, special_tokens_map, added_tokens and config.json in a vocabulary's folder."""
+    path = file.with_name("tokenizer_config.json")
+    config = _json(path)
     known = {key: config[key] for key in (*_FLAGS, *_SIDES, "tokenizer_class") if config.get(key) is not None}
     for key, value in known.items():
         right = value in ("left", "right") if key in _SIDES else isinstance(value, bool if key in _FLAGS else str)
         if not right:
             want = "'left' or 'right'" if key in _SIDES else "true or false" if key in _FLAGS else "a name"
-            raise ValueError(f"{place}: {key} is {value!r:.100}; expected {want}")
+            raise ValueError(f"{path}: {key} is {value!r:.100}; expected {want}")
     added, older = config.get("added_tokens_decoder"), {}
-    where, older_place = f"{place}: added_tokens_decoder", file.with_name("special_tokens_map.json")
-    if added is None:  # as in transformers, the two older files count only where this entry does not exist
-        older = _json(older_place)
+    where, older_path = f"{path}: added_tokens_decoder", file.with_name("special_tokens_map.json")
+    if added is None:  # as in transformers, the two older files are read only if this entry is missing
+        older = _json(older_path)
         where = str(file.with_name("added_tokens.json"))
         added = {str(index): {"content": content} for content, index in _json(Path(where)).items()}
     tokens = {**config, **older}
     for key in _UNIGRAM_TOKENS:
         if tokens.get(key) is not None:
-            known[key] = _content(tokens[key], f"{older_place if key in older else place}: {key}")
+            known[key] = _content(tokens[key], f"{older_path if key in older else path}: {key}")
     if not isinstance(added, dict):
         raise ValueError(f"{where} is {added!r:.100}; expected an object of id and token")
     known["added_tokens_decoder"] = {
@@ -154,16 +156,16 @@ def _settings_beside(file: Path) -> dict[str, Any]:
         for index, token in added.items()
     }
     extra = tokens.get("extra_special_tokens") or tokens.get("additional_special_tokens") or []
-    where = f"{place}: extra_special_tokens or additional_special_tokens"
+    where = f"{path}: extra_special_tokens or additional_special_tokens"
     if not isinstance(extra, (list, dict)):
         raise ValueError(f"{where} is {extra!r:.100}; expected a list")
     known["extra_special_tokens"] = [
         _content(token, where) for token in (extra.values() if isinstance(extra, dict) else extra)
     ]
-    # transformers writes 1e30 where no limit is known.
+    # transformers writes 1e30 if it knows no limit.
     longest = config.get("model_max_length")
     if isinstance(longest, bool) or not isinstance(longest, (int, float, type(None))) or longest == 0:
-        raise ValueError(f"{place}: model_max_length is {longest!r:.100}; expected a number of tokens")
+        raise ValueError(f"{path}: model_max_length is {longest!r:.100}; expected a number of tokens")
     limits = [longest, _json(file.with_name("config.json")).get("max_position_embeddings")]
     real = [int(limit) for limit in limits if isinstance(limit, (int, float)) and 0 < limit < 1e9]
     if real:
@@ -172,7 +174,7 @@ def _settings_beside(file: Path) -> dict[str, Any]:
 
 
 def _content(token: Any, where: str) -> str:
-    """Text of a token: a str, or an object with "content"."""
+    """The text of a token, which is a str or an object with "content"."""
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
         raise ValueError(f"{where}: {token!r:.100} is not a token")
@@ -186,7 +188,7 @@ def _index(index: str, where: str) -> int:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Content of a JSON object, {} where there is no such file."""
+    """Reads a JSON object from a file; {} if there is no such file."""
     if not file.is_file():
         return {}
     if file.stat().st_size > MAX_BYTES:
@@ -211,34 +213,34 @@ def _read_pipeline(file: Path, given: dict[str, Any]) -> tuple[tokenizers.Tokeni
         rules = {key: given[key] for key in _FLAGS if key in given}
         content["normalizer"] = _normalization.obey(content.get("normalizer"), rules, kind)
         backend = backends.Tokenizer.from_str(json.dumps(content))
-        sides = {side: (backend_side or {}).get("direction", "right").lower()
-                 for side, backend_side in zip(_SIDES, (backend.padding, backend.truncation), strict=True)}  # fmt: skip
+        stated = zip(_SIDES, (backend.padding, backend.truncation), strict=True)
+        sides = {side: (values or {}).get("direction", "right").lower() for side, values in stated}
         backend.no_padding()
         backend.no_truncation()
-        names = dict(_WORDPIECE_TOKENS if backend.token_to_id("[PAD]") is not None else _UNIGRAM_TOKENS)
+        names = dict(WORDPIECE_TOKENS if backend.token_to_id("[PAD]") is not None else _UNIGRAM_TOKENS)
         template = backend.encode("").ids
-        if len(template) == 2:  # the names that nothing states are those of the template
+        if len(template) == 2:  # names that no file states are those of the template
             names["cls_token"], names["sep_token"] = map(backend.id_to_token, template)
-    return backend, {"tokenizer_class": "BertTokenizer" if kind == "WordPiece" else _AS_SAVED, **sides, **names}
+    return backend, {"tokenizer_class": "BertTokenizer" if kind == "WordPiece" else AS_SAVED, **sides, **names}
 
 
 def _read_wordpiece(file: Path, given: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     try:
-        # Only a line feed ends a line: some pieces are line separators of Unicode. Editors put U+FEFF in front.
+        # Only a line feed ends a line: some pieces are Unicode line separators. Some editors write U+FEFF first.
         pieces = file.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8: {error}") from error
-    vocab = {piece: i for i, piece in enumerate(pieces)}  # of equal lines the last counts, as in transformers
-    tokens = {**_WORDPIECE_TOKENS, **given}
+    vocab = {piece: i for i, piece in enumerate(pieces)}  # of equal lines the last one counts, as in transformers
+    tokens = {**WORDPIECE_TOKENS, **given}
     missing = [tokens[key] for key in ("pad_token", "unk_token", "cls_token", "sep_token") if tokens[key] not in vocab]
     if missing:
         raise ValueError(f"{file}: {len(pieces)} lines without {', '.join(missing)}: not a WordPiece vocabulary")
     model = require("tokenizers").models.WordPiece(vocab, unk_token=tokens["unk_token"])
-    return _wordpiece(model, given)
+    return wordpiece_pipeline(model, given)
 
 
-def _wordpiece(model: Any, given: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """BERT's pipeline: control characters out, CJK characters apart, lower case, accents off with lower case."""
+def wordpiece_pipeline(model: Any, given: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """BERT's pipeline: deletes control characters, separates CJK characters, makes lower case and then deletes accents."""
     backends = require("tokenizers")
     backend = backends.Tokenizer(model)
     backend.normalizer = backends.normalizers.BertNormalizer(
@@ -249,20 +251,22 @@ def _wordpiece(model: Any, given: dict[str, Any]) -> tuple[tokenizers.Tokenizer,
     )
     backend.pre_tokenizer = backends.pre_tokenizers.BertPreTokenizer()
     backend.decoder = backends.decoders.WordPiece(prefix="##")
-    return backend, {"tokenizer_class": "BertTokenizer", "do_lower_case": True, **_WORDPIECE_TOKENS}
+    return backend, {"tokenizer_class": "BertTokenizer", "do_lower_case": True, **WORDPIECE_TOKENS}
 
 
-def _unigram(model: bytes, rules: tuple[bool, bool, bool], name: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Pipeline of a serialised SentencePiece model.
+def unigram_pipeline(
+    model: bytes, rules: tuple[bool, bool, bool], name: str
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The pipeline of a serialised SentencePiece model.
 
     Args:
-        rules: lower_case, keep_accents and remove_space of `_normalization.albert_steps`.
-        name: what errors call the model.
+        rules: lower_case, keep_accents and remove_space of `normalization.albert_steps`.
+        name: the model's name in error messages.
     """
     sentencepiece, backends = require("sentencepiece"), require("tokenizers")
     with naming(f"{name}: not a SentencePiece model"):
         if not model:
-            raise ValueError("the file is empty")  # sentencepiece takes it for "no model given"
+            raise ValueError("the file is empty")  # sentencepiece would treat it as "no model given"
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         charsmap, is_unigram = _specifications(model)
     if not is_unigram:
@@ -286,15 +290,15 @@ def _unigram(model: bytes, rules: tuple[bool, bool, bool], name: str) -> tuple[t
         ]
     )
     backend.decoder = backends.decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
-    settings = {"tokenizer_class": _AS_SAVED, "do_lower_case": rules[0], "keep_accents": rules[1]}
+    settings = {"tokenizer_class": AS_SAVED, "do_lower_case": rules[0], "keep_accents": rules[1]}
     return backend, {**settings, **_UNIGRAM_TOKENS}
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], given: dict[str, Any]) -> None:
-    """Makes the special tokens special, adds the ones beyond the vocabulary, sets [CLS] A [SEP] and the pair form."""
+def add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Registers the special tokens, adds those that the vocabulary lacks, and sets the template [CLS] A [SEP] (B [SEP])."""
     backends = require("tokenizers")
     if backend.token_to_id(settings["mask_token"]) is None:
-        settings["mask_token"] = None  # a vocabulary of a model without masked-language head
+        settings["mask_token"] = None  # the vocabulary of a model without a masked-language head
     names = [settings[key] for key in _UNIGRAM_TOKENS if settings[key] is not None]
     missing = [name for name in names if backend.token_to_id(name) is None]
     if missing:
@@ -304,7 +308,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], given: 
     already = {token.content for token in backend.get_added_tokens_decoder().values()}
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     added = {i: t for i, t in sorted(settings["added_tokens_decoder"].items()) if t["content"] not in already}
-    # All in one call: each call builds the search for added tokens anew.
+    # All in one call: each call rebuilds the search for added tokens.
     backend.add_tokens(
         [backends.AddedToken(t["content"], **{key: bool(t[key]) for key in flags if key in t}) for t in added.values()]
     )
@@ -324,95 +328,23 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any], given: 
         )
 
 
-def train_unigram(
-    lines: Iterable[str],
-    vocab_size: int,
-    at_most: bool,
-    lower_case: bool,
-    keep_accents: bool,
-    coverage: float,
-    max_lines: int,
-    seed: int,
-) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """SentencePiece's trainer with the flags of ALBERT's release, on text that went through the pipeline's rules."""
-    sentencepiece = require("sentencepiece")
-    normalizer = _normalization.build(require("tokenizers"), _normalization.albert_steps(lower_case, keep_accents))
-    model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(normalizer.normalize_str(line.rstrip("\r\n")) for line in lines),
-            model_writer=model,
-            vocab_size=vocab_size,
-            hard_vocab_limit=not at_most,
-            model_type="unigram",
-            pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>", unk_piece="<unk>",
-            control_symbols=["[CLS]", "[SEP]", "[MASK]"],
-            user_defined_symbols=list(_SYMBOLS),
-            character_coverage=coverage,
-            input_sentence_size=max_lines,
-            shuffle_input_sentence=max_lines > 0,
-            max_sentence_length=1 << 24,  # longer lines would be dropped without a word
-            minloglevel=2,
-        )  # fmt: skip
-    except RuntimeError as error:
-        most = re.search(r"value <= (\d+)", str(error))
-        least = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
-        if most:
-            reason = f"it holds enough for {most[1]}; lower vocab_size"
-        elif least:
-            reason = f"its characters alone need {least[1]}; raise vocab_size"
-        else:
-            reason = str(error)
-        raise ValueError(f"no vocabulary of {vocab_size} pieces can be learnt from this text: {reason}") from error
-    backend, settings = _unigram(model.getvalue(), (lower_case, keep_accents, True), "the trained model")
-    return _trained(backend, settings)
-
-
-def train_wordpiece(
-    lines: Iterable[str], vocab_size: int, lower_case: bool, keep_accents: bool
-) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """WordPiece's trainer of `tokenizers`, with BERT's special tokens (ids 0 to 4) and text rules but for vowel signs."""
-    backends = require("tokenizers")
-    strip = not keep_accents if keep_accents == lower_case else None  # None: as lower_case says
-    model = backends.models.WordPiece(unk_token=_WORDPIECE_TOKENS["unk_token"])
-    backend, settings = _wordpiece(model, {"do_lower_case": lower_case, "strip_accents": False})
-    if not keep_accents:
-        accents = _normalization.build(backends, _normalization.accent_steps())
-        backend.normalizer = backends.normalizers.Sequence([accents, backend.normalizer])
-    specials = list(_WORDPIECE_TOKENS.values())
-    trainer = backends.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
-    texts: Iterator[str] = (line.rstrip("\r\n") for line in lines)
-    backend.train_from_iterator(texts, trainer)
-    if backend.get_vocab_size() > vocab_size:
-        raise ValueError(f"vocab_size {vocab_size} is less than the {backend.get_vocab_size()} characters of this text")
-    settings = {**settings, "tokenizer_class": _AS_SAVED, "do_lower_case": lower_case, "strip_accents": strip}
-    return _trained(backend, settings)
-
-
-def _trained(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    settings = {**settings, "model_max_length": 512, "added_tokens_decoder": {}, "extra_special_tokens": []}
-    _add_tokens(backend, settings, {})
-    return backend, _public(settings)
-
-
-def _public(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as tokenizer_config.json holds them."""
+def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that tokenizer_config.json holds."""
     kept_elsewhere = ("added_tokens_decoder", "extra_special_tokens")  # tokenizer.json holds them
     return {key: value for key, value in settings.items() if key not in kept_elsewhere and value is not None}
 
 
 def _specifications(model: bytes) -> tuple[bytes, bool]:
-    """Character map of a SentencePiece model, and whether it is a unigram model; the processor gives neither away."""
+    """The character map of a SentencePiece model, and whether it is a unigram model; the processor does not tell."""
     message = _model_proto().FromString(model)
     return message.normalizer_spec.precompiled_charsmap, message.trainer_spec.model_type == 1
 
 
 @functools.cache
 def _model_proto() -> Any:
-    """Message class of sentencepiece_model.proto's ModelProto, with the fields that `_specifications` reads.
+    """The message class of ModelProto in sentencepiece_model.proto, with the fields that `_specifications` reads.
 
-    The module that sentencepiece ships for it works with one major release of protobuf alone.
+    The module that sentencepiece ships for it works with only one major release of protobuf.
     """
     descriptors = require("google.protobuf.descriptor_pb2")
     kinds = descriptors.FieldDescriptorProto

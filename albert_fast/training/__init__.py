@@ -1,4 +1,4 @@
-"""Training and testing: `train` and `test` for one epoch, `fit` for a whole run, and the data sets in between."""
+"""Training and testing: `train` and `test` for one epoch, `fit` for a whole run, and the data sets for them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .fit import FitResult, fit, small_config
 from .loop import test, train
 from .masking import MaskedTextDataset
 from .metrics import compute_metrics
-from .run import Recipe
+from .recipe import Recipe
 
 __all__ = [
     "Evaluation",

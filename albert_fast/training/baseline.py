@@ -1,4 +1,4 @@
-"""What a text classifier must beat: TF-IDF of words and pairs of words, and logistic regression.
+"""The baseline that a text classifier must beat: logistic regression on TF-IDF of words and word pairs.
 
 Example:
 
@@ -18,14 +18,14 @@ from .data import read_examples
 from .distill import read_reviews, spaced
 from .metrics import confidence_interval
 
-# What counts as a word: scikit-learn's default, and all that stands between spaces ('s and n't included).
+# Patterns of a word: scikit-learn's default, and everything between spaces ('s and n't included).
 WORDS = (r"(?u)\b\w\w+\b", r"\S+")
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The best of the grid on the dev set: its word pattern, strength C, and accuracies."""
+    """The model that was best on the dev set: its word pattern, its strength C, and its accuracies."""
 
     words: str
     strength: float
@@ -42,9 +42,10 @@ class Baseline:
 def train_baseline(
     train_file: str | Path, dev_file: str | Path, test_file: str | Path, reviews_file: str | Path | None = None
 ) -> Baseline:
-    """Fits one model for each word pattern and strength, takes the best on the dev set, and tests that one alone.
+    """Fits a model for each word pattern and strength, and tests the one that is best on the dev set.
 
-    reviews_file: longer labelled texts to learn from as well, as `distill` reads them.
+    Args:
+        reviews_file: more labelled texts to learn from, in the format that `distill` reads.
 
     Raises:
         ImportError: scikit-learn is not installed. ValueError: files that do not fit, see `read_examples`.

@@ -1,6 +1,6 @@
-"""The output folder of a run, locked while it lasts, and the run's state on disk.
+"""Locks the output folder of a run and keeps the run's state on the disk.
 
-Files are written aside and renamed, and read back without running code.
+A crash leaves the old files or the new ones, complete. Reading them runs no code.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from ..runtime.locking import LockedError, locked
 STATE_NAME = "training_state.pt"
 LOG_NAME = "log.jsonl"
 LOCK_NAME = ".train.lock"
-# What may change between a run and its continuation: how long it goes on, and how often it saves.
+# Settings that may change when a run is resumed: how long it goes on, and how often it saves.
 CHANGEABLE = ("epochs", "checkpoint_steps")
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """The output folder of a run: made if need be, locked inside, without what killed runs have left.
+    """Locks the output folder of a run while the block runs; creates it if necessary.
 
-    A folder that was made here and got no file is removed at the end.
+    What killed runs left there is removed. A folder that was created here and got no file is removed at the end.
 
     Raises:
         LockedError: another run writes to the folder.
-        FileExistsError: the folder holds a run, and `resume` is off; or a model of another origin.
-        OSError: the folder cannot be made or written to.
+        FileExistsError: the folder holds a run and `resume` is off, or a model that no run wrote.
+        OSError: the folder cannot be created or written to.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; the output needs a folder")
@@ -60,7 +60,7 @@ def _check_contents(folder: Path, resume: bool) -> None:
         return
     found = [name for name in (STATE_NAME, *WEIGHTS_NAMES, "config.json") if (folder / name).exists()]
     if found and resume:
-        raise FileExistsError(f"{folder} holds {found[0]} but no {STATE_NAME} to go on from; choose another folder")
+        raise FileExistsError(f"{folder} holds {found[0]} but no {STATE_NAME} to continue from; choose another folder")
     if found:
         raise FileExistsError(
             f"{folder} holds a model or an unfinished run ({found[0]}); "
@@ -69,22 +69,22 @@ def _check_contents(folder: Path, resume: bool) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what was half-written when a run died: under the lock no live run's."""
+    """Removes what killed runs left half-written; the lock is held, so no running process needs it."""
     for name in (STATE_NAME, LOG_NAME):
         remove_left(folder / name)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes `training_state.pt`; a crash or a kill at any moment leaves the old file or the new one, whole."""
+    """Writes `training_state.pt`. A crash or a kill at any moment leaves the old file or the new one, complete."""
     with replacing(folder / STATE_NAME) as file:
         torch.save(state, file)
 
 
 def load_state(folder: Path, settings: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """The saved state, or None where there is none.
+    """Reads the saved state; None where there is none.
 
     Raises:
-        ValueError: a damaged file, or one of a run with other settings (those of CHANGEABLE may differ); the message
+        ValueError: a damaged file, or the state of a run with other settings, except those of CHANGEABLE; the message
             names the file and the settings.
     """
     path = folder / STATE_NAME
@@ -106,7 +106,7 @@ def load_state(folder: Path, settings: dict[str, Any], device: torch.device) -> 
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """What changed in a setting; of a nested one, such as the model's config, only the fields that differ."""
+    """Says what changed in a setting; in a nested one, such as the model's config, only the fields that differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         fields = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         return "; ".join(_difference(f"{key}.{name}", before.get(name), now.get(name)) for name in fields)
@@ -114,7 +114,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """torch's random numbers: the CPU's and, where the run is on a GPU, that GPU's."""
+    """The state of torch's random numbers: the CPU's and, if the run is on a GPU, that GPU's."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -128,7 +128,7 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def write_log(folder: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Writes `log.jsonl`, an object a line."""
+    """Writes `log.jsonl`, one object on each line."""
     with replacing(folder / LOG_NAME) as file:
         file.write("".join(json.dumps(record) + "\n" for record in records).encode())
 

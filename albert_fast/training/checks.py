@@ -1,4 +1,4 @@
-"""What a run needs, checked before it starts, so that no error comes after hours of work."""
+"""Checks everything that a run needs before it starts, so that no error comes after hours of work."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from typing import Any
 
 import torch
 
-from .. import ALBERTConfig, ALBERTForSequenceClassification
-from ..runtime import dispatch
+from ..models.config import ALBERTConfig
+from ..models.heads import ALBERTForSequenceClassification
+from ..runtime.devices import choose_device
 from .checkpointing import STATE_NAME
 from .data import Examples, read_examples
 
 FLOAT_BYTES = 4
-FEW_CLASSES = 10  # named one by one in a line
+FEW_CLASSES = 10  # up to this many are listed by name
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """The device of a run: the wanted one, by default a GPU if there is one.
+    """The device of a run: the given one, by default a GPU if there is one.
 
     Raises:
         BackendUnavailableError, RuntimeError: this torch cannot compute there.
     """
-    dispatch.check_device(device)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.empty(1, device=chosen)  # an ordinal that does not exist, a device without a driver
+    chosen = choose_device(device)
+    torch.empty(1, device=chosen)  # raises for a GPU number that does not exist or a device without a driver
     return chosen
 
 
 def check_train_labels(examples: Examples, file: str | Path, given_names: Sequence[str] | None) -> None:
-    """ValueError where labels teach nothing: all alike, or nearly all different words.
+    """Refuses labels that teach nothing; warns where a given class has no example.
 
-    A warning where a given class has no example.
+    Raises:
+        ValueError: all labels are equal, or nearly all are different words.
     """
     counts = _counts(examples)
     words = given_names is None and examples.label_names is not None and not holds_probabilities(examples)
@@ -58,11 +59,14 @@ def check_train_labels(examples: Examples, file: str | Path, given_names: Sequen
 def read_split(
     file: str | Path, label_names: list[str] | None, columns: dict[str, Any], *, for_metrics: bool
 ) -> Examples:
-    """Examples to measure a model on: labels are classes of `label_names`, or numbers to predict where that is None.
+    """Reads the examples to measure a model on.
+
+    Args:
+        label_names: the classes; None: the labels are numbers to predict.
+        for_metrics: metrics will be computed, not only a loss.
 
     Raises:
-        ValueError: a label of another kind, or outside `label_names`; with `for_metrics`, labels that are
-            probabilities, which only a loss can be computed from.
+        ValueError: a label of another kind or outside `label_names`; with `for_metrics`, labels that are probabilities.
     """
     examples = read_examples(file, label_names=label_names, **columns)
     if for_metrics and holds_probabilities(examples):
@@ -82,7 +86,7 @@ def holds_probabilities(examples: Examples) -> bool:
 
 
 def _counts(examples: Examples) -> Counter[Any]:
-    """How many examples have each label."""
+    """Counts the examples of each label."""
     names = examples.label_names
     if holds_probabilities(examples):
         return Counter(tuple(row) for row in examples.labels)  # type: ignore[arg-type]
@@ -90,7 +94,7 @@ def _counts(examples: Examples) -> Counter[Any]:
 
 
 def describe_examples(examples: Examples) -> str:
-    """A line on the number of examples and their labels."""
+    """One line about the number of examples and their labels."""
     counts = _counts(examples)
     total = f"{len(examples.texts)} examples"
     if examples.label_names is None:
@@ -108,7 +112,7 @@ def describe_examples(examples: Examples) -> str:
 
 
 def check_vocabulary(tokenizer: Any, config: ALBERTConfig, folder: str | Path) -> None:
-    """ValueError where the tokenizer of a checkpoint has ids that its model has no embedding for."""
+    """ValueError where a checkpoint's tokenizer has ids that its model has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise ValueError(
@@ -118,13 +122,13 @@ def check_vocabulary(tokenizer: Any, config: ALBERTConfig, folder: str | Path) -
 
 
 def check_trainable(config: ALBERTConfig, folder: str | Path) -> None:
-    """ValueError where the weights of a checkpoint are rounded integers, which have no gradient."""
+    """ValueError where a checkpoint's weights are rounded integers, which have no gradient."""
     if "quantization_config" in config.extra:
         raise ValueError(f"{folder}: holds rounded weights, which cannot be trained: start from the float checkpoint")
 
 
 def check_length(max_length: int, config: ALBERTConfig, position_shift: int = 0) -> None:
-    """ValueError where texts may become longer than the model's positions."""
+    """ValueError where a text may become longer than the model has positions."""
     needed = max_length + position_shift
     if needed > config.max_position_embeddings:
         raise ValueError(
@@ -134,7 +138,7 @@ def check_length(max_length: int, config: ALBERTConfig, position_shift: int = 0)
 
 
 def check_disk(folder: Path, config: ALBERTConfig, averaged: bool) -> None:
-    """OSError where the disk has no room for the state and the model, old and new, at the moment of their replacement."""
+    """OSError where the disk has no room for the state and the model, twice: the old ones exist until the new are written."""
     with torch.device("meta"):
         model = ALBERTForSequenceClassification(config)
     size = FLOAT_BYTES * sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Labelled text: files to examples, examples to batches of tokens, batches drawn by length.
+"""Reads labelled text, turns it into batches of tokens, and draws batches of similar length.
 
 Example:
 
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..text.batching import batches_by_length, pad_rows
 from ..text.text_files import LABEL_COLUMN, Columns, Record, read_table
 
 
 @dataclass
 class Examples:
-    """Texts, their labels, and the names of the classes (None: the labels are numbers to predict)."""
+    """Texts, their labels, and the names of the classes; None: the labels are numbers to predict."""
 
     texts: list[str] | list[tuple[str, str]]
     labels: list[int] | list[float] | list[list[float]]
@@ -39,75 +40,76 @@ def read_examples(
     label_column: str | int | None = None,
     label_names: Sequence[str] | None = None,
 ) -> Examples:
-    """Reads .tsv (tab-separated, no quoting), .csv (comma-separated, quoted) or .jsonl (an object a line), also as .gz.
+    """Reads .tsv (tab-separated, no quoting), .csv (comma-separated, quoted) or .jsonl (an object on each line), also .gz.
 
     Args:
         text_column: name in the header, or number from 0 in a file without one; default: text, sentence or review.
         pair_column: the second text of each example, for tasks over pairs; default: text_pair, if there is one.
         label_column: default: label.
-        label_names: the classes in order of their ids; labels in the file are these names, or their ids. Default:
-            found in the file. Whole numbers 0..n-1 are ids, other numbers are values to predict, words are sorted and
+        label_names: the classes in the order of their ids; the file's labels are these names or their ids. Default: found
+            in the file: whole numbers 0..n-1 are ids, other numbers are values to predict, words are sorted and
             numbered. In .jsonl a label may also be a list, the probability of each class.
 
     Raises:
         ValueError: an unknown suffix, a missing column, a row with more or fewer fields than the others, a text that is
             not a string, an empty label or one outside `label_names`, bytes that are not UTF-8, a file without examples;
-            the message names the file, the line and the column. All that `albert_fast.text.text_files` says holds here.
+            the message names the file, the line and the column. See `albert_fast.text.text_files` for the formats.
     """
     rows = list(
         read_table(path, Columns(text_column, pair_column, LABEL_COLUMN if label_column is None else label_column))
     )
     if not rows:
         raise ValueError(f"{path}: no examples")
-    places = [f"{path}, line {row.line}" for row in rows]
-    return Examples(_texts(rows, places), *_labels([row.label for row in rows], label_names, places))
+    sources = [f"{path}, line {row.line}" for row in rows]
+    return Examples(_texts(rows, sources), *_labels([row.label for row in rows], label_names, sources))
 
 
-def _texts(rows: Sequence[Record], places: Sequence[str]) -> list[str] | list[tuple[str, str]]:
-    """The texts, or pairs of texts where every row has a second one."""
-    alone = next((place for row, place in zip(rows, places, strict=True) if row.pair is None), None)
-    if alone is None:
+def _texts(rows: Sequence[Record], sources: Sequence[str]) -> list[str] | list[tuple[str, str]]:
+    """The texts; pairs of texts if every row has a second one."""
+    single = next((source for row, source in zip(rows, sources, strict=True) if row.pair is None), None)
+    if single is None:
         return [(row.text, row.pair or "") for row in rows]
-    if paired := next((place for row, place in zip(rows, places, strict=True) if row.pair is not None), None):
-        raise ValueError(f"{alone}: no second text, which {paired} has; all rows need one, or none")
+    if paired := next((source for row, source in zip(rows, sources, strict=True) if row.pair is not None), None):
+        raise ValueError(f"{single}: no second text, which {paired} has; all rows need one, or none")
     return [row.text for row in rows]
 
 
 def _labels(
-    labels: Sequence[Any], label_names: Sequence[str] | None, places: Sequence[str]
+    labels: Sequence[Any], label_names: Sequence[str] | None, sources: Sequence[str]
 ) -> tuple[list[int] | list[float] | list[list[float]], list[str] | None]:
-    """(ids, names), (numbers, None) or (probabilities of the classes, names); `places` are for error messages."""
+    """Returns (ids, names), (numbers, None) or (probabilities of the classes, names). `sources` are for error messages."""
     soft = [isinstance(label, list) for label in labels]
     if not any(soft):
-        return encode_labels([str(label) for label in labels], label_names, places)
+        return encode_labels([str(label) for label in labels], label_names, sources)
     if not all(soft):
         raise ValueError(
-            f"{places[soft.index(False)]}: the label is one value, that of {places[soft.index(True)]} a list of "
+            f"{sources[soft.index(False)]}: the label is one value, but that of {sources[soft.index(True)]} is a list of "
             "probabilities; all rows need the same kind"
         )
     names = [str(i) for i in range(len(labels[0]))] if label_names is None else list(label_names)
-    for place, label in zip(places, labels, strict=True):
+    for source, label in zip(sources, labels, strict=True):
         if len(label) != len(names) or abs(sum(label) - 1) > 1e-2 or min(label) < 0:
-            raise ValueError(f"{place}: the label is {label}, expected {len(names)} probabilities")
+            raise ValueError(f"{source}: the label is {label}, expected {len(names)} probabilities")
     return list(labels), names
 
 
 def encode_labels(
-    labels: Sequence[str], label_names: Sequence[str] | None = None, places: Sequence[str] | None = None
+    labels: Sequence[str], label_names: Sequence[str] | None = None, sources: Sequence[str] | None = None
 ) -> tuple[list[int] | list[float], list[str] | None]:
-    """Labels as they are in a file -> (ids, names), or (numbers, None); see `read_examples`.
+    """Turns the labels of a file into (ids, names) or (numbers, None); see `read_examples`.
 
-    places: where each label is, for error messages; default: "label 0" and so on.
+    Args:
+        sources: where each label is, for error messages; default: "label 0" and so on.
     """
 
-    def place(index: int) -> str:
-        return f"label {index}" if places is None else places[index]
+    def source(index: int) -> str:
+        return f"label {index}" if sources is None else sources[index]
 
     if label_names is not None:
         index = {str(i): i for i in range(len(label_names))} | {name: i for i, name in enumerate(label_names)}
         wrong = next((i for i, label in enumerate(labels) if label not in index), None)
         if wrong is not None:
-            raise ValueError(f"{place(wrong)}: the label is {labels[wrong]!r}, expected one of {list(label_names)}")
+            raise ValueError(f"{source(wrong)}: the label is {labels[wrong]!r}, expected one of {list(label_names)}")
         return [index[label] for label in labels], list(label_names)
     try:
         numbers = [float(label) for label in labels]
@@ -117,7 +119,7 @@ def encode_labels(
         return [ids[label] for label in labels], names
     wrong = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
     if wrong is not None:
-        raise ValueError(f"{place(wrong)}: the label {labels[wrong]!r} is not a finite number")
+        raise ValueError(f"{source(wrong)}: the label {labels[wrong]!r} is not a finite number")
     whole = {int(number) for number in numbers if number == int(number) >= 0}
     if all(number in whole for number in numbers) and whole == set(range(len(whole))) and len(whole) > 1:
         return [int(number) for number in numbers], [str(i) for i in range(len(whole))]
@@ -125,21 +127,21 @@ def encode_labels(
 
 
 class TextDataset(Dataset[dict[str, Any]]):
-    """Texts (or pairs of texts) and labels as tokens.
+    """A data set of tokenized texts (or pairs of texts) and their labels.
 
     Args:
         texts: N strings, or N pairs of strings.
         labels: N ints (classes), floats (values) or lists of C floats (probabilities of the classes).
         tokenizer: `albert_fast.text.tokenizer.Tokenizer`, or any callable with Hugging Face's arguments.
-        max_length: longer texts are cut to this many tokens, special ones counted.
-        piece_dropout: share of the tokens, special ones excepted, that `collate` replaces by the mask token: a
-            regulariser for training from scratch (word dropout, Iyyer et al. 2015, section 3.1).
-        position_shift: `collate` adds `position_ids` that start anywhere from 0 to this number, so that a model trained
-            from scratch on short texts knows the positions of long ones too.
+        max_length: longer texts are cut to this many tokens, special tokens included.
+        piece_dropout: share of the ordinary tokens that `collate` replaces by the mask token: a regulariser for training
+            from scratch (word dropout, Iyyer et al. 2015, section 3.1).
+        position_shift: `collate` adds `position_ids` that start at a random number from 0 to this one, so that a model
+            trained from scratch on short texts also learns the positions of long ones.
 
     Raises:
-        ValueError: as many texts as labels are needed; a piece_dropout outside [0, 1) or without a mask token; a negative
-            position_shift.
+        ValueError: the numbers of texts and labels differ; a piece_dropout outside [0, 1), or without a mask token; a
+            negative position_shift.
     """
 
     def __init__(
@@ -172,7 +174,7 @@ class TextDataset(Dataset[dict[str, Any]]):
 
     @classmethod
     def from_file(cls, path: str | Path, tokenizer: Any, max_length: int = 512, **options: Any) -> TextDataset:
-        """From a TSV, CSV or JSONL file; options are those of `read_examples` and `piece_dropout`."""
+        """Reads a TSV, CSV or JSONL file; the options are those of `read_examples`, and `piece_dropout`."""
         piece_dropout = options.pop("piece_dropout", 0.0)
         examples = read_examples(path, **options)
         return cls(examples.texts, examples.labels, tokenizer, max_length, piece_dropout=piece_dropout)
@@ -187,7 +189,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         return item
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Items -> labels (B,); input_ids, attention_mask, token_type_ids (B, S), padded on the right."""
+        """Makes a batch: labels (B,); input_ids, attention_mask and token_type_ids (B, S), padded on the right."""
         batch = {"input_ids": pad_rows([item["input_ids"] for item in items], self.pad_id)}
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
@@ -204,23 +206,16 @@ class TextDataset(Dataset[dict[str, Any]]):
         return batch
 
 
-def pad_rows(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of unequal length -> int64 (B, S), padded on the right with `value`."""
-    width = max((len(row) for row in rows), default=0)
-    padded = [[*row, *[value] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
-
-
 class LengthBucketSampler(Sampler[list[int]]):
-    """Batches of examples of similar length, so that little of a batch is padding; a batch_sampler for DataLoader.
+    """Draws batches of examples of similar length, so that little of a batch is padding; a batch_sampler for DataLoader.
 
-    Each epoch shuffles all examples, sorts runs of `window` batches by length, cuts them into batches, shuffles those.
-    The order depends on (seed, epoch) alone: `set_epoch(epoch, first_batch)` restarts anywhere.
+    Each epoch shuffles all examples, sorts every `window` batches by length, cuts them into batches and shuffles these.
+    The batches depend only on (seed, epoch): `set_epoch(epoch, first_batch)` restarts anywhere.
 
     Args:
         lengths: tokens of each example.
-        batch_size: examples a batch; the last one may be smaller.
-        shuffle: False: sorted by length, the same every epoch.
+        batch_size: examples in a batch; the last batch may have fewer.
+        shuffle: False: sorted by length, the same in every epoch.
         window: batches that are sorted together; 1 gives plain random batches.
     """
 
@@ -229,12 +224,12 @@ class LengthBucketSampler(Sampler[list[int]]):
     ) -> None:
         if batch_size < 1 or window < 1:
             raise ValueError(f"batch_size and window must be positive, got {batch_size} and {window}")
-        self.lengths = torch.tensor(lengths, dtype=torch.int64)
+        self.lengths = list(lengths)
         self.batch_size, self.shuffle, self.seed, self.window = batch_size, shuffle, seed, window
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """The next pass is that of `epoch` (from 0), without its first `first_batch` batches."""
+        """Makes the next pass that of `epoch` (from 0), without its first `first_batch` batches."""
         if epoch < 0 or not 0 <= first_batch <= self.batches_per_epoch:
             raise ValueError(f"no batch {first_batch} of {self.batches_per_epoch} in epoch {epoch}")
         self.epoch, self.first_batch = epoch, first_batch
@@ -247,17 +242,18 @@ class LengthBucketSampler(Sampler[list[int]]):
         return self.batches_per_epoch - self.first_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        chunks: list[Tensor] = []
         if not self.shuffle:
-            chunks += torch.split(self.lengths.argsort(stable=True), self.batch_size)
+            batches = batches_by_length(self.lengths, self.batch_size)
         else:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(len(self.lengths), generator=generator)
-            for run in torch.split(order, self.batch_size * self.window):
-                chunks += torch.split(run[self.lengths[run].argsort(stable=True)], self.batch_size)
-            chunks = [chunks[i] for i in torch.randperm(len(chunks), generator=generator).tolist()]
-        for chunk in chunks[self.first_batch :]:
-            yield chunk.tolist()
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+            drawn: list[list[int]] = []
+            for start in range(0, len(order), self.batch_size * self.window):
+                run = order[start : start + self.batch_size * self.window]
+                sorted_run = batches_by_length([self.lengths[i] for i in run], self.batch_size)
+                drawn += [[run[i] for i in batch] for batch in sorted_run]
+            batches = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+        yield from batches[self.first_batch :]
 
 
-__all__ = ["Examples", "LengthBucketSampler", "TextDataset", "encode_labels", "pad_rows", "read_examples"]
+__all__ = ["Examples", "LengthBucketSampler", "TextDataset", "encode_labels", "read_examples"]

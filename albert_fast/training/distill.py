@@ -1,12 +1,12 @@
-"""Soft labels for a small model that is trained from scratch: linear models teach it on recombined training text.
+"""Makes soft labels for a small model that is trained from scratch: linear models label recombined training text.
 
     python -m albert_fast.training.distill train.tsv soft.jsonl --examples 240000 --seed 0
     python -m albert_fast.training.distill train.tsv soft.jsonl --reviews reviews.tsv.gz --examples 340000
 
-A transformer with random weights learns too little from some ten thousand lines about what each word is worth. Linear
-models learn that well, but only for the lines as they stand. So they label many more texts, made of pieces of the same
-lines, and the transformer learns from all of them. Nothing but the training file enters, unless reviews are given: longer
-labelled texts of the same kind, from which one more linear model learns, and whose sentences take the place of the pieces.
+From some ten thousand lines, a transformer with random weights learns too little about each word. Linear models learn
+that well. So they label many more texts, which are made of pieces of the same lines, and the transformer learns from all
+of them. Only the training file is used, unless reviews are given: longer labelled texts of the same kind. Then one more
+linear model learns from the reviews, and their sentences take the place of the recombined texts.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.files import replacing
 from .data import read_examples
 
-LONG = 8  # words; lines of at least this many are cut and joined
-MOST = 30  # words of a cut
-CHUNK = 20_000  # texts that are labelled at once, which bounds the memory of the character features
+LONG = 8  # words; only lines of at least this many are cut and joined
+MOST = 30  # words in a cut
+CHUNK = 20_000  # texts that are labelled at once; bounds the memory for the character features
 
 
 class LinearTeacher:
     """The mean of three logistic regressions for two or more classes.
 
-    Over TF-IDF of words and word pairs; over the same, binary and scaled by naive Bayes' log-count ratios (Wang and
-    Manning 2012, section 2.3; two classes only); and over TF-IDF of runs of 2 to 5 characters.
+    Their features are: TF-IDF of words and word pairs; the same, binary and scaled by naive Bayes' log-count ratios (Wang
+    and Manning 2012, section 2.3; only for two classes); and TF-IDF of runs of 2 to 5 characters.
     """
 
     def __init__(self, texts: Sequence[str], labels: Sequence[int]) -> None:
-        """texts and their classes 0..C-1. ImportError: scikit-learn is not installed."""
+        """Fits the members to texts and their classes 0..C-1. ImportError: scikit-learn is not installed."""
         try:
             from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
         except ImportError as error:
@@ -53,7 +54,7 @@ class LinearTeacher:
             self.members.append(_fit(CountVectorizer(binary=True, **words), texts, classes, 0.1, bayes=True))
 
     def learn_more(self, texts: Sequence[str], labels: np.ndarray) -> None:
-        """As many votes as the members have together for one more, over TF-IDF of words and word pairs of other texts."""
+        """Adds a member that is fitted to other texts (TF-IDF of words and word pairs), with as many votes as all others."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", min_df=2, sublinear_tf=True)
@@ -68,7 +69,7 @@ class LinearTeacher:
 def _fit(
     vectorizer: Any, texts: Sequence[str], labels: np.ndarray, strength: float, bayes: bool = False
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """One member: texts -> probabilities."""
+    """Fits one member; returns its function from texts to probabilities."""
     from sklearn.linear_model import LogisticRegression
 
     features = vectorizer.fit_transform(texts)
@@ -85,8 +86,11 @@ def _fit(
 
 
 def recombine(texts: Sequence[str], examples: int, seed: int) -> list[str]:
-    """New texts out of pieces of `texts`: runs of words from long lines, the start of one joined to the end of another,
-    and any two lines in a row; 2 : 2 : 1."""
+    """Makes new texts from pieces of `texts`.
+
+    There are three kinds, 2 : 2 : 1: a run of words from a long line; the start of one long line joined to the end of
+    another; and any two lines in a row.
+    """
     generator = random.Random(seed)
     long = [words for words in (text.split() for text in texts) if len(words) >= LONG]
     if not long:
@@ -108,7 +112,7 @@ def recombine(texts: Sequence[str], examples: int, seed: int) -> list[str]:
 
 
 def read_reviews(path: str | Path) -> tuple[list[str], list[int]]:
-    """Texts and labels of a TSV file without a header, plain or .gz: the label first, the text last."""
+    """Reads texts and labels from a TSV file without a header, plain or .gz: the label first, the text last."""
     opener: Callable[..., Any] = gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8") as file:
         rows = [line.rstrip("\n").split("\t") for line in file]
@@ -116,13 +120,13 @@ def read_reviews(path: str | Path) -> tuple[list[str], list[int]]:
 
 
 def spaced(text: str) -> str:
-    """Lower case, with spaces around marks and before the endings n't, 's and the like, as the lines of SST-2 are written."""
+    """Writes a text as SST-2 does: lower case, spaces around marks and before endings such as n't and 's."""
     text = re.sub(r"([.,!?;:()\"])", r" \1 ", text.lower())
     return " ".join(re.sub(r"'(s|re|ve|ll|d|m)\b", r" '\1", re.sub(r"n't\b", " n't", text)).split())
 
 
 def sentences(reviews: Sequence[str], examples: int, seed: int) -> list[str]:
-    """At most `examples` of the reviews' sentences of 3 to 40 words, drawn at random."""
+    """Draws up to `examples` sentences of 3 to 40 words from the reviews."""
     found = [spaced(sentence) for review in reviews for sentence in re.split(r"(?<=[.!?])\s+", review)]
     found = [sentence for sentence in found if 3 <= len(sentence.split()) <= 40]
     random.Random(seed).shuffle(found)
@@ -132,11 +136,16 @@ def sentences(reviews: Sequence[str], examples: int, seed: int) -> list[str]:
 def write_soft_labels(
     train_file: str | Path, output: str | Path, *, examples: int, seed: int = 0, reviews_file: str | Path | None = None
 ) -> int:
-    """Writes a JSONL file for `fit`: the training lines, their labels half the given ones and half the teacher's, and
-    `examples` recombined texts (or sentences of the reviews) with the teacher's labels, each
-    {"text": ..., "label": [probability of each class]}. With reviews, the training lines stand there twice.
+    """Writes a JSONL file for `fit`, with {"text": ..., "label": [probability of each class]} on each line.
 
-    Returns the number of lines. ValueError: labels that are no classes, pairs of texts.
+    It holds the training lines, labelled half by their own label and half by the teacher (with reviews: twice), then
+    `examples` recombined texts (or sentences of the reviews), labelled by the teacher.
+
+    Returns:
+        The number of lines.
+
+    Raises:
+        ValueError: the labels are not classes.
     """
     train = read_examples(train_file)
     if train.label_names is None:
@@ -153,9 +162,10 @@ def write_soft_labels(
         texts, labels = texts * 2, np.tile(labels, 2)
     given = np.eye(len(train.label_names))[labels]
     soft = np.concatenate([(given + teacher(texts)) / 2, teacher(more)])
-    with Path(output).open("w", encoding="utf-8") as file:
+    with replacing(Path(output)) as file:
         for text, label in zip([*texts, *more], soft.tolist(), strict=True):
-            file.write(json.dumps({"text": text, "label": [round(p, 4) for p in label]}, ensure_ascii=False) + "\n")
+            row = {"text": text, "label": [round(p, 4) for p in label]}
+            file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
     return len(soft)
 
 

@@ -1,4 +1,4 @@
-"""A saved classifier on labelled text: the figures that its card states.
+"""Measures a saved classifier on labelled text.
 
 Example:
 
@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from .. import ALBERTConfig, ALBERTForSequenceClassification
-from ..checkpoints.weights import config_path, resolve
+from ..checkpoints.saving import config_path
+from ..checkpoints.weights import resolve
+from ..models.config import ALBERTConfig
+from ..models.heads import ALBERTForSequenceClassification
 from ..text.tokenizer import load_tokenizer
 from .checks import check_device, check_length, check_vocabulary, read_split
 from .data import LengthBucketSampler, TextDataset
@@ -25,7 +27,13 @@ from .metrics import Metric, check_metrics, confidence_interval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Examples, mean loss, metrics by name; Wilson's 95 % interval of the accuracy where that was asked for."""
+    """The figures of a classifier.
+
+    Attributes:
+        loss: the mean over the examples.
+        metrics: by name.
+        interval: Wilson's 95 % interval of the accuracy; None where accuracy was not asked for.
+    """
 
     examples: int
     loss: float
@@ -48,24 +56,26 @@ def evaluate(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Runs a checkpoint (folder or hub id) over a TSV, CSV or JSONL file.
+    """Measures a checkpoint (folder or hub id) on a TSV, CSV or JSONL file.
 
     Args:
         metrics: as in `test`.
-        max_length: default: what the model has positions for.
+        max_length: texts are cut to this many tokens; default: as many as the model has positions.
         text_column, pair_column, label_column: see `read_examples`.
         backend, precision: see `from_pretrained`.
 
     Raises:
-        ValueError: a file that does not fit the model's labels, metrics that do not, a max_length beyond the model's
-            positions, a tokenizer of another model; ImportError: a metric's library is missing. All of these, and those
-            of `from_pretrained`, before the first text is computed.
+        ValueError: a file or metrics that do not fit the model's labels, a max_length beyond the model's positions, a
+            tokenizer of another model. ImportError: a metric's library is missing. These errors, and those of
+            `from_pretrained`, come before the first text is computed.
     """
-    place = check_device(device)
+    device = check_device(device)
     folder = resolve(checkpoint)
     config = ALBERTConfig.from_json_file(config_path(folder))
     if config.problem_type == "multi_label_classification":
-        raise ValueError(f"{checkpoint}: gives several labels a text; evaluate measures one class or number a text")
+        raise ValueError(
+            f"{checkpoint}: gives several labels for a text; evaluate measures one class or number for a text"
+        )
     numbers = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     check_metrics(metrics, numbers=numbers)
     names = None if numbers else [config.label(i) for i in range(config.num_labels)]
@@ -76,11 +86,11 @@ def evaluate(
     tokenizer = load_tokenizer(folder)
     tokenizer.split_special_tokens = True  # as `classify` reads texts
     check_vocabulary(tokenizer, config, checkpoint)
-    model = ALBERTForSequenceClassification.from_pretrained(folder, backend=backend, precision=precision, device=place)
+    model = ALBERTForSequenceClassification.from_pretrained(folder, backend=backend, precision=precision, device=device)
     data = TextDataset(examples.texts, examples.labels, tokenizer, length)
     sampler = LengthBucketSampler(data.lengths, batch_size, shuffle=False)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate)
-    loss, values = test(model, loader, None, place, metrics=metrics, progress=progress)
+    loss, values = test(model, loader, None, device, metrics=metrics, progress=progress)
     interval = confidence_interval(round(values["accuracy"] * len(data)), len(data)) if "accuracy" in values else None
     return Evaluation(len(data), loss, values, interval)
 

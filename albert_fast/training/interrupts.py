@@ -1,4 +1,4 @@
-"""Ctrl-C while a model trains: the step that has begun is finished, so that what is saved then is whole."""
+"""Handles Ctrl-C while a model trains: the current step is finished first, so that the saved state is complete."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Interrupts:
-    """Inside, the first Ctrl-C only sets `asked`; a second one interrupts at once.
+    """While the block runs, the first Ctrl-C only sets `asked`; the second one interrupts at once.
 
-    Elsewhere than in the main thread, or where the program has a handler of its own, nothing changes.
+    Outside the main thread, and where the program has its own handler, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Interrupts:
             self._installed = False
 
     def check(self, where: str) -> None:
-        """KeyboardInterrupt, with `where` as its text, if Ctrl-C came."""
+        """Raises KeyboardInterrupt with the text `where` if Ctrl-C was pressed."""
         if self.asked:
             raise KeyboardInterrupt(where)
 

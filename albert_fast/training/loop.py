@@ -1,9 +1,9 @@
-"""One epoch of training or testing: `train` and `test`, for ALBERT's heads and any nn.Module that returns a tensor.
+"""Trains or tests a model for one epoch: `train` and `test`, for ALBERT's heads and any nn.Module that returns a tensor.
 
-A batch is a dict: the model's inputs by name, and its labels (`labels`, or `start_positions` and `end_positions`, and
-for pre-training `sentence_order_label` as well). With `criterion=None` the model gets the labels too and its own
-`.loss` is used; a model that can leave out its logits does so where no metric needs them. Otherwise the labels are kept
-back and `criterion(outputs, labels)` is called with:
+A batch is a dict with the model's inputs by name and its labels: `labels`, or `start_positions` and `end_positions`; for
+pre-training also `sentence_order_label`. With `criterion=None` the model gets the labels too, and its own `.loss` is used;
+a model that can leave out its logits does so if no metric needs them. Otherwise the model does not get the labels, and
+`criterion(outputs, labels)` is called with:
 
 | the model returns | outputs | labels |
 |---|---|---|
@@ -11,8 +11,8 @@ back and `criterion(outputs, labels)` is called with:
 | logits (B, C) and labels (B,) | the logits; (B,) where C = 1 | (B,); floats where C = 1 |
 | logits (B, S, C) and labels (B, S) | the logits of the real tokens (N, C) | (N,), -100 kept |
 | logits (N, C) of the batch's `wanted_tokens` | these logits | (N,), the labels there |
-| start_logits and end_logits | one call each, rows whose answer lies in the sequence; the mean of both | (N,) |
-| prediction_logits and sop_logits | one call each, as above; the sum of both | (N,) |
+| start_logits and end_logits | a call for each, with the rows whose answer is in the sequence; the mean of both | (N,) |
+| prediction_logits and sop_logits | a call for each, as above; the sum of both | (N,) |
 | anything else | what the model returned | as in the batch |
 """
 
@@ -50,9 +50,9 @@ def train(
     """Trains for one pass over `data_loader`; the table above says what `criterion` gets.
 
     Args:
-        scheduler: its `step()` is called after every optimiser step.
-        max_grad_norm: gradients are scaled down to this L2 norm where theirs is larger.
-        after_step: called with (loss, number of examples) after every optimiser step.
+        scheduler: its `step()` is called after every optimizer step.
+        max_grad_norm: gradients with a larger L2 norm are scaled down to this one.
+        after_step: called with (loss, number of examples) after every optimizer step.
         progress: a bar on standard error.
 
     Returns:
@@ -60,12 +60,12 @@ def train(
 
     Raises:
         TypeError: a batch that is not a dict, a criterion that cannot be called or returns no tensor.
-        ValueError: no batch, no labels, a loss that is not a scalar or a sum, `criterion=None` with a model without a
-            loss, an optimizer of another model's parameters.
+        ValueError: no batch, no labels, a loss that is not a scalar or is a sum, `criterion=None` with a model that
+            returns no loss, an optimizer with parameters of another model.
         IndexError: a label outside the classes.
-        BackendUnavailableError: a device that is not there.
+        BackendUnavailableError: a device that does not exist.
 
-    The model is moved to `device`, trained in training mode and left in the mode in which it came, errors included.
+    The model is moved to `device` and trained in training mode. Afterwards, also after an error, it has its old mode.
     """
     _check(model, criterion, device)
     model.to(device)
@@ -109,10 +109,10 @@ def test(
         The mean loss over all examples (labelled tokens for token labels); with `metrics`, (mean loss, {name: value}).
 
     Raises:
-        TypeError, ValueError, IndexError, BackendUnavailableError: as `train`; a metric of an unknown name; metrics for
+        TypeError, ValueError, IndexError, BackendUnavailableError: as `train`; also an unknown metric, or metrics for
             outputs that are not predictions. ImportError: a metric's library is missing.
 
-    The model is moved to `device`, run in eval mode and left in the mode in which it came, errors included.
+    The model is moved to `device` and runs in eval mode. Afterwards, also after an error, it has its old mode.
     """
     check_metrics(metrics or ())
     _check(model, criterion, device)
@@ -120,7 +120,7 @@ def test(
     total, count = 0.0, 0
     labels_seen: list[Tensor] = []
     predictions: list[Tensor] = []
-    # no_grad and not inference_mode: what a model caches during evaluation must stay usable in training.
+    # no_grad, not inference_mode: what a model caches during evaluation must be usable in training.
     with torch.no_grad(), _mode(model, training=False), _progress(data_loader, "test", progress) as (batches, show):
         for batch in batches:
             loss, examples, pairs = _step(model, batch, criterion, device, predictions=metrics is not None)
@@ -136,11 +136,11 @@ def test(
     return mean, compute_metrics(metrics, torch.cat(labels_seen).numpy(), torch.cat(predictions).numpy())
 
 
-test.__test__ = False  # type: ignore[attr-defined]  # pytest collects functions by this name wherever they are imported
+test.__test__ = False  # type: ignore[attr-defined]  # pytest would collect a function of this name wherever it is imported
 
 
 def _check(model: nn.Module, criterion: Criterion | None, device: torch.device | str) -> None:
-    """What can be refused before the first batch."""
+    """Refuses what can be refused before the first batch."""
     check_device(device)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -166,9 +166,9 @@ def _step(
     device: torch.device | str,
     predictions: bool,
 ) -> tuple[Tensor, int, list[tuple[Any, Any]]]:
-    """The loss of one batch (a scalar), its number of examples, and the (outputs, labels) pairs behind it.
+    """Returns the loss of a batch (a scalar), its number of examples, and its (outputs, labels) pairs.
 
-    Without `predictions` the outputs of the pairs may be None.
+    If `predictions` is False, the outputs in the pairs may be None.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a dict of the model's inputs and labels, got {type(batch).__name__}")
@@ -192,7 +192,7 @@ def _step(
         for prediction, truth in pairs:
             _check_classes(criterion, prediction, truth)
         losses = [criterion(prediction, truth) for prediction, truth in pairs if _count(truth)]
-        # A batch without any label left (all -100): a loss of zero that still has a graph.
+        # Without any label (all -100): a loss of zero that still has a graph.
         loss = sum(losses) if losses else sum(prediction.sum() * 0 for prediction, _ in pairs)
         if "start_positions" in labels and losses:
             loss = loss / len(losses)
@@ -204,7 +204,7 @@ def _step(
 
 
 def _check_classes(criterion: Criterion, outputs: Any, labels: Any) -> None:
-    """IndexError for a class that a cross-entropy has no logit for: on a GPU torch's own check ends the CUDA context."""
+    """IndexError for a label without a logit in a cross-entropy; on a GPU torch's own check would end the CUDA context."""
     if not isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)) or not isinstance(outputs, Tensor):
         return
     if not isinstance(labels, Tensor) or labels.is_floating_point() or outputs.dim() < 2:
@@ -216,7 +216,7 @@ def _check_classes(criterion: Criterion, outputs: Any, labels: Any) -> None:
 
 
 def _ranges(tensors: Mapping[str, Any]) -> str:
-    """The smallest and largest value of every array of integers, for an error message."""
+    """The smallest and largest value of every integer tensor, for an error message."""
     found = {
         key: value
         for key, value in tensors.items()
@@ -226,7 +226,7 @@ def _ranges(tensors: Mapping[str, Any]) -> str:
 
 
 def _call(model: nn.Module, inputs: dict[str, Any], labels: dict[str, Any]) -> Any:
-    """Calls the model by keyword with the inputs that its forward takes; a lone tensor goes in by position."""
+    """Calls the model with the inputs that its forward takes by name; input_ids by position if it has another name for them."""
     names, takes_all = _arguments(model)
     if takes_all:
         return model(**inputs, **labels)
@@ -239,7 +239,7 @@ def _call(model: nn.Module, inputs: dict[str, Any], labels: dict[str, Any]) -> A
 
 
 def _arguments(model: nn.Module) -> tuple[frozenset[str], bool]:
-    """Names that the model's forward takes, and whether it takes any keyword."""
+    """The names that the model's forward takes, and whether it takes any keyword."""
     parameters = inspect.signature(model.forward).parameters.values()
     return frozenset(p.name for p in parameters), any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -247,7 +247,9 @@ def _arguments(model: nn.Module) -> tuple[frozenset[str], bool]:
 @cache
 def _warn_once(model: str, unused: tuple[str, ...]) -> None:
     if unused:
-        warnings.warn(f"{model}.forward does not take {', '.join(unused)}; left out of every batch", stacklevel=4)
+        warnings.warn(
+            f"{model}.forward does not take {', '.join(unused)}; they are left out of every batch", stacklevel=4
+        )
 
 
 def _pairs(outputs: Any, labels: dict[str, Any], inputs: dict[str, Any]) -> list[tuple[Any, Any]]:
@@ -270,9 +272,13 @@ def _pairs(outputs: Any, labels: dict[str, Any], inputs: dict[str, Any]) -> list
 
 
 def _arrange(logits: Tensor | None, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor]:
-    """Token logits (B, S, C), (N, C) of `wanted_tokens`, or none, with labels (B, S) -> (N, C), or none, and (N,).
+    """Arranges logits and labels for a criterion.
 
-    (B, 1) with (B,) -> (B,). All else stays.
+    | logits | labels | result |
+    |---|---|---|
+    | (B, S, C), (N, C) of `wanted_tokens`, or None | (B, S) | (N, C) or None, and (N,) |
+    | (B, 1) | (B,) | (B,) and (B,) |
+    | others | | unchanged |
     """
     mask, wanted = inputs.get("attention_mask"), inputs.get("wanted_tokens")
     real = torch.ones_like(labels, dtype=torch.bool) if mask is None or mask.shape != labels.shape else mask.bool()
@@ -283,13 +289,13 @@ def _arrange(logits: Tensor | None, labels: Tensor, inputs: dict[str, Any]) -> t
     if logits.dim() == 2 and labels.dim() == 2 and wanted is not None:
         return logits, labels[real & wanted]
     if logits.dim() == 2 and logits.shape[1] == 1 and labels.dim() == 1:
-        # nn.MSELoss would otherwise broadcast the two to (B, B), and has no gradient for whole numbers.
+        # nn.MSELoss would broadcast the two to (B, B), and has no gradient for integer labels.
         return logits[:, 0], labels.to(logits.dtype)
     return logits, labels
 
 
 def _count(labels: Any) -> int:
-    """How many examples a batch holds: rows, less those that are labelled -100."""
+    """Counts the examples of a batch: its rows without those labelled -100."""
     if not isinstance(labels, Tensor):
         return len(labels)
     if labels.dim() == 1 and not labels.is_floating_point():
@@ -308,7 +314,7 @@ def _mean(total: float, count: int) -> float:
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Puts the model in training or eval mode; every module gets its own mode back at the end, whatever happens."""
+    """Puts the model in training or eval mode while the block runs; then every module gets its old mode back."""
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -323,7 +329,7 @@ Show = Callable[[float, int], None]
 
 @contextmanager
 def _progress(data: Iterable[Any], label: str, enabled: bool) -> Iterator[tuple[Iterable[Any], Show]]:
-    """(the batches, a function that shows the running mean): a tqdm bar on standard error where it is wanted."""
+    """Yields the batches, with a tqdm bar on standard error if `enabled`, and a function that shows the running mean."""
     tqdm = _tqdm() if enabled else None
     if tqdm is None:
         yield data, lambda total, count: None

@@ -1,7 +1,7 @@
-"""Masked language modelling over lines of text: which tokens are hidden, and batches for ALBERTForMaskedLM.
+"""Prepares lines of text for masked language modelling: chooses the hidden tokens and makes batches.
 
-Words are hidden in runs of 1 to 3, a run of n with probability proportional to 1/n (Lan et al. 2019, section 4.1); of
-the hidden tokens 80 % become the mask token, 10 % a random one, 10 % stay (Devlin et al. 2018, section 3.1).
+Words are hidden in runs of 1 to 3; a run of n has a probability proportional to 1/n (Lan et al. 2019, section 4.1). 80 %
+of the hidden tokens become the mask token, 10 % a random token, and 10 % stay (Devlin et al. 2018, section 3.1).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ IGNORED = -100
 
 
 class MaskedTextDataset(TextDataset):
-    """Texts for masked language modelling; `collate` hides other tokens each time, drawn from torch's random numbers.
+    """A data set for masked language modelling; `collate` draws new hidden tokens each time, with torch's random numbers.
 
     Args:
         texts, tokenizer, max_length: as in TextDataset.
-        mask_probability: share of the tokens of a text to hide; at least one, special ones never.
-        with_wanted_tokens: batches also say `wanted_tokens`, the hidden ones, for which alone this package's
-            ALBERTForMaskedLM then computes the last layer and the scores.
+        mask_probability: share of the tokens of a text to hide: at least one, never special tokens.
+        with_wanted_tokens: batches also hold `wanted_tokens`, the hidden tokens; this package's ALBERTForMaskedLM then
+            computes the last layer and the scores only for them.
 
     Raises:
         ValueError: a tokenizer without a mask token, mask_probability outside (0, 1).
@@ -50,7 +50,7 @@ class MaskedTextDataset(TextDataset):
         self.ordinary_ids = torch.tensor(sorted(set(range(len(self.starts_word))) - set(self.special_ids.tolist())))
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Items -> input_ids with hidden tokens, labels (-100 elsewhere), attention_mask, token_type_ids: (B, S)."""
+        """Makes a batch, each (B, S): input_ids with hidden tokens, labels (-100 elsewhere), attention_mask, token_type_ids."""
         batch = super().collate(items)
         ids = batch["input_ids"]
         hidden = choose_tokens(ids, torch.isin(ids, self.special_ids), self.starts_word, self.mask_probability)
@@ -66,13 +66,13 @@ class MaskedTextDataset(TextDataset):
 
 
 def choose_tokens(ids: Tensor, special: Tensor, starts_word: Tensor, probability: float) -> Tensor:
-    """Which tokens to hide: a bool tensor (B, S).
+    """Chooses the tokens to hide; returns bool (B, S).
 
     Args:
         ids: (B, S).
-        special: (B, S) bool, tokens that are never hidden (padding is one).
-        starts_word: (V,) bool, pieces that begin a word; the others continue one.
-        probability: share of a row's ordinary tokens to hide; the last word of a run may go over it.
+        special: (B, S) bool, tokens that are never hidden, padding included.
+        starts_word: (V,) bool, the pieces that begin a word; the others continue one.
+        probability: share of a row's ordinary tokens to hide; the last run of words may exceed it.
     """
     hidden = torch.zeros_like(special)
     begins = starts_word[ids] | special.roll(1, 1)
@@ -96,7 +96,7 @@ def choose_tokens(ids: Tensor, special: Tensor, starts_word: Tensor, probability
 
 
 def word_starts(tokenizer: Any) -> Tensor:
-    """(V,) bool: the pieces that begin a word, after SentencePiece's mark or for want of WordPiece's."""
+    """The pieces that begin a word, (V,) bool: those with SentencePiece's mark, or those without WordPiece's."""
     pieces = {index: piece for piece, index in tokenizer.get_vocab().items()}
     marked = any(piece.startswith("▁") for piece in pieces.values())
     begins = [
@@ -107,9 +107,9 @@ def word_starts(tokenizer: Any) -> Tensor:
 
 
 def drop_contained_lines(lines: Sequence[str]) -> list[str]:
-    """The distinct lines that are no run of whole words of a longer one, longest first.
+    """Drops every line that is a run of whole words in a longer line, and duplicates; the longest lines come first.
 
-    SST-2's lines are the phrases of a parse: for language modelling the sentences say all that their phrases say.
+    SST-2's lines are phrases of parsed sentences; for language modelling the sentences are enough.
     """
     kept: list[str] = []
     where: dict[str, list[int]] = {}

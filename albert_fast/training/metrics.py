@@ -1,6 +1,7 @@
-"""Predictions from outputs, and metrics over a whole data set.
+"""Makes predictions from a model's outputs, and computes metrics over a whole data set.
 
-Accuracy and the mean squared error need no library; the others are scikit-learn's and SciPy's, imported when asked for.
+Accuracy and the mean squared error need no library. The others come from scikit-learn and SciPy, which are imported when
+they are needed.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import numpy as np
 from torch import Tensor
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
-SPAN_STRIDE = 1 << 20  # longer than any sequence: an answer (start, end) as the one number start * SPAN_STRIDE + end
+# An answer (start, end) is one number: start * SPAN_STRIDE + end. The stride is longer than any sequence.
+SPAN_STRIDE = 1 << 20
 
 
 def predictions_of(pairs: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
     """The labels and predictions of one batch, each (N,).
 
-    Classes: the largest logit; items labelled -100 are left out. One logit with float labels: the logit. Several labels
-    an example (B, C): every logit against 0, flattened. Two pairs of the same length (a span's start and end): one
-    number for both ends, equal only where both are. Of a pre-training head's pairs, the masked tokens' counts.
+    | outputs and labels | prediction |
+    |---|---|
+    | logits of classes, one label each | the class of the largest logit; items labelled -100 are left out |
+    | one logit, a float label | the logit |
+    | several labels for an example, (B, C) | whether each logit is above 0, flattened |
+    | start and end of a span (two pairs of one length) | one number for both; equal only if both ends are |
+    | a pre-training head (two pairs) | that of the first pair, the masked tokens |
 
     Raises:
-        ValueError: outputs that are neither.
+        ValueError: outputs of another kind.
     """
     if len(pairs) == 2 and pairs[0][0].shape == pairs[1][0].shape:
         (start, start_label), (end, end_label) = pairs
@@ -44,14 +50,14 @@ def predictions_of(pairs: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
 
 
 def _average(labels: np.ndarray, predictions: np.ndarray) -> str:
-    """Two classes 0 and 1: figures for class 1; else the mean over classes."""
+    """How scikit-learn averages: for two classes 0 and 1 the figures of class 1, else the mean over classes."""
     return "binary" if set(np.unique(labels)) | set(np.unique(predictions)) <= {0, 1} else "macro"
 
 
 def _accuracy(labels: np.ndarray, predictions: np.ndarray) -> float:
     for name, values in (("labels", labels), ("predictions", predictions)):
         if values.dtype.kind == "f":
-            raise ValueError(f"accuracy counts classes, and the {name} are {values.dtype} numbers; take mse or pearson")
+            raise ValueError(f"accuracy counts classes, but the {name} are {values.dtype} numbers; take mse or pearson")
     return float(np.mean(labels == predictions))
 
 
@@ -89,21 +95,21 @@ METRICS: dict[str, Metric] = {
     "spearman": _correlation("spearmanr"),
 }
 OF_CLASSES = ("accuracy", "f1", "precision", "recall", "matthews")
-# Metric -> (its module, the library's name).
+# Metric -> (module to import, name of the library).
 LIBRARIES = dict.fromkeys(
     ("f1", "precision", "recall", "matthews"), ("sklearn.metrics", "scikit-learn")
 ) | dict.fromkeys(("pearson", "spearman"), ("scipy.stats", "SciPy"))
 
 
 def check_metrics(wanted: Sequence[str | Metric], *, numbers: bool = False) -> None:
-    """Refuses, before a run, metrics that could not be computed after it.
+    """Refuses metrics that could not be computed, before a run.
 
     Args:
-        wanted: names, or functions, which are not looked at.
+        wanted: names; functions are not checked.
         numbers: the labels are numbers to predict, not classes.
 
     Raises:
-        ValueError: an unknown name, a metric of classes for numbers. ImportError: a library that is not installed.
+        ValueError: an unknown name, or a metric of classes for numbers. ImportError: its library is not installed.
     """
     for metric in [wanted] if isinstance(wanted, str) else wanted:
         if not isinstance(metric, str):
@@ -113,7 +119,7 @@ def check_metrics(wanted: Sequence[str | Metric], *, numbers: bool = False) -> N
         if numbers and metric in OF_CLASSES:
             known = ", ".join(name for name in METRICS if name not in OF_CLASSES)
             raise ValueError(
-                f"the metric {metric!r} counts classes, and the labels are numbers to predict; take {known}"
+                f"the metric {metric!r} counts classes, but the labels are numbers to predict; take {known}"
             )
         if metric in LIBRARIES:
             module, library = LIBRARIES[metric]
@@ -126,7 +132,7 @@ def check_metrics(wanted: Sequence[str | Metric], *, numbers: bool = False) -> N
 
 
 def compute_metrics(wanted: Sequence[str | Metric], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """{name: value} of metrics, names or functions (labels, predictions) -> float. Errors: see `check_metrics`."""
+    """Computes metrics, names or functions (labels, predictions) -> float: {name: value}. Errors: see `check_metrics`."""
     check_metrics(wanted)
     result = {}
     for metric in [wanted] if isinstance(wanted, str) else wanted:
@@ -138,7 +144,7 @@ def compute_metrics(wanted: Sequence[str | Metric], labels: np.ndarray, predicti
 
 
 def confidence_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 % for the default z. ValueError unless 0 <= correct <= total > 0."""
+    """Wilson's score interval of a proportion; 95 % for the default z. ValueError unless 0 <= correct <= total > 0."""
     if not 0 <= correct <= total or total <= 0:
         raise ValueError(f"cannot take a proportion of {correct} in {total}")
     p, n = correct / total, total

@@ -1,4 +1,4 @@
-"""What surrounds an optimiser: parameter groups, the learning-rate schedule, a running average of the weights."""
+"""The optimizer with its parameter groups, the learning-rate schedule, and a running average of the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and embeddings only: biases and LayerNorm (1-d parameters) go without."""
+    """AdamW with weight decay on matrices and embeddings, not on biases and LayerNorm (parameters of one dimension)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
@@ -21,7 +21,7 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
 
 
 def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float) -> LambdaLR:
-    """Up linearly over the first `warmup_ratio` of the steps, then down linearly to reach zero after the last."""
+    """The rate rises linearly over the first `warmup_ratio` of the steps, then falls linearly to zero after the last."""
     if steps < 1 or not 0 <= warmup_ratio < 1:
         raise ValueError(f"needs at least one step and a warm-up ratio in [0, 1), got {steps} and {warmup_ratio}")
     warmup = max(1, round(steps * warmup_ratio))
@@ -33,7 +33,7 @@ def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: 
 
 
 def set_rates(schedule: LambdaLR) -> None:
-    """Gives the optimiser the rates of the schedule's present step, after a state was loaded that may hold others."""
+    """Sets the optimizer's rates to those of the schedule's current step; a loaded state may hold other rates."""
     groups = schedule.optimizer.param_groups
     for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
         group["lr"] = base * factor(schedule.last_epoch)
@@ -43,8 +43,8 @@ class WeightAverage:
     """Exponential moving average of a model's parameters.
 
     Args:
-        decay: weight of the past at each update; less in the first updates, min(decay, (1 + n) / (10 + n)), so that the
-            random start does not linger.
+        decay: weight of the old average at update n; lower at first, min(decay, (1 + n) / (10 + n)), so that the random
+            start is soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -61,7 +61,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model holds the averaged weights inside, and its own again afterwards."""
+        """Gives the model the averaged weights while the block runs, and its own weights afterwards."""
         own = [p.detach().clone() for p in model.parameters()]
         _assign(model, self.average)
         try:
@@ -83,7 +83,7 @@ class WeightAverage:
 @torch.no_grad()
 def _assign(model: nn.Module, values: list[Tensor]) -> None:
     for parameter, value in zip(model.parameters(), values, strict=True):
-        parameter.copy_(value)  # in place and counted by autograd, so that cached copies of weights know
+        parameter.copy_(value)  # in place, so that autograd's version counter tells caches that the weights changed
 
 
 __all__ = ["WeightAverage", "linear_schedule", "make_optimizer", "set_rates"]

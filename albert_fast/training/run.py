@@ -1,8 +1,7 @@
-"""The epochs of a run: training, evaluation, the log, the state to go on from, and the best model."""
+"""Runs the epochs of a training run: trains, evaluates, writes the log and the state, and keeps the best model."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -21,106 +20,78 @@ from .checkpointing import STATE_NAME, load_state, random_state, save_state, set
 from .data import LengthBucketSampler, TextDataset
 from .interrupts import Interrupts
 from .loop import Criterion, test, train
-from .metrics import METRICS
 from .optimization import WeightAverage, linear_schedule, make_optimizer, set_rates
+from .recipe import Recipe
 
 LOWER_IS_BETTER = ("mse", "loss")
-# Peak learning rates: small steps for weights that are good already, larger ones for random weights.
-FINE_TUNING_RATE, FROM_SCRATCH_RATE = 5e-5, 5e-4
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train; `fit` says on what. Steps count optimiser steps, lengths count tokens.
+class Stage:
+    """A part of a run with a model and a data set of its own.
 
     Attributes:
-        epochs, batch_size, learning_rate, weight_decay, warmup_ratio, max_grad_norm: AdamW with linear warm-up over
-            `warmup_ratio` of the steps and linear decay to zero. learning_rate is the highest rate; None: 5e-5 where
-            `fit` starts from a checkpoint, 5e-4 for a new model.
-        max_length: longer texts are cut.
-        label_smoothing: of the cross-entropy over classes.
-        piece_dropout, position_shift: of the training set, see `TextDataset`.
-        ema_decay: evaluate and keep a running average of the weights with this decay; None: the weights themselves.
-        pretrain_epochs, pretrain_batch_size, pretrain_learning_rate, mask_probability: masked language modelling first,
-            on the training text without the lines that others contain.
-        metric: what chooses the best epoch on the dev set: a metric of `test`, or "loss"; None: "accuracy" for classes,
-            "mse" for numbers.
-        seed: of the vocabulary's sampling, the weights, the order and every random choice; 0 to 2**32 - 1.
-        checkpoint_steps: also save the state every so many steps within an epoch.
+        name: "pretrain" or "classify".
+        criterion: None: the model computes its own loss.
+        learning_rate: the highest rate.
+        dev_loader: measured after each epoch.
+        keeps_best: save the best epoch's model, and average the weights if the recipe says so.
     """
 
-    epochs: int = 3
-    batch_size: int = 32
-    learning_rate: float | None = None
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.06
-    max_grad_norm: float = 1.0
-    max_length: int = 128
-    label_smoothing: float = 0.0
-    piece_dropout: float = 0.0
-    position_shift: int = 0
-    ema_decay: float | None = None
-    pretrain_epochs: int = 0
-    pretrain_batch_size: int = 32
-    pretrain_learning_rate: float = 5e-4
-    mask_probability: float = 0.15
-    metric: str | None = None
-    seed: int = 0
-    checkpoint_steps: int | None = None
+    name: str
+    model: PretrainedMixin
+    data: TextDataset
+    criterion: Criterion | None
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    dev_loader: DataLoader[Any] | None = None
+    keeps_best: bool = False
 
-    def __post_init__(self) -> None:
-        if self.metric is not None and self.metric not in METRICS and self.metric != "loss":
-            raise ValueError(f"unknown metric {self.metric!r}; known: loss, {', '.join(METRICS)}")
-        if self.epochs < 1 or self.pretrain_epochs < 0:
-            raise ValueError(f"needs at least one epoch, got {self.epochs} (pre-training: {self.pretrain_epochs})")
-        # Each range is written so that NaN lies outside it.
-        for names, fits, wanted in (
-            (("batch_size", "pretrain_batch_size", "checkpoint_steps"), lambda x: x >= 1, "must be at least 1"),
-            (("max_length",), lambda x: x >= 3, "must be at least 3: a token between [CLS] and [SEP]"),
-            (
-                ("learning_rate", "pretrain_learning_rate", "max_grad_norm"),
-                lambda x: 0 < x < math.inf,
-                "must be above 0",
-            ),
-            (("weight_decay",), lambda x: 0 <= x < math.inf, "must not be negative"),
-            (("warmup_ratio", "label_smoothing", "piece_dropout"), lambda x: 0 <= x < 1, "must lie in [0, 1)"),
-            (("ema_decay", "mask_probability"), lambda x: 0 < x < 1, "must lie in (0, 1)"),
-            (("position_shift",), lambda x: x >= 0, "must not be negative"),
-            (("seed",), lambda x: 0 <= x < 2**32, "must lie in [0, 2**32)"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not fits(value):
-                    raise ValueError(f"{name} {wanted}, got {value}")
 
-    def completed(self, *, from_checkpoint: bool, numbers: bool) -> Recipe:
-        """The recipe with the learning rate and the metric that None stands for."""
-        rate = FINE_TUNING_RATE if from_checkpoint else FROM_SCRATCH_RATE
-        return dataclasses.replace(
-            self,
-            learning_rate=rate if self.learning_rate is None else self.learning_rate,
-            metric=self.metric or ("mse" if numbers else "accuracy"),
-        )
+@dataclass
+class Position:
+    """Where a stage is: the epoch (from 0), the steps done in it, the sum of their losses, the examples in that sum."""
+
+    epoch: int = 0
+    step: int = 0
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, loss: float, examples: int) -> None:
+        self.step, self.total, self.count = self.step + 1, self.total + loss * examples, self.count + examples
+
+    def as_tuple(self) -> tuple[int, int, float, int]:
+        return self.epoch, self.step, self.total, self.count
 
 
 class Run:
     """One run in one folder.
 
     Args:
-        recipe: without None for learning rate and metric.
+        recipe: a completed one, with a learning rate and a metric.
         settings: what a resumed run must have in common with this one, for JSON.
-        report: called with a line of news.
-        tokenizer: saved before the first state, so that a run which fails earlier leaves nothing; None: it is there.
+        tokenizer: saved before the first state, so that a run which fails earlier leaves nothing; None: it is saved.
+        report: called with lines about the run.
 
     Attributes:
-        stage: "pretrain" or "classify", where a resumed run stands. saved: the state that it goes on from.
-        history: the log's records so far. best_epoch, best_value: see `FitResult`.
+        stage: the name of the current stage; of a resumed run, the one it continues with.
+        saved: the state that a resumed run continues from, else None.
+        history: the records of the log so far.
+        best_epoch, best_value: see `FitResult`.
     """
 
     def __init__(
-        self, folder: Path, recipe: Recipe, settings: dict[str, Any], device: torch.device, progress: bool,
-        report: Callable[[str], None], tokenizer: Tokenizer | None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        recipe: Recipe,
+        settings: dict[str, Any],
+        device: torch.device,
+        tokenizer: Tokenizer | None,
+        *,
+        progress: bool,
+        report: Callable[[str], None],
+    ) -> None:
         self.folder, self.recipe, self.settings, self.device = folder, recipe, settings, device
         self.progress, self.report, self.tokenizer = progress, report, tokenizer
         self.stage = "pretrain"
@@ -130,17 +101,17 @@ class Run:
         self.best_value: float | None = None
 
     def load(self) -> None:
-        """Takes up the state in the folder, if there is one.
+        """Reads the state in the folder, if there is one.
 
-        The number of epochs may be another than before: the learning rate of each later step is then that of a run
-        which was planned with the new number.
+        The number of epochs may differ from before: the learning rate of each later step is then that of a run planned
+        with the new number.
 
         Raises:
-            ValueError: see `load_state`; fewer epochs than were begun already.
+            ValueError: see `load_state`; or fewer epochs than were begun already.
         """
         self.saved = load_state(self.folder, self.settings, self.device)
         if self.saved is None:
-            self.report(f"{self.folder} holds no state to go on from: a new run")
+            self.report(f"{self.folder} holds no state to continue from: a new run")
             return
         self.stage = self.saved["stage"]
         self.history = json.loads(self.saved["history"])
@@ -149,79 +120,86 @@ class Run:
         begun = epoch + (step > 0)
         if self.stage == "classify" and self.recipe.epochs < begun:
             raise ValueError(
-                f"{self.folder / STATE_NAME}: {begun} epochs are done or begun, so that the run cannot end after "
+                f"{self.folder / STATE_NAME}: {begun} epochs are done or begun, so the run cannot end after "
                 f"{self.recipe.epochs}; give epochs (--epochs) of {begun} or more"
             )
-        self.report(f"going on with {self.stage} after {epoch} epochs and {step} steps")
+        self.report(f"continuing with {self.stage} after {epoch} epochs and {step} steps")
 
-    def epochs(
-        self,
-        stage: str,
-        model: PretrainedMixin,
-        data: TextDataset,
-        criterion: Criterion | None,
-        epochs: int,
-        batch_size: int,
-        learning_rate: float,
-        dev_loader: DataLoader[Any] | None = None,
-        keep: bool = False,
-    ) -> None:
-        """All epochs of a stage, from where the saved state left it; `keep`: the best model goes to the folder.
+    def epochs(self, stage: Stage) -> None:
+        """Runs all epochs of a stage, from where the saved state left it.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, after the state was saved. FloatingPointError: the loss is not finite any more.
+            KeyboardInterrupt: Ctrl-C, after the state was saved. FloatingPointError: the loss is no longer finite.
         """
-        recipe, interrupts = self.recipe, Interrupts()
+        recipe, model, interrupts = self.recipe, stage.model, Interrupts()
         model.to(self.device)
-        sampler = LengthBucketSampler(data.lengths, batch_size, seed=recipe.seed)
-        # Its own generator: DataLoader draws a number at the start of each pass, which a resumed pass draws once more.
-        loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate, generator=torch.Generator())
-        optimizer = make_optimizer(model, learning_rate, recipe.weight_decay)
-        schedule = linear_schedule(optimizer, epochs * sampler.batches_per_epoch, recipe.warmup_ratio)
-        average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay and keep else None
+        sampler = LengthBucketSampler(stage.data.lengths, stage.batch_size, seed=recipe.seed)
+        # A generator of its own: a DataLoader draws a number for each pass, and a resumed pass would draw it again.
+        loader = DataLoader(
+            stage.data, batch_sampler=sampler, collate_fn=stage.data.collate, generator=torch.Generator()
+        )
+        optimizer = make_optimizer(model, stage.learning_rate, recipe.weight_decay)
+        schedule = linear_schedule(optimizer, stage.epochs * sampler.batches_per_epoch, recipe.warmup_ratio)
+        average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay and stage.keeps_best else None
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
         if average is not None:
             parts["average"] = average
-        epoch, step, total, count = self._restore(stage, parts)
-        self.stage = stage
+        position = self._restore(stage.name, parts)
+        self.stage = stage.name
 
         def after_step(loss: float, examples: int) -> None:
-            nonlocal step, total, count
+            epoch, steps = position.epoch + 1, sampler.batches_per_epoch
             if not math.isfinite(loss):
-                raise FloatingPointError(f"{stage}: the loss is {loss} in epoch {epoch + 1}, step {step + 1}")
-            step, total, count = step + 1, total + loss * examples, count + examples
+                raise FloatingPointError(f"{stage.name}: the loss is {loss} in epoch {epoch}, step {position.step + 1}")
+            position.add(loss, examples)
             if average is not None:
                 average.update(model)
-            due = recipe.checkpoint_steps and step % recipe.checkpoint_steps == 0 and step < sampler.batches_per_epoch
-            if due or interrupts.asked:
-                self._save(stage, parts, (epoch, step, total, count))
-            interrupts.check(f"in epoch {epoch + 1} of {epochs} ({stage}), after step {step}")
+            every = recipe.checkpoint_steps
+            is_due = every and position.step % every == 0 and position.step < steps
+            if is_due or interrupts.asked:
+                self._save(stage.name, parts, position)
+            interrupts.check(f"in epoch {epoch} of {stage.epochs} ({stage.name}), after step {position.step}")
 
-        while epoch < epochs:
-            started = time.monotonic()
-            if step < sampler.batches_per_epoch:
-                sampler.set_epoch(epoch, step)
+        while position.epoch < stage.epochs:
+            epoch, started = position.epoch + 1, time.monotonic()
+            if position.step < sampler.batches_per_epoch:
+                sampler.set_epoch(position.epoch, position.step)
                 with interrupts:
                     train(
-                        model, loader, criterion, optimizer, self.device, scheduler=schedule,
-                        max_grad_norm=recipe.max_grad_norm, after_step=after_step, progress=self.progress,
-                    )  # fmt: skip
+                        model,
+                        loader,
+                        stage.criterion,
+                        optimizer,
+                        self.device,
+                        scheduler=schedule,
+                        max_grad_norm=recipe.max_grad_norm,
+                        after_step=after_step,
+                        progress=self.progress,
+                    )
                 # Before the dev set, where an error would lose the epoch, and before there is a model without a state.
-                self._save(stage, parts, (epoch, step, total, count))
-                interrupts.check(f"after epoch {epoch + 1} of {epochs} ({stage})")
-            record: dict[str, Any] = {"stage": stage, "epoch": epoch + 1, "train_loss": total / count}
+                self._save(stage.name, parts, position)
+                interrupts.check(f"after epoch {epoch} of {stage.epochs} ({stage.name})")
+            record: dict[str, Any] = {
+                "stage": stage.name,
+                "epoch": epoch,
+                "train_loss": position.total / position.count,
+            }
             with average.applied(model) if average is not None else nullcontext():
-                if dev_loader is not None:
-                    record |= self._evaluate(model, dev_loader)
-                if keep and self._is_best(record):
-                    self.best_epoch, self.best_value = epoch + 1, record.get(f"dev_{recipe.metric}")
-                    model.save_pretrained(self.folder)
+                self._measure(stage, record)
             record["seconds"] = round(time.monotonic() - started, 1)
             self.history.append(record)
-            self.report(f"epoch {epoch + 1} of {epochs}: {_figures(record)}")
-            epoch, step, total, count = epoch + 1, 0, 0.0, 0
-            self._save(stage, parts, (epoch, step, total, count))
+            self.report(f"epoch {epoch} of {stage.epochs}: {_figures(record)}")
+            position = Position(epoch)
+            self._save(stage.name, parts, position)
             write_log(self.folder, [self.settings, *self.history])
+
+    def _measure(self, stage: Stage, record: dict[str, Any]) -> None:
+        """Adds the dev set's figures to the record of an epoch, and saves the model if it is the best so far."""
+        if stage.dev_loader is not None:
+            record |= self._evaluate(stage.model, stage.dev_loader)
+        if stage.keeps_best and self._is_best(record):
+            self.best_epoch, self.best_value = record["epoch"], record.get(f"dev_{self.recipe.metric}")
+            stage.model.save_pretrained(self.folder)
 
     def _evaluate(self, model: PretrainedMixin, loader: DataLoader[Any]) -> dict[str, float]:
         metrics = dev_metrics(self.recipe.metric)
@@ -234,40 +212,43 @@ class Run:
             return True
         return value < self.best_value if self.recipe.metric in LOWER_IS_BETTER else value > self.best_value
 
-    def _save(self, stage: str, parts: dict[str, Any], position: tuple[int, int, float, int]) -> None:
+    def _save(self, stage: str, parts: dict[str, Any], position: Position) -> None:
         state = {name: part.state_dict() for name, part in parts.items()} | {
-            "stage": stage, "position": position, "random": random_state(self.device), "device": self.device.type,
-            "settings": json.dumps(self.settings), "history": json.dumps(self.history),
+            "stage": stage,
+            "position": position.as_tuple(),
+            "random": random_state(self.device),
+            "device": self.device.type,
+            "settings": json.dumps(self.settings),
+            "history": json.dumps(self.history),
             "best": (self.best_epoch, self.best_value),
-        }  # fmt: skip
+        }
         if self.tokenizer is not None:
             self.tokenizer.save(self.folder)
             self.tokenizer = None
         save_state(self.folder, state)
 
-    def _restore(self, stage: str, parts: dict[str, Any]) -> tuple[int, int, float, int]:
-        """(epoch, steps done in it, sum of its losses, examples in the sum) to go on from; zeros at a stage's start."""
+    def _restore(self, stage: str, parts: dict[str, Any]) -> Position:
+        """Loads the saved state into the parts of a stage; returns where it continues: at the start without a state."""
         if self.saved is None or self.saved["stage"] != stage:
-            return 0, 0, 0.0, 0
+            return Position()
         for name, part in parts.items():
             part.load_state_dict(self.saved[name])
         set_rates(parts["schedule"])
         set_random_state(self.saved["random"], self.device)
-        epoch, step, total, count = self.saved["position"]
-        return epoch, step, total, count
+        return Position(*self.saved["position"])
 
 
 def dev_metrics(metric: str | None) -> list[str]:
-    """What `test` computes besides the loss for a recipe's metric."""
+    """The metrics that `test` must compute, besides the loss, for a recipe's metric."""
     return [] if metric in (None, "loss") else [metric]
 
 
 def _figures(record: dict[str, Any]) -> str:
-    """A record of the log as words."""
+    """A record of the log as a line of text."""
     figures = [
         f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float) and name != "seconds"
     ]
     return f"{record['stage']}, {', '.join(figures)}, {record['seconds']} s"
 
 
-__all__ = ["Recipe", "Run", "dev_metrics"]
+__all__ = ["Run", "Stage", "dev_metrics"]

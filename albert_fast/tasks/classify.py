@@ -1,0 +1,55 @@
+"""Labels texts with a trained classifier, or predicts numbers with a regression model.
+
+TextClassifier()(["What a joy."])  # [{"negative": 0.01, "positive": 0.99}]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.weights import shipped_model
+from ..models.heads import ALBERTForSequenceClassification
+from ..text.batching import TextPair
+from .loading import TextModel
+
+
+class TextClassifier(TextModel):
+    """Gives every text a score for each label.
+
+    Args:
+        checkpoint: a folder or a name on the Hugging Face hub; default: the sentiment classifier in this package.
+        loading: max_length, batch_size, backend, precision and device; see `TextModel`.
+
+    Attributes:
+        labels: the names of the labels, in the order of their ids.
+    """
+
+    def __init__(self, checkpoint: str | Path | None = None, **loading: Any) -> None:
+        super().__init__(ALBERTForSequenceClassification, checkpoint or shipped_model(), **loading)
+        self.labels: list[str] = [self.model.config.label(index) for index in range(self.model.config.num_labels)]
+
+    def __call__(self, texts: Sequence[str | TextPair]) -> list[dict[str, float]]:
+        """Texts, or (text, second text or None) -> {label: score} for each; scores are probabilities, or a regression's value."""
+        pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+        answers: list[dict[str, float]] = [{} for _ in pairs]
+        with torch.inference_mode():
+            for chosen, batch in self.batches(pairs):
+                for index, scores in zip(chosen, self._scores(self.model(**batch).logits).tolist(), strict=True):
+                    answers[index] = dict(zip(self.labels, scores, strict=True))
+        return answers
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits (B, labels) -> probabilities, or the values of a regression."""
+        problem, logits = self.model.config.problem_type, logits.float()
+        if problem == "regression" or (problem is None and len(self.labels) == 1):
+            return logits
+        return logits.sigmoid() if problem == "multi_label_classification" else logits.softmax(-1)
+
+
+def best_label(scores: dict[str, float]) -> str:
+    """The label with the highest score."""
+    return max(scores, key=scores.__getitem__)
