@@ -148,7 +148,7 @@ def _measure_calls(group: CallGroup, names: Sequence[str], options: Options) -> 
     if built:
         pause = options.pause if group.pause else 0.0
         samples = interleaved(
-            built, options.rounds, warmup=group.execution.warmup, pause=pause, device=group.device, flushes=group.flushes,
+            built, options.rounds, warmup=group.warmup, pause=pause, device=group.device, flushes=group.flushes,
             failures=failures,
         )  # fmt: skip
     results: dict[str, Result | Exception] = dict(failures)

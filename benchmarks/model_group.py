@@ -41,7 +41,7 @@ class ModelGroup(CallGroup):
         self.shape, self.model = shape, model
         self.dtype, self.device = model.dtype, model.device
         # torch.compile records its CUDA graphs in the first calls.
-        self.execution.warmup = shape.execution.warmup + (2 if model.device.type == "cuda" else 0)
+        self.warmup = shape.warmup + (2 if model.device.type == "cuda" else 0)
         self.key = f"{op}/fwd/{_dtype_name(model.dtype)}/{shape_name}"
         self._batch: Batch | None = None
 
