@@ -12,8 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one import each other by their plain names
 
-from harness import Options, ReplayClock, Result, Row
 from report import row_table
+from shared.harness import Options, ReplayClock, Result, Row
 
 _CLOCK = ReplayClock()
 _RECORDS = pytest.StashKey[list[dict[str, Any]]]()

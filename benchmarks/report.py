@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import plot_model, plot_operators
-from records import Record, digits, grouped, of_precision, ratio_text
+from shared.plots import plot_model, plot_operators
+from shared.records import Record, digits, grouped, of_precision, ratio_text
 from tabulate import tabulate
 
 

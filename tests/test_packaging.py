@@ -115,12 +115,13 @@ def bare_path(tmp_path_factory):
 class TestArchives:
     pytestmark = environment_tests
 
-    def test_wheel_holds_the_package_and_nothing_else(self, wheel):
+    def test_wheel_holds_what_users_need_and_nothing_else(self, wheel):
         names = zipfile.ZipFile(wheel).namelist()
         tops = {name.partition("/")[0] for name in names}
         assert {top.partition("-")[0] for top in tops} == {"albert_fast"}, tops
         assert {top for top in tops if not top.endswith(".dist-info")} == {"albert_fast"}
         here = {str(path.relative_to(ROOT)) for path in (ROOT / "albert_fast").rglob("*.py")}
+        here = {name for name in here if not name.startswith("albert_fast/testing/")}  # for tests and benchmarks alone
         here |= {f"albert_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
         data = [path for path in (ROOT / "albert_fast" / "data").rglob("*") if path.is_file()]
         here |= {str(path.relative_to(ROOT)) for path in data if "__pycache__" not in path.parts}

@@ -294,4 +294,3 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(report())
     return 0
-

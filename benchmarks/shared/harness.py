@@ -1,0 +1,235 @@
+"""From a question ("which side is fastest at this operator and shape?") to rows of pytest-benchmark.
+
+A `Group` is one question; its sides answer it. All selected sides of a group are measured together when the first of its
+rows runs, interleaved where a call is the question; each row then plays its own samples back to pytest-benchmark through
+`ReplayClock`, and so has its usual statistics, table and JSON without ever having been timed alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from albert_fast.inspect.timing import Side, interleaved, paired_ratio
+from shared import sides
+
+# Largest relative error (Frobenius norm, worst output) with which a row still counts as having computed the same thing.
+# torch's own bfloat16 gradients of a LayerNorm's vectors come to 0.034: it adds up rows in bfloat16.
+MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+# int16 calls itself near-lossless. The error of int8 is a result to report; 0.9 is that of an answer to something else.
+MAX_RELATIVE_ERROR_OF_INTEGERS = {sides.INT16: 5e-2, sides.INT8: 0.9, sides.FP8: 0.9}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line: see `pytest_addoption` in conftest.py."""
+
+    quick: bool
+    long: bool
+    rounds: int
+    threads: int
+    device: torch.device
+
+    @property
+    def pause(self) -> float:
+        """Seconds between blocks; a GPU has no threads of other engines to wait for, and a check no use for it."""
+        return 0.25 if self.device.type == "cpu" and not self.quick else 0.0
+
+
+class Group(Protocol):
+    """One question: the same inputs for every side, the same answer expected from each."""
+
+    key: str  # "<op>/<fwd, bwd or load>/<dtype>/<shape>"
+
+    def sides(self) -> Sequence[str]:
+        """All that may take part."""
+
+    def why_not(self, side: str) -> str | None:
+        """Why `side` cannot take part here; None where it can."""
+
+    def measure(self, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
+        """Samples and figures of the sides `names`; one that fails leaves its exception and the others go on."""
+
+
+class CallGroup(Group, Protocol):
+    """A question about the time of one call."""
+
+    dtype: torch.dtype
+    device: torch.device
+    warmup: int
+    pause: bool  # whether engines with thread pools of their own take part
+    flushes: int  # writes that empty a GPU's L2 cache before each call; see `interleaved`
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of one call."""
+
+    @property
+    def bytes_moved(self) -> float | None:
+        """Least traffic with memory of one call, where that is what limits it."""
+
+    def ours(self, side: str) -> str:
+        """The side of ours that `side` is compared with."""
+
+    def allowed(self, side: str) -> float:
+        """The largest relative error with which `side` still counts as having computed the same thing."""
+
+    def build(self, side: str) -> Side:
+        """What to time; `call` returns what `expected` is compared with."""
+
+    def expected(self) -> tuple[Tensor, ...]:
+        """The float32 answer."""
+
+    def comparable(self, output: Any) -> tuple[Tensor, ...]:
+        """A side's answer, brought to the layout of `expected`."""
+
+    def close(self) -> None:
+        """Let go of inputs and engines that no other group uses."""
+
+    def measure(self, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
+        """All sides interleaved, outputs compared with `expected`."""
+        return _measure_calls(self, names, options)
+
+
+class Row(str):
+    """A benchmark id, `<group key>/<side>`, that knows its group."""
+
+    group: Group
+    side: str
+
+    def __new__(cls, group: Group, side: str) -> Row:
+        row = super().__new__(cls, f"{group.key}/{side}")
+        row.group, row.side = group, side
+        return row
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark on which each round lasts exactly as long as the sample that was loaded for it."""
+
+    __name__ = "interleaved"  # as which the JSON names the timer
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._steps: Iterator[float] = iter(())
+
+    def load(self, seconds: Sequence[float]) -> None:
+        self._now = 0.0
+        self._steps = iter([step for sample in seconds for step in (0.0, sample)])
+
+    def __call__(self) -> float:
+        self._now += next(self._steps, 0.0)
+        return self._now
+
+
+@dataclass(frozen=True)
+class Result:
+    """One side's samples (seconds per call) and what its row says beside them."""
+
+    seconds: list[float]
+    extra_info: dict[str, Any]
+
+
+def _measure_calls(group: CallGroup, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
+    failures: dict[str, Exception] = {}
+    outputs: dict[str, Any] = {}
+    built: dict[str, Side] = {}
+    for name in names:
+        try:
+            built[name] = _keeping(outputs, name, group.build(name))
+        except Exception as error:  # whatever another engine raises belongs to its own row
+            failures[name] = error
+    samples: dict[str, list[float]] = {}
+    if built:
+        pause = options.pause if group.pause else 0.0
+        samples = interleaved(
+            built, options.rounds, warmup=group.warmup, pause=pause, device=group.device, flushes=group.flushes,
+            failures=failures,
+        )  # fmt: skip
+    results: dict[str, Result | Exception] = dict(failures)
+    expected = group.expected() if samples else ()
+    for name, seconds in samples.items():
+        try:
+            errors = checked_errors(group.comparable(outputs.pop(name)), expected, name, group.allowed(name))
+        except (AssertionError, ValueError) as error:
+            results[name] = error
+        else:
+            figures = _figures(group, name, samples) | comparison(name, samples, group.ours(name))
+            results[name] = Result(seconds, figures | errors | {"threads": options.threads})
+    group.close()
+    gc.collect()
+    return results
+
+
+def allowed_error(side: str, dtype: torch.dtype) -> float:
+    """The largest relative error of a side whose floats are `dtype`."""
+    return MAX_RELATIVE_ERROR_OF_INTEGERS.get(sides.precision(side), MAX_RELATIVE_ERROR[dtype])
+
+
+def checked_errors(actual: Sequence[Tensor], expected: Sequence[Tensor], side: str, allowed: float) -> dict[str, float]:
+    """`compare`, for a side that may err by `allowed`.
+
+    Raises:
+        AssertionError: an error that shows that something else was computed.
+        ValueError: another number of outputs, or other shapes.
+    """
+    errors = compare(actual, expected)
+    if not errors["relative_error"] <= allowed:
+        raise AssertionError(f"{side} computes something else: {errors}")
+    return errors
+
+
+def compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
+    """Largest absolute error and largest relative one (norm of the difference over norm of `expected`) of any output.
+
+    Raises:
+        ValueError: another number of outputs, or other shapes.
+    """
+    shapes = [tuple(t.shape) for t in actual], [tuple(t.shape) for t in expected]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"outputs of shapes {shapes[0]} instead of {shapes[1]}")
+    largest = relative = 0.0
+    for a, e in zip(actual, expected, strict=True):
+        difference = a.double() - e.double()
+        largest = max(largest, difference.abs().max().item())
+        relative = max(relative, (difference.norm() / e.double().norm().clamp_min(1e-30)).item())
+    return {"max_abs_error": largest, "relative_error": relative}
+
+
+def _keeping(outputs: dict[str, Any], name: str, side: Side) -> Side:
+    """`side`, with its last output kept for the comparison: the very calls that are timed are the ones compared."""
+
+    def call(*arguments: object) -> None:
+        outputs[name] = side.call(*arguments)
+
+    return Side(call, side.prepare)
+
+
+def _figures(group: CallGroup, name: str, samples: Mapping[str, list[float]]) -> dict[str, Any]:
+    median = statistics.median(samples[name])
+    figures: dict[str, Any] = {"id": f"{group.key}/{name}", "milliseconds": median * 1e3}
+    figures["operations"] = group.operations
+    figures["gflops"] = group.operations / median / 1e9
+    if group.bytes_moved is not None:
+        figures["gbytes_per_second"] = group.bytes_moved / median / 1e9
+    return figures
+
+
+def comparison(name: str, samples: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
+    """What a row says about its neighbours in time: our side of its precision, and the fastest of its rivals."""
+    figures: dict[str, Any] = {"ours": name == ours, "precision": sides.precision(name)}
+    if ours in samples:
+        figures["times_ours"] = paired_ratio(samples[ours], samples[name])
+    if name == ours != sides.FAST and sides.FAST in samples:
+        figures["ratio_to_own_float"] = paired_ratio(samples[name], samples[sides.FAST])
+    rivals = sides.rivals(name, list(samples))
+    if rivals:
+        best = min(rivals, key=lambda rival: statistics.median(samples[rival]))
+        figures["best_other"] = best
+        figures["ratio_to_best_other"] = paired_ratio(samples[name], samples[best])
+    return figures
