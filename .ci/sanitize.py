@@ -52,8 +52,10 @@ def main() -> None:
     warnings.simplefilter("ignore")  # of backends that are asked for and are not there
     wrong = [call for dtype in (torch.float32, torch.bfloat16) for call in hostile.hostile_calls(7, 120, dtype)]
     refused = sum(isinstance(hostile.run(name, arguments), Exception) for name, _, arguments in wrong)
-    print(f"sanitizers: {isa}: {runs} cases clean, {len(wrong)} wrong calls, {refused} of them refused, "
-          f"{time.perf_counter() - started:.0f} s")  # fmt: skip
+    print(
+        f"sanitizers: {isa}: {runs} cases clean, {len(wrong)} wrong calls, {refused} of them refused, "
+        f"{time.perf_counter() - started:.0f} s"
+    )
 
 
 if __name__ == "__main__":

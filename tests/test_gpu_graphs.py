@@ -22,9 +22,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 DEVICE = torch.device("cuda", 0)
 ROWS, COLUMNS = 4, 37
 CONFIG = ALBERTConfig(
-    vocab_size=301, embedding_size=64, hidden_size=192, num_attention_heads=3, intermediate_size=384, num_hidden_layers=3,
+    vocab_size=301,
+    embedding_size=64,
+    hidden_size=192,
+    num_attention_heads=3,
+    intermediate_size=384,
+    num_hidden_layers=3,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 
 
 def encoder(kind=ALBERTModel, dtype=torch.float32):

@@ -195,8 +195,10 @@ def encoder_errors(sequences: int, names: Sequence[str]) -> dict[str, Any]:
     encoder = PLBERT()
     folder = data_dir() / "plbert"
     batch = Batch.of(encoder.rows(str(sequences)), encoder.config.pad_token_id or 0, torch.device("cpu"))
-    calibration = [(ids, torch.ones_like(ids)) for ids in map(torch.tensor, ([row] for row in
-                   encoder.calibration(max(1, sequences // 2))))]  # fmt: skip
+    calibration = [
+        (ids, torch.ones_like(ids))
+        for ids in map(torch.tensor, ([row] for row in encoder.calibration(max(1, sequences // 2))))
+    ]
     found: dict[str, dict[str, float]] = {}
     exact: Tensor | None = None
     for name in dict.fromkeys((EXACT, *names)):

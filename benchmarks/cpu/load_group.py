@@ -8,14 +8,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from shared import peers, sides
-from shared.harness import Group, Options, Result, allowed_error, checked_errors, comparison
+from shared.harness import Group, Options, Result, allowed_error, judged
 from shared.model_group import dtype_name
 from shared.shapes import LOAD_BATCH, Batch
 from torch import Tensor
@@ -58,18 +58,16 @@ class LoadGroup(Group):
         samples = {name: [report["load_seconds"] for report in reports[name]] for name in measured}
         expected = (self.model.expected(self.batch),) if measured else ()
         results: dict[str, Result | Exception] = dict(failures)
-        for name, seconds in samples.items():
-            try:
-                errors = checked_errors(
-                    (self.batch.real(outputs[name]),), expected, name, allowed_error(name, self.model.dtype)
-                )
-            except (AssertionError, ValueError) as error:
-                results[name] = error
+        answers = {name: partial(lambda side: (self.batch.real(outputs[side]),), name) for name in measured}
+        allowed = partial(allowed_error, dtype=self.model.dtype)
+        for name, found in judged(samples, answers, expected, allowed, sides.ours).items():
+            if isinstance(found, Exception):
+                results[name] = found
                 continue
-            figures: dict[str, Any] = {"id": f"{self.key}/{name}", "milliseconds": statistics.median(seconds) * 1e3}
+            milliseconds = statistics.median(samples[name]) * 1e3
+            figures: dict[str, Any] = {"id": f"{self.key}/{name}", "milliseconds": milliseconds}
             figures |= {key: statistics.median(report[key] for report in reports[name]) for key in reports[name][0]}
-            figures |= comparison(name, samples, sides.ours(name)) | errors | {"threads": options.threads}
-            results[name] = Result(seconds, figures)
+            results[name] = Result(samples[name], figures | found | {"threads": options.threads})
         return results
 
     def _load(self, side: str, folder: Path) -> tuple[dict[str, float], Tensor]:

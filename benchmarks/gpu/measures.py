@@ -221,15 +221,26 @@ def model(part: Part) -> None:
     }
     few, all_eager = (FAST, "hf-sdpa", "torch-nested"), (FAST, "hf-eager", "hf-sdpa", "torch-nested")
     questions = [
-        ("base", "64x512", all_eager), ("base", "64x128", all_eager), ("base", "imdb-32", few), ("base", "1x128", all_eager),
-        ("base", "sst2-32", all_eager), ("base", "mixed-32", all_eager), ("large", "16x512", few),
-    ]  # fmt: skip
+        ("base", "64x512", all_eager),
+        ("base", "64x128", all_eager),
+        ("base", "imdb-32", few),
+        ("base", "1x128", all_eager),
+        ("base", "sst2-32", all_eager),
+        ("base", "mixed-32", all_eager),
+        ("large", "16x512", few),
+    ]
     graphed = "sst2-32" if part.quick else "mixed-32"  # with CUDA graphs too: time must follow tokens
     default, tuned = "hf-compile-default", "hf-compile"
     compiled = [
-        ("base", "64x512", default), ("base", "64x512", tuned), ("base", "64x128", default), ("base", "1x128", default),
-        ("base", "imdb-32", default), ("base", "64x128", tuned), ("base", "1x128", tuned), ("large", "16x512", default),
-    ]  # fmt: skip
+        ("base", "64x512", default),
+        ("base", "64x512", tuned),
+        ("base", "64x128", default),
+        ("base", "1x128", default),
+        ("base", "imdb-32", default),
+        ("base", "64x128", tuned),
+        ("base", "1x128", tuned),
+        ("large", "16x512", default),
+    ]
     if part.quick:
         questions = [("base", "2x16", all_eager), ("large", "sst2-32", all_eager)]
         compiled = [("base", "2x16", default), ("base", "2x16", tuned)]
@@ -273,10 +284,15 @@ def _latency(part: Part, model: peers.Peers, name: str) -> None:
             call = partial(fast, batch.ids, given)
             returned, answered = zip(*(_one_at_a_time(call) for _ in range(_CALLS)), strict=True)
             part.add(
-                "latency", key=f"latency {name} {what}", batch=name, what=what, plan=explain(fast, batch.ids, given).summary,
-                returned=statistics.median(returned), answered=statistics.median(answered),
+                "latency",
+                key=f"latency {name} {what}",
+                batch=name,
+                what=what,
+                plan=explain(fast, batch.ids, given).summary,
+                returned=statistics.median(returned),
+                answered=statistics.median(answered),
                 device=_device_seconds(call) if given is None else None,
-            )  # fmt: skip
+            )
 
 
 def _one_at_a_time(call: Callable[[], object]) -> tuple[float, float]:
@@ -373,14 +389,25 @@ def _first_steps(name: str, checkpoint: Path, ids: torch.Tensor, labels: torch.T
 
 
 def _training_row(
-    part: Part, name: str, samples: Mapping[str, list[float]], peak_mib: float, tokens: int, shape: str,
+    part: Part,
+    name: str,
+    samples: Mapping[str, list[float]],
+    peak_mib: float,
+    tokens: int,
+    shape: str,
     seconds: list[float],
-) -> None:  # fmt: skip
+) -> None:
     median, row = statistics.median(seconds), f"training/step/bfloat16/{shape}/{name}"
     part.add(
-        "row", key=row, id=row, milliseconds=median * 1e3, tokens_per_second=tokens / median,
-        peak_mib=peak_mib, **comparison(name, samples, FAST), seconds_by_round=seconds,
-    )  # fmt: skip
+        "row",
+        key=row,
+        id=row,
+        milliseconds=median * 1e3,
+        tokens_per_second=tokens / median,
+        peak_mib=peak_mib,
+        **comparison(name, samples, FAST),
+        seconds_by_round=seconds,
+    )
 
 
 # tiles --------------------------------------------------------------------------------------------------------------------

@@ -37,9 +37,15 @@ class AttentionGroup(OperatorGroup):
     """
 
     def __init__(
-        self, name: str, lengths: Sequence[int], heads: int, head_dim: int, backward: bool, dtype: torch.dtype,
+        self,
+        name: str,
+        lengths: Sequence[int],
+        heads: int,
+        head_dim: int,
+        backward: bool,
+        dtype: torch.dtype,
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         case = ALL_CASES["attention"]
         super().__init__(case, case.eager, name, (tuple(lengths), None, heads, head_dim), backward, dtype, device)
         self.lengths, self.heads = lengths, heads

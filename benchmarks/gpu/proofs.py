@@ -51,9 +51,14 @@ def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, 
     seconds = max(1.0, seconds)
     with tempfile.TemporaryFile() as said:  # a pipe would be waited for as long as any descendant holds it
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **variables}, stdin=subprocess.DEVNULL, stdout=said,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired as error:

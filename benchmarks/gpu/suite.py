@@ -36,8 +36,15 @@ from gpu.report import markdown
 ROOT = Path(__file__).resolve().parents[2]
 # Part -> its share of the time; what one leaves over goes to those after it.
 PARTS = {
-    "build": 26, "machine": 8, "parity": 30, "model": 28, "operators": 20, "training": 10, "sanitizer": 13, "tiles": 4,
-}  # fmt: skip
+    "build": 26,
+    "machine": 8,
+    "parity": 30,
+    "model": 28,
+    "operators": 20,
+    "training": 10,
+    "sanitizer": 13,
+    "tiles": 4,
+}
 _GRACE = 0.1  # of a part's limit: kept for what has begun when its own clock says to begin nothing more
 _AGAIN = 10.0  # seconds without which no other process goes on where one lost the GPU
 
@@ -71,9 +78,13 @@ class Outcome:
 
 
 def run_part(
-    part: str, command: Callable[[float], Sequence[str]], limit: float, log: Path, records: Path,
+    part: str,
+    command: Callable[[float], Sequence[str]],
+    limit: float,
+    log: Path,
+    records: Path,
     publish: Callable[[Outcome], None],
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Run a part for at most `limit` seconds, together with every process that it starts.
 
     Where a kernel breaks the GPU's context or kills the process, another one goes on with what was not begun.
@@ -118,16 +129,21 @@ def _note_end(records: Path, what: str, why: str) -> None:
 
 def _run_process(
     command: Sequence[str], limit: float, log: Path, records: Path, outcome: Outcome, publish: Callable[[Outcome], None]
-) -> int | None:  # fmt: skip
+) -> int | None:
     """The exit status of `command`; None where it did not end within `limit` seconds."""
     deadline = time.monotonic() + limit
     with log.open("a") as output:
         output.write(f"\n== {outcome.part}: {' '.join(command)}\n")
         output.flush()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},  # without a network, transformers would ask and wait
-        )  # fmt: skip
+        )
         try:
             publish(outcome)
             while process.poll() is None and time.monotonic() < deadline:

@@ -296,8 +296,10 @@ def test_targets_are_met_or_not():
     assert found["model base-imdb-32", "1.05 x at most"][1:] == ("1.02", True)
     assert found["model base-mixed-32-graphs", "1.05 x at most"] == ("3.333 ms (at 64x512's rate)", "1.20", False)
     assert [what for what, _ in found if "imdb" in what or "mixed" in what] == [
-        "model base-imdb-32", "model base-mixed-32", "model base-mixed-32-graphs",
-    ]  # fmt: skip
+        "model base-imdb-32",
+        "model base-mixed-32",
+        "model base-mixed-32-graphs",
+    ]
     assert found["model base-1x128", "100 us at most"][2] is False
     assert found["bias_gelu fwd bfloat16", "0.90"] == ("3,000 GB/s (copy)", "0.83", False)
     assert found["attention bwd bfloat16 64x512", "1.00 x"] == ("1.200 ms (sdpa-cudnn)", "1.20", True)
@@ -417,7 +419,20 @@ def test_every_side_gives_a_row(rehearsal):
     assert len(rows) == len(set(rows)), "what is measured again replaces its row"
     measured = {row.rpartition("/")[2] for row in rows}
     assert measured == {
-        "albert_fast", "albert_fast-graphs", "albert_fast-int8", "cpp", "eager", "compile", "hf-eager", "hf-sdpa",
-        "hf-compile", "hf-compile-default", "torch-nested", "sdpa-flash", "sdpa-padded-flash", "sdpa-nested", "operators",
-    }  # fmt: skip
+        "albert_fast",
+        "albert_fast-graphs",
+        "albert_fast-int8",
+        "cpp",
+        "eager",
+        "compile",
+        "hf-eager",
+        "hf-sdpa",
+        "hf-compile",
+        "hf-compile-default",
+        "torch-nested",
+        "sdpa-flash",
+        "sdpa-padded-flash",
+        "sdpa-nested",
+        "operators",
+    }
     assert [r["what"] for r in records if r["kind"] == "ceiling"] == ["copy", "bf16 product", "fp32 product"]

@@ -20,7 +20,8 @@ _GAP = 0.7  # between the bars of two precisions, in bars
 
 
 def plot_model(groups: Sequence[Sequence[Record]], path: Path, machine: str) -> None:
-    """A panel for each batch; a bar for each side, those of one precision together."""
+    """A panel for each batch; a bar for each side whose answers are right, those of one precision together."""
+    groups = [right for group in groups if (right := [record for record in group if record.right])]
     columns = min(4, len(groups))
     cells: list[Sequence[Record] | None] = [*groups, *[None] * (-len(groups) % columns)]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]

@@ -44,6 +44,11 @@ class Record:
         return str(self.figures.get("precision", FLOAT))  # runs before there was another do not name it
 
     @property
+    def right(self) -> bool:
+        """Whether the side's answers are right; the times of wrong ones are not compared."""
+        return not self.figures.get("wrong", False)
+
+    @property
     def ours(self) -> bool:
         return bool(self.figures["ours"])
 

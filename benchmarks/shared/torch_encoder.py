@@ -23,9 +23,15 @@ class TransformerEncoder(nn.Module):
         self.embeddings, self.project = theirs.embeddings, theirs.encoder.embedding_hidden_mapping_in
         source: Any = theirs.encoder.albert_layer_groups[0].albert_layers[0]
         layer = nn.TransformerEncoderLayer(
-            config.hidden_size, config.num_attention_heads, config.intermediate_size, dropout=0.0, activation="gelu",
-            layer_norm_eps=config.layer_norm_eps, batch_first=True, norm_first=False,
-        )  # fmt: skip
+            config.hidden_size,
+            config.num_attention_heads,
+            config.intermediate_size,
+            dropout=0.0,
+            activation="gelu",
+            layer_norm_eps=config.layer_norm_eps,
+            batch_first=True,
+            norm_first=False,
+        )
         attention = source.attention
         qkv = (attention.query, attention.key, attention.value)
         with torch.no_grad():
