@@ -44,7 +44,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_file(
     script = """
 import os, signal, sys
 from pathlib import Path
-from albert_fast import files
+from albert_fast.runtime import files
 with files.replacing(Path(sys.argv[1])) as file:
     file.write(bytes(1 << 16))
     file.flush()

@@ -15,7 +15,7 @@ from albert_fast.runtime.locking import LockedError, locked, try_lock, unlock
 HOLD = """
 import sys
 from pathlib import Path
-from albert_fast.locking import locked
+from albert_fast.runtime.locking import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
