@@ -41,9 +41,9 @@ CSRC = Path("csrc")
 OBJECTS = ROOT / "build" / "objects"  # setuptools' own build_temp is thrown away after an editable install
 MODES = ("auto", "cpu", "cuda", "off")
 
-# Each csrc/cpu/*.cpp is compiled once per row (but see ISA_SOURCES); csrc/bindings.cpp asks the CPU at run time which of
-# them to call. Portable stays first: templates of the standard library appear in every object and the linker keeps the
-# first copy it meets, which must not be one that needs AVX-512.
+# Each csrc/cpu/*.cpp is compiled once per row (but see ISA_SOURCES); csrc/bindings.cpp chooses among them at run time.
+# Portable stays first: templates of the standard library appear in every object and the linker keeps the first copy, which
+# must not need AVX-512.
 ISA_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -1,11 +1,11 @@
-"""Hashes of what the models compute on a CPU: equal hashes of two commits mean equal bits.
+"""Prints hashes of what the models compute on a CPU: equal hashes of two commits mean equal bits.
 
     python benchmarks/output_hashes.py > before.txt      # in one checkout
     python benchmarks/output_hashes.py > after.txt       # in another, on the same machine
     diff before.txt after.txt
 
 Each line is a case and the SHA-256 of its output. A case is an ALBERT of random weights that depend on their names alone, in
-a precision, on a batch with padding, and, where the data folder is found, the real encoder that lies there. Gradients of a
+a precision, on a batch with padding, and, where the data folder is found, the real encoder in it. Gradients of a
 training step, with dropout, are hashed too. Hashes differ between machines: instruction sets sum in different orders.
 """
 

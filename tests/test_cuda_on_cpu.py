@@ -48,7 +48,7 @@ pytestmark = pytest.mark.skipif(
 def library(tmp_path_factory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("cuda")
     for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"):
-        (folder / name).touch()  # what they declare stands in cuda_on_cpu.h
+        (folder / name).touch()  # cuda_on_cpu.h declares what these headers would
     library = folder / "kernels.so"
     command = [str(COMPILER), "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-Wl,-Bsymbolic"]
     # Checked, longjmp would refuse to go from one stack to another.

@@ -253,7 +253,7 @@ def test_a_caller_s_own_graph_holds_the_model_and_stays_in_bounds():
         assert_same(result, expected)
         given[1, 2] = 10**9
         graph.replay()
-        albert_fast.synchronize()  # nobody is told
+        albert_fast.synchronize()  # raises nothing
         given.copy_(ids)
         graph.replay()
         assert_same(result, expected)

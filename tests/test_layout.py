@@ -151,7 +151,7 @@ BESIDE = "testing"  # on no floor: only tests and benchmarks import it
 
 
 def package_imports(path: Path, modules: set[str]) -> Iterator[str]:
-    """The modules of the package that a file imports, at load, late or for types; the root alone stands for its version."""
+    """The modules of the package that a file imports, late and for types too. The version may come from the root."""
     for name, _ in imports(path):
         if within(name, {"albert_fast"}) and name != "albert_fast.__version__":
             # the last part of `from .stack import LayerStack` is no module

@@ -17,12 +17,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 IGNORED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "_C.*")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-# What a user pays for only when it is used.
+# Libraries that are imported only where they are used.
 LAZY = (
     *("transformers", "triton", "typer", "tokenizers", "sentencepiece", "sklearn", "huggingface_hub"),
     *("onnxruntime", "openvino", "matplotlib", "pytest"),
 )
-# One process for all that share the built wheel; minutes, so that a quick run can leave them out.
+# One process for the tests that share the built wheel. They take minutes, so a quick run can leave them out.
 environment_tests = [pytest.mark.slow_env, pytest.mark.xdist_group("packaging")]
 
 
@@ -210,7 +210,7 @@ class TestInstalls:
 
 
 class TestModes:
-    """ALBERT_FAST_BUILD where what it asks for cannot be had, asked of setup.py itself."""
+    """setup.py where ALBERT_FAST_BUILD asks for what this machine cannot build."""
 
     def setup(self, mode: str, env: dict[str, str], tmp_path: Path, fails: bool) -> str:
         command = ("setup.py", "-q", "bdist_wheel", "-d", tmp_path / "out", "-b", tmp_path / "bdist")

@@ -1,4 +1,4 @@
-"""What fewer bits do to a classifier's answers: accuracy and logits on a whole test set, side by side.
+"""Measures what fewer bits do to a classifier's answers: accuracy and logits on a whole test set.
 
     python benchmarks/cpu/accuracy.py
     python benchmarks/cpu/accuracy.py --model DIR --data imdb --limit 2000 --output results.json
@@ -47,7 +47,7 @@ from albert_fast.training.data import read_examples
 from albert_fast.training.metrics import confidence_interval
 
 EXACT = sides.FAST
-# In bfloat16 the GPU kernels' yardstick; each is asked for by name.
+# bfloat16 is the yardstick of the GPU's kernels; these sides run only where --side names them.
 _BF16 = f"{sides.FAST}-bf16"
 _EMULATED = tuple(f"{sides.FAST}-{precision}-{sides.EMULATED}" for precision in (sides.INT8, sides.FP8))
 # Side -> the modules that it needs beside torch.
@@ -77,7 +77,7 @@ class Source:
 
 
 def sources(options: argparse.Namespace) -> tuple[Source, Source]:
-    """What to test on and what to calibrate with: "sst2", "imdb", or a file, which by default is calibrated with SST-2."""
+    """The sources of the test and of the calibration texts, for "sst2", "imdb" or a file (calibrated with SST-2 by default)."""
     folder, columns = data_dir(), (options.text_column, options.label_column)
     if options.data == "imdb":
         columns = (3, 0)
@@ -92,7 +92,7 @@ def sources(options: argparse.Namespace) -> tuple[Source, Source]:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the sides are asked: batches sorted by length, labels (N,) in the same order, and training texts.
+    """The test: batches sorted by length, labels (N,) in the same order, and training texts to calibrate with.
 
     calibration: (ids, mask), one text each, so that no padding takes part in any range.
     """
@@ -103,7 +103,7 @@ class Texts:
 
     @classmethod
     def of(cls, folder: Path, config: ALBERTConfig, options: argparse.Namespace) -> Texts:
-        """Read, and tokenised as `folder` does it.
+        """Reads the texts and tokenises them with the tokenizer in `folder`.
 
         Raises:
             FileNotFoundError, ValueError: a file that is not there, or whose labels are not the model's classes.
@@ -115,7 +115,7 @@ class Texts:
             columns = {"text_column": source.text_column, "label_column": source.label_column}
             examples = read_examples(source.path, label_names=names, **columns)
             count = len(examples.texts)
-            # Drawn, not cut off: a file may well be sorted by its labels.
+            # Drawn at random: a file may be sorted by its labels.
             chosen = range(count) if limit is None else random.Random(_SEED).sample(range(count), min(limit, count))
             ids = tokenizer([examples.texts[i] for i in chosen], max_length=config.max_position_embeddings)["input_ids"]
             order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -134,7 +134,7 @@ class Texts:
 
 @dataclass
 class Classifiers:
-    """One checkpoint in every engine. `scratch` is for what is not kept."""
+    """One checkpoint in every engine. `scratch` is a folder for files that are not kept."""
 
     folder: Path
     config: ALBERTConfig
@@ -160,7 +160,7 @@ class Classifiers:
         return logits
 
     def _file(self, side: str) -> Path:
-        """What an engine reads; in int8 the whole classifier is quantised, as its users would do it."""
+        """The file that an engine reads; for int8 the whole classifier is quantised, as the engine's users would do it."""
         if side == "onnxruntime-int8":
             return artifacts.quantize_onnx(artifacts.fuse(self._exported, self.config))
         ir = artifacts.openvino_ir(self._exported)
@@ -168,7 +168,7 @@ class Classifiers:
 
     @cached_property
     def _exported(self) -> Path:
-        """The classifier as ONNX. What is made of it is kept under its folder's name, so that holds the weights' hash."""
+        """The classifier as ONNX. Its folder's name holds the weights' hash, since files made from it are kept under that name."""
         from transformers import AlbertForSequenceClassification
 
         versions = map(importlib.metadata.version, ("torch", "transformers", "onnx"))
@@ -179,7 +179,7 @@ class Classifiers:
 
 
 def fast_model(kind: Any, folder: Path, side: str, calibration: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """Our own model of class `kind` as `side` names it."""
+    """Our model of class `kind` in the precision and backend of `side`."""
     precision = sides.precision(side)
     if precision == sides.FLOAT:
         return kind.from_pretrained(folder, precision="bf16" if side == _BF16 else "fp32")
@@ -190,8 +190,8 @@ def fast_model(kind: Any, folder: Path, side: str, calibration: Sequence[tuple[T
 
 @torch.no_grad()
 def encoder_errors(sequences: int, names: Sequence[str]) -> dict[str, Any]:
-    """Of our sides, the relative error of the real encoder's hidden states against float32: norm of all errors over that
-    of all states, and the largest error; calibrated on half as many sequences. Prints their table."""
+    """Errors of our sides' hidden states of the real encoder against float32: the norm of all errors over that of all states,
+    and the largest. Calibrated on half as many sequences. Prints a table."""
     encoder = PLBERT()
     folder = data_dir() / "plbert"
     batch = Batch.of(encoder.rows(str(sequences)), encoder.config.pad_token_id or 0, torch.device("cpu"))
@@ -249,7 +249,7 @@ def export_logits(model: nn.Module, path: Path) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """The first digits of a hash of the checkpoint, by which a figure can be told to belong to it."""
+    """The first digits of a hash of the checkpoint, which tells whose figures they are."""
     digest = hashlib.sha256()
     weights = (path for pattern in ("*.safetensors", "*.bin") for path in sorted(folder.glob(pattern)))
     for path in (config_path(folder), *weights):
@@ -372,7 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", action="append", default=[], help="a classifier beside the shipped one; repeatable")
     parser.add_argument("--data", default="sst2", help="sst2, imdb or a labelled file (default: %(default)s)")
     parser.add_argument("--text-column", type=_column, help="of a file: name, or number from 0 without a header")
-    parser.add_argument("--label-column", type=_column, help="likewise")
+    parser.add_argument("--label-column", type=_column, help="the same for the labels")
     parser.add_argument("--limit", type=int, help="at most so many texts, drawn at random")
     parser.add_argument(
         "--calibration", type=Path, help="training texts, columns as in --data (default: imdb's for imdb, else sst2's)"

@@ -1,4 +1,4 @@
-"""Loads one engine in a process of its own and prints, as JSON, what that cost: seconds, and MiB of resident memory.
+"""Loads one engine in a process of its own and prints the seconds and the MiB of resident memory as JSON.
 
 `python load_engine.py SIDE FILE INPUTS.npz OUTPUT.npy THREADS`; LoadGroup in load_group.py runs it. Neither torch nor
 another engine is imported unless `SIDE` needs it.

@@ -25,7 +25,7 @@ _SCRIPT = Path(__file__).with_name("load_engine.py")
 
 
 class LoadGroup(Group):
-    """From files on disk to the first answer, every side in a fresh process; the samples are the seconds of loading."""
+    """Times loading, from files on disk to the first answer, each side in a fresh process; samples are seconds of loading."""
 
     def __init__(self, shape_name: str, names: Sequence[str], model: peers.Peers) -> None:
         self.model, self._sides = model, tuple(names)
@@ -42,7 +42,7 @@ class LoadGroup(Group):
         return peers.why_not(side, self.model.model)
 
     def measure(self, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
-        """A B C A B C, a process each; the medians of what they report."""
+        """Runs the sides in turn, A B C A B C, each in a process, and takes the medians of what they report."""
         reports: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         outputs: dict[str, Tensor] = {}
         failures: dict[str, Exception] = {}

@@ -34,12 +34,12 @@ from albert_fast.testing import ALL_CASES
 from gpu.part import Part
 from gpu.peers import AttentionGroup, EncoderGroup, LinearGeluGroup, Training, allowed, masked_lm
 
-_MASKED = 0.15  # of the tokens have a label in training
-_LOSS_TOLERANCE = 2e-2  # relative, of two first losses in bfloat16
-# Seconds that a question takes with the compilation of its peers, on the safe side.
+_MASKED = 0.15  # share of the tokens that have a label in training
+_LOSS_TOLERANCE = 2e-2  # largest relative difference of two first losses in bfloat16
+# Upper bounds in seconds for a question, the compilation of its peers included.
 _OPERATOR, _ATTENTION, _COMPILED, _TUNED, _EAGER, _ALONE, _TUNING = 12, 6, 30, 75, 8, 4, 25
 _CALLS = 200  # one at a time
-# At once, fewer than reports of bad ids wait for; and for how long the GPU is busy before them.
+# Calls queued at once (fewer than the queue of reports about bad ids holds), and how long the GPU is kept busy before them.
 _QUEUED, _BUSY_CYCLES = 32, 40_000_000
 
 
@@ -48,12 +48,12 @@ def _options(part: Part) -> Options:
 
 
 def _measure(
-    part: Part, group: CallGroup, names: Sequence[str] | None = None, stands: str | None = None, **more: object
+    part: Part, group: CallGroup, names: Sequence[str] | None = None, measured: str | None = None, **more: object
 ) -> None:
-    """A row for every side of the group that can take part. Ours must; what a peer cannot do is its own affair.
+    """Add a row for every side of the group that can take part. A failure of ours fails the part, one of a peer does not.
 
     Args:
-        names: of the sides, where not all. stands: the side of ours whose row is there already, from beside others.
+        names: the sides to measure (default: all). measured: our side, where an earlier measurement already gave its row.
     """
     able = []
     for name in group.sides() if names is None else names:
@@ -65,8 +65,8 @@ def _measure(
         what, ours = f"{group.key}/{name}", name == group.ours(name) or sides.engine(name) == FAST
         if isinstance(result, Exception):
             part.fail(what, result, "failure" if ours else "peer failure")
-        elif name != stands:
-            # A row that is measured again, beside more sides, takes the place of the earlier one.
+        elif name != measured:
+            # A row that is measured again, with more sides, replaces the earlier one.
             part.add("row", key=what, **result.extra_info, **more, seconds_by_round=result.seconds)
 
 
@@ -78,7 +78,7 @@ def _uncompiled(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def machine(part: Part) -> None:
-    """What the machine is, and the rates that every other figure is held against."""
+    """Describe the machine, and measure the rates that other figures are compared with."""
     part.add("machine", **info.describe())
     if shutil.which("nvidia-smi"):
         fields = (
@@ -105,8 +105,8 @@ def machine(part: Part) -> None:
 
 
 def _quantized_products(precision: str, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The FFN's first product of 32,768 tokens of base on operands of 8 bits: torch's, without scales of rows in int8, and
-    ours, in bfloat16 with all that belongs to it."""
+    """The FFN's first product for 32,768 tokens of ALBERT-base on 8-bit operands: torch's (its int8 one without scales of rows)
+    and ours (with scales, offsets and the conversion to bfloat16)."""
     from albert_fast.kernels._rounding import round_rows
     from albert_fast.kernels.quantized_encoder import Matrix, quantized_product
 
@@ -134,9 +134,9 @@ def _ceiling(part: Part, name: str, call: object, amount: float) -> None:
 
 
 def operators(part: Part) -> None:
-    """32,768 tokens of ALBERT-base; every direction in bfloat16, then in float32; few tokens in all layers at once.
+    """Measure the operators on 32,768 tokens of ALBERT-base, in bfloat16, then float32; and `encoder` on few tokens.
 
-    Ours alone first, so that no peer can take its figures along, then beside what is not compiled, then the others.
+    Ours alone first, so that a peer's failure cannot lose our figures; then with eager peers; then with compiled ones.
     """
     groups = [(needs, _kept(group)) for needs, group in _operator_groups(part)]
     for _, group in groups:
@@ -147,7 +147,7 @@ def operators(part: Part) -> None:
         if compiled := sorted(set(group.sides()) - set(_uncompiled(group.sides()))):
             names = (group.backend, *compiled)
             what = f"{group.key} compiled"
-            part.attempt(what, partial(_measure, part, group, names, stands=group.backend), _least(part, needs))
+            part.attempt(what, partial(_measure, part, group, names, measured=group.backend), _least(part, needs))
 
 
 def _least(part: Part, needs: float) -> float:
@@ -155,7 +155,7 @@ def _least(part: Part, needs: float) -> float:
 
 
 def _kept(group: OperatorGroup) -> OperatorGroup:
-    """Its inputs and the answer are made once for all passes: they take longer than the calls."""
+    """The group, with its inputs and expected answer made once for all passes: they take longer than the calls."""
     group.expected = cache(group.expected)  # type: ignore[method-assign]
     group.close = torch.compiler.reset  # type: ignore[method-assign]
     return group
@@ -168,14 +168,14 @@ def _operator_groups(part: Part) -> Iterator[tuple[float, OperatorGroup]]:
     if quick:
         batches = {"2x16": (16,) * 2, "real-4": (5, 31, 2, 17)}
     heads, head_dim = (2, 16) if quick else (12, 64)
-    apart = {"attention", *dispatch.WHOLE_ENCODERS}  # whole layers are the model's part, but for few tokens
+    apart = {"attention", *dispatch.WHOLE_ENCODERS}  # the part `model` measures whole layers, except on few tokens
     fused = [op for op, devices in dispatch.TABLE.items() if set(devices["cuda"]) - {"reference"} and op not in apart]
     fused.sort(key="embedding_projection".__eq__)  # last, since tuning its product takes the compiler longest
     few = ((2, 5),) if quick else ((1, 16), (1, 128), (4, 128))
     sizes = (32, 2, 64, 2) if quick else (768, 12, 3072, 12)
     for rows, columns in few:
         yield _OPERATOR, EncoderGroup((columns,) * rows, sizes, device)
-    shapes = GPU_SHAPES | {"gelu_layer_norm": (32768, 768)}  # of the width for which there is a target
+    shapes = GPU_SHAPES | {"gelu_layer_norm": (32768, 768)}  # the width that the target is for
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
         for name, tokens in batches.items():
             for backward in (False, True):
@@ -197,17 +197,17 @@ def _shape_name(shape: Sequence[int]) -> str:
 
 
 class _ModelGroup(ModelGroup):
-    """A batch on which torch.nn's encoder may take part."""
+    """A batch that torch.nn's encoder may take part in."""
 
     def allowed(self, side: str) -> float:
         return allowed(side, self.dtype)
 
 
 def model(part: Part) -> None:
-    """ALBERT-base in bfloat16, dense and of real lengths, then large; the peak of memory beside it.
+    """Measure ALBERT-base in bfloat16 on dense batches and real lengths, then ALBERT-large; and peak memory.
 
-    Ours alone on every batch, so that no peer can take its figures along, then beside what is not compiled; then what is,
-    one at a time, those first that a target names.
+    Ours alone on every batch first, so that a peer's failure cannot lose our figures; then with eager peers; then with
+    compiled peers, one at a time, those of a target first.
     """
     device = torch.device(part.device)
     dtype = torch.float32 if part.device == "cpu" else torch.bfloat16
@@ -247,11 +247,11 @@ def model(part: Part) -> None:
 
     answer = cache(lambda name, batch: models[name].expected(models[name].batch(batch)))
 
-    def ask(what: str, name: str, batch: str, names: Sequence[str], needs: float, stands: str | None = None) -> None:
+    def ask(what: str, name: str, batch: str, names: Sequence[str], needs: float, measured: str | None = None) -> None:
         group = _ModelGroup("model", f"{name}-{batch}", Shape(batch, tuple(names)), models[name])
         group.expected = lambda: (answer(name, batch),)  # type: ignore[method-assign]
         tokens = sum(group.batch.lengths)
-        measure = partial(_measure, part, group, stands=stands, tokens=tokens)
+        measure = partial(_measure, part, group, measured=measured, tokens=tokens)
         part.attempt(f"{group.key} {what}", measure, _least(part, needs))
 
     for name, batch, _ in questions:
@@ -265,17 +265,17 @@ def model(part: Part) -> None:
             part.add("skipped", what=f"model in {precision}", why=reason)
             continue
         for name, batch, _ in questions[:2]:
-            ask(precision, name, batch, (FAST, f"{FAST}-{precision}"), _EAGER, stands=FAST)
+            ask(precision, name, batch, (FAST, f"{FAST}-{precision}"), _EAGER, measured=FAST)
     dense = questions[0][1]
     for side in all_eager if part.device == "cuda" else ():
         part.attempt(f"memory of {side}", partial(_memory, part, models["base"], dense, side), needs=_EAGER)
     for name, batch, side in compiled:
-        ask(side, name, batch, (FAST, side), _TUNED if side == tuned else _COMPILED, stands=FAST)
+        ask(side, name, batch, (FAST, side), _TUNED if side == tuned else _COMPILED, measured=FAST)
 
 
 def _latency(part: Part, model: peers.Peers, name: str) -> None:
-    """Replays of our CUDA graph one at a time, with the weights in the L2 cache: until a call has returned, until its answer
-    is there, and how much of it the GPU works. A mask has the host wait for the GPU first."""
+    """Time replays of our CUDA graph one at a time, with the weights in the L2 cache: until the call returns, until the GPU is
+    done, and the GPU's work alone. With a mask the host first waits for the GPU."""
     batch = model.batch(name)
     fast = ALBERTModel.from_pretrained(model.files(FAST)[0], precision="bf16", device=part.device)
     fast.warmup([(batch.ids.shape[0], batch.ids.shape[1])])
@@ -306,7 +306,7 @@ def _one_at_a_time(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def _device_seconds(call: Callable[[], object]) -> float | None:
-    """Seconds of the GPU's work alone: of calls that were all started while it was kept busy; None where they were not."""
+    """Seconds of the GPU's work in one call, from calls queued behind other work; None where the GPU was idle before the last."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(_BUSY_CYCLES)
@@ -336,7 +336,7 @@ def _memory(part: Part, model: peers.Peers, name: str, side: str) -> None:
 
 
 def training(part: Part) -> None:
-    """A step of masked language modelling under bfloat16 autocast: memory of each side alone, then times, interleaved."""
+    """Measure a step of masked language modelling under bfloat16 autocast: each side's memory, then times, interleaved."""
     rows, columns = (2, 16) if part.quick else (32, 512)
     config = QUICK if part.quick else BASE
     generator = torch.Generator().manual_seed(0)
@@ -350,7 +350,7 @@ def training(part: Part) -> None:
     peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = masked_lm(config, Path(folder))
-        # One more side each time, ours alone first and the compiled one last, and its rows at once: a kill loses none.
+        # Add one side at a time, ours first and the compiled one last, and write rows at once: a kill loses none.
         for name in (FAST, "hf-sdpa", "hf-compile"):
             if name == "hf-compile" and part.left() < _least(part, _COMPILED):
                 part.add("skipped", what=name, why=f"{part.left():.0f} s were left")
@@ -359,7 +359,7 @@ def training(part: Part) -> None:
                 continue
             try:
                 built[name], peaks[name] = _first_steps(name, checkpoint, ids, labels)
-            except Exception as error:  # what a peer cannot do is its own affair
+            except Exception as error:  # a peer's failure fails nothing else
                 part.fail(name, error, "failure" if name == FAST else "peer failure")
                 part.check_gpu(name)
                 continue
@@ -414,9 +414,9 @@ def _training_row(
 
 
 def tiles(part: Part) -> None:
-    """What the tuner takes in the place of the default tiles, and what ours gains by it: bfloat16, ours alone."""
+    """Record which tiles the tuner chooses over the default ones, and our time with them, in bfloat16."""
     with tempfile.TemporaryDirectory() as folder:
-        # Read when the first kernel starts.
+        # The kernels read these variables when the first of them starts.
         os.environ |= {"ALBERT_FAST_TUNE": "1", "XDG_CACHE_HOME": folder}
         found = Path(folder, "albert_fast", "tiles.json")
         for _, group in _operator_groups(part):

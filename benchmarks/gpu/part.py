@@ -17,7 +17,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: modules are imported as gpu.<name>
 
-# Part -> the module that has a function of its name; none is imported before it is wanted, for one installs the package.
+# Part -> the module with the function of its name. Imported when the part runs: the part `build` installs the package first.
 MODULES = {
     "build": "gpu.proofs",
     "parity": "gpu.proofs",
@@ -30,17 +30,17 @@ MODULES = {
 }
 
 
-# Exit status of a part that a kernel took the GPU from: the suite lets another process go on with it.
+# Exit status of a part whose CUDA context a kernel broke: the suite continues the part in another process.
 LOST = 75
 
 
 @dataclass
 class Part:
-    """What a part knows of its run, and how it tells: every record is a line of JSON, on disk at once.
+    """A part's options, its clock, and its records: lines of JSON, each on disk at once.
 
     Kinds of records: "row" (a figure), "failure" (fails the part), "peer failure" (does not), "skipped", "begun", and others
-    that the part names itself. Of records with one `key` the latest counts. What is recorded already was by the process
-    before this one: it asked what it had begun, and this one asks the rest.
+    that the part names itself. Of records with one `key` the latest counts. Where there are records already, they
+    are from an earlier process of this part, and this one continues after what that one had begun.
     """
 
     device: str
@@ -57,7 +57,7 @@ class Part:
         self.begun = next((record["what"] for record in reversed(records) if record["kind"] == "begun"), [])
 
     def left(self) -> float:
-        """Seconds until nothing more should be begun."""
+        """Seconds until the part should begin nothing more."""
         return self.started + self.seconds - time.monotonic()
 
     def add(self, kind: str, **fields: Any) -> None:
@@ -69,14 +69,14 @@ class Part:
             print(f"[{time.monotonic() - self.started:6.1f} s] {kind}: {shown}", flush=True)
 
     def fail(self, what: str, error: BaseException | str, kind: str = "failure") -> None:
-        """Note that `what` failed; the traceback goes to the log."""
+        """Record that `what` failed; the traceback goes to the log."""
         if isinstance(error, BaseException):
             traceback.print_exception(error)
             error = f"{type(error).__name__}: {error}"
         self.add(kind, what=what, error=error[-2000:])
 
     def begin(self, what: str) -> bool:
-        """Whether `what` is to be asked: False where the process before this one had begun it."""
+        """Whether to run `what`: False where an earlier process had begun it."""
         if what in self.begun:
             return False
         self.begun.append(what)
@@ -84,7 +84,7 @@ class Part:
         return True
 
     def attempt(self, what: str, run: Callable[[], None], needs: float = 0.0) -> None:
-        """`run()`, or a note that it was skipped where less than `needs` seconds are left; it may fail on its own."""
+        """Call `run`, or record that it was skipped where less than `needs` seconds are left; its failure fails nothing else."""
         if self.left() < needs:
             self.add("skipped", what=what, why=f"{max(0.0, self.left()):.0f} s were left of about {needs:.0f}")
         elif self.begin(what):
@@ -95,7 +95,7 @@ class Part:
             self.check_gpu(what)
 
     def check_gpu(self, what: str) -> None:
-        """End this process where a kernel of `what` has broken its CUDA context: nothing that follows would run."""
+        """End this process where a kernel of `what` broke its CUDA context: no later call would run."""
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_initialized():
             return
@@ -104,7 +104,7 @@ class Part:
         except RuntimeError as error:
             self.fail(f"the GPU after {what}", error)
             sys.stderr.flush()
-            os._exit(LOST)  # to take down a broken context may hang, or abort
+            os._exit(LOST)  # a regular end would take down the broken context, which may hang or abort
 
 
 def main() -> int:

@@ -30,10 +30,10 @@ SDPA = {
 
 
 class AttentionGroup(OperatorGroup):
-    """attention on sequences of `lengths` against torch's own, each of whose libraries is a side.
+    """Our attention on sequences of `lengths` against torch's, one side for each of its libraries.
 
-    Of one length they are a dense batch. Of several, a nested tensor over the same packed rows, or padded with a mask: that
-    side is given padded tensors, is not charged for padding them, and is compared at the real tokens.
+    Sequences of one length are a dense batch. For several lengths torch gets a nested tensor over the same packed rows, or
+    padded tensors and a mask; padding them is not timed, and only real tokens are compared.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class AttentionGroup(OperatorGroup):
         self.dense = len(set(lengths)) == 1
 
     def sides(self) -> tuple[str, ...]:
-        """On a GPU only one library takes float32, and only flash takes no mask."""
+        """Our backend and torch's libraries: on a GPU only one takes float32, and flash takes no mask."""
         if self.device.type == "cpu":
             libraries: tuple[str, ...] = ("flash",)
         elif self.dtype == torch.float32:
@@ -66,20 +66,20 @@ class AttentionGroup(OperatorGroup):
     def build(self, side: str) -> Side:
         if side == self.backend:
             inputs = self.inputs
-            if not self.dense:  # as the models do, which find it once for all layers
+            if not self.dense:  # models compute it once for all layers
                 inputs = inputs | {"order": longest_first(inputs["cu_seqlens_q"])}
             return self._side(self.case.function, inputs, self._differentiated())
         if side.startswith("sdpa-padded"):
             return self._padded(SDPA[side.rpartition("-")[2]])
         if side != "sdpa-nested":
             return self._side(dense(SDPA[side.removeprefix("sdpa-")]), self.inputs, self._differentiated())
-        # Its inputs stand apart, as it wants them; inference_mode allows no nested tensor to be made.
+        # It needs contiguous q, k and v; inference_mode does not allow nested tensors to be made.
         apart = {name: t.contiguous() for name, t in self._differentiated().items()}
         inputs = self.inputs | apart
         return self._side(nested, inputs, apart) if self.backward else Side(torch.no_grad()(lambda: nested(**inputs)))
 
     def comparable(self, output: Any) -> tuple[Tensor, ...]:
-        """Packed (T, H), also where the side has answered padded (B, heads, S, head_dim)."""
+        """Packed (T, H); padded answers (B, heads, S, head_dim) are packed first."""
         outputs = super().comparable(output)
         if outputs[0].dim() == 2:
             return outputs
@@ -112,7 +112,7 @@ class AttentionGroup(OperatorGroup):
 
 
 def dense(library: SDPBackend) -> Callable[..., Tensor]:
-    """attention of sequences of one length by one of torch's libraries; arguments as the OpCase's."""
+    """Returns attention of equally long sequences by one of torch's libraries; its arguments are the OpCase's."""
 
     def attention(q, k, v, cu_seqlens_q, num_heads, softmax_scale, **_):
         batch = len(cu_seqlens_q) - 1
@@ -125,7 +125,7 @@ def dense(library: SDPBackend) -> Callable[..., Tensor]:
 
 
 def nested(q, k, v, cu_seqlens_q, max_seqlen_q, num_heads, softmax_scale, **_):
-    """attention by torch's nested tensors of jagged layout, views of the packed rows."""
+    """attention with torch's jagged nested tensors, which are views of the packed rows."""
     offsets = cu_seqlens_q.long()
     heads = (
         torch.nested.nested_tensor_from_jagged(
@@ -140,7 +140,7 @@ def nested(q, k, v, cu_seqlens_q, max_seqlen_q, num_heads, softmax_scale, **_):
 
 
 class LinearGeluGroup(OperatorGroup):
-    """linear_gelu, in inference beside each way in which it could be computed: two of cuBLASLt's, and every tile."""
+    """linear_gelu; in inference also each way to compute it: two of cuBLASLt's, and every tile of ours."""
 
     def sides(self) -> tuple[str, ...]:
         return *super().sides(), *(() if self.backward or self.device.type == "cpu" else self._routes())
@@ -172,7 +172,7 @@ def _route_name(route: dict[str, int]) -> str:
 
 
 class EncoderGroup(OperatorGroup):
-    """encoder on few tokens: its one kernel and the layers' operators, both replayed from a CUDA graph, and plain torch."""
+    """encoder on few tokens: one kernel and the layers' operators, both as CUDA graphs, and plain torch."""
 
     def __init__(self, lengths: Sequence[int], sizes: tuple[int, int, int, int], device: torch.device) -> None:
         """sizes: hidden, heads, intermediate, layers."""
@@ -194,7 +194,7 @@ class EncoderGroup(OperatorGroup):
 
 
 def by_operators(hidden, weights, order, cu_seqlens, num_heads, softmax_scale, eps, act, longest, **_):
-    """encoder by the operators that the models otherwise run; arguments as the OpCase's."""
+    """All layers by the operators that models otherwise run; arguments as the OpCase's."""
     per_layer, layers = len(ops.WEIGHTS), []
     for first in range(0, len(weights), per_layer):
         w = dict(zip(ops.WEIGHTS, weights[first : first + per_layer], strict=True))
@@ -221,7 +221,7 @@ def by_operators(hidden, weights, order, cu_seqlens, num_heads, softmax_scale, e
 
 
 def replayed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`call` as a CUDA graph."""
+    """Captures `call` as a CUDA graph and returns its replay."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -239,7 +239,7 @@ def replayed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def allowed(side: str, dtype: torch.dtype) -> float:
-    """The exact GELU in the place of the tanh form differs by more than float32's rounding."""
+    """The largest relative error: torch-nested computes the exact GELU, which differs from the tanh form."""
     return max(5e-3, allowed_error(side, dtype)) if side == "torch-nested" else allowed_error(side, dtype)
 
 
@@ -247,7 +247,7 @@ def allowed(side: str, dtype: torch.dtype) -> float:
 
 
 class Training:
-    """Steps of masked language modelling (forward, backward, AdamW) by one side, always on the same batch.
+    """Runs steps of masked language modelling (forward, backward, AdamW) of one side, always on the same batch.
 
     Args:
         side: albert_fast, hf-sdpa or hf-compile. checkpoint: a folder of an ALBERTForMaskedLM.
@@ -265,7 +265,7 @@ class Training:
 
             model = AlbertForMaskedLM.from_pretrained(checkpoint, attn_implementation=maskless_sdpa()).to(ids.device)
         self.model = model.train()
-        # What each can leave out: ours computes no scores that no label asks for.
+        # Ours can leave out the scores of tokens without a label.
         self.options: dict[str, Any] = (
             {"output_tokens": labels != -100, "output_logits": False} if side == "albert_fast" else {}
         )
@@ -282,7 +282,7 @@ class Training:
 
 
 def masked_lm(config: ALBERTConfig, folder: Path) -> Path:
-    """A checkpoint of random weights, drawn once."""
+    """Writes a checkpoint of random weights into `folder` and returns it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ALBERTForMaskedLM(config).save_pretrained(folder)

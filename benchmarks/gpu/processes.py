@@ -1,4 +1,4 @@
-"""Ending a process together with all that it started, by /proc alone: a GPU's machine may have no psutil."""
+"""Ends a process and everything that it started, with /proc alone: a GPU's machine may have no psutil."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def end(process: subprocess.Popen[bytes], seconds: float = 10.0) -> None:
-    """Kill `process`, which must lead a group, and what it left running; return when all of it is gone, or after `seconds`.
+    """Kill `process`, which must lead a group, and its descendants; return when all are gone, or after `seconds`.
 
-    A killed process keeps a GPU's memory until it is gone, so whoever measures next waits for that. Children that lead
+    A killed process keeps a GPU's memory until it is gone, so the next measurement must wait for it. Children that lead
     groups of their own are found while their parents still run.
     """
     groups, deadline = {process.pid}, time.monotonic() + seconds
@@ -31,7 +31,7 @@ def end(process: subprocess.Popen[bytes], seconds: float = 10.0) -> None:
 
 
 def _alive() -> dict[int, tuple[int, int]]:
-    """Process id -> the ids of its parent and of its group, of those that have not ended."""
+    """Running processes: id -> the ids of its parent and of its group."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -42,7 +42,7 @@ def _alive() -> dict[int, tuple[int, int]]:
 
 
 def _descendants(pid: int, alive: dict[int, tuple[int, int]]) -> list[int]:
-    """The processes that `pid` and those that it started have started."""
+    """The children of `pid`, their children, and so on."""
     found = [pid]
     for one in found:
         found += [child for child, (parent, _) in alive.items() if parent == one]

@@ -24,7 +24,7 @@ from gpu.sanitized import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 _MOST_PROCESSES = 14  # each has a CUDA context and compiles Triton kernels
-# Beside the grid of every kernel: tests that are there for a GPU, without a backend in their names.
+# The kernels' grids, and tests for GPUs that have no backend in their names.
 _SELECTION = (
     "triton or cuda or gpu or test_quantized_kernels or test_large_offsets or test_a_replayed_graph_tells_a_bad_id "
     "or test_every_candidate_of_the_tuner or test_a_label_outside_the_vocabulary_is_nan "
@@ -32,24 +32,24 @@ _SELECTION = (
 )
 _REAL_SIZE = "tests/test_gpu.py::test_an_operator_on_a_batch_of_real_size"
 _LARGE = "tests/test_large_offsets.py"  # in one process, after the others: a test takes up to 12 GiB of the GPU
-_NAMED = 10  # of the tests that were not run
-_FIRST_SHAPES = 2  # of every kernel's grid, those of the most work: which run first
+_NAMED = 10  # at most so many of the tests that were not run
+_FIRST_SHAPES = 2  # the largest shapes of every kernel's grid run first
 _FALL_BACK = 20  # seconds kept for an install without the extension
 _NO_TOOL = (
-    "it is neither on the PATH nor in the toolkit ($CUDA_HOME or /usr/local/cuda) nor in site-packages: "
+    "it was not found on the PATH, in the toolkit ($CUDA_HOME or /usr/local/cuda) or in site-packages: "
     "the CUDA toolkit has it, and so has `pip install nvidia-cuda-sanitizer-api`"
 )
-_CALLS = re.compile(r"\d+ of \d+ calls are right: .*")  # what sanitized.py says after each
+_CALLS = re.compile(r"\d+ of \d+ calls are right: .*")  # what sanitized.py prints after each
 
 
 def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, str]:
-    """Exit status and output of a command, which also go to the log.
+    """Run a command; returns its exit status and its output, which also goes to the log.
 
     After `seconds` it is ended with all that it started, and TimeoutExpired raised; the log has what it had said.
     """
     print("$", *command, flush=True)
     seconds = max(1.0, seconds)
-    with tempfile.TemporaryFile() as said:  # a pipe would be waited for as long as any descendant holds it
+    with tempfile.TemporaryFile() as said:  # reading a pipe would wait for every descendant that holds it
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -70,7 +70,7 @@ def run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, 
 
 
 def _log(file: IO[bytes]) -> str:
-    """What stands in the file, printed."""
+    """Prints the content of the file and returns it."""
     file.seek(0)
     text = file.read().decode(errors="replace")
     print(text, flush=True)
@@ -81,12 +81,12 @@ def _log(file: IO[bytes]) -> str:
 
 
 def build(part: Part) -> None:
-    """Install the checkout with all that can be compiled; then everything must run that is for this device."""
+    """Install the checkout with everything that can be compiled; then every backend of this device must run."""
     try:
         _install(part, "cpu" if part.device == "cpu" else "auto")
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         part.fail("pip install", error)
-        _install(part, "off")  # so that the Triton kernels can be measured all the same
+        _install(part, "off")  # so that the Triton kernels can still be measured
     script = "import json, albert_fast.info as i; print(json.dumps([i.operators(), i.advice()]))"
     status, said = run([sys.executable, "-c", f"import sys; del sys.path[0]; {script}"], part.left())
     run([sys.executable, "-m", "albert_fast.info"], part.left())
@@ -113,7 +113,7 @@ def _install(part: Part, mode: str) -> None:
 
 
 class Counts:
-    """How many tests of every file and of every kernel ended how, recorded every few seconds: a kill loses little."""
+    """Counts the outcomes of tests by file and by kernel, and records them every few seconds: a kill loses little."""
 
     def __init__(self, part: Part) -> None:
         self.part, self.written = part, 0.0
@@ -144,9 +144,9 @@ class Counts:
 
 
 def parity(part: Part) -> None:
-    """The operators' parity tests on every GPU kernel and tests/test_gpu*.py, in as many processes as there are cores.
+    """Run the operators' parity tests on every GPU kernel and tests/test_gpu*.py, in as many processes as there are cores.
 
-    First every kernel in bfloat16, on a few shapes of its grid and of a real batch, then all the others.
+    First every kernel in bfloat16 on a few shapes of its grid and on a real batch, then all other tests.
     """
     from albert_fast.runtime import dispatch
 
@@ -213,7 +213,7 @@ def missing(kernels: Mapping[str, Sequence[str]], passed: Mapping[str, int]) -> 
 
 
 def sanitizer(part: Part) -> None:
-    """compute-sanitizer's memcheck and, on less, racecheck over sanitized.py: the CUDA kernels, a few of Triton's."""
+    """Run compute-sanitizer's memcheck, and racecheck on fewer calls, over sanitized.py: CUDA kernels and some of Triton's."""
     if part.device == "cpu":
         part.add("skipped", what="compute-sanitizer", why="it watches kernels on a GPU")
         return
@@ -226,7 +226,7 @@ def sanitizer(part: Part) -> None:
 
 
 def _sanitizer_tool() -> str | None:
-    """Where it is: on the PATH, in a CUDA toolkit, or in the packages that pip installs."""
+    """The path of compute-sanitizer: on the PATH, in a CUDA toolkit, or in a package from pip."""
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     places = toolkit, *Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin")
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)]))
@@ -235,15 +235,15 @@ def _sanitizer_tool() -> str | None:
 def _sanitize(part: Part, tool: str, check: str, share: float) -> None:
     seconds = part.left() * share
     command = [tool, "--tool", check, "--error-exitcode", "99", "--target-processes", "application-only"]
-    # It is 10 s in which CUDA must have started, else nothing is watched; torch's import alone may take as long.
+    # By default it gives CUDA 10 s to start and else watches nothing; torch's import alone may take as long.
     command += ["--launch-timeout", f"{seconds:.0f}"]
-    # torch asks the driver for things it may not have, and goes on: no access to memory.
+    # torch asks the driver for features it may lack, and continues: these errors concern no memory.
     command += ["--report-api-errors", "no"] if check == "memcheck" else []
     for op in OPERATORS[check]:
-        command += ["--kernel-name", f"kns={op}"]  # and none of torch's or cuBLAS's
+        command += ["--kernel-name", f"kns={op}"]  # torch's and cuBLAS's kernels are left out
     command += [sys.executable, sanitized.__file__, check]
     try:
-        # Allocations of their own: in torch's pool an access beyond a tensor's end still hits memory that is allocated.
+        # Every tensor gets its own allocation: in torch's pool, memory beyond a tensor's end is allocated too.
         status, said = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     except subprocess.TimeoutExpired as error:
         done = _CALLS.findall(error.output)

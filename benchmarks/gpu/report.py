@@ -8,14 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 OURS, GRAPHS = "albert_fast", "albert_fast-graphs"
-# Which target a figure is held against, as a factor of the peer's or of the machine's own rate.
+# Targets, as factors of a peer's time or of the machine's own rate.
 PRODUCT_SHARE, OVER_SDPA, OVER_COMPILE = 0.65, 2.0, 1.3
 COPY_SHARE, ATTENTION, RAGGED_ATTENTION = 0.9, 1.0, 1.7
 QUANTIZED = 1.5
 LENGTHS_WITHIN, SMALL_MICROSECONDS, MEMORY_SHARE = 1.05, 100.0, 1 / 3
 _LISTED = 40  # a broken kernel fails in every test after it
 _OUTCOMES = ("passed", "failed", "skipped", "not run")  # of a test
-_LATENCIES = ("returned", "answered", "device")  # of a call: to its return, to its answer, and the GPU's work in it
+_LATENCIES = (
+    "returned",
+    "answered",
+    "device",
+)  # of a call: until it returns, until its answer, and the GPU's work alone
 MEMORY_BOUND = ("bias_gelu", "add_layer_norm", "gelu_layer_norm", "embedding_projection")
 
 Row = Mapping[str, Any]
@@ -23,7 +27,7 @@ Target = tuple[str, str, str, str, str, bool]  # what, ours, the best peer or li
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The whole report of a suite's JSON, also of one that has not ended."""
+    """The report of a suite's JSON, which may be of a suite that has not ended."""
     records = [(part["part"], record) for part in content["parts"] for record in part["records"]]
     lines = [f"# {content['name']}", ""]
     if content["rehearsal"]:
@@ -136,7 +140,7 @@ def _model_targets(shape: str, ours: Row, peers: Mapping[str, Row], rates: Mappi
 
 
 def _real_lengths(what: str, ours: Row, groups: Mapping[str, Mapping[str, Row]]) -> list[Target]:
-    """The time against that of the same operations at the rate of a dense batch."""
+    """Our time over that of the same number of operations at the rate of a dense batch."""
     dense = [row for g, s in groups.items() if g.endswith("/base-64x512") for row in s.values() if row["ours"]]
     if not dense:
         return []
@@ -203,7 +207,7 @@ def _rates(records: Iterable[Row]) -> dict[str, float]:
 
 
 def _figures(part: str, records: Sequence[Row], limits: Mapping[str, float]) -> list[str]:
-    """The rows of a part; `limits` are the rates that its own are a share of, in bfloat16."""
+    """The rows of a part; `limits` are the machine's rates, which rates in bfloat16 are shown as shares of."""
     body = []
     for row in records:
         if row["kind"] == "row":
@@ -238,7 +242,7 @@ def _figures(part: str, records: Sequence[Row], limits: Mapping[str, float]) -> 
 
 
 def _tiles(records: Sequence[Row]) -> list[str]:
-    """What tuned tiles gain over the default ones, and which they are."""
+    """Times with tuned tiles and with the default ones, and the tuned tiles."""
     default = {r["id"]: r["milliseconds"] for r in records if r["kind"] == "row"}
     tuned = [(r["id"], r["milliseconds"]) for r in records if r["kind"] == "tuned"]
     gains = [[name, _digits(default.get(name)), _digits(ms)] for name, ms in tuned]

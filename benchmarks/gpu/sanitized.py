@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: our CUDA kernels, and after them a few Triton ones, each call checked on the CPU.
+"""Calls our CUDA kernels and some Triton kernels under compute-sanitizer, and checks each answer on the CPU.
 
     compute-sanitizer --tool memcheck --kernel-name kns=embedding_projection python benchmarks/gpu/sanitized.py memcheck
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# The operators in CUDA; and in Triton calls whose kernels the parity tests have compiled already.
+# Operators in CUDA; and calls of Triton kernels that the parity tests have compiled already.
 CUDA = ("embedding_projection",)
 TRITON: dict[str, tuple[Any, dict[str, Any]]] = {
     "attention": (((7, 1, 13), None, 3, 26), {"dropout_p": 0.2}),
@@ -24,15 +24,15 @@ TRITON: dict[str, tuple[Any, dict[str, Any]]] = {
     "gelu_layer_norm": ((67, 312), {"act": "gelu_tanh"}),
 }
 OPERATORS = {"memcheck": (*CUDA, *TRITON), "racecheck": CUDA}  # Triton's compiler places its own barriers
-# Odd sizes, which take the ways around vectors and tiles; several tiles of either product, by FMAs and by tensor cores.
+# Odd sizes, for the code beside whole vectors and tiles; and several tiles, for the products by FMAs and by tensor cores.
 _ODD, _TILED = (7, 13, 29, 11, 17, 3), (513, 64, 96, 300, 128, 2)
 _WIDE = (131, 2100, 200, 50, 40, 2)  # rows that do not fit shared memory
 _OPTIONS: tuple[dict[str, Any], ...] = ({}, {"dropout_p": 0.2}, {"padding_idx": 0}, {"from_embeds": True})
 
 
 def cases(check: str, multiprocessors: int) -> Iterator[tuple[str, Any, dict[str, Any], str]]:
-    """(operator, shape, options, dtype) of every call, those first that the check is there for."""
-    many = (128 * multiprocessors + 5, *_TILED[1:])  # 128 tokens at a time, where a multiprocessor has so many
+    """(operator, shape, options, dtype) of every call, the CUDA operators first."""
+    many = (128 * multiprocessors + 5, *_TILED[1:])  # more than 128 tokens for each multiprocessor, the kernel's chunk
     if check == "racecheck":
         chosen = [(shape, {"dropout_p": 0.2}) for shape in (_TILED, _ODD)]
     else:
@@ -46,7 +46,7 @@ def cases(check: str, multiprocessors: int) -> Iterator[tuple[str, Any, dict[str
 
 
 def run(op: str, shape: Any, options: dict[str, Any], dtype: str, device: str) -> None:
-    """The operator and its gradients on `device`, against plain torch on the CPU; raises where they differ."""
+    """Compare the operator and its gradients on `device` with plain torch on the CPU; raises where they differ."""
     import torch
 
     from albert_fast.testing import ALL_CASES, assert_close_calibrated
@@ -89,7 +89,7 @@ def main() -> int:
     listed = list(cases(options.check, chip))
     for number, (op, shape, chosen, dtype) in enumerate(listed, 1):
         run(op, shape, chosen, dtype, options.device)
-        # Read by whoever ends this process after its time.
+        # The suite reads these lines where it ends this process after its time.
         print(f"{number} of {len(listed)} calls are right: {op} {dtype} {shape} {chosen}", flush=True)
     return 0
 

@@ -1,11 +1,11 @@
-"""One command that proves and measures everything on one GPU, in seven minutes and without a network.
+"""Builds, proves and measures everything on one GPU with one command, in seven minutes and without a network.
 
     python benchmarks/gpu/suite.py [--out DIR] [--name MACHINE] [--only PART ...] [--minutes 7]
 
-Every part is a process of its own with a limit in time; one that fails, hangs or is killed is noted and the others go on.
-OUT/NAME.json and OUT/NAME.md are written anew whenever a part has something to say, OUT/NAME.log has what it printed: a
-kill of the whole loses nothing. `--device cpu --quick` is a rehearsal on small shapes, whose figures mean nothing.
-This file needs the standard library alone, since it is what installs the package.
+Every part is a process with a limit in time; a part that fails, hangs or is killed is noted, and the others continue.
+OUT/NAME.json and OUT/NAME.md are rewritten with every new record, and OUT/NAME.log has what the parts print: a kill of the
+suite loses nothing. `--device cpu --quick` is a rehearsal on small shapes, whose figures mean nothing.
+This file uses only the standard library, since it installs the package.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gpu.processes import end
 from gpu.report import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
-# Part -> its share of the time; what one leaves over goes to those after it.
+# Part -> its share of the time; later parts get what earlier ones leave over.
 PARTS = {
     "build": 26,
     "machine": 8,
@@ -45,13 +45,13 @@ PARTS = {
     "sanitizer": 13,
     "tiles": 4,
 }
-_GRACE = 0.1  # of a part's limit: kept for what has begun when its own clock says to begin nothing more
-_AGAIN = 10.0  # seconds without which no other process goes on where one lost the GPU
+_GRACE = 0.1  # share of a part's limit that is kept for finishing what has begun
+_AGAIN = 10.0  # least seconds left for another process to continue after one lost the GPU
 
 
 @dataclass
 class Outcome:
-    """How a part ended, and what it had recorded by then."""
+    """How a part ended, and what it recorded."""
 
     part: str
     command: list[str]
@@ -62,7 +62,7 @@ class Outcome:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def read(self, path: Path) -> bool:
-        """Take over the records in `path`, of those with one key the latest; whether there are new ones."""
+        """Read the records in `path`, the latest of each key; returns whether any changed."""
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last one may still be half written
         records: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(lines):
@@ -87,11 +87,11 @@ def run_part(
 ) -> Outcome:
     """Run a part for at most `limit` seconds, together with every process that it starts.
 
-    Where a kernel breaks the GPU's context or kills the process, another one goes on with what was not begun.
+    Where a kernel breaks the GPU's context or kills the process, another process continues with what was not begun.
 
     Args:
-        command: of the seconds that it has. log: where what it prints is appended. records: the file of JSON lines that it
-            writes.
+        command: seconds left -> the command. log: the file that its output is appended to. records: the file of JSON lines
+            that it writes.
         publish: called whenever there are new records, and when the part has ended.
     """
     started = time.monotonic()
@@ -121,7 +121,7 @@ def _said(status: int, log: Path) -> str:
 
 
 def _note_end(records: Path, what: str, why: str) -> None:
-    """Add to the records that the process ended while it asked `what`, in the place of a line that it left half written."""
+    """Record that the process ended during `what`, instead of a line that it left half written."""
     lines = records.read_bytes().split(b"\n")[:-1]
     lines.append(json.dumps({"kind": "failure", "what": what, "error": f"its process ended: {why}"}).encode())
     records.write_bytes(b"\n".join(lines) + b"\n")
@@ -162,7 +162,7 @@ def _last_line(log: Path) -> str:
 
 
 class Suite:
-    """The outcomes so far, and the files that show them."""
+    """Holds the outcomes so far and writes the files that show them."""
 
     def __init__(self, out: Path, name: str, header: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)

@@ -187,7 +187,7 @@ def _require_int8(model: Any) -> None:
 
 
 def _name(parent: Path, kind: str, *libraries: str) -> str:
-    """A folder's name from what it is made of, and by which versions."""
+    """A folder's name from its parent, its kind and the versions of the libraries that make it."""
     return "-".join([parent.name, kind, *map(importlib.metadata.version, libraries)])
 
 

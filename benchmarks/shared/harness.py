@@ -1,8 +1,8 @@
 """From a question ("which side is fastest at this operator and shape?") to rows of pytest-benchmark.
 
-A `Group` is one question; its sides answer it. All selected sides of a group are measured together when the first of its
-rows runs, interleaved where a call is the question; each row then plays its own samples back to pytest-benchmark through
-`ReplayClock`, and so has its usual statistics, table and JSON without ever having been timed alone.
+A `Group` is one question; its sides are the ways to compute the answer. All selected sides of a group are measured together
+when the first of its rows runs, interleaved where a call is the question; each row then plays its own samples back to
+pytest-benchmark through `ReplayClock`, and so has its usual statistics, table and JSON without having been timed alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from albert_fast.inspect.timing import Side, interleaved, paired_ratio
 from shared import sides
 
 # Largest relative error (Frobenius norm, worst output) with which a row still counts as having computed the same thing.
-# torch's own bfloat16 gradients of a LayerNorm's vectors come to 0.034: it adds up rows in bfloat16.
+# torch's own bfloat16 gradients of a LayerNorm's vectors err by 0.034: it sums rows in bfloat16.
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-# int16 calls itself near-lossless. The error of int8 is a result to report; 0.9 is that of an answer to something else.
+# int16 is meant to be near-lossless. The error of int8 is a result to report; at 0.9 something else was computed.
 MAX_RELATIVE_ERROR_OF_INTEGERS = {sides.INT16: 5e-2, sides.INT8: 0.9, sides.FP8: 0.9}
 WRONG = "wrong"  # figure of a row whose answers are wrong
 
@@ -41,7 +41,7 @@ class Options:
 
     @property
     def pause(self) -> float:
-        """Seconds between blocks; a GPU has no threads of other engines to wait for, and a check no use for it."""
+        """Seconds between blocks, in which other engines' threads come to rest; none on a GPU and in a quick run."""
         return 0.25 if self.device.type == "cpu" and not self.quick else 0.0
 
 
@@ -51,7 +51,7 @@ class Group(Protocol):
     key: str  # "<op>/<fwd, bwd or load>/<dtype>/<shape>"
 
     def sides(self) -> Sequence[str]:
-        """All that may take part."""
+        """The names of all sides."""
 
     def why_not(self, side: str) -> str | None:
         """Why `side` cannot take part here; None where it can."""
@@ -75,7 +75,7 @@ class CallGroup(Group, Protocol):
 
     @property
     def bytes_moved(self) -> float | None:
-        """Least traffic with memory of one call, where that is what limits it."""
+        """Bytes that one call must move at least; None where memory does not limit it."""
 
     def ours(self, side: str) -> str:
         """The side of ours that `side` is compared with."""
@@ -101,7 +101,7 @@ class CallGroup(Group, Protocol):
 
 
 class Row(str):
-    """A benchmark id, `<group key>/<side>`, that knows its group."""
+    """A benchmark id, `<group key>/<side>`, with its group and side."""
 
     group: Group
     side: str
@@ -115,7 +115,7 @@ class Row(str):
 class ReplayClock:
     """A timer for pytest-benchmark on which each round lasts exactly as long as the sample that was loaded for it."""
 
-    __name__ = "interleaved"  # as which the JSON names the timer
+    __name__ = "interleaved"  # the timer's name in the JSON
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -145,7 +145,7 @@ def _measure_calls(group: CallGroup, names: Sequence[str], options: Options) -> 
     for name in names:
         try:
             built[name] = _keeping(outputs, name, group.build(name))
-        except Exception as error:  # whatever another engine raises belongs to its own row
+        except Exception as error:  # an engine's failure fails its own row only
             failures[name] = error
     samples: dict[str, list[float]] = {}
     if built:
@@ -252,7 +252,7 @@ def compare(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, f
 
 
 def _keeping(outputs: dict[str, Any], name: str, side: Side) -> Side:
-    """`side`, with its last output kept for the comparison: the very calls that are timed are the ones compared."""
+    """`side`, keeping its last output in `outputs`: the calls that are timed are the ones compared."""
 
     def call(*arguments: object) -> None:
         outputs[name] = side.call(*arguments)
@@ -271,7 +271,7 @@ def _figures(group: CallGroup, name: str, samples: Mapping[str, list[float]]) ->
 
 
 def comparison(name: str, samples: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
-    """What a row says about its neighbours in time: our side of its precision, and the fastest of its rivals."""
+    """A row's time against our side of its precision, and against the fastest of its rivals."""
     figures: dict[str, Any] = {"ours": name == ours, "precision": sides.precision(name)}
     if ours in samples:
         figures["times_ours"] = paired_ratio(samples[ours], samples[name])

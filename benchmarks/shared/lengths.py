@@ -35,7 +35,7 @@ def _imdb(folder: Path) -> list[str]:
 
 
 _TEXTS: dict[str, Callable[[Path], list[str]]] = {"sst2": _sst2, "imdb": _imdb}
-# What a batch is made of: how many texts of which source.
+# Batch -> the number of texts from each source.
 BATCHES = {"sst2-32": {"sst2": 32}, "imdb-32": {"imdb": 32}, "mixed-32": {"sst2": 24, "imdb": 8}}
 
 
@@ -57,7 +57,7 @@ def batch(name: str, vocab_size: int) -> list[list[int]]:
 
 
 def calibration(count: int, vocab_size: int) -> list[list[int]]:
-    """Ids of `count` sentences of SST-2's training split; random ids of such lengths where the texts are absent."""
+    """Ids of `count` sentences of SST-2's training split; random ids of the same lengths where the texts are absent."""
     draw = random.Random(f"{_SEED} calibration")
     if not (data_dir() / _VOCABULARY).exists():
         lengths = json.loads(COMMITTED.read_text())["batches"]["sst2-32"]
@@ -72,7 +72,7 @@ def phonemes(start: int, count: int) -> list[list[int]]:
         FileNotFoundError: the folder is not there.
     """
     symbols = json.loads((data_dir() / "plbert/vocab.json").read_text(encoding="utf-8"))["vocab"]
-    # Each of them once, so that what is measured was not calibrated on.
+    # Without repeats, so that no measured sequence was calibrated on.
     lines = list(dict.fromkeys((data_dir() / "plbert/phonemes.txt").read_text(encoding="utf-8").splitlines()))
     random.Random(f"{_SEED} phonemes").shuffle(lines)
     return [[0, *(symbols[symbol] for symbol in line), 0] for line in lines[start : start + count]]

@@ -31,18 +31,18 @@ class Model(Protocol):
 
     @property
     def name(self) -> str:
-        """As it stands in ids."""
+        """The name in ids."""
 
     @property
     def config(self) -> ALBERTConfig:
-        """Its sizes."""
+        """The model's sizes."""
 
     @property
     def state(self) -> dict[str, Tensor]:
         """The encoder's float32 state_dict, without a pooler."""
 
     def why_not(self) -> str | None:
-        """Why it is not here; None where it is."""
+        """Why the model is missing here; None where it is present."""
 
     def rows(self, batch: str) -> Rows:
         """Token ids of every sequence of a batch."""
@@ -53,7 +53,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class RandomModel:
-    """Every parameter is drawn, biases and LayerNorms too, so that an engine which dropped one would be found out."""
+    """A model whose every parameter is random, biases and LayerNorms too: an engine that drops one is found out."""
 
     name: str
     config: ALBERTConfig
@@ -61,7 +61,7 @@ class RandomModel:
     @cached_property
     def state(self) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same weights in every run, for files are kept under their digest
+            torch.manual_seed(0)  # the same weights in every run: files are kept under their digest
             state = reference.ALBERTModel(self.config, add_pooling_layer=False).state_dict()
             return {key: t + 0.02 * torch.randn(t.shape) for key, t in state.items()}
 
@@ -84,7 +84,7 @@ class RandomModel:
 
 @dataclass(frozen=True)
 class PLBERT:
-    """The trained phoneme encoder in the folder of data; `layers` cuts it short, for its layers share their weights."""
+    """The trained phoneme encoder in the folder of data; `layers` limits its depth, since its layers share their weights."""
 
     name: str = "plbert"
     layers: int | None = None
@@ -115,4 +115,4 @@ class PLBERT:
         return lengths.phonemes(_MEASURED, count)
 
 
-_MEASURED = 64  # of the shuffled phoneme sequences, those that batches may be made of
+_MEASURED = 64  # the first of the shuffled phoneme sequences, which batches are made of; later ones calibrate

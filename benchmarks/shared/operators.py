@@ -60,7 +60,7 @@ class OperatorGroup(CallGroup):
 
     @property
     def operations(self) -> float:
-        """What the direction needs; what a kernel recomputes beyond that is its own affair."""
+        """Operations that the direction needs; what a kernel recomputes does not count."""
         count = self.case.backward_operations if self.backward else self.case.operations
         return float(count(self.inputs))
 
@@ -80,7 +80,7 @@ class OperatorGroup(CallGroup):
         return self.backend
 
     def allowed(self, side: str) -> float:
-        """Where roundings to integers may go either way, a case's slack is for few layers and these are twelve."""
+        """The largest relative error; a case's slack for roundings to integers is for few layers, and these are twelve."""
         return allowed_error(side, self.dtype) + 4 * self.case.slack(self.inputs)
 
     def build(self, side: str) -> Side:
@@ -113,7 +113,7 @@ class OperatorGroup(CallGroup):
             return Side(torch.inference_mode()(lambda: function(**inputs)))
         leaves = {name: t.detach().requires_grad_() for name, t in differentiated.items()}
         cotangent = self.cotangent()
-        # Every call has a graph of its own: one that is kept for a second call may not reuse its memory.
+        # Every call builds its own graph: a graph that is kept for a second call may not reuse its memory.
         return Side(
             lambda output: torch.autograd.grad(output, tuple(leaves.values()), cotangent.to(output.dtype)),
             lambda: function(**{**inputs, **leaves}),
@@ -140,7 +140,7 @@ def operator_groups(
     """Every group of `op`: its largest shape (--long: all, --quick: the smallest), each dtype and direction.
 
     Args:
-        shape_name: a shape as it stands in the id.
+        shape_name: shape -> its name in ids.
         eager: plain torch at its best for these shapes, where that is not the OpCase's.
     """
     case = ALL_CASES[op]

@@ -34,7 +34,7 @@ _CALIBRATION, _CALIBRATION_QUICK = 128, 8  # sequences
 
 
 def why_not(side: str, model: Model) -> str | None:
-    """Why `side` cannot take part on this machine; None where it can."""
+    """Why `side` cannot run on this machine; None where it can."""
     needs = _NEEDS.get(sides.engine(side), ())
     if sides.engine(side) == "openvino" and sides.precision(side) == sides.INT8:
         needs = (*needs, "nncf")
@@ -68,7 +68,7 @@ class Peers:
         return Batch.of(self.model.rows(name), self.config.pad_token_id or 0, self.device)
 
     def files(self, side: str) -> tuple[Path, ...]:
-        """What `side` reads; of ONNX Runtime's graphs that as exported and the fused one, or the one it asks for.
+        """The files that `side` reads; for ONNX Runtime the exported graph and the fused one, or only the one it asks for.
 
         The fused one merges query, key and value, but holds a copy of the shared layer's weights for every layer.
         """
@@ -85,13 +85,13 @@ class Peers:
         return (self._checkpoint,)
 
     def bind(self, side: str, batch: Batch) -> engines.Call:
-        """`side` with `batch` as its input, ready to be called again and again; of several files the fastest.
+        """A call of `side` on `batch`, which may be repeated; of several files the fastest is taken.
 
         Raises:
             Whatever the engine raises where it cannot load the model.
         """
         parts = [part for _, part in batch.by_length()] if "sorted" in sides.options(side) else None
-        # Sub-batches have other lengths every time, so nobody compiles for them.
+        # Sub-batches have new lengths every time, so a user would not compile for them.
         rows, columns = batch.ids.shape
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
         shape, dense = None if parts else (rows, columns), min(batch.lengths) == columns
@@ -114,7 +114,7 @@ class Peers:
         return artifacts.checkpoint(self.config, self.model.state)
 
     def _integers(self, precision: str) -> Path:
-        """Our own integers, rounded anew in every run: by the code that is measured, whatever version it calls itself."""
+        """Our own integers, rounded again in every run, so that they come from the code that is measured."""
         folder = Path(self._scratch.name) / precision
         if not folder.exists():
             model = ALBERTModel.from_pretrained(

@@ -78,7 +78,7 @@ def _plot(
 
 
 def _height(group: Sequence[Record]) -> float:
-    """In bars."""
+    """A panel's height in bars."""
     return len(group) + _GAP * (len({record.precision for record in group}) - 1)
 
 
@@ -106,7 +106,7 @@ def _length(record: Record, part: Sequence[Record], group: Sequence[Record]) -> 
     """The side's time over ours in floats, by the paired ratios of the rows where the run has them."""
     ours = next((other for other in part if other.ours), None)
     floats = next((other for other in group if other.ours and other.precision == FLOAT), None)
-    if ours is None or floats is None:  # nothing of ours to compare with: the medians themselves
+    if ours is None or floats is None:  # without ours to compare with: the medians themselves
         return record.milliseconds
     own = ours.figures.get("ratio_to_own_float") or floats.milliseconds / ours.milliseconds
     return float(record.figures.get("times_ours") or record.milliseconds / ours.milliseconds) / own

@@ -1,4 +1,4 @@
-"""The rows of a run as they are read back from its JSON, and figures as they are printed."""
+"""Reads the rows of a run from its JSON, and formats figures."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Record:
 
     @property
     def label(self) -> str:
-        """The side; an operator's is named after its backend, which is ours too."""
+        """The side's name in plots: our backends of operators are albert_fast."""
         return self.side if not self.ours or self.side.startswith(FAST) else FAST
 
     @property
     def precision(self) -> str:
-        return str(self.figures.get("precision", FLOAT))  # runs before there was another do not name it
+        return str(self.figures.get("precision", FLOAT))  # older runs, all of floats, do not name it
 
     @property
     def right(self) -> bool:

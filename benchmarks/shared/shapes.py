@@ -1,4 +1,4 @@
-"""What the models are measured on: dense batches, and batches of real length; and which sides run on which.
+"""Defines the batches that models are measured on, dense and of real lengths, and the sides that run on each.
 
 The longest batches take ten seconds a call where padding is computed, so fewer sides run on them.
 """
@@ -19,7 +19,7 @@ OURS = (FAST, f"{FAST}-{INT16}", f"{FAST}-{INT8}")
 # The usual ways to run the model in PyTorch.
 _TORCH = (FAST, "reference", "hf-eager", "hf-sdpa", "hf-compile")
 _TORCH_PADDED = (FAST, "hf-sdpa", "hf-compile")
-# Peers on CPUs, without the one that compiles for a minute, and what each engine can do about padding.
+# Peers on CPUs (hf-compile, which compiles for a minute, is added below), and sides that sort and split the batch.
 _ENGINES = ("hf-sdpa", "onnxruntime", "openvino", "onnxruntime-int8", "openvino-int8")
 _SORTED = ("onnxruntime-sorted", "openvino-sorted", "onnxruntime-int8-sorted", "openvino-int8-sorted")
 _PEERS = (*OURS, "hf-compile", *_ENGINES)
@@ -32,7 +32,7 @@ LOAD_BATCH, LOAD_SIDES_QUICK = "8x128", tuple(side for side in LOAD_SIDES if sid
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch by name, the sides that run on it, how many calls warm it up, and of which model (see models.py) it is."""
+    """A batch's name, the sides that run on it, the number of warm-up calls, and the model (see models.py)."""
 
     name: str
     sides: tuple[str, ...]

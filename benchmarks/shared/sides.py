@@ -1,4 +1,4 @@
-"""What a side's name says: `<engine>-<option>-...`, as in hf-sdpa, albert_fast-int8 or openvino-int8-sorted.
+"""Reads a side's name, `<engine>-<option>-...`, as in hf-sdpa, albert_fast-int8 or openvino-int8-sorted.
 
 A side without int16, int8 or fp8 in its name computes with floats. What a figure means depends on that alone, so it is
 read from the name in one place.
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 FAST = "albert_fast"
 FLOAT, INT16, INT8, FP8 = "float", "int16", "int8", "fp8"
 PRECISIONS = (FLOAT, INT16, INT8, FP8)
-# CUDA graphs on a batch of any size that they take, not on small ones alone.
+# CUDA graphs on batches of every size that they take, not only on small ones.
 GRAPHS = "graphs"
-# The numbers of the GPU's kernels, computed by the reference on a CPU.
+# The GPU kernels' arithmetic, computed by the reference on a CPU.
 EMULATED = "emulated"
 
 
 def options(side: str) -> tuple[str, ...]:
-    """What follows the engine: ("int8", "sorted") of openvino-int8-sorted."""
+    """The options after the engine: ("int8", "sorted") of openvino-int8-sorted."""
     return tuple(side.split("-")[1:])
 
 
@@ -37,7 +37,7 @@ def ours(side: str) -> str:
 
 
 def rivals(side: str, names: Sequence[str]) -> list[str]:
-    """Those of `names` that `side` is held against: its own precision; no engine has int16, so there the others' floats.
+    """Those of `names` that `side` is compared with: its own precision; for int16, which no engine has, the others' floats.
 
     Ours with and without CUDA graphs are not each other's.
     """
