@@ -1,6 +1,6 @@
 """Builds `albert_fast._C` from csrc/ with a C++ compiler, pybind11 and, where nvcc is found, CUDA; never with torch.
 
-ALBERT_FAST_BUILD says what to build; everything else about the package stands in pyproject.toml.
+ALBERT_FAST_BUILD says what to build; pyproject.toml says everything else about the package.
 
 | value | what is built | what happens where it cannot be |
 |---|---|---|
@@ -10,7 +10,8 @@ ALBERT_FAST_BUILD says what to build; everything else about the package stands i
 | off | nothing: Python and Triton alone | |
 
 A compiler that works but fails on our sources is an error in every mode. CXX (or CC), CXXFLAGS, LDFLAGS, CUDA_HOME,
-NVCC_APPEND_FLAGS and MAX_JOBS are obeyed.
+NVCC_APPEND_FLAGS and MAX_JOBS are obeyed. ALBERT_FAST_BUILD_ISAS ("portable avx2") limits the instruction sets that the C++
+kernels are compiled for, which otherwise are all that the compiler knows.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ CSRC = Path("csrc")
 OBJECTS = ROOT / "build" / "objects"  # setuptools' own build_temp is thrown away after an editable install
 MODES = ("auto", "cpu", "cuda", "off")
 
-# Each csrc/cpu/*.cpp is compiled once per row (but see ISA_SOURCES); csrc/bindings.cpp asks the CPU at run time which of
-# them to call. Portable stays first: templates of the standard library appear in every object and the linker keeps the
-# first copy it meets, which must not be one that needs AVX-512.
+# Each csrc/cpu/*.cpp is compiled once per row (but see ISA_SOURCES); csrc/bindings.cpp chooses among them at run time.
+# Portable stays first: templates of the standard library appear in every object and the linker keeps the first copy, which
+# must not need AVX-512.
 ISA_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -158,7 +159,9 @@ def add_cpu_features(tools: Toolchain) -> None:
         print("albert_fast: this compiler has no OpenMP; the C++ kernels will run on one thread", file=sys.stderr)
     if run([*tools.cxx, "-dumpmachine"]).startswith(("x86_64", "amd64")):
         simd = "#include <immintrin.h>\n__m256i zero() { return _mm256_setzero_si256(); }\n"
-        tools.isas += [isa for isa, extra in ISA_FLAGS.items() if extra and not compiles([*base, *extra], simd, ".cpp")]
+        wanted = os.environ.get("ALBERT_FAST_BUILD_ISAS", "").split() or list(ISA_FLAGS)
+        extras = {isa: ISA_FLAGS[isa] for isa in ISA_FLAGS if isa in wanted and isa != "portable"}
+        tools.isas += [isa for isa, extra in extras.items() if not compiles([*base, *extra], simd, ".cpp")]
 
 
 def add_cuda(tools: Toolchain) -> None:

@@ -1,4 +1,4 @@
-"""What `from albert_fast import ALBERTModel` costs beyond `import torch`: medians of interleaved fresh processes."""
+"""Measures how much longer `from albert_fast import ALBERTModel` takes than `import torch`, in fresh, interleaved processes."""
 
 from __future__ import annotations
 

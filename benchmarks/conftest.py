@@ -12,8 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # the modules beside this one import each other by their plain names
 
-from harness import Options, ReplayClock, Result, Row
 from report import row_table
+from shared.harness import Options, ReplayClock, Result, Row
 
 _CLOCK = ReplayClock()
 _RECORDS = pytest.StashKey[list[dict[str, Any]]]()
@@ -81,7 +81,9 @@ def _measured(request: pytest.FixtureRequest) -> Callable[[Row], Result | Except
         if key not in results:
             try:
                 results[key] = row.group.measure(selected[key], options)
-            except Exception as error:  # of the inputs or the expected answer: no row of the group can be measured
+            except (
+                Exception
+            ) as error:  # making the inputs or the expected answer failed, so no row of the group can be measured
                 results[key] = dict.fromkeys(selected[key], error)
         return results[key][row.side]
 

@@ -1,11 +1,11 @@
-"""Hashes of what the models compute on a CPU: equal hashes of two commits mean equal bits.
+"""Prints hashes of what the models compute on a CPU: equal hashes of two commits mean equal bits.
 
     python benchmarks/output_hashes.py > before.txt      # in one checkout
     python benchmarks/output_hashes.py > after.txt       # in another, on the same machine
     diff before.txt after.txt
 
 Each line is a case and the SHA-256 of its output. A case is an ALBERT of random weights that depend on their names alone, in
-a precision, on a batch with padding, and, where the data folder is found, the real encoder that lies there. Gradients of a
+a precision, on a batch with padding, and, where the data folder is found, the real encoder in it. Gradients of a
 training step, with dropout, are hashed too. Hashes differ between machines: instruction sets sum in different orders.
 """
 
@@ -24,10 +24,17 @@ from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassi
 
 CONFIGS = {
     "small": {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 160, "num_hidden_layers": 3},
-    "groups": {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 130, "num_hidden_layers": 4,
-               "num_hidden_groups": 2, "inner_group_num": 2, "hidden_act": "gelu"},
+    "groups": {
+        "hidden_size": 96,
+        "num_attention_heads": 3,
+        "intermediate_size": 130,
+        "num_hidden_layers": 4,
+        "num_hidden_groups": 2,
+        "inner_group_num": 2,
+        "hidden_act": "gelu",
+    },
     "base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 2},
-}  # fmt: skip
+}
 PRECISIONS = ("fp32", "bf16", "fp16", "int16", "int8")
 LENGTHS = ([16], [1, 13, 7, 40], [5, 0, 31])
 

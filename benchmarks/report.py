@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import plot_model, plot_operators
-from records import Record, digits, grouped, of_precision, ratio_text
+from shared.plots import plot_model, plot_operators
+from shared.records import Record, digits, grouped, of_precision, ratio_text
 from tabulate import tabulate
 
 
@@ -34,6 +34,8 @@ def row_table(extra_infos: Iterable[Mapping[str, Any]]) -> str:
     for figures in extra_infos:
         errors = [f"{figures[name]:.1e}" for name in ("relative_error", "max_abs_error")]
         best = [ratio_text(figures.get("ratio_to_best_other")), figures.get("best_other", "")]
+        if figures.get("wrong"):
+            best[1] = "none: its answers are wrong"
         own = ratio_text(figures.get("ratio_to_own_float"))
         speeds = [figures["milliseconds"], figures.get("gflops"), figures.get("gbytes_per_second")]
         body.append([figures["id"], *map(digits, speeds), *best, own, *errors])
@@ -45,7 +47,7 @@ def model_table(groups: Sequence[Sequence[Record]]) -> str:
     sides = list(dict.fromkeys(record.side for group in groups for record in group))
     body = []
     for group in groups:
-        times = {record.side: digits(record.milliseconds) for record in group}
+        times = {r.side: digits(r.milliseconds) if r.right else "wrong answers" for r in group}
         ours = next((record for record in group if record.ours), None)
         figures = ours.figures if ours else {}
         ratio = ratio_text(figures.get("ratio_to_best_other"))

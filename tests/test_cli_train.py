@@ -95,7 +95,8 @@ def test_a_second_train_fails_at_once_and_writes_nothing(labelled: Path, tmp_pat
 def test_two_processes_train_into_one_folder(labelled: Path, tmp_path: Path) -> None:
     """One of them fails; what is there is all of the other's."""
     folder = tmp_path / "model"
-    processes = [start("train", labelled, folder, "--epochs", 2, "--vocab-size", size, *SMALL) for size in (32, 34)]
+    # 31 and 32 pieces: the text gives 31 to 33.
+    processes = [start("train", labelled, folder, "--epochs", 2, "--vocab-size", size, *SMALL) for size in (31, 32)]
     said = [process.communicate(timeout=300)[1] for process in processes]
     codes = [process.returncode for process in processes]
     assert sorted(codes) == [0, 1], said
@@ -103,7 +104,7 @@ def test_two_processes_train_into_one_folder(labelled: Path, tmp_path: Path) -> 
     assert "another run is writing there" in loser or "holds a model or an unfinished run" in loser
     config = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    assert config["vocab_size"] == len(tokenizer["model"]["vocab"]) == (32, 34)[codes.index(0)]
+    assert config["vocab_size"] == len(tokenizer["model"]["vocab"]) == (31, 32)[codes.index(0)]
     run("evaluate", labelled, "-m", folder)
 
 

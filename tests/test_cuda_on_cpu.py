@@ -48,7 +48,7 @@ pytestmark = pytest.mark.skipif(
 def library(tmp_path_factory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("cuda")
     for name in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"):
-        (folder / name).touch()  # what they declare stands in cuda_on_cpu.h
+        (folder / name).touch()  # cuda_on_cpu.h declares what these headers would
     library = folder / "kernels.so"
     command = [str(COMPILER), "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-Wl,-Bsymbolic"]
     # Checked, longjmp would refuse to go from one stack to another.
@@ -71,21 +71,32 @@ def guarded(x: Tensor, margin: int = 64) -> Tensor:
 def make_inputs(dtype: torch.dtype, tokens: int, width: int, hidden: int, margin: int = 64) -> dict[str, Tensor]:
     vocabulary, types, positions = 50, 2, 40
     floats = {
-        "word": torch.randn(vocabulary, width), "token_type": torch.randn(types, width),
-        "position": torch.randn(positions, width), "ln_weight": torch.randn(width), "ln_bias": torch.randn(width),
-        "proj_weight": torch.randn(hidden, width) / width**0.5, "proj_bias": torch.randn(hidden),
-    }  # fmt: skip
+        "word": torch.randn(vocabulary, width),
+        "token_type": torch.randn(types, width),
+        "position": torch.randn(positions, width),
+        "ln_weight": torch.randn(width),
+        "ln_bias": torch.randn(width),
+        "proj_weight": torch.randn(hidden, width) / width**0.5,
+        "proj_bias": torch.randn(hidden),
+    }
     ids = {
-        "ids": torch.randint(vocabulary, (tokens,)), "types": torch.randint(types, (tokens,)),
+        "ids": torch.randint(vocabulary, (tokens,)),
+        "types": torch.randint(types, (tokens,)),
         "positions": torch.randint(positions, (tokens,)),
-    }  # fmt: skip
+    }
     return {name: guarded(x.to(dtype), margin) for name, x in floats.items()} | {n: guarded(x) for n, x in ids.items()}
 
 
 def run(
-    library: ctypes.CDLL, x: dict[str, Tensor], dropout_p: float = 0.0, seed: int = 0, order: int = FORWARDS,
-    shared_bytes: int = H100, multiprocessors: int = 2, margin: int = 64,
-) -> tuple[Tensor, int, tuple[int, int, int]]:  # fmt: skip
+    library: ctypes.CDLL,
+    x: dict[str, Tensor],
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    order: int = FORWARDS,
+    shared_bytes: int = H100,
+    multiprocessors: int = 2,
+    margin: int = 64,
+) -> tuple[Tensor, int, tuple[int, int, int]]:
     """out, first_bad and (blocks of tokens, blocks of columns, bytes of shared memory) of the launch."""
     tokens, (hidden, width) = len(x["types"]), x["proj_weight"].shape
     out = guarded(torch.full((tokens, hidden), float("nan"), dtype=x["word"].dtype), margin)
@@ -98,9 +109,13 @@ def run(
     sizes = (tokens, width, hidden, len(x["word"]), len(x["token_type"]), len(x["position"]))
     status = library.embedding_projection_fwd_cuda(
         *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (*pointers, out, first_bad)),
-        *map(ctypes.c_int64, sizes), ctypes.c_double(EPS), ctypes.c_double(dropout_p), ctypes.c_int64(seed),
-        CODES[out.dtype], None,
-    )  # fmt: skip
+        *map(ctypes.c_int64, sizes),
+        ctypes.c_double(EPS),
+        ctypes.c_double(dropout_p),
+        ctypes.c_int64(seed),
+        CODES[out.dtype],
+        None,
+    )
     assert status == 0
     assert all((edge == 7.0).all() for edge in margins), "wrote outside of out"
     launch = (ctypes.c_int64 * 3)()
@@ -109,9 +124,12 @@ def run(
 
 
 def expected(
-    x: dict[str, Tensor], dropout_p: float = 0.0, seed: int = 0, sums: torch.dtype = torch.float64,
+    x: dict[str, Tensor],
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    sums: torch.dtype = torch.float64,
     product: torch.dtype = torch.float64,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The operator with sums in one dtype and the normalised rows rounded to another before the product."""
     f = {name: x[name].to(sums) for name in WEIGHTS}
     z = (f["word"][x["ids"]] if "ids" in x else f["word"]) + f["token_type"][x["types"]] + f["position"][x["positions"]]
@@ -297,10 +315,8 @@ GRADIENTS = ("dinputs", "dword", "dtype_table", "dposition", "dln_weight", "dln_
 
 def backward(inputs: dict, grad: Tensor) -> dict[str, Tensor]:
     """Every gradient of the operator, with memory outside of each tensor watched."""
-    names = (
-        "input_ids", "inputs_embeds", "token_type_ids", "position_ids", "word", "token_type", "position", "ln_weight",
-        "ln_bias", "proj_weight", "eps", "padding_idx", "dropout_p", "seed",
-    )  # fmt: skip
+    names = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "word", "token_type", "position")
+    names += ("ln_weight", "ln_bias", "proj_weight", "eps", "padding_idx", "dropout_p", "seed")
     given = [inputs.get(name) for name in names]
     given = [guarded(x) if isinstance(x, Tensor) and x.dim() else x for x in given]
     buffers: list[tuple[Tensor, int]] = []

@@ -12,9 +12,16 @@ import albert_fast
 from albert_fast import ALBERTConfig
 
 CONFIG = ALBERTConfig(
-    vocab_size=301, embedding_size=64, hidden_size=192, num_attention_heads=3, intermediate_size=384,
-    num_hidden_layers=3, max_position_embeddings=64, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-)  # fmt: skip
+    vocab_size=301,
+    embedding_size=64,
+    hidden_size=192,
+    num_attention_heads=3,
+    intermediate_size=384,
+    num_hidden_layers=3,
+    max_position_embeddings=64,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+)
 LAYER = {"embedding_projection_fwd", "attention_fwd", "linear_gelu_fwd", "add_layer_norm_fwd"}
 
 

@@ -39,13 +39,13 @@ CONFIGS = {
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 MASKS = ["none", "right", "left", "holes", "empty row"]
 ROWS, COLUMNS = 4, 37
-# Mask kinds are gone through on the smaller models.
+# Every kind of mask on the smaller models, one each on the larger.
 GRID = [(size, kind) for size in ("small", "odd") for kind in MASKS] + [
     ("base", "right"),
     ("base", "none"),
     ("large", "holes"),
 ]
-# Of every operator with a kernel for GPUs: enough rows that a program walks over many tiles, none of them a whole number.
+# Every operator with a kernel for GPUs: so many rows that a program walks over many tiles, and never a whole number of tiles.
 TOKENS, LENGTHS = (4099, (512, 509, 1, 128, 31, 512, 77)) if ON_GPU else (41, (17, 1, 23))
 REAL_SHAPES = {
     "embedding_projection": (TOKENS, 128, 768, 30000, 512, 2),
@@ -206,7 +206,7 @@ def test_every_head_s_loss_logits_and_gradients(name, mask_kind, dtype):
     logits_err = 0.0
     for key in OUTPUTS[name]:
         answers = [getattr(output, key).detach().cpu().double() for output in outputs]
-        # At padding the lowest number of the dtype stands in question answering.
+        # Question answering has the dtype's lowest number at padding.
         exact_answer, same_answer, fast_answer = (a.masked_fill(a < -1e30, 0.0) for a in answers)
         assert_close_calibrated(fast_answer.to(dtype), same_answer, exact_answer, key)
         logits_err = max(logits_err, largest_error(same_answer, exact_answer))
@@ -339,7 +339,7 @@ def test_a_step_under_autocast_with_a_grad_scaler():
 
 
 def until_reported(fast, wrong, right, mask):
-    """A GPU tells of a bad id at the latest in the next call, or where it is waited for."""
+    """A bad id on a GPU is reported at the latest by the next call, or when the program waits for the GPU."""
     fast(wrong, mask)
     albert_fast.synchronize()
     fast(right, mask)

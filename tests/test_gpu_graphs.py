@@ -22,9 +22,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 DEVICE = torch.device("cuda", 0)
 ROWS, COLUMNS = 4, 37
 CONFIG = ALBERTConfig(
-    vocab_size=301, embedding_size=64, hidden_size=192, num_attention_heads=3, intermediate_size=384, num_hidden_layers=3,
+    vocab_size=301,
+    embedding_size=64,
+    hidden_size=192,
+    num_attention_heads=3,
+    intermediate_size=384,
+    num_hidden_layers=3,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 
 
 def encoder(kind=ALBERTModel, dtype=torch.float32):
@@ -248,7 +253,7 @@ def test_a_caller_s_own_graph_holds_the_model_and_stays_in_bounds():
         assert_same(result, expected)
         given[1, 2] = 10**9
         graph.replay()
-        albert_fast.synchronize()  # nobody is told
+        albert_fast.synchronize()  # raises nothing
         given.copy_(ids)
         graph.replay()
         assert_same(result, expected)

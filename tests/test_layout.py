@@ -1,4 +1,4 @@
-"""The laws of the repository: an operator has all of its parts, layers import downwards only, files stay short."""
+"""The laws of the repository: operators are complete, files are on floors and import from below, files are short."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def pyproject() -> dict:
 @pytest.mark.parametrize("op", OPERATORS)
 def test_operator_has_all_of_its_parts(op):
     backends = {backend for choices in dispatch.TABLE[op].values() for backend in choices}
-    wanted = [f"albert_fast/ops/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
+    wanted = [f"albert_fast/ops/{op}.py", f"tests/test_{op}.py", f"benchmarks/shared/bench_{op}.py"]
     folders = {"cpp": "csrc/cpu/{}.cpp", "cuda": "csrc/cuda/{}.cu", "triton": "kernels/{}.py"}
     borrowed = {"reference", "cpp"} if op in WITHOUT_CPP_SOURCE else {"reference"}
     wanted += [folders[backend].format(op) for backend in sorted(backends - borrowed)]
@@ -125,66 +125,93 @@ def test_kernels_import_torch_and_triton_alone():
             assert allowed or name.partition(".")[0] in sys.stdlib_module_names, f"{path}: {name}"
 
 
-ABOVE = {"training", "commands", "cli", "testing"}
-BELOW = {"kernels", "_C"}  # reached through ops alone
-# layer -> the parts of albert_fast that it may not import
-TOP = {"modeling", "fast_model", "graphs", "capture", "encoder", "heads", "reference", "pretrained", "weights", "tokenization",
-       "plan", "info"}  # fmt: skip
-APART = {
-    "dispatch.py": ABOVE | TOP | {"ops", "kernels", "packing", "gemm"},
-    "registration.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch"},
-    "derived.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
-    "operands.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
-    "gemm.py": ABOVE | BELOW | TOP | {"ops", "packing"},
-    "unused_gradients.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
-    "packing.py": ABOVE | BELOW | TOP | {"ops", "gemm"},
-    "locking.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "config"},
-    "line_reader.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "text_files"},
-    "text_files.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
-    "losses.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm"},
-    "config.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
-    "weights.py": ABOVE
-    | BELOW
-    | {"ops", "packing", "gemm", "dispatch", "pretrained", "modeling", "encoder", "heads", "reference", "tokenization"},
-    "_hub.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "config"},
-    "sentence_modules.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "config"},
-    "config_attributes.py": ABOVE | BELOW | (TOP - {"weights"}) | {"ops", "packing", "gemm", "dispatch"},
-    "load_arguments.py": ABOVE | BELOW | (TOP - {"weights"}) | {"ops", "packing", "gemm", "dispatch"},
-    "model_methods.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch"},
-    "head_model.py": ABOVE | BELOW | {"heads", "reference", "tokenization"},
-    "pretrained.py": ABOVE
-    | BELOW
-    | {"ops", "packing", "gemm", "modeling", "encoder", "heads", "reference", "tokenization"},
-    "files.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration", "config"},
-    "_config_checks.py": ABOVE | BELOW | TOP | {"ops", "packing", "gemm", "dispatch", "registration"},
-    "calibration.py": ABOVE | BELOW | {"graphs", "fast_model", "heads", "reference", "tokenization", "weights"},
-    "quantized_checkpoint.py": ABOVE | BELOW | {"ops", "packing", "gemm", "dispatch", "reference"},
-    "quantization.py": ABOVE | BELOW | TOP | {"packing", "gemm", "dispatch"},
-    "plan.py": ABOVE | BELOW | {"reference", "tokenization", "weights"},
-    "info.py": ABOVE | BELOW | {"ops", "modeling", "encoder", "heads", "reference", "tokenization", "weights"},
-    "ops": ABOVE | TOP,
-    "capture.py": ABOVE | BELOW | {"graphs", "fast_model", "encoder", "heads", "reference", "tokenization"},
-    "graphs.py": ABOVE | BELOW | {"fast_model", "heads", "reference", "tokenization"},
-    "fast_model.py": ABOVE | BELOW | {"heads", "reference", "tokenization"},
-    "modeling.py": ABOVE | BELOW | {"heads", "reference", "tokenization"},
-    "encoder.py": ABOVE | BELOW | {"reference", "tokenization"},
-    "heads.py": ABOVE | BELOW | {"reference", "tokenization"},
-    "reference.py": ABOVE | BELOW | {"ops", "modeling", "encoder", "heads"},
-    "tokenization.py": ABOVE | BELOW | {"ops", "modeling", "encoder", "heads"},
-    "training": BELOW | {"ops", "registration", "commands", "cli"},
-    "commands": BELOW | {"ops", "registration"},
+# Folder of the package -> its floor. A file imports from floors below its own and from its own folder, and nothing else of
+# the package. `_C` is the extension. Floor 8 is kept for serving.
+FLOORS = {
+    "_C": 0,
+    "kernels": 0,
+    "runtime": 1,
+    "ops": 2,
+    "layers": 3,
+    "text": 3,
+    "checkpoints": 4,
+    "execution": 4,
+    "quantization": 4,
+    "models": 5,
+    "inspect": 6,
+    "tasks": 7,
+    "training": 7,
+    "commands": 9,
+    "cli": 9,
 }
+# Files at the top that give users the names of the rooms: no file of the package imports them.
+DOORS = {"info", "tokenization", "reference", "config", "weights", "dispatch"}
+# Every file at the top of the package; `albert_fast` is its __init__.py, from which only the version may be imported.
+TOP_FILES = DOORS | {"cli", "albert_fast"}
+BESIDE = "testing"  # on no floor: only tests and benchmarks import it
 
 
-@pytest.mark.parametrize("layer", sorted(APART))
-def test_layers_import_downwards(layer):
-    place = ROOT / "albert_fast" / layer
-    forbidden = {f"albert_fast.{part}" for part in APART[layer]}
-    files = [place] if place.is_file() else sorted(place.rglob("*.py"))
-    assert files, f"{place} is gone: move its rule along with it"
-    for path in files:
-        for name, _ in imports(path):
-            assert not within(name, forbidden), f"{path}: {name}"
+def package_imports(path: Path, modules: set[str]) -> Iterator[str]:
+    """The modules of the package that a file imports, late and for types too. The version may come from the root."""
+    for name, _ in imports(path):
+        if within(name, {"albert_fast"}) and name != "albert_fast.__version__":
+            # the last part of `from .stack import LayerStack` is no module
+            yield name if name in modules or name == "albert_fast._C" else name.rpartition(".")[0]
+
+
+def package_modules() -> dict[str, Path]:
+    return {module_name(path): path for path in python_files(*PACKAGE_FOLDERS)}
+
+
+def room_of(module: str) -> str:
+    """The folder of a module, or the name of a file at the top."""
+    return module.split(".")[1] if "." in module else module
+
+
+def test_every_file_of_the_package_is_in_a_room():
+    rooms = {room_of(module) for module in package_modules()}
+    assert rooms == set(FLOORS) - {"_C"} | TOP_FILES | {BESIDE}
+
+
+def test_files_import_from_floors_below():
+    modules = package_modules()
+    wrong = set()
+    for module, path in modules.items():
+        room = room_of(module)
+        if room in DOORS or room in (BESIDE, "albert_fast"):
+            continue
+        for name in package_imports(path, set(modules)):
+            target = room_of(name)
+            if target != room and FLOORS.get(target, len(FLOORS)) >= FLOORS[room]:
+                wrong.add(f"{module} imports {name}")
+    assert sorted(wrong) == []
+
+
+def test_no_file_imports_itself_in_a_circle():
+    modules = package_modules()
+    graph = {module: set(package_imports(path, set(modules))) & set(modules) for module, path in modules.items()}
+    done: set[str] = set()
+    circles: list[str] = []
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        if module in way:
+            circles.append(" -> ".join([*way[way.index(module) :], module]))
+        elif module not in done:
+            for target in sorted(graph[module]):
+                visit(target, (*way, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+    assert circles == []
+
+
+def test_only_operators_import_kernels():
+    modules = package_modules()
+    for module, path in modules.items():
+        if room_of(module) not in ("kernels", "ops", BESIDE):
+            wanted = {name for name in package_imports(path, set(modules)) if room_of(name) in ("kernels", "_C")}
+            assert wanted == set(), f"{module} imports {wanted}: ops/ is the way to kernels"
 
 
 def test_only_torch_numpy_and_safetensors_load_with_the_package():
@@ -233,9 +260,10 @@ def test_files_stay_short():
     assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
-def test_pyproject_lists_every_package():
+def test_pyproject_lists_every_package_that_users_need():
     folders = {path.parent for path in python_files(*PACKAGE_FOLDERS)}
     found = sorted(module_name(folder / "__init__.py") for folder in folders)
+    found = [name for name in found if not within(name, {f"albert_fast.{BESIDE}"})]
     assert pyproject()["tool"]["setuptools"]["packages"] == found
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 

@@ -189,7 +189,8 @@ def test_an_unknown_argument_is_named():
 @pytest.mark.parametrize("name", ["ALBERTModel", "ALBERTForMaskedLM", "ALBERTForSequenceClassification"])
 def test_compiled_as_one_graph(name):
     _, fast = pair(name, num_hidden_layers=2)
-    compiled = torch.compile(fast, fullgraph=True)
+    # Machine code for one of them: heads are traced alike, and without labels add no operators of ours.
+    compiled = torch.compile(fast, fullgraph=True, backend="inductor" if name == "ALBERTModel" else "aot_eager")
     for rows, columns in ((2, 9), (3, 14)):
         ids, mask = torch.randint(1, 61, (rows, columns)), torch.ones(rows, columns, dtype=torch.long)
         mask[0, 4:] = 0
