@@ -62,7 +62,7 @@ def test_wrong_tensors(module: ModuleType, change: dict[str, Any], message: str,
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     other = {key: torch.full_like(t, 9.0) if t.is_floating_point() else t for key, t in state.items()}
     with pytest.raises(ValueError, match="checkpoint: "):
-        weights.load_into(model, weights.rename_old_names(other))
+        weights.load_into(model, weights.rename_old_names(other, model.family), model.family)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
@@ -72,11 +72,11 @@ def test_all_problems_are_listed() -> None:
     with pytest.raises(
         ValueError, match=r"(?s)ALBERTModel cannot be loaded:\n(checkpoint: '.*\n){10}\.\.\. and 15 more"
     ):
-        weights.load_into(model, state)
+        weights.load_into(model, state, model.family)
     with pytest.raises(ValueError, match=r"'pooler.bias' is no dense tensor"):
-        weights.load_into(model, model.state_dict() | {"pooler.bias": torch.ones(48, device="meta")})
+        weights.load_into(model, model.state_dict() | {"pooler.bias": torch.ones(48, device="meta")}, model.family)
     with pytest.raises(ValueError, match=r"'pooler.bias' is no dense tensor"):
-        weights.load_into(model, model.state_dict() | {"pooler.bias": torch.ones(48).to_sparse()})
+        weights.load_into(model, model.state_dict() | {"pooler.bias": torch.ones(48).to_sparse()}, model.family)
 
 
 # Broken and hostile files.

@@ -20,25 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import files
-from ..text import vocabulary as _vocabulary
+from ..text import vocabulary
 from . import sentence_modules
+from .families import Family
 from .hub import Repository, near
 
 WEIGHTS_NAMES = tuple(name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
-BODY = ("embeddings.", "encoder.", "pooler.")
-HEADS = ("pooler.", "predictions.", "sop_classifier.", "classifier.", "qa_outputs.")
-# Buffers that older versions of transformers wrote; both can be computed from the configuration.
-BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-OLD_NAMES = (
-    (r"^module\.", ""),  # nn.DataParallel
-    (r"\.gamma$", ".weight"),
-    (r"\.beta$", ".bias"),
-    (
-        r"(\.albert_layers\.\d+)\.LayerNorm_1\.",
-        r"\1.full_layer_layer_norm.",
-    ),  # the two LayerNorms of a layer in Google's releases
-    (r"(\.albert_layers\.\d+)\.LayerNorm\.", r"\1.attention.LayerNorm."),
-)
+SOP = "sop_classifier.classifier"  # the sentence order head of ALBERT
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SOP = "sop_classifier.classifier"
 # A safetensors header has about 120 bytes per tensor; the reader takes seconds for the 100 MB that the format allows.
@@ -98,7 +86,7 @@ def resolve(
     if config is None:
         raise repository.missing("config.json")
     # The tokenizer's files too: a hub name works for texts as well.
-    for file in (*_vocabulary.FILES, *_vocabulary.SETTINGS, *sentence_modules.FILES) if weights else ():
+    for file in (*vocabulary.FILES, *vocabulary.SETTINGS, *sentence_modules.FILES) if weights else ():
         repository.fetch(file)
     for file in names if weights else ():
         found = repository.fetch(file)
@@ -245,12 +233,13 @@ def _is_foreign(path: Path) -> bool:
 
 
 def rename_old_names(
-    state: Mapping[str, Tensor], prefix: str = "", mapping: Mapping[str, str] | None = None
+    state: Mapping[str, Tensor], family: Family, prefix: str = "", mapping: Mapping[str, str] | None = None
 ) -> Checkpoint:
     """Renames the tensors of old checkpoints to today's names.
 
     Args:
-        prefix: what the encoder's names begin with: "" for an encoder alone, "albert." for a model with a head.
+        family: whose names they are.
+        prefix: what the encoder's names begin with: "" for an encoder alone, `family.prefix` for a model with a head.
         mapping: pattern -> replacement, applied to the names first.
 
     Raises:
@@ -263,12 +252,12 @@ def rename_old_names(
                 f"{_file(state, old)}: {old!r} names a variable of TensorFlow or Flax; it is {_TENSORFLOW}"
             )
         key = old
-        for pattern, replacement in (*(mapping or {}).items(), *OLD_NAMES):
+        for pattern, replacement in (*(mapping or {}).items(), *family.old_names):
             key = re.sub(pattern, replacement, key)
-        key = key.removeprefix("albert.")
-        if key in BUFFERS:
+        key = key.removeprefix(family.prefix)
+        if key in family.buffers:
             continue
-        if key.startswith(BODY):
+        if key.startswith(family.body):
             key = prefix + key
         if key in renamed:
             raise ValueError(f"{_file(state, old)}: {origin[key]!r} and {old!r} are both {key!r}")
@@ -287,6 +276,7 @@ def _file(state: Mapping[str, Tensor], key: str | None = None) -> str:
 def load_into(
     model: nn.Module,
     state: Mapping[str, Tensor],
+    family: Family,
     *,
     allow_missing_head: bool = False,
     ignore_mismatched_sizes: bool = False,
@@ -299,6 +289,7 @@ def load_into(
 
     Args:
         state: tensors under the model's names, see `rename_old_names`.
+        family: the model's.
         allow_missing_head: a head that `state` lacks entirely keeps its random weights, with a warning.
         ignore_mismatched_sizes: a tensor of another shape keeps its random weights, with a warning.
         check: returns what is wrong with a tensor of the right shape and dtype, or None.
@@ -311,7 +302,7 @@ def load_into(
             `check` finds.
     """
     expected = model.state_dict(keep_vars=True)
-    heads = {head: {key for key in expected if _head(key) == head} for head in HEADS}
+    heads = {head: {key for key in expected if _head(key, family) == head} for head in family.heads}
     complete, problems = dict[str, Tensor](), list[str]()
     missing, unexpected, mismatched = set[str](), set[str](), set[tuple[str, tuple[int, ...], tuple[int, ...]]]()
 
@@ -322,7 +313,7 @@ def load_into(
     resize_sop = sop_width == 2 and f"{SOP}.bias" in expected and expected[f"{SOP}.bias"].numel() != 2
 
     for key, tensor in state.items():
-        head = _head(key)
+        head = _head(key, family)
         if key in expected:
             shape = tuple(expected[key].shape)
             if resize_sop and key.startswith(SOP):
@@ -351,12 +342,12 @@ def load_into(
         elif both and not problems and not torch.equal(complete[alias], complete[key]):
             problem(alias, f"differs from {key!r}, to which it is tied; tie_word_embeddings=False keeps both")
 
-    absent = {head for head, keys in heads.items() if keys and not any(_head(key) == head for key in state)}
+    absent = {head for head, keys in heads.items() if keys and not any(_head(key, family) == head for key in state)}
     for key in expected.keys() - complete.keys():
-        if allow_missing_head and _head(key) in absent:
+        if allow_missing_head and _head(key, family) in absent:
             complete[key] = expected[key]
             missing.add(key)
-        elif _head(key) in absent:
+        elif _head(key, family) in absent:
             problem(key, "is missing; allow_missing_head=True starts this head from random weights")
         else:
             problem(key, "is missing")
@@ -387,10 +378,10 @@ def _fits(found: torch.dtype, wanted: torch.dtype) -> bool:
     return found in FLOATS if wanted in FLOATS else found == wanted
 
 
-def _head(key: str) -> str | None:
-    """The entry of HEADS that `key` belongs to; None for the encoder's tensors."""
-    key = key.removeprefix("albert.")
-    return next((head for head in HEADS if key.startswith(head)), None)
+def _head(key: str, family: Family) -> str | None:
+    """The entry of `family.heads` that `key` belongs to; None for the encoder's tensors."""
+    key = key.removeprefix(family.prefix)
+    return next((head for head in family.heads if key.startswith(head)), None)
 
 
 def tied(model: nn.Module) -> Iterator[tuple[str, str]]:

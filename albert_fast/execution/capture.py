@@ -25,9 +25,12 @@ class Encoder(Protocol):
 
     training: bool
     embeddings: Any
-    encoder: LayerStack
     execution_state: Any
     _modules: dict[str, Any]
+
+    @property
+    def encoder(self) -> LayerStack:
+        """The layers."""
 
     def compute(self, packing: Packing, inputs: Inputs, wanted: WantedTokens) -> Encoded:
         """The forward, operator by operator."""

@@ -45,8 +45,8 @@ class Layer(nn.Module):
             draws = not is_linear(self.ffn_output)
             down = checkpoint(self._down, *up, run, use_reentrant=False, preserve_rng_state=draws)
         elif fuses_ffn(hidden.device.type) and is_linear(self.ffn) and self.ffn.bias is not None:
-            up = ops.linear_gelu(attended, self.ffn.weight, self.ffn.bias, self.act, backend=run.backend)
-            down = product(self.ffn_output, up)
+            middle = ops.linear_gelu(attended, self.ffn.weight, self.ffn.bias, self.act, backend=run.backend)
+            down = product(self.ffn_output, middle)
         else:
             down = self._down(*product(self.ffn, attended), run)
         if run.listen is not None:
@@ -89,7 +89,7 @@ class Layer(nn.Module):
         """Replace the four products by these, in the order of `ops.PRODUCTS`."""
         # In the layer's mode: a new module is in training mode, which CUDA graphs refuse.
         qkv, dense, self.ffn, self.ffn_output = (linear.train(self.training) for linear in linears)  # type: ignore[assignment]
-        self.attention = QuantizedAttention(self.attention, qkv, dense)  # type: ignore[arg-type]
+        self.attention = QuantizedAttention(self.attention, qkv, dense)
 
     def is_plain(self) -> bool:
         """Whether the layer computes exactly what the encoder operators do: nothing hooked, replaced or parametrised."""

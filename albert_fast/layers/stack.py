@@ -121,12 +121,18 @@ class LayerStack(nn.Module):
         distinct = self.distinct_layers()
         linears = [linear for layer in distinct for linear in layer.products()]
         vectors = [vector for layer in distinct for vector in layer.vectors()]
-        tensors = map(list, zip(*(linear.tensors() for linear in linears), strict=True))
+        integers, scales, sums, rescales, shifts = map(
+            list, zip(*(linear.tensors() for linear in linears), strict=True)
+        )
         wanted_rows, cu_wanted, max_wanted = (None, None, None) if wanted is None else wanted
         return ops.quantized_encoder(
             hidden,
             vectors,
-            *tensors,
+            integers,
+            scales,
+            sums,
+            rescales,
+            shifts,
             layer_indices,
             packing.cu_seqlens,
             wanted_rows,

@@ -126,7 +126,7 @@ class ALBERTConfig(ConfigAttributes):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ALBERTConfig:
         """From the contents of a config.json. `to_dict` gives them back without loss."""
-        cls.check_model_type(values.get("model_type", "albert"))
+        cls.check_model_type(values.get("model_type", cls.model_type))
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         extra = {key: value for key, value in values.items() if key not in known and key != "model_type"}
         return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
@@ -151,7 +151,7 @@ class ALBERTConfig(ConfigAttributes):
         for name in ("ffn_output_dropout", "output_hidden_states", "output_attentions", "return_dict"):
             if values[name] is (name == "return_dict"):  # the default
                 del values[name]
-        return {**self.extra, "model_type": "albert", **values}
+        return {**self.extra, "model_type": self.model_type, **values}
 
     def replace(self, **changes: Any) -> ALBERTConfig:
         """A copy with some fields, or other keys that it has, changed; names of labels that no longer fit are dropped.

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from ..checkpoints.families import ALBERT
+
 Config = TypeVar("Config", bound=type)
 
 # Values of attributes that neither config.json nor the caller has set; transformers' defaults.
@@ -34,7 +36,7 @@ def keeps_other_keys(cls: Config) -> Config:
     @functools.wraps(init)
     def constructor(self: Any, *args: Any, **values: Any) -> None:
         others = {name: values.pop(name) for name in list(values) if name not in names}
-        self.check_model_type(others.pop("model_type", "albert"))
+        self.check_model_type(others.pop("model_type", self.model_type))
         init(self, *args, **values)
         for name, value in others.items():
             if close := difflib.get_close_matches(name, names, 1, 0.85):
@@ -48,15 +50,15 @@ def keeps_other_keys(cls: Config) -> Config:
 class ConfigAttributes:
     """Base of `ALBERTConfig`: other keys of config.json as attributes, and the methods of transformers' PreTrainedConfig."""
 
-    model_type: ClassVar[str] = "albert"
+    model_type: ClassVar[str] = ALBERT.model_type
     attribute_map: ClassVar[dict[str, str]] = {}
     sub_configs: ClassVar[dict[str, Any]] = {}
 
-    @staticmethod
-    def check_model_type(model_type: Any) -> None:
+    @classmethod
+    def check_model_type(cls, model_type: Any) -> None:
         """ValueError where a configuration is of another architecture."""
-        if model_type != "albert":
-            raise ValueError(f"config: model_type is {model_type!r}, expected 'albert'")
+        if model_type != cls.model_type:
+            raise ValueError(f"config: model_type is {model_type!r}, expected {cls.model_type!r}")
 
     def __getattr__(self, name: str) -> Any:  # called only for names that are not fields, methods or properties
         extra = self.__dict__.get("extra", {})

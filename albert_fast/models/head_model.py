@@ -69,7 +69,6 @@ class SOPHead(nn.Module):
 class HeadModel(PretrainedMixin):
     """An encoder in `albert`. A subclass has `forward`, whose docstring says what it takes."""
 
-    prefix = "albert."
     execution_class = Execution
     wanted_tokens = "all"
     accepts_loss_kwargs = False  # transformers' Trainer asks: the loss is the batch's own mean

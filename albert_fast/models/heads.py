@@ -301,11 +301,11 @@ class ALBERTForMultipleChoice(HeadModel):
         given = Inputs(input_ids, inputs_embeds=inputs_embeds).given()
         if given.dim() != (3 if inputs_embeds is None else 4):
             raise ValueError(f"expected (B, choices, S) ids or (B, choices, S, E) embeddings, got {tuple(given.shape)}")
-        flat = (
+        ids, mask, types, positions, embeds = (
             None if t is None else t.expand(len(given) if len(t) == 1 else -1, *t.shape[1:]).flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
-        encoded = self.encode(Inputs(*flat), output_hidden_states, output_attentions)
+        encoded = self.encode(Inputs(ids, mask, types, positions, embeds), output_hidden_states, output_attentions)
         logits = project(self.classifier, self.dropout(encoded.pooled)).view(-1, given.shape[1])
         loss = None if labels is None else cross_entropy(logits, labels)
         return self.finish(LogitsOutput(loss, logits), encoded, return_dict)

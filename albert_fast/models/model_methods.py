@@ -9,16 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.families import ALBERT, Family
 from .config import ALBERTConfig
 from .load_arguments import LoadArguments, as_config
 
 # Variance of new rows around the mean of the old ones, as a part of the old rows' covariance; transformers' value.
 _NEW_ROWS_VARIANCE = 1e-9
-# Tensors of a masked-language head that are one with another: alias -> name.
-_TIED = {
-    "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
-    "predictions.decoder.bias": "predictions.bias",
-}
 
 
 class ModelMethods(nn.Module):
@@ -26,7 +22,8 @@ class ModelMethods(nn.Module):
 
     config: ALBERTConfig
     config_class: ClassVar[type] = ALBERTConfig
-    base_model_prefix: ClassVar[str] = "albert"
+    family: ClassVar[Family] = ALBERT
+    base_model_prefix: ClassVar[str] = ALBERT.attribute
     main_input_name: ClassVar[str] = "input_ids"
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     framework: ClassVar[str] = "pt"
@@ -65,7 +62,7 @@ class ModelMethods(nn.Module):
     @property
     def _tied_weights_keys(self) -> dict[str, str] | None:
         """As transformers 5 lists them; None where the model has no masked-language head."""
-        return dict(_TIED) if hasattr(self, "predictions") else None
+        return dict(self.family.tied) if hasattr(self, "predictions") else None
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:

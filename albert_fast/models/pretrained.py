@@ -38,7 +38,7 @@ def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
         values["quantization_config"] = {"quant_method": QUANT_METHOD, **_QUANTIZED[quantized]}
     values["vocab_size"] = model.get_input_embeddings().weight.shape[0]  # of a table that was replaced by hand
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {**values, "architectures": [type(model).__name__.replace("ALBERT", "Albert")], "dtype": dtype}
+    return {**values, "architectures": [model.family.hf_name(type(model).__name__)], "dtype": dtype}
 
 
 def held_precision(config: ALBERTConfig, path: Path) -> str | None:
@@ -71,7 +71,7 @@ class PretrainedMixin(ModelMethods):
     argument.
     """
 
-    prefix: ClassVar[str] = "albert."
+    prefix: ClassVar[str] = ModelMethods.family.prefix
     execution_class: ClassVar[type[EagerExecution]] = EagerExecution
 
     def __init__(self, config: ALBERTConfig) -> None:
@@ -158,7 +158,7 @@ class PretrainedMixin(ModelMethods):
         if path is None and read.state_dict is None:
             raise TypeError("from_pretrained(None) needs config= and state_dict=")
         found = read.state_dict if read.state_dict is not None else load_checkpoint(path or "", read.names)
-        state = rename_old_names(found, cls.prefix, read.key_mapping)
+        state = rename_old_names(found, cls.family, cls.prefix, read.key_mapping)
         precision = read.chosen_precision(config, state, held)
         if held is not None and precision != held:
             raise ValueError(f"{path}: holds {held} weights: load it with precision={held!r}, not {precision!r}")
@@ -179,9 +179,13 @@ class PretrainedMixin(ModelMethods):
         if held is not None:
             model.execution.expect_quantized(held)
         info = load_into(
-            model, state, allow_missing_head=allow_missing_head, ignore_mismatched_sizes=read.ignore_mismatched_sizes,
+            model,
+            state,
+            cls.family,
+            allow_missing_head=allow_missing_head,
+            ignore_mismatched_sizes=read.ignore_mismatched_sizes,
             check=model.execution.wrong_with,
-        )  # fmt: skip
+        )
         model.to(read.device)
         model.execution.use(backend, precision, calibration)
         if not cls.prefix and path is not None:

@@ -40,7 +40,10 @@ class Encoder(Protocol):
     """What calibration needs of a model."""
 
     config: Any
-    encoder: LayerStack
+
+    @property
+    def encoder(self) -> LayerStack:
+        """The layers."""
 
     def embed(self, packing: Packing, inputs: Inputs) -> Tensor:
         """The first layer's input (T, H)."""

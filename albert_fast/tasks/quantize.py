@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.families import ALBERT
 from ..checkpoints.saving import config_path, missing_config
 from ..checkpoints.weights import resolve
 from ..models.albert import ALBERTModel
@@ -22,7 +23,7 @@ from ..models.heads import (
     ALBERTForTokenClassification,
 )
 from ..runtime import files
-from ..text import vocabulary as _vocabulary
+from ..text import vocabulary
 from ..text.batching import TextPair, padded_batches, tokenize
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .loading import token_limit
@@ -38,7 +39,7 @@ _MODELS: tuple[Any, ...] = (
     ALBERTForTokenClassification,
 )
 # The files of a stored checkpoint; a folder with any other file is not replaced.
-NAMES = ("config.json", "model.safetensors", *_vocabulary.FILES, *_vocabulary.SETTINGS)
+NAMES = ("config.json", "model.safetensors", *vocabulary.FILES, *vocabulary.SETTINGS)
 
 
 def quantize_checkpoint(
@@ -84,7 +85,7 @@ def quantize_checkpoint(
     batches = _batches(tokenizer, texts, token_limit(tokenizer, config, max_length), batch_size)
     model = model_class.from_pretrained(path, precision=precision, device="cpu", calibration=batches)
     with files.replacing_folder(output) as new:
-        for name in (*_vocabulary.FILES, *_vocabulary.SETTINGS):
+        for name in (*vocabulary.FILES, *vocabulary.SETTINGS):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, new / name)
         model.save_pretrained(new)
@@ -112,8 +113,8 @@ def _model_class(folder: Path) -> tuple[Any, ALBERTConfig]:
     config = ALBERTConfig.from_json_file(file)
     if config.extra.get("quantization_config") is not None:
         raise ValueError(f"{folder}: its weights are rounded already; take the checkpoint that they were made from")
-    architectures = config.extra.get("architectures") or ["AlbertModel"]
-    name = str(architectures[0]).replace("Albert", "ALBERT")
+    architectures = config.extra.get("architectures") or [ALBERT.hf_name("ALBERTModel")]
+    name = ALBERT.own_name(str(architectures[0]))
     found = next((model for model in _MODELS if model.__name__ == name), None)
     if found is None:
         raise ValueError(f"{file}: architectures {architectures!r} names no model of this library")

@@ -300,12 +300,12 @@ def _pretrain(run: Run, task: _Task) -> ALBERTModel:
 def _start_from(model: ALBERTForMaskedLM | ALBERTForSequenceClassification, init_from: str | Path) -> None:
     """Loads the weights of a checkpoint into a model, without its classifier if that is for other labels."""
     folder = resolve(init_from)
-    state = rename_old_names(load_checkpoint(folder), "albert.")
+    state = rename_old_names(load_checkpoint(folder), model.family, model.prefix)
     old, new = ALBERTConfig.from_json_file(config_path(folder)), model.config
     if (old.num_labels, old.id2label, old.problem_type) != (new.num_labels, new.id2label, new.problem_type):
         for key in ("classifier.weight", "classifier.bias"):
             state.pop(key, None)
-    load_into(model, state, allow_missing_head=True)
+    load_into(model, state, model.family, allow_missing_head=True)
 
 
 def _classify(run: Run, task: _Task, encoder: ALBERTModel | None) -> None:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops._dtypes import widened
 from ..config import ALBERTConfig
-from ..losses import widened
 from ..outputs import BaseModelOutput
 from ..pretrained import PretrainedMixin
 

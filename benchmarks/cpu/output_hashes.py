@@ -1,7 +1,7 @@
 """Prints hashes of what the models compute on a CPU: equal hashes of two commits mean equal bits.
 
-    python benchmarks/output_hashes.py > before.txt      # in one checkout
-    python benchmarks/output_hashes.py > after.txt       # in another, on the same machine
+    python benchmarks/cpu/output_hashes.py > before.txt      # in one checkout
+    python benchmarks/cpu/output_hashes.py > after.txt       # in another, on the same machine
     diff before.txt after.txt
 
 Each line is a case and the SHA-256 of its output. A case is an ALBERT of random weights that depend on their names alone, in
