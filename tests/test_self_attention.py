@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel, ops
 from albert_fast.models import reference
 from albert_fast.ops import split_columns
-from albert_fast.ops.attention import _are_adjacent as are_adjacent
+from albert_fast.ops._columns import are_adjacent
 from albert_fast.runtime import dispatch
 from albert_fast.testing import poison_empty
 

@@ -5,13 +5,14 @@ All work on packed tokens: T rows without padding, sequences delimited by `cu_se
 
 from ..kernels._capture import CAPTURE
 from ..kernels._precision import tf32_asked_for
+from ._columns import split_columns
 from ._dropout import draw_seed
 from ._graph_inputs import GraphInputs
 from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
 from ._stages import STAGES, stage_seconds
 from ._token_errors import TokenIndexError, index_error
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
-from .attention import attention, attention_ref, split_columns
+from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
 from .embedding_projection import embedding_projection, embedding_projection_ref
 from .encoder import (

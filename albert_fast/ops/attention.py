@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..runtime import dispatch
 from ..runtime.operands import Operand, check, check_launch, head_size, hold, hold_rows, matrix
-from ..runtime.registration import forbid_second_derivative, is_traced, needs_dispatcher, register, register_autograd
+from ..runtime.registration import forbid_second_derivative, needs_dispatcher, register, register_autograd
 from . import _torch
+from ._columns import are_adjacent, empty_adjacent
 from ._dropout import HEAD_STRIDE, keep_scale, seed_value
 
 
@@ -276,59 +276,6 @@ register(
 )
 
 
-def _are_adjacent(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether (T, N) tensors are adjacent columns of one buffer, in this order."""
-    first = tensors[0]
-    return (
-        first.stride(1) == 1
-        and first.stride(0) >= len(tensors) * first.shape[1]
-        and all(
-            t.shape == first.shape
-            and t.dtype == first.dtype
-            and t.stride() == first.stride()
-            and t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            and t.storage_offset() == first.storage_offset() + number * first.shape[1]
-            for number, t in enumerate(tensors)
-        )
-    )
-
-
-def _empty_adjacent(like: Tensor, count: int) -> tuple[Tensor, ...]:
-    """`count` uninitialised tensors of the shape (T, N) of `like`, adjacent columns of one buffer."""
-    rows, width = like.shape
-    return torch.empty((rows, count * width), dtype=like.dtype, device=like.device).split(width, dim=1)
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, width: int) -> tuple[Tensor, ...]:
-        return x.split(width, dim=1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        first = grads[0]
-        if not _are_adjacent(grads):
-            return torch.cat(grads, dim=1), None
-        return first.as_strided((len(first), len(grads) * first.shape[1]), first.stride()), None
-
-
-def split_columns(x: Tensor, width: int) -> tuple[Tensor, ...]:
-    """x (T, n * width) as n views (T, width), like `x.split(width, dim=1)`.
-
-    torch's split concatenates the gradients of its parts, which reads and writes (T, n * width) once more in every layer.
-    Here they are not copied if they are adjacent columns of one buffer already, as `attention` writes them.
-    """
-    # A compiler plans buffers itself, and a tensor subclass may have no address.
-    if is_traced() or type(x) not in (Tensor, Parameter) or not (torch.is_grad_enabled() and x.requires_grad):
-        return x.split(width, dim=1)
-    parts: tuple[Tensor, ...] = _Split.apply(x, width)
-    return parts
-
-
 def _setup(ctx, inputs, output):
     q, k, v, cu_seqlens_q, cu_seqlens_k, sequence_order, *ctx.numbers, seed, ctx.backend = inputs
     _, lse = output
@@ -339,11 +286,11 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, _grad_lse):
     lse, *tensors, seed = ctx.saved_tensors
     call, (q, k, v, *_) = AttentionCall._make((*tensors, *ctx.numbers, seed)), tensors
-    if needs_dispatcher(grad, q, k, v) or not _are_adjacent((k, v)):
+    if needs_dispatcher(grad, q, k, v) or not are_adjacent((k, v)):
         gradients = torch.ops.albert_fast.attention_bwd(grad, lse, *call, ctx.backend)
     else:  # columns of one product, whose gradient `split_columns` takes as one array
-        joined = _are_adjacent((q, k, v))
-        into = _empty_adjacent(k, 3) if joined else (torch.empty_like(q), *_empty_adjacent(k, 2))
+        joined = are_adjacent((q, k, v))
+        into = empty_adjacent(k, 3) if joined else (torch.empty_like(q), *empty_adjacent(k, 2))
         gradients = _run_bwd(grad, lse, call, ctx.backend, into)
     return *gradients, *[None] * 10
 

@@ -30,9 +30,11 @@ from ._dropout import keep_scale_2d, seed_value
 from ._token_errors import TABLES, check_ids, index_error
 from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
 
-# Sizes of the CUDA functions' buffers (csrc/cuda/embedding_projection.h): columns are padded to a multiple of PAD_COLUMNS; a
+# Sizes of the CUDA functions' buffers (csrc/layer_schema.h): columns are padded to a multiple of PAD_COLUMNS; a
 # partial sum is over SUM_TOKENS tokens, or over SUM_PAIRS pairs of a token and a table.
 PAD_COLUMNS, SUM_TOKENS, SUM_PAIRS = 8, 64, 32
+
+dispatch.expect(cuda_buffers=(PAD_COLUMNS, SUM_TOKENS, SUM_PAIRS))
 
 
 class Lookup(NamedTuple):
