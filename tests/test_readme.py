@@ -1,4 +1,4 @@
-"""README.md as a new user types it: its Python in order in one session, its commands and their options."""
+"""Runs README.md's Python in order in one session, as a new user types it, and checks its commands and options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def python_blocks() -> list[str]:
 
 
 def commands() -> list[tuple[int, list[str]]]:
-    """(where it is in the text, its words from the program's name on) of every albert-fast command."""
+    """(position in the text, words from the program's name on) of every albert-fast command."""
     found = []
     for match in re.finditer(r"```\n(.*?)```|`([^`\n]+)`", TEXT, re.DOTALL):
         for part in re.split(r"&&|\||\n", match[1] or match[2]):
