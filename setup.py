@@ -36,7 +36,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
-# Relative, as compilers run in ROOT: what is compiled does not depend on where the sources lie.
+# Relative paths, since compilers run in ROOT: objects do not depend on where the sources are.
 CSRC = Path("csrc")
 OBJECTS = ROOT / "build" / "objects"  # setuptools' own build_temp is thrown away after an editable install
 MODES = ("auto", "cpu", "cuda", "off")
@@ -50,7 +50,7 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
 ISA_FLAGS["avx512_vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
-# An instruction set that helps only some sources; every other one serves all of csrc/cpu.
+# Instruction sets that help only some sources; all others are for every source of csrc/cpu.
 ISA_SOURCES = {"avx512_vnni": "cpu/quantized_*.cpp"}
 # (architecture compiled for, name of the machine code). 80 also serves 86 and 89, 90a has wgmma, later ones take PTX.
 CUDA_ARCHS = (("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_100", "sm_100"))
@@ -98,7 +98,7 @@ def compiles(command: list[str], source: str, suffix: str, link: bool = False) -
 
 @dataclass
 class Toolchain:
-    """The compilers of this machine and the flags they take."""
+    """The compilers of this machine and their flags."""
 
     cxx: list[str]
     flags: list[str]
@@ -220,7 +220,7 @@ class BuildExtension(build_ext):
             objects = list(pool.map(compile_unit, units))
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Linked aside and moved, so that a process which has the old file mapped keeps it.
+        # Linked in another folder and moved, so that a process which has mapped the old file keeps it.
         with tempfile.TemporaryDirectory(dir=OBJECTS) as folder:
             linked = Path(folder, target.name)
             run([*link_command(TOOLS), *map(str, objects), "-o", str(linked)])
@@ -290,7 +290,7 @@ def link_command(tools: Toolchain) -> list[str]:
 
 
 class EditableInstall(editable_wheel):
-    """An editable install without the extension also drops the one that an earlier install put beside the sources."""
+    """An editable install without the extension also deletes the one that an earlier install put into the sources."""
 
     def run(self) -> None:
         if TOOLS is None:

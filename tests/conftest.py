@@ -1,13 +1,13 @@
 import os
 
-# Before torch starts its threads: several test processes at once would spin in each other's barriers.
+# Set before torch starts its threads: threads of several test processes would wait for each other's cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# Before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
+# Set before anything imports triton: without a GPU its kernels run in the interpreter, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -19,7 +19,7 @@ def _seed_torch():
 
 @pytest.fixture
 def threads():
-    """Sets torch's threads; back to what they were afterwards."""
+    """A function that sets torch's number of threads; it is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -27,5 +27,5 @@ def threads():
 
 @pytest.fixture
 def one_thread(threads):
-    """For models that are too small for more."""
+    """Runs the test on one thread, for models that are too small for more."""
     threads(1)

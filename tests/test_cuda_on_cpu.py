@@ -51,7 +51,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
         (folder / name).touch()  # cuda_on_cpu.h declares what these headers would
     library = folder / "kernels.so"
     command = [str(COMPILER), "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-Wl,-Bsymbolic"]
-    # Checked, longjmp would refuse to go from one stack to another.
+    # The checked longjmp would refuse to go from one stack to another.
     command += ["-U_FORTIFY_SOURCE", "-fsanitize=undefined", "-fno-sanitize-recover=all", f"-I{folder}"]
     command += ["-include", str(ROOT / "tests/cuda_on_cpu.h"), "-x", "c++"]
     command += [str(ROOT / "csrc/cuda/embedding_projection.cu"), "-o", str(library)]
@@ -61,7 +61,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 
 def guarded(x: Tensor, margin: int = 64) -> Tensor:
-    """A copy of `x` between margins of NaN (or of an impossible id), which show up in the results of a stray read."""
+    """A copy of `x` between margins of NaN (or of an impossible id), so that a stray read shows in the results."""
     filler = float("nan") if x.is_floating_point() else -(2**40)
     buffer = torch.full((x.numel() + 2 * margin,), filler, dtype=x.dtype)
     buffer[margin : margin + x.numel()] = x.flatten()
@@ -270,7 +270,7 @@ class Arrived:
 
 
 def run_operator_on(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the operator take the CUDA way with the library's functions, on CPU tensors."""
+    """Lets the operator call the library's functions as its CUDA backend, on CPU tensors."""
     monkeypatch.setattr(dispatch, "resolve", lambda *arguments: "cuda")
     functions = typed(library)
     monkeypatch.setattr(dispatch, "extension", lambda: functions)
@@ -287,7 +287,7 @@ def run_operator_on(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def on_cuda(library, monkeypatch):
-    """The operator on the library; the value sets the order of threads."""
+    """Runs the operator on the library; the value is a function that sets the order of threads."""
     run_operator_on(library, monkeypatch)
     library.emulate_device(2, H100, FORWARDS)
     return lambda order: library.emulate_device(2, H100, order)
@@ -322,7 +322,7 @@ def backward(inputs: dict, grad: Tensor) -> dict[str, Tensor]:
     buffers: list[tuple[Tensor, int]] = []
 
     def watched(fill: float, shape, dtype=None, device=None) -> Tensor:
-        # Margins of a value that no kernel writes.
+        # Margins have a value that no kernel writes.
         margin, size = 64, torch.Size([shape] if isinstance(shape, int) else shape)
         buffer = torch.ones(size.numel() + 2 * margin, dtype=dtype)
         inside = buffer[margin : margin + size.numel()]

@@ -1,4 +1,4 @@
-"""The models on fake CUDA tensors: the way that a GPU takes from packing to outputs, traced where there is none."""
+"""The models on fake CUDA tensors: traces the code for GPUs, from packing to outputs, without a GPU."""
 
 import ctypes
 from pathlib import Path
@@ -27,7 +27,7 @@ LAYER = {"embedding_projection_fwd", "attention_fwd", "linear_gelu_fwd", "add_la
 
 @pytest.fixture(autouse=True, scope="module")
 def device_guard():
-    """A torch without CUDA cannot make a device of it the current one, which fake tensors do not need: lend it meta's guard."""
+    """Lets a torch without CUDA make a CUDA device the current one, with meta's guard; fake tensors need no more."""
     if torch.backends.cuda.is_built():
         yield  # torch has such a guard for fake tensors itself
         return
@@ -49,7 +49,7 @@ def default_dtype():
 
 
 def fake(name, dtype=torch.float32):
-    """(model, ids (4, 37), their mode), all of it on a GPU that need not be there."""
+    """(model, ids (4, 37), fake mode), on a GPU that does not exist."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     torch.set_default_dtype(dtype)
     with mode, torch.device("cuda"):
@@ -79,5 +79,5 @@ def test_exported(masked):
     assert {name.partition(".")[2] for name in names if name.startswith("albert_fast.")} == LAYER | (
         {"pack_indices"} if masked else set()
     )
-    # Ragged sequences start in order of their lengths, on a GPU alone.
+    # Only on a GPU, ragged sequences start in order of their lengths.
     assert any("sort" in name for name in names) == masked

@@ -27,7 +27,7 @@ DEVICE = torch.device(os.environ.get("ALBERT_FAST_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
 pytestmark = pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="there is no GPU here")
 if ON_GPU:
-    # cuBLAS reads it once, at its first product: without, torch's deterministic mode refuses to multiply.
+    # cuBLAS reads it once, at its first product. Without it, torch's deterministic mode refuses to multiply.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 CONFIGS = {
@@ -61,7 +61,7 @@ REAL_SHAPES = {
 
 
 def real_size():
-    """(id, operator, options, dtype) of what has a kernel on DEVICE."""
+    """(id, operator, options, dtype) of every operator with a kernel on DEVICE."""
     for op, (name, dtype) in itertools.product(REAL_SHAPES, DTYPES.items()):
         first = dispatch.runnable_on(op, DEVICE.type)[0]
         if dispatch.why_not(op, DEVICE.type, first, dtype) is None:
@@ -90,7 +90,7 @@ def models(name, size, dtype, **fields):
 
 
 def assert_gradients_calibrated(exact, same, fast, dtype):
-    """In norm, a parameter's gradient errs at most twice as much as the reference's in the same dtype, and hardly more.
+    """A parameter's gradient errs, in norm, at most twice as much as the reference's in the same dtype, plus a small term.
 
     Gradients that are zero but for rounding (of the keys' bias, say) are held against the norm of all of them together.
     """
@@ -163,7 +163,7 @@ def test_a_graph_is_replayed_where_float32_multiplies_as_in_its_capture():
             same, other = pooled(fast, asked), pooled(fast, not asked)
             for _ in range(3):  # before its bucket is captured, and after
                 found = pooled(graphed, asked)
-                # Not bitwise: a bucket has more rows, for which cuBLAS may take another kernel.
+                # Not bitwise: a bucket has more rows, and cuBLAS may choose another kernel for them.
                 assert (found - same).abs().max() < 0.5 * (found - other).abs().max()
 
 
@@ -172,7 +172,7 @@ def test_a_graph_is_replayed_where_float32_multiplies_as_in_its_capture():
 def test_outputs_and_gradients_of_the_encoder(size, mask_kind, dtype):
     dtype = DTYPES[dtype]
     everything = models("ALBERTModel", size, dtype)
-    # float64 on the CPU takes its time.
+    # float64 on the CPU is slow.
     rows, columns = (ROWS, COLUMNS) if size in ("small", "odd") else (2, 19)
     inputs = {"input_ids": torch.randint(301, (rows, columns)), "token_type_ids": torch.randint(2, (rows, columns))}
     if (mask := drawn_mask(mask_kind, rows, columns, seed=1)) is not None:
@@ -210,7 +210,7 @@ def test_every_head_s_loss_logits_and_gradients(name, mask_kind, dtype):
         exact_answer, same_answer, fast_answer = (a.masked_fill(a < -1e30, 0.0) for a in answers)
         assert_close_calibrated(fast_answer.to(dtype), same_answer, exact_answer, key)
         logits_err = max(logits_err, largest_error(same_answer, exact_answer))
-    # A cross-entropy moves by up to twice what its logits do; two of them are added up, and one number may be right by luck.
+    # A cross-entropy changes by up to twice as much as its logits; two of them are added, and one may be right by chance.
     expected, yardstick, loss = (output.loss.detach().cpu() for output in outputs)
     assert_close_calibrated(loss, yardstick, expected, "loss", slack=4 * logits_err / float(expected))
     for output in outputs:

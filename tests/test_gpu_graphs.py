@@ -1,4 +1,4 @@
-"""CUDA graphs of the encoder on a GPU: the numbers of eager calls, whatever streams, threads and weights do meanwhile."""
+"""CUDA graphs of the encoder give the numbers of eager calls on a GPU, whatever streams, threads and weights do meanwhile."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_replay_on_another_stream_outlives_its_model():
         expected = plain(ids).last_hidden_state
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)  # the replays are still to run when their graph is let go of
+            torch.cuda._sleep(50_000_000)  # the replays have not run yet when their graph is released
             results = [graphed(ids).last_hidden_state for _ in range(3)]
         del graphed
         gc.collect()
@@ -188,7 +188,7 @@ def test_models_capture_in_several_threads_while_others_wait_for_the_device():
 
 
 def allocated():
-    """Bytes that are in use, but for what libraries keep and what reports wait with."""
+    """Bytes in use, without what libraries keep and what pending reports hold."""
     albert_fast.synchronize()
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
@@ -205,7 +205,7 @@ def test_turned_off_graphs_give_their_memory_back():
     assert allocated() - before < held / 2, "a library may have kept something"
 
 
-# In a process of its own: torch leaves its generator of random numbers behind in the state of a capture that failed.
+# In a process of its own: after a failed capture, torch's random generator stays in the state of the capture.
 FAILING_CAPTURE = """
 import warnings, torch
 from albert_fast import ALBERTConfig, ALBERTModel, explain
@@ -262,7 +262,7 @@ def test_a_caller_s_own_graph_holds_the_model_and_stays_in_bounds():
 
 def test_a_caller_s_own_graph_outlives_our_captures():
     fast, ids, _ = encoder()
-    # Of few columns and a long sum, which cuBLAS cuts in parts that meet in its workspace.
+    # Few columns and a long sum: cuBLAS splits it into parts that it adds in its workspace.
     a, b = torch.randn(64, 8192, device=DEVICE) / 90, torch.randn(8192, 64, device=DEVICE)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -271,7 +271,7 @@ def test_a_caller_s_own_graph_outlives_our_captures():
     with torch.cuda.graph(graph, stream=stream):
         result = a @ b
     fast.execution.warmup([(ROWS, COLUMNS)])
-    # Where its workspace would be, had it been freed.
+    # This allocation would reuse the workspace, had it been freed.
     junk = [torch.full((2**18,), 7.0, device=DEVICE) for _ in range(64)]
     graph.replay()
     torch.cuda.synchronize()

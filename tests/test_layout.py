@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_FOLDERS = ("albert_fast", "kernels")
 MAX_LINES = 450
 OPERATORS = sorted(dispatch.TABLE)
-# On a CPU its product is a library's and its activation bias_gelu's: there is no source of its own to look for.
+# On a CPU a library multiplies and bias_gelu activates, so this operator has no C++ source.
 WITHOUT_CPP_SOURCE = {"linear_gelu"}
-# Peers and heavy libraries: never needed to import albert_fast, so never imported where a module is loaded.
+# The only libraries that modules import when they are loaded.
 BASE_LIBRARIES = {"torch", "numpy", "safetensors"}
 
 
@@ -89,8 +89,7 @@ def test_operator_has_all_of_its_parts(op):
     assert shown == {(device, backend) for device, choices in dispatch.TABLE[op].items() for backend in choices}
 
 
-# Files of no operator: the C++ product of modules outside fused operators, which albert_fast/runtime/linear.py calls; and what
-# a layer's weights are.
+# Files without an operator: the C++ product that runtime/linear.py calls, and the list of a layer's tensors.
 SHARED_SOURCES = {"linear", "schema"}
 
 

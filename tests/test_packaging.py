@@ -1,4 +1,4 @@
-"""The package as a user gets it: wheel, source archive, editable install, and an install without a compiler."""
+"""Builds and installs the package as users do: wheel, source archive, editable install, and without a compiler."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ environment_tests = [pytest.mark.slow_env, pytest.mark.xdist_group("packaging")]
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None, fails: bool = False) -> str:
-    """Standard output of a command; with `fails`, what a failing command printed."""
+    """Runs a command; returns its standard output, or with `fails` what the failing command printed."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ALBERT_FAST_BUILD")}
     variables = {**inherited, **(env or {})}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=variables, capture_output=True, text=True)
@@ -41,7 +41,7 @@ def pip(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None, fa
 
 
 def copy_sources(target: Path) -> Path:
-    """The sources under `target`, with the objects of this checkout: what did not change is not compiled again."""
+    """Copies the sources to `target`, with this checkout's objects, so that only changes are compiled."""
     shutil.copytree(ROOT, target, ignore=IGNORED)
     copy_objects(target)
     return target
@@ -80,7 +80,7 @@ def cpp_runs(described: dict) -> set[bool]:
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
-    """Skips where pip cannot reach the packages that it builds with; on CI that is a failure."""
+    """Skips where pip cannot reach the packages that a build needs; on CI this fails."""
     try:
         pip("download", "-q", "--no-deps", "-d", tmp_path_factory.mktemp("registry"), "pybind11", cwd=ROOT)
     except AssertionError as error:

@@ -66,7 +66,7 @@ def test_how_a_part_ends(tmp_path, code, limit, status, why):
 
 
 @pytest.mark.parametrize("end", ["os._exit(LOST)", "os.kill(os.getpid(), signal.SIGSEGV)"], ids=["lost", "killed"])
-def test_another_process_goes_on_where_one_has_lost_the_gpu(tmp_path, end):
+def test_another_process_continues_where_one_has_lost_the_gpu(tmp_path, end):
     code = f"""if True:
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         from gpu.part import LOST, Part
@@ -120,7 +120,7 @@ def test_a_command_that_takes_too_long_ends_with_its_children_and_its_output_is_
 
 
 def test_records_are_published_while_the_part_runs_and_a_key_is_replaced(tmp_path):
-    # The part goes on once what it wrote was published.
+    # The part continues once its records were published.
     code = f"""if True:
         for n in 2, 3:
             open(sys.argv[1], "a").write(json.dumps(dict(kind="tests", key="t", n=n)) + chr(10))
@@ -197,7 +197,7 @@ def test_the_sanitizer_s_summary_decides(tmp_path, monkeypatch, errors, calls, f
     assert "kns=attention" not in races
 
 
-def test_a_gpu_without_the_sanitizer_fails_and_is_told_where_it_is_to_be_had(tmp_path, monkeypatch):
+def test_without_the_sanitizer_a_gpu_fails_and_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(proofs.shutil, "which", lambda _name, path: None)
     for device in ("cuda", "cpu"):
         part = Part(device, False, 60.0, tmp_path / device)
@@ -307,7 +307,7 @@ def test_targets_are_met_or_not():
     assert found["memory of a training step base-32x512", "0.33 at most"][1:] == ("0.25", True)
 
 
-def test_tuned_tiles_stand_beside_the_default_ones():
+def test_tuned_tiles_are_shown_with_the_default_ones():
     name, tiles = "attention/fwd/bfloat16/64x512/triton", {"BLOCK_M": 128, "num_warps": 8}
     chosen = {"NVIDIA H100, Triton 3.6.0": {"attention_fwd 64 bf16": tiles}}
     records = [
@@ -323,7 +323,7 @@ def test_tuned_tiles_stand_beside_the_default_ones():
 
 
 class Event:
-    """One of CUDA's, of a GPU that is busy until it is waited for."""
+    """A CUDA event of a GPU that is busy until the program waits for it."""
 
     late = False
 
@@ -373,7 +373,7 @@ def test_a_side_of_graphs_that_replays_none_fails_instead_of_getting_a_row(monke
     assert len(asked) == 5
 
 
-def test_ours_with_and_without_graphs_are_not_held_against_each_other():
+def test_ours_with_and_without_graphs_are_not_compared():
     names = ["albert_fast", "albert_fast-graphs", "albert_fast-int8", "hf-sdpa"]
     assert sides.rivals("albert_fast", names) == sides.rivals("albert_fast-graphs", names) == ["hf-sdpa"]
     assert sides.rivals("hf-sdpa", names) == ["albert_fast", "albert_fast-graphs"]
