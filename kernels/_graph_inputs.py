@@ -1,8 +1,8 @@
-"""graph_inputs: a call's ids, types, positions and lengths, written where the CUDA graph of its bucket reads them.
+"""graph_inputs: copies a call's ids, types, positions and lengths to where the CUDA graph of its bucket reads them.
 
-One launch for what would be a dozen: padding is left out, positions and types that were not given are made, what the bucket
-has left over is filled with token 0 in no sequence. A program copies one sequence. 24 bytes are read and 24 written for a
-token, and a mask's element for every place: a few hundred KB at most, so its time is that of a launch.
+One launch does the work of a dozen: it leaves padding out, makes the positions and types that were not given, and fills the
+rest of the bucket with token 0, which belongs to no sequence. A program copies one sequence. It reads 24 bytes and writes 24
+for each token, and reads one element of the mask for each place: a few hundred KB at most, so its time is that of a launch.
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ import triton
 import triton.language as tl
 
 _BLOCK = 1024
-_SIZES = ["columns", "bound_tokens", "bound_sequences", "ids_row", "ids_col", "types_row", "types_col", "positions_row",
-          "positions_col", "mask_row", "mask_col"]  # fmt: skip
+# Sizes change with every call: Triton must not compile the kernel again for them.
+_SIZES = [
+    *("columns", "bound_tokens", "bound_sequences", "ids_row", "ids_col", "types_row", "types_col"),
+    *("positions_row", "positions_col", "mask_row", "mask_col"),
+]
 
-# (tensor, stride of a sequence, stride of a token): rows of a padded batch; of packed input, where a sequence begins as many
-# strides in as tokens stand before it, both are the same. Strides of 0 repeat one element.
+# (tensor, stride of a sequence, stride of a token) of a padded batch. In packed input a sequence begins one stride further for
+# every token before it, so both strides are the same. Strides of 0 repeat one element.
 Strided = tuple[torch.Tensor, int, int]
 
 
-@triton.jit(do_not_specialize=_SIZES)  # sizes change with every call: nothing is compiled anew for them
+@triton.jit(do_not_specialize=_SIZES)
 def _graph_inputs_kernel(
-    ids_ptr,  # integers, `Strided`; so are types, positions and mask
-    types_ptr,
-    positions_ptr,
-    mask_ptr,  # 0 where padded; None: nothing is
-    lengths_ptr,  # (B,) int64, the real tokens of each row of the mask; None without one
+    ids_ptr,  # integers, element (row, column) at row * `ids_row` + column * `ids_col`
+    types_ptr,  # integers, with strides of their own
+    positions_ptr,  # integers, with strides of their own
+    mask_ptr,  # 0 where padded, with strides of its own; None: nothing is padded
+    lengths_ptr,  # (B,) int64, the number of real tokens in each row of the mask; None without a mask
     ends_ptr,  # (B + 1,) int32, where packed sequences begin, and T; None: padded input
-    indices_ptr,  # (T,) int64, written: places of the real tokens in the flattened batch; None without a mask
+    indices_ptr,  # (T,) int64, written: positions of the real tokens in the flattened batch; None without a mask
     cu_seqlens_ptr,  # (B + 1,) int32, written; None: packed input
     static_ptr,  # (3, capacity) int64, written up to bound_tokens: ids, types, positions
     static_cu_seqlens_ptr,  # (capacity + 1,) int32, written up to bound_sequences
@@ -48,12 +51,12 @@ def _graph_inputs_kernel(
 ):
     row, n_rows = tl.program_id(0), tl.num_programs(0)
     block = tl.arange(0, BLOCK)
-    # The row's tokens, its first packed one, and where it stands in the input. Packed places fit 32 bits, a view's may not.
-    length, end, anchor = columns, row * columns, row.to(tl.int64)
+    # The row's length, its next packed token, and its row of the input. Packed positions fit 32 bits; those of a view may not.
+    length, end, first_row = columns, row * columns, row.to(tl.int64)
     if ends_ptr is not None:
         end = tl.load(ends_ptr + row)
         length = tl.load(ends_ptr + row + 1) - end
-        anchor = end.to(tl.int64)
+        first_row = end.to(tl.int64)
     if mask_ptr is not None:
         end = tl.zeros([], dtype=tl.int32)
         for first in range(0, row, BLOCK):
@@ -63,17 +66,17 @@ def _graph_inputs_kernel(
     for first in range(0, columns, BLOCK):
         column = (first + block).to(tl.int64)
         real = column < length
-        to = end + block
+        packed = end + block
         if mask_ptr is not None:
-            real = real & (tl.load(mask_ptr + anchor * mask_row + column * mask_col, mask=real, other=0) != 0)
-            to = end + tl.cumsum(real.to(tl.int32), axis=0) - 1
-            tl.store(indices_ptr + to, anchor * columns + column, mask=real)
-        word = tl.load(ids_ptr + anchor * ids_row + column * ids_col, mask=real, other=0)
-        kind = tl.load(types_ptr + anchor * types_row + column * types_col, mask=real, other=0)
-        position = tl.load(positions_ptr + anchor * positions_row + column * positions_col, mask=real, other=0)
-        tl.store(static_ptr + to, word.to(tl.int64), mask=real)
-        tl.store(static_ptr + CAPACITY + to, kind.to(tl.int64), mask=real)
-        tl.store(static_ptr + 2 * CAPACITY + to, position.to(tl.int64), mask=real)
+            real = real & (tl.load(mask_ptr + first_row * mask_row + column * mask_col, mask=real, other=0) != 0)
+            packed = end + tl.cumsum(real.to(tl.int32), axis=0) - 1
+            tl.store(indices_ptr + packed, first_row * columns + column, mask=real)
+        word = tl.load(ids_ptr + first_row * ids_row + column * ids_col, mask=real, other=0)
+        kind = tl.load(types_ptr + first_row * types_row + column * types_col, mask=real, other=0)
+        position = tl.load(positions_ptr + first_row * positions_row + column * positions_col, mask=real, other=0)
+        tl.store(static_ptr + packed, word.to(tl.int64), mask=real)
+        tl.store(static_ptr + CAPACITY + packed, kind.to(tl.int64), mask=real)
+        tl.store(static_ptr + 2 * CAPACITY + packed, position.to(tl.int64), mask=real)
         end += tl.sum(real.to(tl.int32), axis=0)
 
     tl.store(static_cu_seqlens_ptr + row + 1, end)
@@ -97,24 +100,43 @@ def _graph_inputs_kernel(
 
 
 def graph_inputs(
-    ids: Strided, types: Strided, positions: Strided, mask: Strided | None, lengths: torch.Tensor | None,
-    ends: torch.Tensor | None, indices: torch.Tensor | None, cu_seqlens: torch.Tensor | None, static: torch.Tensor,
-    static_cu_seqlens: torch.Tensor, shape: tuple[int, int], bounds: tuple[int, int],
-) -> None:  # fmt: skip
+    ids: Strided,
+    types: Strided,
+    positions: Strided,
+    mask: Strided | None,
+    lengths: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    static: torch.Tensor,
+    static_cu_seqlens: torch.Tensor,
+    shape: tuple[int, int],
+    bounds: tuple[int, int],
+) -> None:
     """Write `static` (3, capacity) int64 and `static_cu_seqlens` (capacity + 1,) int32 for a call.
 
     Args:
         ids, types, positions: integers, each with its strides.
-        mask, lengths: 0 where padded, and the real tokens (B,) int64 of each row; None: every token is real.
+        mask, lengths: 0 where padded, and the number of real tokens (B,) int64 of each row; None: every token is real.
         ends: (B + 1,) int32 of packed input; None: a padded batch.
-        indices: (T,) int64, written: where the real tokens stand in the flattened batch; with a mask alone.
-        cu_seqlens: (B + 1,) int32, written; None where `ends` says the same.
-        shape: (B, S), in packed input S is a bound on a sequence's length. bounds: (tokens, sequences) of the bucket.
+        indices: (T,) int64, written: positions of the real tokens in the flattened batch; only with a mask.
+        cu_seqlens: (B + 1,) int32, written; None if `ends` says the same.
+        shape: (B, S); in packed input S is an upper bound on a sequence's length.
+        bounds: (tokens, sequences) of the bucket.
     """
-    mask_tensor, mask_row, mask_col = (None, 0, 0) if mask is None else mask
+    mask_tensor, *mask_strides = (None, 0, 0) if mask is None else mask
+    tensors = (
+        ids[0],
+        types[0],
+        positions[0],
+        mask_tensor,
+        lengths,
+        ends,
+        indices,
+        cu_seqlens,
+        static,
+        static_cu_seqlens,
+    )
+    sizes = (shape[1], *bounds, *ids[1:], *types[1:], *positions[1:], *mask_strides)
     with torch.cuda.device_of(static):
-        _graph_inputs_kernel[(shape[0],)](
-            ids[0], types[0], positions[0], mask_tensor, lengths, ends, indices, cu_seqlens, static, static_cu_seqlens,
-            shape[1], *bounds, *ids[1:], *types[1:], *positions[1:], mask_row, mask_col,
-            CAPACITY=static.shape[1], BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+        _graph_inputs_kernel[(shape[0],)](*tensors, *sizes, CAPACITY=static.shape[1], BLOCK=_BLOCK, num_warps=4)

@@ -1,16 +1,16 @@
-"""x @ weight.T on tensor cores, one tile a program: the walk over K that kernels with an epilogue of their own share.
+"""x @ weight.T on tensor cores, one tile per program: the walk over K, for kernels that add an epilogue of their own.
 
 A program computes BLOCK_M rows by BLOCK_N columns of the product of x (T, K) and weight (N, K), both read along K, so
-that neither is transposed in memory. Rows behind the last one are read as the last one again: no mask stands in the
-walk but where K is no multiple of BLOCK_K, and whoever stores the tile masks it.
+that neither is transposed in memory. Instead of rows behind the last one, the last one is read again: so the walk needs a mask
+only if K is not a multiple of BLOCK_K. The kernel that stores the tile masks it.
 
-bfloat16, float16 and float32 give float32 sums (float32 products are exact, or TF32 where that is asked for), int8 gives
-int32 sums and float8 e4m3 float32 sums. Every element is summed by one program, in an order that follows from BLOCK_K alone.
+bfloat16, float16 and float32 give float32 sums (float32 products are exact, or TF32 if torch is asked for it), int8 gives
+int32 sums and float8 e4m3 float32 sums. One program sums each element, in an order that depends on BLOCK_K alone.
 
-The operands come by asynchronous copies of words of 16 bytes (cp.async); `in_words` copies the rare rows that do not
-begin at one. The copy engine of newer chips (TMA) would need this path beside its own, for older ones, and has little
-to save: a step of 128 x 256 x 64 keeps Hopper's tensor cores busy for 1024 cycles, and for sm_90 it compiles to 128
-instructions a warp, of which addresses and copies are most: 256 cycles of its schedulers, beside the products.
+Operands are loaded by asynchronous copies of 16-byte words (cp.async); `in_words` copies the rare rows that do not begin at
+such a word. The copy engine of newer chips (TMA) would need this path as well, for older chips, and has little to save: a step
+of 128 x 256 x 64 keeps Hopper's tensor cores busy for 1024 cycles. For sm_90 it compiles to 128 instructions a warp, most of
+them for addresses and copies: 256 cycles of the schedulers, while the products run.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ._common import product
 
 # Tiles that share a block of columns of weight while it is in the L2 cache.
 _GROUP_M = tl.constexpr(8)
-# Of the H100; a constant, so that the same shape has the same tiles, and sums, on every chip.
+# The number on an H100. It is a constant, so that the same shape has the same tiles and sums on every chip.
 _MULTIPROCESSORS = 132
-# Two programs of it fit a multiprocessor of Hopper: the epilogue of one runs beside the products of the other. A larger
-# tile multiplies faster and leaves the tensor cores idle in its epilogue: a candidate of the tuner, and no first guess.
+# Two programs with this tile fit a multiprocessor of Hopper: the epilogue of one runs while the other multiplies. A larger
+# tile multiplies faster but leaves the tensor cores idle in its epilogue: the tuner may choose it, but it is not a first guess.
 _LARGEST_GUESS = 128 * 128
 
-# Type of the operands, or "tf32" -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small: a larger tile reads
-# less, (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) elements a multiplication, a smaller one fills more multiprocessors.
-# None spills on sm_80, sm_90 or sm_100 with an epilogue that goes by `halves`.
+# Type of the operands, or "tf32" -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), from large to small. A larger tile reads
+# less, (BLOCK_M + BLOCK_N) / (BLOCK_M BLOCK_N) elements per multiplication; a smaller one occupies more multiprocessors.
+# None spills on sm_80, sm_90 or sm_100 if the epilogue takes one of the `halves` after the other.
 _BYTES = ((128, 128, 128, 8, 3), (64, 128, 128, 4, 4), (64, 64, 128, 4, 4))
 _HALVES = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))
 _TILES: dict[torch.dtype | str, tuple[tuple[int, ...], ...]] = {
     torch.int8: ((128, 256, 64, 8, 4), *_BYTES),
-    # In the large tile the second set of sums that `accumulate` keeps would spill.
+    # With the large tile the second set of sums that `accumulate` keeps would spill.
     torch.float8_e4m3fn: _BYTES,
     torch.bfloat16: _HALVES,
     torch.float16: _HALVES,
-    # Steps of as many bytes as in 16 bits; behind the large tile of those, stores of twice the bytes would spill.
+    # Steps have as many bytes as in 16 bits. The large tile is left out: its stores, of twice the bytes, would spill.
     "tf32": ((128, 128, 32, 8, 3), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4)),
     # An exact float32 product runs on plain FMA, with its operands in registers: hence short steps along K.
     torch.float32: ((128, 128, 16, 8, 3), (64, 64, 16, 8, 3), (32, 32, 16, 4, 3)),
@@ -48,9 +48,9 @@ _TILES: dict[torch.dtype | str, tuple[tuple[int, ...], ...]] = {
 
 
 def matmul_tiles(n_rows: int, n_cols: int, dtype: torch.dtype, tf32: bool = False) -> list[dict[str, int]]:
-    """Tile sizes and launch options for (n_rows, n_cols) products of such operands, as keywords, best guess first.
+    """Tile sizes and launch options for (n_rows, n_cols) products of operands of this type, as keywords, best guess first.
 
-    The guess is the largest tile, up to 128 x 128, that still gives every multiprocessor one; its neighbours follow.
+    The guess is the largest tile up to 128 x 128 of which there are enough for all multiprocessors; its neighbours follow.
     """
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     tiles = [dict(zip(names, sizes, strict=True)) for sizes in _TILES["tf32" if tf32 else dtype]]
@@ -64,7 +64,7 @@ def matmul_tiles(n_rows: int, n_cols: int, dtype: torch.dtype, tf32: bool = Fals
 
 
 def in_words(x: torch.Tensor) -> torch.Tensor:
-    """`x` (T, K) with every row of whole 16-byte words, K padded with zeros; `x` itself where that is so already.
+    """`x` (T, K) with rows of whole 16-byte words, K padded with zeros; `x` itself if its rows are such already.
 
     Smaller words take more addresses than there are registers, and no asynchronous copy moves single 16-bit numbers.
     """
@@ -79,22 +79,22 @@ def in_words(x: torch.Tensor) -> torch.Tensor:
 
 
 def n_tiles(n_rows: int, n_cols: int, tile: dict[str, int]) -> int:
-    """Programs of a launch."""
+    """The number of tiles, which is the number of programs of a launch."""
     return triton.cdiv(n_rows, tile["BLOCK_M"]) * triton.cdiv(n_cols, tile["BLOCK_N"])
 
 
 @triton.jit
 def tile_of_program(n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first row, int64; first column) of program_id(0)'s tile: down a few tiles of rows, then one to the right.
+    """(first row, int64; first column) of program_id(0)'s tile: programs go down a few tiles of rows, then one to the right.
 
-    So the tiles that run at a time form a square, which reads the fewest rows of both operands.
+    So the tiles that run at the same time form a square, which reads the fewest rows of both operands.
     """
     row_blocks = tl.cdiv(n_rows, BLOCK_M)
     col_blocks = tl.cdiv(n_cols, BLOCK_N)
     group = tl.program_id(0) // (_GROUP_M * col_blocks)
     within = tl.program_id(0) % (_GROUP_M * col_blocks)
     height = tl.minimum(row_blocks - group * _GROUP_M, _GROUP_M)
-    # 64 bits: a row's number times its stride passes 2^31 elements in long batches of wide rows.
+    # 64 bits: row number times stride passes 2^31 elements in long batches of wide rows.
     row_block = (group * _GROUP_M + within % height).to(tl.int64)
     return row_block * BLOCK_M, within // height * BLOCK_N
 
@@ -111,10 +111,10 @@ def tile_product(
     stride_x_row,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
-    TF32: tl.constexpr = False,  # whether float32 is multiplied so
+    TF32: tl.constexpr = False,  # whether float32 is multiplied as TF32
 ):
-    """The tile's sums (BLOCK_M, BLOCK_N), float32 or int32; beyond T and N, numbers without a meaning."""
-    # Said so that the compiler knows: rows are of whole words.
+    """The tile's sums (BLOCK_M, BLOCK_N), float32 or int32; those beyond T and N are meaningless."""
+    # These divisions change nothing; they tell the compiler that rows consist of whole words.
     word: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     n_inner = n_inner // word * word
     stride_x_row = stride_x_row // word * word
@@ -139,11 +139,11 @@ def tile_product(
 
 @triton.jit
 def accumulate(a, b, acc, TF32: tl.constexpr):
-    """a (M, K) @ b (K, N) + acc: int32 sums of int8, float32 sums of all else."""
+    """a (M, K) @ b (K, N) + acc, with int32 sums for int8 and float32 sums for all other types."""
     if a.dtype == tl.int8:
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
     elif a.dtype == tl.float8e4nv:
-        # Hopper's tensor cores keep 14 bits of a float8 product's sums: they are moved to float32 after every step.
+        # Hopper's tensor cores keep 14 bits of the sums of float8 products, so the sums are moved to float32 after every step.
         acc = tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
     else:
         acc = product(a, b, acc, TF32)
@@ -154,6 +154,6 @@ def accumulate(a, b, acc, TF32: tl.constexpr):
 def halves(acc):
     """The left and the right half of a tile's columns, for an epilogue that takes one after the other.
 
-    Over the whole tile ptxas would interleave the activations of all elements: more registers than there are.
+    For the whole tile ptxas would interleave the activations of all elements and need more registers than there are.
     """
     return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()

@@ -1,11 +1,11 @@
-"""Rows of activations rounded to 8 bits for a product: on their own, or in the pass that computes them.
+"""Rounds rows of activations to 8 bits for a product, in a kernel of its own or in the kernel that computes them.
 
-A row y = x * rescale + shift becomes step * (q - zero): int8 between its least and largest element, 255 steps apart, or
-float8 e4m3 of which the largest is 448, without a zero point. One float32 step and one int32 zero a row; a row with a NaN or
-an infinity has NaN for its step, so that nothing of it passes for a number.
+A row y = x * rescale + shift becomes step * (q - zero): int8 q, with 255 steps between the row's least and largest element, or
+float8 e4m3 q whose largest is 448, without a zero point. Every row has one float32 step and one int32 zero. A row with a NaN or
+an infinity has NaN as its step, so that none of its values can pass for a number.
 
-Bytes moved, T rows: `round_rows` 3 T K, `add_layer_norm_rounded` 7 T H (two operands in bfloat16 read, the sum written in
-bfloat16 and rounded), `bias_gelu_rounded` 3 T I, and 8 T each. What is rounded comes from registers in float32.
+Bytes moved for T rows: `round_rows` 3 T K, `add_layer_norm_rounded` 7 T H (it reads two operands in bfloat16 and writes the sum
+in bfloat16 and rounded), `bias_gelu_rounded` 3 T I, and 8 T each. Values are rounded from float32 registers.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ._common import (
     COMPILER_OPTIONS,
     INTERPRETED,
     activate,
-    layer_norm_rows,
     load_row_vector,
     program_rows,
     round_to,
     row_tiles,
     rows_contiguous,
 )
+from ._layer_norm import layer_norm_rows
 from .bias_gelu import bias_gelu_fwd
 
-# Wider ones spill where a program computes an activation and rounds: two kernels then, and 4 T I more bytes.
+# A program that computes an activation and rounds spills with wider rows; these take two kernels, and 4 T I more bytes.
 FUSED_ROW = 8192
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """values (T, D) int8 or float8 e4m3, D being K padded; steps (T,) float32, zeros (T,) int32, of int8 alone."""
+    """Rounded rows: values (T, D) int8 or float8 e4m3, where D is K padded; steps (T,) float32; zeros (T,) int32, for int8 only."""
 
     values: torch.Tensor
     steps: torch.Tensor
@@ -51,8 +51,8 @@ class Rounded:
         )
 
     def take(self, rows: torch.Tensor) -> Rounded:
-        """The rows (Tq,) of it."""
-        # As bytes: torch gathers no float8 numbers on some devices.
+        """The rows with these indices (Tq,)."""
+        # Gathered as bytes: on some devices torch cannot gather float8 numbers.
         values = self.values.view(torch.int8).index_select(0, rows).view(self.values.dtype)
         zeros = None if self.zeros is None else self.zeros.index_select(0, rows)
         return Rounded(values, self.steps.index_select(0, rows), zeros)
@@ -67,9 +67,9 @@ def _to_integer(x):
 
 @triton.jit
 def _to_float8(x):
-    """float32 |x| <= 448, but for its own rounding, to the nearest float8 e4m3, ties to even."""
+    """float32 |x| <= 448 (up to its own rounding) rounded to the nearest float8 e4m3, ties to even."""
     if INTERPRETED:
-        # The interpreter would cut the lower bits off: leave 3 of the mantissa, and multiples of 2^-9 among denormals.
+        # The interpreter truncates: so keep 3 bits of the mantissa, and multiples of 2^-9 among denormals.
         bits = x.to(tl.uint32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < 0.015625, _to_integer(x * 512.0) * 0.001953125, normal)
@@ -84,37 +84,37 @@ def store_rounded(
     values_ptr,  # (T, D), contiguous, int8 or float8 e4m3
     steps_ptr,  # (T,) float32
     zeros_ptr,  # (T,) int32, or None for float8
-    rows,
+    rows,  # this and the next two: as `program_rows` returns them
     cols,
     row_mask,
     n_cols,  # K
-    depth,  # D, K to BLOCK_N
+    depth,  # D, between K and BLOCK_N
 ):
-    """Round whole rows y * rescale + shift and write them, their steps and their zero points; beyond K what 0 becomes."""
-    # Beyond K all three are 0.
+    """Round whole rows y * rescale + shift; store them, their steps and their zero points. Columns beyond K get the rounded 0."""
+    # Beyond K, y, rescale and shift are 0.
     y = y * load_row_vector(rescale_ptr, cols, n_cols) + load_row_vector(shift_ptr, cols, n_cols)
     damage = tl.sum(y * 0.0, axis=1)
-    # What is no number has no integer.
+    # NaN and infinity have no integer.
     y = tl.where(tl.abs(y) < float("inf"), y, 0.0)
     high = tl.maximum(tl.max(y, axis=1), 0.0)
     low = tl.minimum(tl.min(y, axis=1), 0.0)
     if zeros_ptr is None:
         extent, levels = tl.maximum(high, -low), 448.0
     else:
-        # Halves of both: the extent of a finite row may pass float32's largest number.
+        # Half of each: the extent of a finite row may exceed float32's largest number.
         extent, levels = high * 0.5 - low * 0.5, 127.5
     inverse = levels / tl.where(extent > 0.0, extent, 1.0)
-    # Rows of zeros, and of denormals whose step has no inverse.
+    # 0 for rows of zeros, and of denormals whose step has no inverse.
     inverse = tl.where((extent > 0.0) & (inverse < float("inf")), inverse, 0.0)
     if zeros_ptr is None:
         values = _to_float8(y * inverse[:, None])
     else:
         zero = _to_integer(-low * inverse)
         levelled = _to_integer(y * inverse[:, None] + zero[:, None])
-        # 0 to 255 on the CPU, -128 to 127 on tensor cores.
+        # The CPU's integers run from 0 to 255, those of tensor cores from -128 to 127.
         values = (tl.minimum(tl.maximum(levelled, 0.0), 255.0) - 128.0).to(tl.int8)
         tl.store(zeros_ptr + rows, zero.to(tl.int32) - 128, mask=row_mask)
-    # Beyond K the weights are 0: there only what is not written could do harm.
+    # Beyond K the weights are 0, so any value is right there, but memory that was never written might hold NaN.
     tl.store(
         values_ptr + rows[:, None] * depth + cols[None, :], values, mask=row_mask[:, None] & (cols < depth)[None, :]
     )
@@ -136,6 +136,7 @@ def _round_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    # A program takes BLOCK_M whole rows.
     rows, cols, row_mask, mask = program_rows(n_rows, n_cols, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + rows[:, None] * stride_x_row + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     store_rounded(x, rescale_ptr, shift_ptr, values_ptr, steps_ptr, zeros_ptr, rows, cols, row_mask, n_cols, depth)
@@ -145,7 +146,9 @@ def round_rows(x: torch.Tensor, rescale: torch.Tensor, shift: torch.Tensor, dtyp
     """x * rescale + shift, rounded.
 
     Args:
-        x: (T, K). rescale, shift: (K,) float32. dtype: torch.int8 or torch.float8_e4m3fn.
+        x: (T, K).
+        rescale, shift: (K,) float32.
+        dtype: torch.int8 or torch.float8_e4m3fn.
         depth: D, K padded to at most the next multiple of 128.
 
     Raises:
@@ -154,13 +157,13 @@ def round_rows(x: torch.Tensor, rescale: torch.Tensor, shift: torch.Tensor, dtyp
     x = rows_contiguous(x)
     n_rows, n_cols = x.shape
     block_m, block_n, num_warps = row_tiles(n_cols)
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **COMPILER_OPTIONS}
     out = Rounded.empty(n_rows, depth, dtype, x.device)
+    outputs = (out.values, out.steps, out.zeros)
+    grid = (triton.cdiv(n_rows, block_m),)
     if n_rows:
         with torch.cuda.device_of(x):
-            _round_rows_kernel[(triton.cdiv(n_rows, block_m),)](
-                x, rescale, shift, out.values, out.steps, out.zeros, n_rows, n_cols, depth, x.stride(0),
-                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **COMPILER_OPTIONS,
-            )  # fmt: skip
+            _round_rows_kernel[grid](x, rescale, shift, *outputs, n_rows, n_cols, depth, x.stride(0), **tiles)
     return out
 
 
@@ -172,7 +175,7 @@ def _add_layer_norm_rounded_kernel(
     weight_ptr,  # (H,)
     ln_bias_ptr,  # (H,)
     out_ptr,  # (T, H), contiguous
-    rescale_ptr,  # (H,) float32, or None: rounded is nothing; so are the next four
+    rescale_ptr,  # (H,) float32; None: nothing is rounded, and the next four are None, too
     shift_ptr,  # (H,) float32
     values_ptr,  # (T, D), contiguous, int8 or float8 e4m3
     steps_ptr,  # (T,) float32
@@ -185,6 +188,7 @@ def _add_layer_norm_rounded_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    # A program takes BLOCK_M whole rows.
     rows, cols, row_mask, mask = program_rows(n_rows, n_cols, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + rows[:, None] * stride_residual_row + cols[None, :], mask=mask, other=0.0)
@@ -199,14 +203,27 @@ def _add_layer_norm_rounded_kernel(
 
 
 def add_layer_norm_rounded(
-    x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, ln_bias: torch.Tensor, eps: float,
-    rescale: torch.Tensor | None, shift: torch.Tensor | None, dtype: torch.dtype, depth: int,
-) -> tuple[torch.Tensor, Rounded | None]:  # fmt: skip
+    x: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    rescale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    dtype: torch.dtype,
+    depth: int,
+) -> tuple[torch.Tensor, Rounded | None]:
     """out = LayerNorm(x + bias + residual) * weight + ln_bias, (T, H) in x's dtype, and out * rescale + shift, rounded.
 
     Args:
-        x: (T, H), contiguous. residual: (T, H), in its dtype. bias: (H,) float32. weight, ln_bias: (H,).
-        rescale, shift: (H,) float32; None: rounded is nothing. dtype, depth: as of `round_rows`.
+        x: (T, H), contiguous.
+        bias: (H,) float32.
+        residual: (T, H), in x's dtype.
+        weight, ln_bias: (H,).
+        eps: added to the variance.
+        rescale, shift: (H,) float32; None: nothing is rounded.
+        dtype, depth: as for `round_rows`.
 
     Raises:
         ValueError: H above 16384.
@@ -217,13 +234,12 @@ def add_layer_norm_rounded(
     out = torch.empty_like(x)
     rounded = None if rescale is None else Rounded.empty(n_rows, depth, dtype, x.device)
     outputs = (None, None, None) if rounded is None else (rounded.values, rounded.steps, rounded.zeros)
+    tensors = (x, bias, residual, weight, ln_bias, out, rescale, shift, *outputs)
+    sizes = (n_rows, n_cols, depth, residual.stride(0), eps)
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **COMPILER_OPTIONS}
     if n_rows:
         with torch.cuda.device_of(x):
-            _add_layer_norm_rounded_kernel[(triton.cdiv(n_rows, block_m),)](
-                x, bias, residual, weight, ln_bias, out, rescale, shift, *outputs, n_rows, n_cols, depth,
-                residual.stride(0), eps,
-                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **COMPILER_OPTIONS,
-            )  # fmt: skip
+            _add_layer_norm_rounded_kernel[(triton.cdiv(n_rows, block_m),)](*tensors, *sizes, **tiles)
     return out, rounded
 
 
@@ -243,6 +259,7 @@ def _bias_gelu_rounded_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    # A program takes BLOCK_M whole rows.
     rows, cols, row_mask, mask = program_rows(n_rows, n_cols, BLOCK_M, BLOCK_N)
     x = tl.load(x_ptr + rows[:, None] * n_cols + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     y = activate(x + load_row_vector(bias_ptr, cols, n_cols), ACT)
@@ -250,14 +267,21 @@ def _bias_gelu_rounded_kernel(
 
 
 def bias_gelu_rounded(
-    x: torch.Tensor, bias: torch.Tensor, act: str, rescale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype,
+    x: torch.Tensor,
+    bias: torch.Tensor,
+    act: str,
+    rescale: torch.Tensor,
+    shift: torch.Tensor,
+    dtype: torch.dtype,
     depth: int,
-) -> Rounded:  # fmt: skip
+) -> Rounded:
     """act(x + bias) * rescale + shift, rounded.
 
     Args:
-        x: (T, I), contiguous. bias, rescale, shift: (I,) float32. act: "gelu_tanh", "gelu_erf" or "relu".
-        dtype, depth: as of `round_rows`.
+        x: (T, I), contiguous.
+        bias, rescale, shift: (I,) float32.
+        act: "gelu_tanh", "gelu_erf" or "relu".
+        dtype, depth: as for `round_rows`.
 
     Raises:
         ValueError: I above 16384.
@@ -266,11 +290,11 @@ def bias_gelu_rounded(
     if n_cols > FUSED_ROW:
         return round_rows(bias_gelu_fwd(x, bias, act), rescale, shift, dtype, depth)
     block_m, block_n, num_warps = row_tiles(n_cols)
+    tiles = {"ACT": ACT_CODES[act], "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, **COMPILER_OPTIONS}
     out = Rounded.empty(n_rows, depth, dtype, x.device)
+    outputs = (out.values, out.steps, out.zeros)
+    grid = (triton.cdiv(n_rows, block_m),)
     if n_rows:
         with torch.cuda.device_of(x):
-            _bias_gelu_rounded_kernel[(triton.cdiv(n_rows, block_m),)](
-                x, bias, rescale, shift, out.values, out.steps, out.zeros, n_rows, n_cols, depth,
-                ACT=ACT_CODES[act], BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, **COMPILER_OPTIONS,
-            )  # fmt: skip
+            _bias_gelu_rounded_kernel[grid](x, bias, rescale, shift, *outputs, n_rows, n_cols, depth, **tiles)
     return out

@@ -1,8 +1,8 @@
-"""Which of several tile sizes a kernel starts with: the first, or where ALBERT_FAST_TUNE=1 asks for it the fastest.
+"""Chooses among several tile sizes of a kernel: the first, or with ALBERT_FAST_TUNE=1 the fastest.
 
-Without the variable no clock and no file is read: tile sizes, and so the roundings, are the same on every run. With it
-every launch whose key is new on this chip and this Triton is timed once for each candidate, and the winner is kept in
-`$XDG_CACHE_HOME/albert_fast/tiles.json` (by default below ~/.cache), {"chip, Triton": {key: tiles}}.
+Without the variable no clock and no file is read: tile sizes, and so the roundings, are the same on every run. With it,
+every candidate is timed once for each key that is new on this chip and this version of Triton, and the winner is stored in
+`$XDG_CACHE_HOME/albert_fast/tiles.json` (by default in ~/.cache) as {"chip, Triton": {key: tiles}}.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from ._capture import CAPTURE, capturing
 
 Tiles = dict[str, int]
 Launch = Callable[[Tiles], Any]
-# Milliseconds that a call takes.
+# Returns the milliseconds that a call takes.
 Timer = Callable[[Callable[[], Any]], float]
 
 
 def choose(
     kernel: str, key: Callable[[], str], candidates: Sequence[Tiles], launch: Launch, timer: Timer | None = None
 ) -> Tiles:
-    """The tiles to launch with: `candidates[0]`, or the fastest candidate where tuning is asked for.
+    """The tiles to launch with: `candidates[0]`, or the fastest candidate if tuning is asked for.
 
     Args:
-        kernel: its name. key: gives what else the choice depends on: dtype, sizes; called only where tuning is asked for.
+        kernel: its name.
+        key: returns what else the choice depends on, such as dtype and sizes; called only if tuning is asked for.
         candidates: keywords of the kernel, best guess first; the compile check compiles every one of them.
         launch: starts the kernel with such keywords; it may be called often, and overwrites its outputs each time.
-        timer: in the place of `time_on_gpu`.
+        timer: used instead of `time_on_gpu`.
     """
     if len(candidates) == 1 or not asked_for():
         return candidates[0]
@@ -46,7 +47,7 @@ def choose(
 
 
 def known(kernel: str, key: str) -> Tiles | None:
-    """What was chosen for the key, in this process or an earlier one; None where nothing was, or nobody tunes."""
+    """What was chosen for the key, in this process or an earlier one; None if nothing was, or if tuning is not asked for."""
     return _tuner(torch.cuda.get_device_name()).known(f"{kernel} {key}") if asked_for() else None
 
 
@@ -84,10 +85,12 @@ def time_in_graph(call: Callable[[], Any]) -> float:
 
 
 class Tuner:
-    """The winners of one machine, in memory and in a file that other machines and processes share.
+    """The winners on one machine, in memory and in a file that other machines and processes share.
 
-    path: the file; absent, broken or read-only, it costs only the memory of what was found. machine: the part of the
-    file that counts here. timer: what a call takes.
+    Args:
+        path: the file. If it is absent, broken or read-only, winners are kept in memory only.
+        machine: the file's key for this machine.
+        timer: measures a call.
     """
 
     def __init__(self, path: Path, machine: str, timer: Timer) -> None:
@@ -98,12 +101,12 @@ class Tuner:
         return self._winners.get(key)
 
     def choose(self, key: str, candidates: Sequence[Tiles], launch: Launch, timer: Timer | None = None) -> Tiles:
-        """The known winner of `key` if it still is a candidate, else the fastest, timed now and remembered."""
+        """The known winner of `key` if it is still a candidate; otherwise the fastest, timed now and remembered."""
         if (winner := self._winner_among(key, candidates)) is not None:
             return winner
         if capturing():  # timing waits for the GPU, which a capture forbids
             return candidates[0]
-        with CAPTURE:  # it waits for the whole device, which would end another thread's capture and spoil its timing
+        with CAPTURE:  # timing waits for the whole device, which would end another thread's capture
             if (winner := self._winner_among(key, candidates)) is None:
                 times = [self._time(launch, tiles, timer or self.timer) for tiles in candidates]
                 self._winners[key] = winner = candidates[times.index(min(times))]
@@ -117,14 +120,14 @@ class Tuner:
     def _time(self, launch: Launch, tiles: Tiles, timer: Timer) -> float:
         try:
             return timer(lambda: launch(tiles))
-        except OutOfResources:  # a chip with less shared memory than those of the compile check
+        except OutOfResources:  # this chip has less shared memory than those of the compile check
             return float("inf")
 
     def _keep(self, key: str, winner: Tiles) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path.with_suffix(".lock"), "w") as lock:
-                # Others may have added winners since: read, add and replace, one process at a time.
+                # Other processes may have added winners since: read, add and replace, one process at a time.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 content = _read(self.path)
                 content[self.machine] = {**_winners(content, self.machine), key: winner}
@@ -138,7 +141,7 @@ class Tuner:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):  # absent, unreadable, or not JSON: as if nothing had been tuned
+    except (OSError, ValueError):  # absent, unreadable or not JSON: the same as an empty file
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,12 +1,12 @@
-"""bias_gelu: dropout(act(x + bias)), one pass over memory, and its gradient, one pass too.
+"""bias_gelu: dropout(act(x + bias)) in one pass over memory; its gradient in one pass, too.
 
-The forward moves 2 T I elements and nothing else: a program covers BLOCK_M rows of BLOCK_N columns, so that the bias is
+The forward moves 2 T I elements and nothing else: a program takes BLOCK_M rows of BLOCK_N columns, so that the bias is
 read once for all of its rows.
 
-The backward moves 3 T I elements, and 8 P I bytes for the sums of the bias's gradient, P being at most 512 over I's blocks
-of columns: at 32,768 x 3072 in bfloat16 604 MB, and 2 MB of sums.
+The backward moves 3 T I elements, and 8 P I bytes for the sums of the bias's gradient, where P is at most 512 divided by I's
+blocks of columns: at 32,768 x 3072 in bfloat16 604 MB, and 2 MB of sums.
 
-Dropout moves nothing: its mask is computed, and in the backward computed again.
+Dropout moves nothing: its mask is computed, and the backward computes it again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from ._common import (
     ACT_CODES,
     BWD_OPTIONS,
     COMPILER_OPTIONS,
+    Dropout,
     activate,
     activation_grad,
     bwd_stages,
     column_sums,
     dropout_arguments,
-    dropout_keep,
+    dropout_factor,
     group_rows,
     load_row_vector,
     round_to,
@@ -33,7 +34,7 @@ from ._common import (
     store_column_sums,
 )
 
-# Every I of the released models is a multiple of 512 but the tiny one's 1248.
+# I is a multiple of 512 in every released model but the tiny one, where it is 1248.
 BLOCK_N, NUM_WARPS = 512, 4
 
 
@@ -45,16 +46,15 @@ def _bias_gelu_fwd_kernel(
     n_rows,  # T
     n_cols,  # I
     stride_x_row,
-    seed_lo,  # int32 halves of the dropout seed
+    seed_lo,  # this and the next three: the fields of Dropout
     seed_hi,
-    dropout_threshold,  # int32 holding floor(p * 2^32)
-    dropout_scale,  # 1 / (1 - p)
-    ACT: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    dropout_threshold,
+    dropout_scale,
+    ACT: tl.constexpr,  # a value of ACT_CODES
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # Neighbouring programs take neighbouring columns of the same rows.
+    # A program takes a tile of BLOCK_M rows and BLOCK_N columns; neighbouring programs take neighbouring columns of the same rows.
     col_blocks = tl.cdiv(n_cols, BLOCK_N)
     row_block = tl.program_id(0) // col_blocks
     col_block = tl.program_id(0) % col_blocks
@@ -67,10 +67,9 @@ def _bias_gelu_fwd_kernel(
     if bias_ptr is not None:
         x += load_row_vector(bias_ptr, cols, n_cols)
     out = activate(x, ACT)
-    if HAS_DROPOUT:
-        keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[:, None], cols[None, :])
-        # A product, not a choice: a dropped NaN or infinity stays NaN, as in torch.
-        out *= tl.where(keep, dropout_scale, 0.0)
+    if seed_lo is not None:
+        dropout = Dropout(seed_lo, seed_hi, dropout_threshold, dropout_scale)
+        out *= dropout_factor(dropout, rows[:, None], cols[None, :])
     tl.store(out_ptr + rows[:, None] * n_cols + cols[None, :], round_to(out, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -88,21 +87,19 @@ def bias_gelu_fwd(
     Raises:
         ValueError: dropout_p outside [0, 1).
     """
-    x = rows_contiguous(x)
-    dropout = dropout_arguments(dropout_p, seed)
+    x, bias = rows_contiguous(x), None if bias is None else bias.contiguous()
     n_rows, n_cols = x.shape
+    numbers = (n_rows, n_cols, x.stride(0), *dropout_arguments(dropout_p, seed))
     out = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     block_m = 16 // x.itemsize  # four 16-byte loads in flight in every thread
     grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, BLOCK_N),)
-    # Rows that are not made of whole words take more addresses: told no limit, ptxas spills some of them.
+    tiles = {"ACT": ACT_CODES[act], "BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "num_warps": NUM_WARPS}
+    # Rows that are not made of whole words take more addresses; without a limit ptxas spills some of them.
     options = BWD_OPTIONS if n_cols % 16 else COMPILER_OPTIONS
     with torch.cuda.device_of(x):
-        _bias_gelu_fwd_kernel[grid](
-            x, None if bias is None else bias.contiguous(), out, n_rows, n_cols, x.stride(0), *dropout, ACT=ACT_CODES[act],
-            HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, **options,
-        )  # fmt: skip
+        _bias_gelu_fwd_kernel[grid](x, bias, out, *numbers, **tiles, **options)
     return out
 
 
@@ -117,17 +114,16 @@ def _bias_gelu_bwd_kernel(
     n_cols,  # I
     stride_grad_row,
     stride_x_row,
-    seed_lo,  # int32 halves of the dropout seed
+    seed_lo,  # this and the next three: the fields of Dropout
     seed_hi,
-    dropout_threshold,  # int32 holding floor(p * 2^32)
-    dropout_scale,  # 1 / (1 - p)
-    ACT: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    dropout_threshold,
+    dropout_scale,
+    ACT: tl.constexpr,  # a value of ACT_CODES
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,  # tiles in flight
 ):
-    # One block of columns of every P-th tile of rows.
+    # A program takes one block of columns of every P-th tile of rows.
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
         bias = load_row_vector(bias_ptr, cols, n_cols)
@@ -142,11 +138,11 @@ def _bias_gelu_bwd_kernel(
             x += bias
 
         dx = activation_grad(grad.to(tl.float32), x, ACT)
-        if HAS_DROPOUT:
-            # A product, as in the forward, and after the slope, whose registers are free by then.
-            keep = dropout_keep(seed_lo, seed_hi, dropout_threshold, rows[:, None], cols[None, :])
-            dx *= tl.where(keep, dropout_scale, 0.0)
-        # An infinite bias makes NaN of the zeros beyond the last row.
+        if seed_lo is not None:
+            # After the slope of the activation, whose registers are free by then.
+            dropout = Dropout(seed_lo, seed_hi, dropout_threshold, dropout_scale)
+            dx *= dropout_factor(dropout, rows[:, None], cols[None, :])
+        # An infinite bias would make NaN of the zeros behind the last row.
         dbias += tl.where(mask, dx, 0.0)
         tl.store(dx_ptr + rows[:, None] * n_cols + cols[None, :], round_to(dx, dx_ptr.dtype.element_ty), mask=mask)
     store_column_sums(partials_ptr, dbias, 0, cols, n_cols, 1)
@@ -164,14 +160,14 @@ def bias_gelu_bwd(
         dropout_p, seed: of the forward.
 
     Returns:
-        dx (T, I) and dbias (I,) in x's dtype; dbias is summed in float32, in one order everywhere.
+        dx (T, I) and dbias (I,) in x's dtype. The sums of dbias are float32 and taken in the same order everywhere.
 
     Raises:
         ValueError: dropout_p outside [0, 1).
     """
-    grad, x = rows_contiguous(grad), rows_contiguous(x)
-    dropout = dropout_arguments(dropout_p, seed)
+    grad, x, bias = rows_contiguous(grad), rows_contiguous(x), None if bias is None else bias.contiguous()
     n_rows, n_cols = x.shape
+    numbers = (n_rows, n_cols, grad.stride(0), x.stride(0), *dropout_arguments(dropout_p, seed))
     dx = torch.empty((n_rows, n_cols), dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
         return dx, x.new_zeros(n_cols)
@@ -179,11 +175,8 @@ def bias_gelu_bwd(
     col_blocks = triton.cdiv(n_cols, BLOCK_N)
     groups = row_groups(n_rows, block_m, col_blocks)
     partials = torch.empty((groups, 1, n_cols), dtype=torch.float32, device=x.device)
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "STAGES": bwd_stages(x), "num_warps": NUM_WARPS, **BWD_OPTIONS}
     with torch.cuda.device_of(x):
-        _bias_gelu_bwd_kernel[(col_blocks, groups)](
-            grad, x, None if bias is None else bias.contiguous(), dx, partials, n_rows, n_cols, grad.stride(0),
-            x.stride(0), *dropout, ACT=ACT_CODES[act], HAS_DROPOUT=dropout_p > 0.0, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
-            STAGES=bwd_stages(x), num_warps=NUM_WARPS, **BWD_OPTIONS,
-        )  # fmt: skip
+        _bias_gelu_bwd_kernel[(col_blocks, groups)](grad, x, bias, dx, partials, *numbers, ACT=ACT_CODES[act], **tiles)
     (dbias,) = column_sums(partials, x.dtype)
     return dx, dbias

@@ -1,7 +1,7 @@
-"""encoder: all layers of a small batch in one launch, by programs that stay and wait for each other.
+"""encoder: all layers of a small batch in one launch, whose programs stay and wait for each other between phases.
 
-At few tokens a layer's kernels are shorter than what lies between two kernels. So one grid, no larger than the number of
-multiprocessors, goes through the phases of every layer, each divided into tiles, with a barrier of all programs behind it:
+With few tokens a layer's kernels take less time than the gaps between launches. So one grid, no larger than the number of
+multiprocessors, goes through the phases of every layer. Each phase is divided into tiles and ends with a barrier of all programs:
 
     0  qkv = LayerNorm(sums) Wqkv^T + b             tiles of rows and columns
     1  context = attention(qkv)                     tiles of a head and BLOCK_Q queries
@@ -9,34 +9,35 @@ multiprocessors, goes through the phases of every layer, each divided into tiles
     3  middle = act(LayerNorm(attended) Wup^T + b)
     4  sums = middle Wdown^T + b + LayerNorm(attended)
 
-and behind the last layer out = LayerNorm(sums). LayerNorms cost no phase: who writes a tile of `attended` or `sums` writes
-each row's mean and sum of squares within the tile too, and who reads a row joins those (Chan et al. 1979). Of the last
-layer only the rows that are asked for are computed, from attention on: phase 0 computes their queries among all keys.
+After the last layer out = LayerNorm(sums). LayerNorms need no phase of their own: the program that writes a tile of `attended`
+or `sums` also writes each row's mean and sum of squares within the tile, and programs that read a row combine them (Chan et
+al. 1979). The last layer computes only the wanted rows from attention on; phase 0 still computes the queries of all tokens.
 
-Where a product has fewer tiles than PROGRAMS its inner dimension is split: every program writes its partial sums, and the
-one that comes last to a tile adds all of them, in the order of the splits. Tiles and splits follow from the shape alone,
+If a product has fewer tiles than PROGRAMS, its inner dimension is split: every program writes its partial sums, and the
+last one to finish a tile adds all of them, in the order of the splits. Tiles and splits depend on the shape alone,
 so a result does not depend on the chip or on timing.
 
-Bytes: the weights once from memory, then from the L2 cache (14 MB of ALBERT-base in 16 bits), where activations stay too.
-A tile of a product reads BLOCK_M + BLOCK_N rows of its inner dimension: at 128 tokens of ALBERT-base 57 MB a layer
-from the L2 cache, 14 MB for qkv, 5 for the attention's output, 19 for each of the FFN's; partial sums are 7 MB more,
-there and back.
+Bytes: the weights are read once from memory, then from the L2 cache (14 MB of ALBERT-base in 16 bits), where activations stay
+too. A tile of a product reads BLOCK_M + BLOCK_N rows of its inner dimension: at 128 tokens of ALBERT-base a layer reads 57 MB
+from the L2 cache: 14 MB for qkv, 5 for the attention's output, 19 for each of the FFN's. Partial sums add 7 MB, written and
+read.
 
-The barrier. `tl.debug_barrier` (bar.sync) orders the stores of all threads of a program before its thread 0, which
-adds 1 to a counter with release at the scope of the GPU, and then reads it with acquire, which Triton spells as an
-addition of 0, until all have come; Triton hands what thread 0 has read to the others through shared memory and another
-bar.sync. Causality is transitive in PTX's memory model, so what any thread stored before its barrier is seen by what
-any thread loads behind it; on the chip the acquire empties the L1 cache. It holds for ordinary loads and cp.async, and
-not for ld.global.nc, which Triton does not emit (tests/test_encoder.py reads the PTX). The launch is cooperative: it
-fails where not all programs can run at once. The counter is zeroed in the stream ahead of each launch, so a replayed
-graph, a launch on another stream and one behind an aborted launch each begin with a clean one. A program that has
-polled 2^22 times, some seconds, traps: a bug ends in a CUDA error, not in a GPU that hangs or in a wrong result.
+The barrier: `tl.debug_barrier` (bar.sync) orders the stores of all threads of a program before its thread 0. Thread 0 adds 1
+to a counter with release at the scope of the GPU, and then reads it with acquire (Triton's form of this is an addition of 0)
+until all programs have arrived. Triton hands the value that thread 0 read to the other threads through shared memory and
+another bar.sync. Causality is transitive in PTX's memory model, so any load after the barrier sees what any thread stored
+before it; on the chip the acquire empties the L1 cache. This holds for ordinary loads and cp.async. It does not hold for
+ld.global.nc, which Triton does not emit (tests/test_encoder.py reads the PTX). The launch is cooperative: it fails if not all
+programs can run at once. The counter is zeroed in the stream ahead of each launch, so a replayed graph, a launch on another
+stream and a launch after an aborted one each begin with a clean counter. A program that has polled 2^22 times, some seconds,
+traps: a bug ends in a CUDA error, not in a GPU that hangs or in a wrong result.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,60 +45,88 @@ import triton.language as tl
 
 from ._attention_tiles import FEW_QUERIES, attention_tiles
 from ._common import ACT_CODES, COMPILER_OPTIONS
-from ._encoder_phases import NO_ACT, attention_phase, barrier, chosen, norm_phase, product_phase
+from ._encoder_phases import (
+    NO_ACT,
+    Linear,
+    NormedRows,
+    ProductTile,
+    SplitSums,
+    Wanted,
+    attention_phase,
+    barrier,
+    chosen,
+    norm_phase,
+    product_phase,
+)
 from ._precision import multiplies_tf32
 from ._tuning import Tiles
-from .attention import LOG2_E
+from .attention import LOG2_E, HeadTile
 
 MAX_HEAD_DIM = 128
-# What products are divided among at most; a constant, so that sums are the same on every chip.
+# Upper bound on the programs that share a product. It is a constant, so that sums are the same on every chip.
 PROGRAMS = 128
 # Steps of BLOCK_K below which a split of the inner dimension costs more than it saves.
 _MIN_STEPS = 3
 _PHASES = 5
-# The counter of the barrier has a line of the cache for itself; behind it each split tile's count of programs.
+# The barrier's counter has a cache line of its own; each split tile's count of programs follows it.
 _ARRIVALS_AT = tl.constexpr(32)
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one layer; one argument of the kernel."""
+
+    query_ptr: Any  # (H, H)
+    query_bias_ptr: Any  # (H,)
+    key_ptr: Any  # (H, H)
+    key_bias_ptr: Any  # (H,)
+    value_ptr: Any  # (H, H)
+    value_bias_ptr: Any  # (H,)
+    dense_ptr: Any  # (H, H)
+    dense_bias_ptr: Any  # (H,)
+    norm_weight_ptr: Any  # (H,)
+    norm_bias_ptr: Any  # (H,)
+    ffn_ptr: Any  # (I, H)
+    ffn_bias_ptr: Any  # (I,)
+    ffn_output_ptr: Any  # (H, I)
+    ffn_output_bias_ptr: Any  # (H,)
+    full_norm_weight_ptr: Any  # (H,)
+    full_norm_bias_ptr: Any  # (H,)
+
+
+# The order of a layer's weights, by name; ops/encoder.py compares it with the schema.
+WEIGHTS = tuple(name.removesuffix("_ptr") for name in LayerWeights._fields)
+
+
+class Buffers(NamedTuple):
+    """What phases write and later phases read; one argument of the kernel."""
+
+    qkv_ptr: Any  # (T, 3H)
+    context_ptr: Any  # (T, H)
+    attended_ptr: Any  # (T, H)
+    attended_statistics_ptr: Any  # (T, 2, blocks) float32
+    middle_ptr: Any  # (T, I)
+    sums_ptr: Any  # (T, H)
+    sums_statistics_ptr: Any  # (T, 2, blocks) float32
+    partials_ptr: Any  # (PROGRAMS, BLOCK_M, BLOCK_N) float32
+    state_ptr: Any  # (_ARRIVALS_AT + PROGRAMS,) int32, zeros
 
 
 @triton.jit(
     do_not_specialize=[
-        *("n_tokens", "n_queries", "n_sequences", "n_layers", "first_phase", "end_phase", "qkv_splits", "qkv_steps"),
-        *("dense_splits", "dense_steps", "ffn_splits", "ffn_steps", "ffn_output_splits", "ffn_output_steps"),
+        *("n_tokens", "n_wanted", "n_sequences", "n_layers", "first_phase", "end_phase"),
+        *("qkv_steps", "dense_steps", "ffn_steps", "ffn_output_steps"),
     ]
 )
 def _encoder_fwd_kernel(
     hidden_ptr,  # (T, H)
-    query_ptr,  # (H, H)
-    query_bias_ptr,  # (H,)
-    key_ptr,  # (H, H)
-    key_bias_ptr,  # (H,)
-    value_ptr,  # (H, H)
-    value_bias_ptr,  # (H,)
-    dense_ptr,  # (H, H)
-    dense_bias_ptr,  # (H,)
-    norm_weight_ptr,  # (H,)
-    norm_bias_ptr,  # (H,)
-    ffn_ptr,  # (I, H)
-    ffn_bias_ptr,  # (I,)
-    ffn_output_ptr,  # (H, I)
-    ffn_output_bias_ptr,  # (H,)
-    full_norm_weight_ptr,  # (H,)
-    full_norm_bias_ptr,  # (H,)
+    weights,  # LayerWeights
     cu_seqlens_ptr,  # (B + 1,) int32
-    rows_ptr,  # (Tq,) int64, or None for all tokens
-    cu_rows_ptr,  # (B + 1,) int32, or None
-    qkv_out_ptr,  # (T, 3H)
-    context_ptr,  # (T, H)
-    attended_ptr,  # (T, H)
-    attended_statistics_ptr,  # (T, 2, blocks) float32
-    middle_ptr,  # (T, I)
-    sums_ptr,  # (T, H)
-    sums_statistics_ptr,  # (T, 2, blocks) float32
-    partials_ptr,  # (PROGRAMS, BLOCK_M, BLOCK_N) float32
-    state_ptr,  # (_ARRIVALS_AT + PROGRAMS,) int32, zeros
+    wanted_rows_ptr,  # (Tq,) int64, or None for all tokens
+    cu_wanted_ptr,  # (B + 1,) int32, or None
+    buffers,  # Buffers
     out_ptr,  # (Tq, H)
     n_tokens,  # T
-    n_queries,  # Tq
+    n_wanted,  # Tq
     n_sequences,  # B
     width,  # H
     middle_width,  # I
@@ -105,90 +134,153 @@ def _encoder_fwd_kernel(
     n_layers,
     first_phase,  # of 5 n_layers + 1
     end_phase,
-    qkv_splits,  # of the inner dimension of each product, and the steps of BLOCK_K in a split
-    qkv_steps,
-    dense_splits,
+    qkv_steps,  # this and the next three: steps of BLOCK_K in a split of the inner dimension of each product
     dense_steps,
-    ffn_splits,
     ffn_steps,
-    ffn_output_splits,
     ffn_output_steps,
     scale_log2,  # softmax_scale * log2(e)
     eps,
-    ACT: tl.constexpr,
+    ACT: tl.constexpr,  # a value of ACT_CODES
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # HEAD_DIM padded to a power of two
     CHUNK_D: tl.constexpr,  # columns of a head multiplied at a time
     BLOCK_Q: tl.constexpr,  # queries of a tile of attention
-    BLOCK_S: tl.constexpr,  # its keys at a time
-    BLOCK_M: tl.constexpr,  # rows of a tile of a product
+    BLOCK_S: tl.constexpr,  # keys of attention at a time
+    BLOCK_M: tl.constexpr,  # this and the next three: as in ProductTile
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCKS: tl.constexpr,  # blocks of BLOCK_N columns in a row of H, up to a power of two
-    TF32: tl.constexpr,  # whether float32 is multiplied so
+    BLOCKS: tl.constexpr,
+    TF32: tl.constexpr,  # whether float32 is multiplied as TF32
 ):
-    arrivals_ptr = state_ptr + _ARRIVALS_AT
-    # Told nothing, the compiler keeps addresses of all phases in registers while one runs, and spills.
+    # Every program takes part in every phase.
+    TILE: tl.constexpr = ProductTile(BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32)
+    HEAD_TILE: tl.constexpr = HeadTile(HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_S, CHUNK_D, TF32)
+    norm = (weights.norm_weight_ptr, weights.norm_bias_ptr)
+    full_norm = (weights.full_norm_weight_ptr, weights.full_norm_bias_ptr)
+    split_sums = SplitSums(buffers.partials_ptr, buffers.state_ptr + _ARRIVALS_AT)
+    # Without disable_licm the compiler keeps addresses of all phases in registers during each phase, and spills.
     for phase in tl.range(first_phase, end_phase, disable_licm=True):
         layer = phase // 5
         kind = phase % 5
         is_sum = layer > 0
         gather = layer == n_layers - 1
-        n_rows = tl.where(layer >= n_layers - 1, n_queries, n_tokens)
-        z_ptr = chosen(is_sum, sums_ptr, hidden_ptr)
+        n_rows = tl.where(layer >= n_layers - 1, n_wanted, n_tokens)
+        z_ptr = chosen(is_sum, buffers.sums_ptr, hidden_ptr)
+        z_normed = NormedRows(z_ptr, buffers.sums_statistics_ptr, *full_norm, is_sum)
+        attended_normed = NormedRows(buffers.attended_ptr, buffers.attended_statistics_ptr, *norm, True)
         if layer == n_layers:
             norm_phase(
-                sums_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, out_ptr, n_rows, width, eps, BLOCK_M,
-                BLOCK_N, BLOCKS,
-            )  # fmt: skip
+                NormedRows(buffers.sums_ptr, buffers.sums_statistics_ptr, *full_norm, True),
+                out_ptr,
+                n_rows,
+                width,
+                eps,
+                TILE,
+            )
         elif kind == 0:
             product_phase(
-                z_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, query_ptr, query_bias_ptr,
-                key_ptr, key_bias_ptr, value_ptr, value_bias_ptr, qkv_out_ptr, None, partials_ptr, arrivals_ptr, None,
-                n_tokens, n_tokens, width, width, qkv_splits, qkv_steps, eps, is_sum, False, 3, False, NO_ACT, BLOCK_M,
-                BLOCK_N, BLOCK_K, BLOCKS, TF32,
-            )  # fmt: skip
+                z_ptr,
+                z_normed,
+                Linear(weights.query_ptr, weights.query_bias_ptr),
+                Linear(weights.key_ptr, weights.key_bias_ptr),
+                Linear(weights.value_ptr, weights.value_bias_ptr),
+                buffers.qkv_ptr,
+                None,
+                split_sums,
+                Wanted(None, False, n_tokens),
+                n_tokens,
+                width,
+                width,
+                qkv_steps,
+                eps,
+                False,
+                NO_ACT,
+                TILE,
+            )
         elif kind == 1:
             cu_queries_ptr = cu_seqlens_ptr
-            if rows_ptr is not None:
-                cu_queries_ptr = chosen(gather, cu_rows_ptr, cu_seqlens_ptr)
+            if wanted_rows_ptr is not None:
+                cu_queries_ptr = chosen(gather, cu_wanted_ptr, cu_seqlens_ptr)
             attention_phase(
-                qkv_out_ptr, context_ptr, cu_seqlens_ptr, cu_queries_ptr, rows_ptr, n_tokens, n_rows, n_sequences, width, num_heads,
-                scale_log2, gather, HEAD_DIM, BLOCK_D, CHUNK_D, BLOCK_Q, BLOCK_S, TF32,
-            )  # fmt: skip
+                buffers.qkv_ptr,
+                buffers.context_ptr,
+                cu_seqlens_ptr,
+                cu_queries_ptr,
+                Wanted(wanted_rows_ptr, gather, n_tokens),
+                n_rows,
+                n_sequences,
+                width,
+                num_heads,
+                scale_log2,
+                HEAD_TILE,
+            )
         elif kind == 2:
             product_phase(
-                context_ptr, z_ptr, sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, dense_ptr, dense_bias_ptr,
-                None, None, None, None, attended_ptr, attended_statistics_ptr, partials_ptr, arrivals_ptr, rows_ptr, n_tokens,
-                n_rows, width, width, dense_splits, dense_steps, eps, is_sum, gather, 1, True, NO_ACT, BLOCK_M, BLOCK_N,
-                BLOCK_K, BLOCKS, TF32,
-            )  # fmt: skip
+                buffers.context_ptr,
+                z_normed,
+                Linear(weights.dense_ptr, weights.dense_bias_ptr),
+                None,
+                None,
+                buffers.attended_ptr,
+                buffers.attended_statistics_ptr,
+                split_sums,
+                Wanted(wanted_rows_ptr, gather, n_tokens),
+                n_rows,
+                width,
+                width,
+                dense_steps,
+                eps,
+                True,
+                NO_ACT,
+                TILE,
+            )
         elif kind == 3:
             product_phase(
-                attended_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_ptr, ffn_bias_ptr,
-                None, None, None, None, middle_ptr, None, partials_ptr, arrivals_ptr, None, n_tokens, n_rows, middle_width,
-                width, ffn_splits, ffn_steps, eps, True, False, 1, False, ACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
-            )  # fmt: skip
+                buffers.attended_ptr,
+                attended_normed,
+                Linear(weights.ffn_ptr, weights.ffn_bias_ptr),
+                None,
+                None,
+                buffers.middle_ptr,
+                None,
+                split_sums,
+                Wanted(None, False, n_tokens),
+                n_rows,
+                middle_width,
+                width,
+                ffn_steps,
+                eps,
+                False,
+                ACT,
+                TILE,
+            )
         else:
             product_phase(
-                middle_ptr, attended_ptr, attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, ffn_output_ptr,
-                ffn_output_bias_ptr, None, None, None, None, sums_ptr, sums_statistics_ptr, partials_ptr, arrivals_ptr, None,
-                n_tokens, n_rows, width, middle_width, ffn_output_splits, ffn_output_steps, eps, True, False, 1, True, NO_ACT,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32,
-            )  # fmt: skip
+                buffers.middle_ptr,
+                attended_normed,
+                Linear(weights.ffn_output_ptr, weights.ffn_output_bias_ptr),
+                None,
+                None,
+                buffers.sums_ptr,
+                buffers.sums_statistics_ptr,
+                split_sums,
+                Wanted(None, False, n_tokens),
+                n_rows,
+                width,
+                middle_width,
+                ffn_output_steps,
+                eps,
+                True,
+                NO_ACT,
+                TILE,
+            )
         if phase + 1 < end_phase:
-            barrier(state_ptr, (phase + 1 - first_phase) * tl.num_programs(0))
+            barrier(buffers.state_ptr, (phase + 1 - first_phase) * tl.num_programs(0))
 
 
-# A layer's weights, in the order of the kernel's arguments.
-WEIGHTS = tuple(
-    name.removesuffix("_ptr")
-    for name in itertools.takewhile(lambda name: name != "cu_seqlens_ptr", _encoder_fwd_kernel.arg_names[1:])
-)
-
-# (bytes an element or "tf32", whether tokens are few) -> (BLOCK_M, BLOCK_N, BLOCK_K, num_stages). Not compared on a GPU
-# yet. On tensor cores as large as leaves work for about a hundred programs at 128 tokens, and 36 to 48 KiB of loads on
-# their way.
+# (bytes per element or "tf32", whether there are few tokens) -> (BLOCK_M, BLOCK_N, BLOCK_K, num_stages). Not compared on a GPU
+# yet. For tensor cores the tiles are as large as possible while about a hundred programs have work at 128 tokens, with 36 to
+# 48 KiB of loads in flight.
 FEW_TOKENS = 16
 _TILES: dict[tuple[int | str, bool], tuple[int, int, int, int]] = {
     (2, True): (16, 32, 128, 4),
@@ -211,10 +303,18 @@ def encoder_tiles(head_dim: int, dtype: torch.dtype, n_tokens: int, tf32: bool =
     heads = attention_tiles(head_dim, dtype, FEW_QUERIES, tf32=tf32)[0]
     block_m, block_n, block_k, num_stages = _TILES["tf32" if tf32 else dtype.itemsize, n_tokens <= FEW_TOKENS]
     return {
-        "TF32": tf32, "BLOCK_D": heads["BLOCK_D"], "CHUNK_D": heads["CHUNK_D"],
-        "BLOCK_Q": heads["BLOCK_M"], "BLOCK_S": heads["BLOCK_N"],
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "maxnreg": 255, "num_warps": 8, "num_stages": num_stages,
-    }  # fmt: skip
+        "TF32": tf32,
+        "BLOCK_D": heads["BLOCK_D"],
+        "CHUNK_D": heads["CHUNK_D"],
+        "BLOCK_Q": heads["BLOCK_M"],
+        "BLOCK_S": heads["BLOCK_N"],
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "maxnreg": 255,
+        "num_warps": 8,
+        "num_stages": num_stages,
+    }
 
 
 def _tile_count(tiles: Tiles, n_rows: int, n_cols: int) -> int:
@@ -222,7 +322,7 @@ def _tile_count(tiles: Tiles, n_rows: int, n_cols: int) -> int:
 
 
 def split_depth(n_tiles: int, depth: int, block_k: int) -> tuple[int, int]:
-    """(splits, steps): into how many parts the inner dimension of a product is split, and the steps of each."""
+    """(splits, steps): the number of splits of a product's inner dimension, and the steps of BLOCK_K in each."""
     steps = triton.cdiv(depth, block_k)
     wanted = max(1, min(PROGRAMS // n_tiles, steps // _MIN_STEPS))
     steps_of_each = triton.cdiv(steps, wanted)
@@ -230,22 +330,32 @@ def split_depth(n_tiles: int, depth: int, block_k: int) -> tuple[int, int]:
 
 
 def _programs(device: torch.device) -> int:
-    """As many as can wait for each other: one a multiprocessor; one in Triton's interpreter, which runs one at a time."""
+    """The number of programs that can wait for each other: one per multiprocessor; one in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _run(
-    hidden: torch.Tensor, layer: Sequence[torch.Tensor], n_layers: int, cu_seqlens: torch.Tensor, rows: torch.Tensor | None,
-    cu_rows: torch.Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str, step_programs: int,
-) -> torch.Tensor:  # fmt: skip
-    """`n_layers` times the layer of these weights."""
+    hidden: torch.Tensor,
+    layer: Sequence[torch.Tensor],
+    n_layers: int,
+    cu_seqlens: torch.Tensor,
+    wanted_rows: torch.Tensor | None,
+    cu_wanted: torch.Tensor | None,
+    num_heads: int,
+    softmax_scale: float,
+    eps: float,
+    act: str,
+    step_programs: int,
+) -> torch.Tensor:
+    """Apply the layer with these weights `n_layers` times; the arguments are those of `encoder_fwd`."""
     (n_tokens, width), middle_width = hidden.shape, len(layer[WEIGHTS.index("ffn")])
-    n_queries, head_dim = n_tokens if rows is None else len(rows), width // num_heads
+    n_wanted, head_dim = n_tokens if wanted_rows is None else len(wanted_rows), width // num_heads
     tiles = encoder_tiles(head_dim, hidden.dtype, n_tokens, multiplies_tf32(hidden.dtype))
     counts = [_tile_count(tiles, n_tokens, n) for n in (width, width, middle_width, width)]
-    counts[0] *= 3  # each of query, key and value from a whole tile on
+    counts[0] *= 3  # query, key and value each begin with a whole tile
     depths = (width, width, width, middle_width)
     splits = [split_depth(n, depth, tiles["BLOCK_K"]) for n, depth in zip(counts, depths, strict=True)]
+    steps = [steps_of_each for _, steps_of_each in splits]
     blocks = triton.cdiv(width, tiles["BLOCK_N"])
 
     def empty(rows: int, *columns: int, dtype: torch.dtype = hidden.dtype) -> torch.Tensor:
@@ -255,16 +365,16 @@ def _run(
     attended_statistics, sums_statistics = (empty(n_tokens, 2, blocks, dtype=torch.float32) for _ in range(2))
     partials = empty(PROGRAMS, tiles["BLOCK_M"], tiles["BLOCK_N"], dtype=torch.float32)
     state = torch.zeros(_ARRIVALS_AT.value + PROGRAMS, dtype=torch.int32, device=hidden.device)
-    out = empty(n_queries, width)
+    buffers = Buffers(qkv, context, attended, attended_statistics, middle, sums, sums_statistics, partials, state)
+    out = empty(n_wanted, width)
+    tensors = (hidden, LayerWeights(*layer), cu_seqlens, wanted_rows, cu_wanted, buffers, out)
+    sizes = (n_tokens, n_wanted, len(cu_seqlens) - 1, width, middle_width, num_heads, n_layers)
+    constants = {"ACT": ACT_CODES[act], "HEAD_DIM": head_dim, "BLOCKS": triton.next_power_of_2(blocks), **tiles}
+    options = {"launch_cooperative_grid": not step_programs, **COMPILER_OPTIONS}
 
-    def launch(programs: int, first_phase: int, end_phase: int) -> None:
-        _encoder_fwd_kernel[(programs,)](
-            hidden, *layer, cu_seqlens, rows, cu_rows, qkv, context, attended, attended_statistics, middle, sums,
-            sums_statistics, partials, state, out, n_tokens, n_queries, len(cu_seqlens) - 1, width, middle_width,
-            num_heads, n_layers, first_phase, end_phase, *itertools.chain(*splits), softmax_scale * LOG2_E, eps,
-            ACT=ACT_CODES[act], HEAD_DIM=head_dim, BLOCKS=triton.next_power_of_2(blocks), **tiles,
-            launch_cooperative_grid=not step_programs, **COMPILER_OPTIONS,
-        )  # fmt: skip
+    def launch(programs: int, *phases: int) -> None:
+        numbers = (*sizes, *phases, *steps, softmax_scale * LOG2_E, eps)
+        _encoder_fwd_kernel[(programs,)](*tensors, *numbers, **constants, **options)
 
     n_phases = _PHASES * n_layers + 1
     with torch.cuda.device_of(hidden):
@@ -279,24 +389,32 @@ def _run(
 
 
 def encoder_fwd(
-    hidden: torch.Tensor, weights: Sequence[torch.Tensor], layer_indices: Sequence[int], cu_seqlens: torch.Tensor,
-    wanted_rows: torch.Tensor | None, cu_wanted: torch.Tensor | None, num_heads: int, softmax_scale: float, eps: float, act: str,
+    hidden: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    layer_indices: Sequence[int],
+    cu_seqlens: torch.Tensor,
+    wanted_rows: torch.Tensor | None,
+    cu_wanted: torch.Tensor | None,
+    num_heads: int,
+    softmax_scale: float,
+    eps: float,
+    act: str,
     step_programs: int = 0,
-) -> torch.Tensor:  # fmt: skip
-    """The embeddings after all layers (Lan et al. 2019, section 3.1): one launch for each run of equal numbers in `layer_indices`.
+) -> torch.Tensor:
+    """The hidden states after all layers (Lan et al. 2019, section 3.1): one launch for each run of equal layer indices.
 
     Args:
         hidden: (T, H), packed tokens.
-        weights: 16 of each distinct layer, in hidden's dtype: query, key and value (H, H), each with its bias behind it,
-            dense (H, H), its bias, LayerNorm's weight and bias, ffn (I, H), its bias, ffn_output (H, I), its bias, the second
-            LayerNorm's weight and bias.
+        weights: 16 tensors of each distinct layer, in the order of `LayerWeights` and in hidden's dtype.
         layer_indices: which distinct layer runs at each step.
         cu_seqlens: (B + 1,) int32, each sequence's first row, and the end.
-        wanted_rows, cu_wanted: the tokens (Tq,) int64 that the last layer is asked for, and where each sequence's begin among them,
-            (B + 1,) int32; None: all.
-        num_heads: H / num_heads is the head size, 1 to 128. softmax_scale: factor on the scores.
-        eps: of every LayerNorm. act: of ACT_CODES.
-        step_programs: so many programs in a launch for every phase, with no barrier in it; 0: all phases in one launch.
+        wanted_rows, cu_wanted: the rows (Tq,) int64 that the caller wants of the last layer, and where each sequence's begin
+            among them, (B + 1,) int32; None: all rows.
+        num_heads: H / num_heads is the head size, 1 to 128.
+        softmax_scale: factor on the scores.
+        eps: of every LayerNorm.
+        act: a key of ACT_CODES.
+        step_programs: 0: all phases in one launch. Otherwise every phase is a launch of that many programs, without a barrier.
 
     Returns:
         (T, H), or (Tq, H), in hidden's dtype.

@@ -1,19 +1,19 @@
 """linear_cross_entropy: the mean of cross_entropy(x W^T + bias, labels) over labelled rows; logits stay in registers.
 
-Of N labelled rows, E columns and V words. Forward, 2 N V E operations: a program owns some rows and walks over a share
-of the vocabulary, a block of words at a time, with the running maximum and sum of each row (Milakov & Gimelshein 2018);
-a second pass merges the shares, a third takes the mean. Backward, 8 N V E operations, of which 4 are the logits again,
-with the maximum and sum saved: programs that own rows walk over the vocabulary for dx, programs that own words walk
-over the gathered rows for dW and dbias, so no sum needs an atomic. E above 128 goes in output chunks of 128 columns,
-each of which computes all logits again.
+N is the number of labelled rows, E of columns, V of words. The forward takes 2 N V E operations: a program owns some rows and
+walks over a share of the vocabulary, a block of words at a time, with the running maximum and sum of each row (Milakov &
+Gimelshein 2018); a second pass merges the shares, a third takes the mean. The backward takes 8 N V E operations, of which 4
+compute the logits again, from the saved maximum and sum: programs that own rows walk over the vocabulary for dx, programs that
+own words walk over the gathered rows for dW and dbias, so no sum needs an atomic. If E is above 128, the gradients are computed
+in chunks of 128 columns, and each chunk computes all logits again.
 
 With the logits in memory, training takes 6 N V E operations and at least six passes over N V numbers. Here the passes
-are over W, 2 V E bytes (bfloat16) for every block of rows, which stay in the L2 cache. Every logit costs a walk one
-exponential: at E = 128 as much work for the special-function units (16 a clock) as its 256 operations are for Hopper's
-tensor cores (4096 a clock).
+are over W, 2 V E bytes (bfloat16) for every block of rows, and W stays in the L2 cache. Every logit costs a walk one
+exponential: at E = 128 that is as much work for the special-function units (16 a clock) as its 256 operations are for
+Hopper's tensor cores (4096 a clock).
 
-The labelled rows are found on the device, in order, so that no launch waits for their number; of the programs for N
-rows those behind the last labelled one return at once.
+The labelled rows are found on the device, in order, so that no launch waits for their number. A grid has programs for N
+rows; those behind the last labelled row return at once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from ._common import COMPILER_OPTIONS, product, round_to, rows_contiguous
 from ._precision import multiplies_tf32
 from ._vocabulary import (
     UNIT,
+    GradientInputs,
+    LossInputs,
+    OwnedRows,
+    VocabularyTile,
     linear_cross_entropy_tiles,
-    load_owned,
+    load_whole,
     logit_gradients,
     multiply,
     out_columns,
@@ -37,22 +41,22 @@ from ._vocabulary import (
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _IGNORED = tl.constexpr(-100)
-# Rows of a block in the kernels that multiply nothing.
+# Rows per program of the kernels that do not multiply.
 _LABEL_ROWS, _COUNT_ROWS, _MERGE_ROWS, _MEAN_ROWS, _GATHER_ROWS = 1024, 4096, 128, 1024, 16
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _linear_cross_entropy_labelled_kernel(
     labels_ptr,  # (N,) int64
-    rows_ptr,  # (N,) int32, the labelled rows in order; the rest is not written
-    targets_ptr,  # (N,) int32, the labels of these rows, -1 for one outside the vocabulary
-    count_ptr,  # (1,) int32, how many rows are labelled
+    rows_ptr,  # (N,) int32, written: the labelled rows in order; what follows them is not written
+    targets_ptr,  # (N,) int32, written: the labels of these rows, -1 for a label outside the vocabulary
+    count_ptr,  # (1,) int32, written: how many rows are labelled
     n_rows,  # N
     n_words,  # V
     BLOCK_M: tl.constexpr,  # labels of a program
     COUNT_M: tl.constexpr,  # labels that it counts at a time
 ):
-    """A program counts the labelled rows before its own again: faster than to wait for those of other programs."""
+    # A program takes BLOCK_M labels and counts the labelled rows before its own, rather than wait for other programs' counts.
     first_own = tl.program_id(0) * BLOCK_M
     before = tl.zeros([COUNT_M], dtype=tl.int32)
     for first_row in range(0, first_own, COUNT_M):
@@ -74,38 +78,34 @@ def _linear_cross_entropy_labelled_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
 def _linear_cross_entropy_fwd_kernel(
-    x_ptr,  # (N, WIDTH), rows `stride_x_row` elements apart
-    weight_ptr,  # (V, WIDTH), contiguous
-    bias_ptr,  # (V,)
-    rows_ptr,  # (N,) int32, the labelled rows
-    targets_ptr,  # (N,) int32, their labels
-    count_ptr,  # (1,) int32
-    max_ptr,  # (shares, N) float32: of each labelled row and share, the largest logit
-    sum_ptr,  # (shares, N) float32: and the sum of exp(logit - largest)
-    target_ptr,  # (N,) float32: of each labelled row, its label's logit
+    inputs,  # LossInputs
+    max_ptr,  # (shares, N) float32, written: the largest logit of each labelled row in each share
+    sum_ptr,  # (shares, N) float32, written: the sum of exp(logit - largest)
+    target_ptr,  # (N,) float32, written: the logit of each labelled row's label
     stride_x_row,
     n_rows,  # N
     n_words,  # V
     n_row_blocks,
     share_words,  # words of a share
-    WIDTH: tl.constexpr,  # E
-    BLOCK_M: tl.constexpr,  # rows
-    BLOCK_N: tl.constexpr,  # words
-    BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
-    CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
-    BLOCK_O: tl.constexpr,
-    TF32: tl.constexpr,  # whether float32 is multiplied so
+    WIDTH: tl.constexpr,  # this and the next four: as in VocabularyTile; here rows are owned and words are walked over
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK_E: tl.constexpr,
+    BLOCK_O: tl.constexpr,  # not used: the forward computes no columns of a gradient
+    TF32: tl.constexpr,  # whether float32 is multiplied as TF32
 ):
-    # Programs of one share are neighbours, so that its words stay in the L2 cache.
+    # A program takes BLOCK_M labelled rows and a share of the vocabulary; programs of a share are neighbours, for the L2 cache.
+    TILE: tl.constexpr = VocabularyTile(WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
     share = tl.program_id(0) // n_row_blocks
     slots = tl.program_id(0) % n_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    count = tl.load(count_ptr)
+    count = tl.load(inputs.count_ptr)
     if tl.program_id(0) % n_row_blocks * BLOCK_M >= count:
         return
     live = slots < count
-    x_rows = x_ptr + tl.load(rows_ptr + slots, mask=live, other=0).to(tl.int64) * stride_x_row
-    targets = tl.load(targets_ptr + slots, mask=live, other=-1)
-    x = load_owned(x_rows, live, WIDTH, BLOCK_E, CHUNK_E)
+    x_ptrs = inputs.x_ptr + tl.load(inputs.rows_ptr + slots, mask=live, other=0).to(tl.int64) * stride_x_row
+    targets = tl.load(inputs.targets_ptr + slots, mask=live, other=-1)
+    owned = OwnedRows(load_whole(x_ptrs, live, TILE), x_ptrs, live)
 
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -115,10 +115,10 @@ def _linear_cross_entropy_fwd_kernel(
     for word in range(first_word, last_word, BLOCK_N):
         words = word + tl.arange(0, BLOCK_N)
         known = words < n_words
-        # Words behind the last one have a probability of zero, by their bias.
-        bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
-        weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
-        logits, _ = multiply(x, x_rows, live, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
+        # A bias of -inf gives words behind the last one a probability of zero.
+        bias = tl.load(inputs.bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
+        weight_ptrs = inputs.weight_ptr + words.to(tl.int64) * WIDTH
+        logits, _ = multiply(owned, weight_ptrs, known, TILE)
         logits += bias[None, :]
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * power(row_max, new_max) + tl.sum(power(logits, new_max[:, None]), axis=1)
@@ -138,13 +138,14 @@ def _linear_cross_entropy_fwd_merge_kernel(
     rows_ptr,  # (N,) int32, the labelled rows
     targets_ptr,  # (N,) int32, their labels
     count_ptr,  # (1,) int32
-    loss_ptr,  # (N,) float32, the loss of each labelled row
-    row_max_ptr,  # (N,) float32, each row's largest logit; rows without a label are left as they are
-    row_sum_ptr,  # (N,) float32, likewise the sum of exp(logit - largest)
+    loss_ptr,  # (N,) float32, written: the loss of each labelled row
+    row_max_ptr,  # (N,) float32, written: each row's largest logit; rows without a label are left unchanged
+    row_sum_ptr,  # (N,) float32, written: the sum of exp(logit - largest); rows without a label are left unchanged
     n_rows,  # N
     n_shares,
     BLOCK_M: tl.constexpr,
 ):
+    # A program takes BLOCK_M labelled rows and merges their shares.
     slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = slots < tl.load(count_ptr)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -158,7 +159,7 @@ def _linear_cross_entropy_fwd_merge_kernel(
     # A label outside the vocabulary has no logit: NaN reaches the loss and, by the maximum, every gradient.
     inside = tl.load(targets_ptr + slots, mask=live, other=-1) >= 0
     target_logits = tl.load(target_ptr + slots, mask=live & inside, other=float("nan"))
-    # What is large is subtracted first: a loss near zero is not lost in the rounding of a log-sum-exp.
+    # The large numbers are subtracted first, so that a loss near zero is not lost in the rounding of a log-sum-exp.
     loss = tl.log2(row_sum) * _LN_2 + (row_max - target_logits)
     tl.store(loss_ptr + slots, loss, mask=live)
     rows = tl.load(rows_ptr + slots, mask=live, other=0)
@@ -170,10 +171,10 @@ def _linear_cross_entropy_fwd_merge_kernel(
 def _linear_cross_entropy_fwd_mean_kernel(
     losses_ptr,  # (N,) float32, of the labelled rows
     count_ptr,  # (1,) int32
-    loss_ptr,  # () float32
+    loss_ptr,  # () float32, written
     BLOCK_M: tl.constexpr,
 ):
-    """One program, so that the order of the sum is fixed."""
+    # One program takes all rows, so that the order of the sum is fixed.
     count = tl.load(count_ptr)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     for first_slot in range(0, count, BLOCK_M):
@@ -190,15 +191,15 @@ def _linear_cross_entropy_bwd_gather_kernel(
     rows_ptr,  # (N,) int32, the labelled rows
     targets_ptr,  # (slots,) int32, their labels; -1 is written behind the last one
     count_ptr,  # (1,) int32
-    x_out_ptr,  # (slots, WIDTH), contiguous: the labelled rows, then zeros
-    max_out_ptr,  # (slots,) float32: their maxima, then infinity, by which all probabilities there are zero
-    factor_out_ptr,  # (slots,) float32: 2^15 / their sums of exponentials, then 0
+    x_out_ptr,  # (slots, WIDTH), contiguous, written: the labelled rows, then zeros
+    max_out_ptr,  # (slots,) float32, written: their largest logits, then infinity, which makes all probabilities there zero
+    factor_out_ptr,  # (slots,) float32, written: 2^15 / their sums of exponentials, then 0
     stride_x_row,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """So that the walks over rows read whole blocks of neighbours, without a mask."""
+    # A program copies BLOCK_M labelled rows, so that the walks over rows read whole blocks of neighbours without a mask.
     slots, cols = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
     live = slots < tl.load(count_ptr)
     rows = tl.load(rows_ptr + slots, mask=live, other=0)
@@ -216,35 +217,31 @@ def _linear_cross_entropy_bwd_gather_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
 def _linear_cross_entropy_bwd_x_kernel(
-    x_ptr,  # (slots, WIDTH), contiguous, the gathered rows
-    weight_ptr,  # (V, WIDTH), contiguous
-    bias_ptr,  # (V,)
-    targets_ptr,  # (slots,) int32, their labels
-    count_ptr,  # (1,) int32
-    row_max_ptr,  # (slots,) float32
-    factor_ptr,  # (slots,) float32
-    shares_ptr,  # (shares, N, WIDTH) float32: of each labelled row, each share's part of dx times 2^15 N / grad
+    inputs,  # GradientInputs
+    shares_ptr,  # (shares, N, WIDTH) float32, written: each share's part of dx of each labelled row, times 2^15 N / grad
     n_rows,  # N
     n_words,  # V
     n_row_blocks,
     share_words,  # words of a share
-    WIDTH: tl.constexpr,  # E
-    BLOCK_M: tl.constexpr,  # rows
-    BLOCK_N: tl.constexpr,  # words
-    BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
-    CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
+    WIDTH: tl.constexpr,  # this and the next four: as in VocabularyTile; here rows are owned and words are walked over
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK_E: tl.constexpr,
     BLOCK_O: tl.constexpr,  # columns of dx that a program computes
-    TF32: tl.constexpr,
+    TF32: tl.constexpr,  # whether float32 is multiplied as TF32
 ):
+    # A program takes BLOCK_M labelled rows, one share of the vocabulary and BLOCK_O columns of dx.
+    TILE: tl.constexpr = VocabularyTile(WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
     share = tl.program_id(0) // n_row_blocks
     slots = tl.program_id(0) % n_row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    count = tl.load(count_ptr)
+    count = tl.load(inputs.count_ptr)
     if tl.program_id(0) % n_row_blocks * BLOCK_M >= count:
         return
-    x_rows = x_ptr + slots.to(tl.int64) * WIDTH
-    targets = tl.load(targets_ptr + slots)
-    row_max, factor = tl.load(row_max_ptr + slots), tl.load(factor_ptr + slots)
-    x = load_owned(x_rows, None, WIDTH, BLOCK_E, CHUNK_E)
+    x_ptrs = inputs.x_ptr + slots.to(tl.int64) * WIDTH
+    targets = tl.load(inputs.targets_ptr + slots)
+    row_max, factor = tl.load(inputs.row_max_ptr + slots), tl.load(inputs.factor_ptr + slots)
+    owned = OwnedRows(load_whole(x_ptrs, None, TILE), x_ptrs, None)
     cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
 
     acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
@@ -253,13 +250,13 @@ def _linear_cross_entropy_bwd_x_kernel(
     for word in range(first_word, last_word, BLOCK_N):
         words = word + tl.arange(0, BLOCK_N)
         known = words < n_words
-        bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
-        weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
-        logits, weight = multiply(x, x_rows, None, weight_rows, known, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
+        bias = tl.load(inputs.bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
+        weight_ptrs = inputs.weight_ptr + words.to(tl.int64) * WIDTH
+        logits, weight = multiply(owned, weight_ptrs, known, TILE)
         gradients = logit_gradients(
             logits + bias[None, :], row_max[:, None], factor[:, None], words[None, :] == targets[:, None]
         )
-        weight = out_columns(weight, weight_rows, known, cols, WIDTH, BLOCK_E, CHUNK_E)
+        weight = out_columns(weight, weight_ptrs, known, cols, TILE)
         acc = product(round_to(gradients, weight.dtype), weight, acc, TF32)
 
     share_rows = shares_ptr + (share * n_rows + slots).to(tl.int64) * WIDTH
@@ -272,13 +269,14 @@ def _linear_cross_entropy_bwd_sum_kernel(
     grad_ptr,  # () float32, gradient of the loss
     rows_ptr,  # (N,) int32, the labelled rows
     count_ptr,  # (1,) int32
-    dx_ptr,  # (N, WIDTH), contiguous; rows without a label are left as they are
+    dx_ptr,  # (N, WIDTH), contiguous, written; rows without a label are left unchanged
     n_rows,  # N
     n_shares,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    # A program takes BLOCK_M labelled rows and adds their shares of dx.
     count = tl.load(count_ptr)
     slots = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     if tl.program_id(0) * BLOCK_M >= count:
@@ -296,47 +294,43 @@ def _linear_cross_entropy_bwd_sum_kernel(
 
 @triton.jit
 def _linear_cross_entropy_bwd_weight_kernel(
+    inputs,  # GradientInputs
     grad_ptr,  # () float32, gradient of the loss
-    x_ptr,  # (slots, WIDTH), contiguous, the gathered rows
-    weight_ptr,  # (V, WIDTH), contiguous
-    bias_ptr,  # (V,)
-    targets_ptr,  # (slots,) int32, their labels
-    count_ptr,  # (1,) int32
-    row_max_ptr,  # (slots,) float32
-    factor_ptr,  # (slots,) float32
-    dweight_ptr,  # (V, WIDTH), contiguous
-    dbias_ptr,  # (V,)
+    dweight_ptr,  # (V, WIDTH), contiguous, written
+    dbias_ptr,  # (V,), written
     n_words,  # V
-    WIDTH: tl.constexpr,  # E
-    BLOCK_M: tl.constexpr,  # words
-    BLOCK_N: tl.constexpr,  # rows
-    BLOCK_E: tl.constexpr,  # WIDTH padded to a power of two
-    CHUNK_E: tl.constexpr,  # columns multiplied at a time; BLOCK_E, or a divisor of it
+    WIDTH: tl.constexpr,  # this and the next four: as in VocabularyTile; here words are owned and rows are walked over
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK_E: tl.constexpr,
     BLOCK_O: tl.constexpr,  # columns of dweight that a program computes
-    TF32: tl.constexpr,
+    TF32: tl.constexpr,  # whether float32 is multiplied as TF32
 ):
+    # A program takes BLOCK_M words and BLOCK_O columns of dweight.
+    TILE: tl.constexpr = VocabularyTile(WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
     words = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     known = words < n_words
-    # Words behind the last one have a probability of zero, by their bias.
-    bias = tl.load(bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
-    weight_rows = weight_ptr + words.to(tl.int64) * WIDTH
-    weight = load_owned(weight_rows, known, WIDTH, BLOCK_E, CHUNK_E)
+    # A bias of -inf gives words behind the last one a probability of zero.
+    bias = tl.load(inputs.bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
+    weight_ptrs = inputs.weight_ptr + words.to(tl.int64) * WIDTH
+    owned = OwnedRows(load_whole(weight_ptrs, known, TILE), weight_ptrs, known)
     cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    count = tl.load(count_ptr)
+    count = tl.load(inputs.count_ptr)
 
     acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
     dbias = tl.zeros([BLOCK_M], dtype=tl.float32)
     for first_slot in range(0, count, BLOCK_N):
         slots = first_slot + tl.arange(0, BLOCK_N)
-        x_rows = x_ptr + slots.to(tl.int64) * WIDTH
-        targets = tl.load(targets_ptr + slots)
-        row_max, factor = tl.load(row_max_ptr + slots), tl.load(factor_ptr + slots)
-        logits, x = multiply(weight, weight_rows, known, x_rows, None, WIDTH, BLOCK_M, BLOCK_N, BLOCK_E, CHUNK_E, TF32)
+        x_ptrs = inputs.x_ptr + slots.to(tl.int64) * WIDTH
+        targets = tl.load(inputs.targets_ptr + slots)
+        row_max, factor = tl.load(inputs.row_max_ptr + slots), tl.load(inputs.factor_ptr + slots)
+        logits, x = multiply(owned, x_ptrs, None, TILE)
         gradients = logit_gradients(
             logits + bias[:, None], row_max[None, :], factor[None, :], words[:, None] == targets[None, :]
         )
         dbias += tl.sum(gradients, axis=1)
-        x = out_columns(x, x_rows, None, cols, WIDTH, BLOCK_E, CHUNK_E)
+        x = out_columns(x, x_ptrs, None, cols, TILE)
         acc = product(round_to(gradients, x.dtype), x, acc, TF32)
 
     scale = tl.load(grad_ptr) / tl.maximum(count, 1) / UNIT
@@ -352,10 +346,9 @@ def _find_labelled(labels: torch.Tensor, n_words: int, slots: int) -> tuple[torc
     n_rows = len(labels)
     rows, targets = (torch.empty(slots, dtype=torch.int32, device=labels.device) for _ in range(2))
     count = torch.empty(1, dtype=torch.int32, device=labels.device)
-    _linear_cross_entropy_labelled_kernel[(triton.cdiv(n_rows, _LABEL_ROWS),)](
-        labels, rows, targets, count, n_rows, n_words,
-        BLOCK_M=_LABEL_ROWS, COUNT_M=_COUNT_ROWS, num_warps=8, **COMPILER_OPTIONS,
-    )  # fmt: skip
+    options = {"BLOCK_M": _LABEL_ROWS, "COUNT_M": _COUNT_ROWS, "num_warps": 8, **COMPILER_OPTIONS}
+    grid = (triton.cdiv(n_rows, _LABEL_ROWS),)
+    _linear_cross_entropy_labelled_kernel[grid](labels, rows, targets, count, n_rows, n_words, **options)
     return rows, targets, count
 
 
@@ -371,13 +364,13 @@ def linear_cross_entropy_fwd(
 
     Returns:
         loss () float32, 0 without a label; row_max and row_sum (N,) float32, each row's largest logit and its sum of
-        exp(logit - row_max), 0 where the label is ignored. Two numbers and not their log-sum-exp, whose rounding would
-        scale a whole row of probabilities by as much.
+        exp(logit - row_max), 0 where the label is ignored. Two numbers are returned instead of their log-sum-exp, whose
+        rounding would scale a whole row of probabilities.
 
     Raises:
         ValueError: E above 1024.
     """
-    x, weight, labels = rows_contiguous(x), weight.contiguous(), labels.contiguous()
+    x, weight, labels, bias = rows_contiguous(x), weight.contiguous(), labels.contiguous(), bias.contiguous()
     (n_rows, width), n_words = x.shape, len(weight)
     tiles = linear_cross_entropy_tiles(width, x.dtype, multiplies_tf32(x.dtype))
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -389,29 +382,36 @@ def linear_cross_entropy_fwd(
     logits, losses = (torch.empty(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.cuda.device_of(x):
         rows, targets, count = _find_labelled(labels, n_words, n_rows)
+        inputs = LossInputs(x, weight, bias, rows, targets, count)
+        sizes = (x.stride(0), n_rows, n_words, row_blocks, share_words)
         _linear_cross_entropy_fwd_kernel[(row_blocks * shares,)](
-            x, weight, bias.contiguous(), rows, targets, count, largest, sums, logits, x.stride(0), n_rows, n_words,
-            row_blocks, share_words, WIDTH=width, **tiles, **COMPILER_OPTIONS,
-        )  # fmt: skip
-        _linear_cross_entropy_fwd_merge_kernel[(triton.cdiv(n_rows, _MERGE_ROWS),)](
-            largest, sums, logits, rows, targets, count, losses, row_max, row_sum, n_rows, shares,
-            BLOCK_M=_MERGE_ROWS, num_warps=4, **COMPILER_OPTIONS,
-        )  # fmt: skip
-        _linear_cross_entropy_fwd_mean_kernel[(1,)](
-            losses, count, loss, BLOCK_M=_MEAN_ROWS, num_warps=8, **COMPILER_OPTIONS
+            inputs, largest, sums, logits, *sizes, WIDTH=width, **tiles, **COMPILER_OPTIONS
         )
+        labelled = (rows, targets, count)
+        merge_options = {"BLOCK_M": _MERGE_ROWS, "num_warps": 4, **COMPILER_OPTIONS}
+        _linear_cross_entropy_fwd_merge_kernel[(triton.cdiv(n_rows, _MERGE_ROWS),)](
+            largest, sums, logits, *labelled, losses, row_max, row_sum, n_rows, shares, **merge_options
+        )
+        mean_options = {"BLOCK_M": _MEAN_ROWS, "num_warps": 8, **COMPILER_OPTIONS}
+        _linear_cross_entropy_fwd_mean_kernel[(1,)](losses, count, loss, **mean_options)
     return loss, row_max, row_sum
 
 
 def linear_cross_entropy_bwd(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor,
-    row_max: torch.Tensor, row_sum: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (N, E), weight (V, E) and bias (V,), in their dtypes.
 
     Args:
         grad: () float32, the gradient of the loss.
-        x, weight, bias, labels: what the forward was given. row_max, row_sum: (N,) float32, what it returned.
+        x, weight, bias, labels: as given to the forward.
+        row_max, row_sum: (N,) float32, as the forward returned them.
 
     Raises:
         ValueError: E above 1024.
@@ -424,27 +424,27 @@ def linear_cross_entropy_bwd(
         return dx, torch.zeros_like(weight), torch.zeros_like(bias)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     row_blocks, shares, share_words = vocabulary_shares(n_rows, n_words, tiles)
-    parts = torch.empty((shares, n_rows, width), dtype=torch.float32, device=x.device)
+    dx_shares = torch.empty((shares, n_rows, width), dtype=torch.float32, device=x.device)
     out_chunks = triton.cdiv(width, tiles["BLOCK_O"])
     slots = row_blocks * tiles["BLOCK_M"]  # a multiple of BLOCK_N, too
     gathered = torch.empty((slots, width), dtype=x.dtype, device=x.device)
     largest, factors = (torch.empty(slots, dtype=torch.float32, device=x.device) for _ in range(2))
+    row_tile = {"WIDTH": width, "BLOCK_M": _GATHER_ROWS, "BLOCK_E": tiles["BLOCK_E"]}
     with torch.cuda.device_of(x):
         rows, targets, count = _find_labelled(labels, n_words, slots)
+        outputs = (gathered, largest, factors, x.stride(0))
         _linear_cross_entropy_bwd_gather_kernel[(triton.cdiv(slots, _GATHER_ROWS),)](
-            x, row_max, row_sum, rows, targets, count, gathered, largest, factors, x.stride(0), WIDTH=width,
-            BLOCK_M=_GATHER_ROWS, BLOCK_E=tiles["BLOCK_E"], num_warps=4, **COMPILER_OPTIONS,
-        )  # fmt: skip
+            x, row_max, row_sum, rows, targets, count, *outputs, **row_tile, num_warps=4, **COMPILER_OPTIONS
+        )
+        inputs = GradientInputs(gathered, weight, bias, targets, count, largest, factors)
+        sizes = (n_rows, n_words, row_blocks, share_words)
         _linear_cross_entropy_bwd_x_kernel[(row_blocks * shares, out_chunks)](
-            gathered, weight, bias, targets, count, largest, factors, parts, n_rows, n_words, row_blocks, share_words,
-            WIDTH=width, **tiles, **COMPILER_OPTIONS,
-        )  # fmt: skip
+            inputs, dx_shares, *sizes, WIDTH=width, **tiles, **COMPILER_OPTIONS
+        )
         _linear_cross_entropy_bwd_sum_kernel[(triton.cdiv(n_rows, _GATHER_ROWS),)](
-            parts, grad, rows, count, dx, n_rows, shares, WIDTH=width, BLOCK_M=_GATHER_ROWS, BLOCK_E=tiles["BLOCK_E"],
-            num_warps=4, **COMPILER_OPTIONS,
-        )  # fmt: skip
+            dx_shares, grad, rows, count, dx, n_rows, shares, **row_tile, num_warps=4, **COMPILER_OPTIONS
+        )
         _linear_cross_entropy_bwd_weight_kernel[(triton.cdiv(n_words, tiles["BLOCK_M"]), out_chunks)](
-            grad, gathered, weight, bias, targets, count, largest, factors, dweight, dbias, n_words,
-            WIDTH=width, **tiles, **COMPILER_OPTIONS,
-        )  # fmt: skip
+            inputs, grad, dweight, dbias, n_words, WIDTH=width, **tiles, **COMPILER_OPTIONS
+        )
     return dx, dweight, dbias

@@ -1,26 +1,26 @@
 """linear_gelu: act(x @ weight.T + bias), the FFN's first product with its activation, by the fastest of three routes.
 
-1. cuBLASLt with bias and activation in its epilogue: the tanh form of GELU. For inference alone: what a gradient needs,
-   the sums before the activation, is not kept; and in 16 bits alone, since nobody says how exact its tanh is. (It has a
-   relu as well; nobody says what that makes of NaN.)
-2. cuBLASLt with the bias in its epilogue, then the kernel of bias_gelu: any activation, and the sums are there anyway.
+1. cuBLASLt with bias and activation in its epilogue: the tanh form of GELU. Only for inference, because it does not keep the
+   sums before the activation, which a gradient needs; and only in 16 bits, because the accuracy of its tanh is not documented.
+   (It also has a relu; what that does with NaN is not documented.)
+2. cuBLASLt with the bias in its epilogue, then the kernel of bias_gelu: any activation, and the sums are in memory anyway.
 3. The Triton kernel below, with any activation in its epilogue, and for a gradient the sums as a second output.
 
-The sums are kept with the bias, so that they are rounded once: the sign of a small one, which is all that relu's
-gradient depends on, would not outlive a product rounded before its bias is added.
+The sums are kept with the bias added, so that they are rounded once: relu's gradient depends only on the sign of a sum, and
+rounding a product before its bias is added would lose the sign of a small one.
 
-A count for the FFN of ALBERT-base, 32,768 x 768 x 3072 in bfloat16, by the rates of an H100's copies (3.0 TB/s) and
-large products (790 TFLOP/s); a prediction, no measurement. The product is 155 GFLOP: 196 us. Route 2 reads and writes
-the 201 MB of its output once more: 134 us on top. Route 1 has nothing on top but its epilogue, and nothing can beat it
-but a better product. Route 3 has the same traffic as route 1 and beats route 2 wherever its product comes to more than
-60 % of cuBLAS's rate. What bounds it is shared memory: a step of 128 x 128 x 64 writes 32 KB, its two warpgroups read
-48 KB, at 128 bytes a cycle 640 cycles, and the tensor cores need 512: 80 % of their rate. In float32 the product takes
-2.3 ms and the pass 0.27 ms, which a product on plain FMA would have to be within 10 % of cuBLAS's to win back. As TF32 it
-takes 0.39 ms, half the rate on twice the bytes: the same shares as in 16 bits.
+An estimate for the FFN of ALBERT-base, 32,768 x 768 x 3072 in bfloat16, from the rates of an H100's copies (3.0 TB/s) and
+large products (790 TFLOP/s); it is not a measurement. The product is 155 GFLOP: 196 us. Route 2 reads and writes
+the 201 MB of its output once more: 134 us on top. Route 1 adds only its epilogue, so only a better product can beat it.
+Route 3 has the same traffic as route 1 and beats route 2 if its product reaches more than 60 % of cuBLAS's rate. Shared
+memory bounds it: a step of 128 x 128 x 64 writes 32 KB and its two warpgroups read 48 KB, 640 cycles at 128 bytes a cycle;
+the tensor cores need 512: 80 % of their rate. In float32 the product takes 2.3 ms and the pass 0.27 ms: a product on plain
+FMA would have to come within 10 % of cuBLAS's rate to win that back. As TF32 the product takes 0.39 ms, half the rate on twice
+the bytes: the same proportions as in 16 bits.
 
-So without tuning: 1 where it is allowed; 2 for a gradient and in exact float32; 3 for the erf form and relu in 16 bits,
-and for every activation in TF32.
-On a CPU, in Triton's interpreter, 3 alone: there torch's function for 1 has the erf form of GELU.
+Without tuning the choice is: 1 where it is allowed; 2 for a gradient and in exact float32; 3 for the erf form and relu in 16
+bits, and for every activation in TF32.
+On a CPU, in Triton's interpreter, only 3 is used: there torch's function for 1 has the erf form of GELU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ._matmul import halves, in_words, matmul_tiles, n_tiles, tile_of_program, t
 from ._precision import multiplies_tf32, numbers_name
 from .bias_gelu import bias_gelu_fwd
 
-# The routes through libraries, as the tuner keeps them in its file among the tiles of the Triton kernel.
+# The routes through libraries, in the form in which the tuner stores them in its file, next to tiles of the Triton kernel.
 CUBLASLT_EPILOGUE = {"cublaslt_epilogue": 1}
 CUBLASLT_THEN_BIAS_GELU = {"cublaslt_then_bias_gelu": 1}
 
@@ -48,33 +48,22 @@ def _linear_gelu_fwd_kernel(
     weight_ptr,  # (N, K), contiguous
     bias_ptr,  # (N,)
     out_ptr,  # (T, N), contiguous
-    sums_ptr,  # (T, N), contiguous: x @ weight.T + bias; None where no gradient is wanted
+    sums_ptr,  # (T, N), contiguous: x @ weight.T + bias; None if no gradient is wanted
     n_rows,  # T
     n_cols,  # N
     n_inner,  # K
     stride_x_row,
-    ACT: tl.constexpr,
+    ACT: tl.constexpr,  # a value of ACT_CODES
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TF32: tl.constexpr,  # whether float32 is multiplied so
+    EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
+    TF32: tl.constexpr,  # whether float32 is multiplied as TF32
 ):
+    # A program takes one tile of BLOCK_M x BLOCK_N outputs.
     first_row, first_col = tile_of_program(n_rows, n_cols, BLOCK_M, BLOCK_N)
-    rows = first_row + tl.arange(0, BLOCK_M)
-    acc = tile_product(
-        x_ptr,
-        weight_ptr,
-        rows,
-        first_col + tl.arange(0, BLOCK_N),
-        n_rows,
-        n_cols,
-        n_inner,
-        stride_x_row,
-        BLOCK_K,
-        EVEN_K,
-        TF32,
-    )
+    rows, all_cols = first_row + tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N)
+    acc = tile_product(x_ptr, weight_ptr, rows, all_cols, n_rows, n_cols, n_inner, stride_x_row, BLOCK_K, EVEN_K, TF32)
     left, right = halves(acc)
     cols = first_col + tl.arange(0, BLOCK_N // 2)
     _store_activated(left, bias_ptr, out_ptr, sums_ptr, rows, cols, n_rows, n_cols, ACT)
@@ -91,8 +80,9 @@ def _store_activated(
     cols,  # (columns,)
     n_rows,  # T
     n_cols,  # N
-    ACT: tl.constexpr,
+    ACT: tl.constexpr,  # a value of ACT_CODES
 ):
+    """Store act(acc + bias), and acc + bias if it is kept."""
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     at = rows[:, None] * n_cols + cols[None, :]
     sums = acc + tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
@@ -102,9 +92,9 @@ def _store_activated(
 
 
 def has_tiles(n_cols: int) -> bool:
-    """Whether the kernel is for so many columns.
+    """Whether the kernel supports this number of columns.
 
-    Rows of the output that do not begin at whole words would be stored number by number, and the largest tile spill.
+    Rows of the output that do not begin at whole words would be stored number by number, and the largest tile would spill.
     """
     return n_cols % 16 == 0
 
@@ -112,7 +102,7 @@ def has_tiles(n_cols: int) -> bool:
 def linear_gelu_routes(
     n_rows: int, n_cols: int, dtype: torch.dtype, act: str, keep_sums: bool, tf32: bool = False
 ) -> list[_tuning.Tiles]:
-    """What can compute (n_rows, n_cols) outputs on a GPU, best guess first: library routes, and tiles of the kernel."""
+    """The routes that can compute (n_rows, n_cols) outputs on a GPU, best guess first: library routes, and tiles of the kernel."""
     tiles = matmul_tiles(n_rows, n_cols, dtype, tf32) if has_tiles(n_cols) else []
     if keep_sums or (dtype == torch.float32 and not tf32):
         return [CUBLASLT_THEN_BIAS_GELU, *tiles]
@@ -124,13 +114,14 @@ def linear_gelu_routes(
 def linear_gelu_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, act: str, keep_sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """act(x @ weight.T + bias), (T, N) in x's dtype, and the argument of act in x's dtype where it is to be kept.
+    """act(x @ weight.T + bias), (T, N) in x's dtype, and the argument of act, (T, N) in x's dtype, or None if it is not kept.
 
     Args:
         x: (T, K); rows may be strided.
-        weight: (N, K); bias: (N,), in x's dtype.
+        weight: (N, K), in x's dtype.
+        bias: (N,), in x's dtype.
         act: "gelu_tanh", "gelu_erf" or "relu".
-        keep_sums: whether a gradient will be asked for.
+        keep_sums: whether to return the argument of act, which a gradient needs.
     """
     x, weight, bias = rows_contiguous(x), weight.contiguous(), bias.contiguous()
     (n_rows, n_inner), n_cols = x.shape, len(weight)
@@ -160,12 +151,12 @@ def start_route(
     route: _tuning.Tiles,
     tf32: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`linear_gelu_fwd` by one of `linear_gelu_routes`; not empty, and weight, bias and rows of x are dense.
+    """`linear_gelu_fwd` by one of `linear_gelu_routes`, for T, N > 0 and contiguous weight, bias and rows of x.
 
-    tf32: how the kernel multiplies float32; the library routes read torch's setting themselves.
+    tf32: whether the kernel multiplies float32 as TF32; the library routes read torch's setting themselves.
     """
     if route == CUBLASLT_EPILOGUE:
-        # On CUDA the tanh form, also where torch does not hand it to cuBLASLt.
+        # On CUDA this is the tanh form, even if torch does not call cuBLASLt for it.
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True), None
     if route == CUBLASLT_THEN_BIAS_GELU:
         sums = torch.addmm(bias, x, weight.t())
@@ -174,8 +165,8 @@ def start_route(
     (n_rows, n_inner), n_cols = x.shape, len(weight)
     out = x.new_empty((n_rows, n_cols))
     kept = torch.empty_like(out) if keep_sums else None
-    _linear_gelu_fwd_kernel[(n_tiles(n_rows, n_cols, route),)](
-        x, weight, bias, out, kept, n_rows, n_cols, n_inner, x.stride(0),
-        ACT=ACT_CODES[act], EVEN_K=n_inner % route["BLOCK_K"] == 0, TF32=tf32, **route, **COMPILER_OPTIONS,
-    )  # fmt: skip
+    sizes = (n_rows, n_cols, n_inner, x.stride(0))
+    constants = {"ACT": ACT_CODES[act], "EVEN_K": n_inner % route["BLOCK_K"] == 0, "TF32": tf32, **route}
+    grid = (n_tiles(n_rows, n_cols, route),)
+    _linear_gelu_fwd_kernel[grid](x, weight, bias, out, kept, *sizes, **constants, **COMPILER_OPTIONS)
     return out, kept

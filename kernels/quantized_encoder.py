@@ -1,11 +1,11 @@
-"""quantized_encoder: all layers of an inference on int8 or float8 products, nine launches a layer.
+"""quantized_encoder: all layers for inference, with int8 or float8 products, nine launches per layer.
 
-Between two kernels activations lie in memory rounded for the next product, one byte an element with a step and a zero point
-for each row, or in bfloat16 where they are added or attended to. Sums are exact int32, or float32 of float8.
+Between two kernels activations are stored rounded for the next product, one byte per element with a step and a zero point
+per row; those that are added or attended to are stored in bfloat16. Sums are exact int32 for int8, and float32 for float8.
 
-A layer moves, in bytes for each token beside the weights: 38 H + 6 I; in bfloat16, product by product with the same fusions,
-36 H + 8 I. For I = 4 H these are 62 H and 68 H: the gain is the products' rate, at half the bytes of weights and twice the
-operations a cycle, less what a separate pass over attention's output costs (3 H).
+Per token and without the weights a layer moves 38 H + 6 I bytes; in bfloat16, product by product with the same fusions,
+36 H + 8 I. For I = 4 H these are 62 H and 68 H: the gain is the rate of the products, with half the bytes of weights and twice
+the operations per cycle, minus the cost of a separate pass over attention's output (3 H).
 
 | launch | reads | writes |
 |---|---|---|
@@ -46,7 +46,7 @@ def _quantized_product_kernel(
     zeros_ptr,  # (T,) int32, or None for float8
     weight_ptr,  # (N, D), contiguous, in x's dtype, 0 beyond K
     scales_ptr,  # (N,) float32
-    sums_ptr,  # (N,) float32: the integers of each channel, added up
+    sums_ptr,  # (N,) float32: the sum of each channel's integers
     bias_ptr,  # (N,) float32, or None
     out_ptr,  # (T, N), contiguous
     n_rows,  # T
@@ -56,12 +56,13 @@ def _quantized_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    # A program takes one tile of BLOCK_M x BLOCK_N outputs.
     first_row, first_col = tile_of_program(n_rows, n_cols, BLOCK_M, BLOCK_N)
     rows, cols = first_row + tl.arange(0, BLOCK_M), first_col + tl.arange(0, BLOCK_N)
     acc = tile_product(x_ptr, weight_ptr, rows, cols, n_rows, n_cols, depth, depth, BLOCK_K, True)
     row_mask, col_mask = rows < n_rows, cols < n_cols
     if zeros_ptr is not None:
-        # sum (q - zero) w = sum q w - zero sum w, exact: at most 255 x 127 x 16384, below 2^30.
+        # sum (q - zero) w = sum q w - zero sum w. This is exact: at most 255 x 127 x 16384, below 2^30.
         zeros = tl.load(zeros_ptr + rows, mask=row_mask, other=0)
         sums = tl.load(sums_ptr + cols, mask=col_mask, other=0.0).to(tl.int32)
         acc -= zeros[:, None] * sums[None, :]
@@ -76,11 +77,12 @@ def _quantized_product_kernel(
 
 @dataclass(frozen=True)
 class Matrix:
-    """A product's weights: values (N, D) int8 or float8 e4m3, 0 beyond K, scales and sums (N,) float32; rescale and shift
-    (K,) of its activations.
+    """The weights of a product, and what its activations are multiplied by and shifted by before they are rounded.
 
-    D, the depth, is the next multiple of 128 from K on: so that rows begin at 16 bytes, and no step of a product is partial.
-    Bytes behind a mask would be loaded one by one.
+    values: (N, D) int8 or float8 e4m3, 0 beyond K. scales, sums: (N,) float32. rescale, shift: (K,) float32.
+
+    D, the depth, is K rounded up to a multiple of 128, so that rows begin at 16-byte words and no step of a product needs a mask:
+    masked bytes would be loaded one by one.
     """
 
     values: torch.Tensor
@@ -90,6 +92,7 @@ class Matrix:
     shift: torch.Tensor
 
     def channels(self, begin: int, end: int) -> Matrix:
+        """The product's output channels `begin` to `end`."""
         values, scales, sums = (t[begin:end] for t in (self.values, self.scales, self.sums))
         return Matrix(values, scales, sums, self.rescale, self.shift)
 
@@ -101,11 +104,13 @@ def quantized_product(x: Rounded, matrix: Matrix, bias: torch.Tensor | None = No
     if n_rows == 0:
         return out
 
+    rows = (x.values, x.steps, x.zeros)
+    weights = (matrix.values, matrix.scales, matrix.sums)
+    sizes = (n_rows, n_cols, depth)
+
     def launch(tiles: Tiles) -> None:
-        _quantized_product_kernel[(n_tiles(n_rows, n_cols, tiles),)](
-            x.values, x.steps, x.zeros, matrix.values, matrix.scales, matrix.sums, bias, out, n_rows, n_cols, depth,
-            **tiles, **COMPILER_OPTIONS,
-        )  # fmt: skip
+        grid = (n_tiles(n_rows, n_cols, tiles),)
+        _quantized_product_kernel[grid](*rows, *weights, bias, out, *sizes, **tiles, **COMPILER_OPTIONS)
 
     key = functools.partial(_choice_key, n_rows, n_cols, depth, x.values.dtype)
     with torch.cuda.device_of(out):
@@ -115,13 +120,13 @@ def quantized_product(x: Rounded, matrix: Matrix, bias: torch.Tensor | None = No
 
 
 def _choice_key(n_rows: int, n_cols: int, depth: int, dtype: torch.dtype) -> str:
-    """What the fastest tiles depend on, beside the chip; rows by their powers of two."""
+    """What the fastest tiles depend on, apart from the chip; the number of rows is rounded up to a power of two."""
     return f"{dtype} T{triton.next_power_of_2(n_rows)} N{n_cols} K{depth}"
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """The four products of a layer and its vectors: biases (3H,), (H,), (I,), (H,) and norms (H,)."""
+    """A layer: its four products, and its vectors in the order in which `quantized_encoder_fwd` is given them."""
 
     vectors: Sequence[torch.Tensor]
     qkv: Matrix
@@ -131,69 +136,82 @@ class _Layer:
 
 
 def quantized_encoder_fwd(
-    hidden: torch.Tensor, vectors: Sequence[torch.Tensor], integers: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor], sums: Sequence[torch.Tensor], rescales: Sequence[torch.Tensor],
-    shifts: Sequence[torch.Tensor], order: Sequence[int], cu_seqlens: torch.Tensor, rows: torch.Tensor | None,
-    cu_rows: torch.Tensor | None, schedule: torch.Tensor | None, max_seqlen: int, max_rows: int, num_heads: int,
-    softmax_scale: float, eps: float, act: str,
-) -> torch.Tensor:  # fmt: skip
-    """The hidden states after the layers of `order`.
+    hidden: torch.Tensor,
+    vectors: Sequence[torch.Tensor],
+    integers: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    sums: Sequence[torch.Tensor],
+    rescales: Sequence[torch.Tensor],
+    shifts: Sequence[torch.Tensor],
+    layer_indices: Sequence[int],
+    cu_seqlens: torch.Tensor,
+    wanted_rows: torch.Tensor | None,
+    cu_wanted: torch.Tensor | None,
+    sequence_order: torch.Tensor | None,
+    max_seqlen: int,
+    max_wanted: int,
+    num_heads: int,
+    softmax_scale: float,
+    eps: float,
+    act: str,
+) -> torch.Tensor:
+    """The hidden states after all layers.
 
     Args:
         hidden: (T, H) bfloat16.
-        vectors: of each distinct layer eight: the bias of query, key and value (3H,), of the attention's output (H,),
-            weight and bias of its norm (H,), of the FFN's products (I,), (H,), weight and bias of the last norm (H,).
-            Biases are float32, norms bfloat16.
-        integers, scales, sums, rescales, shifts: of each distinct layer four, the fields of `Matrix`.
-        cu_seqlens: (B + 1,) int32. rows, cu_rows: (Tq,) int64 and (B + 1,) int32, what is asked of the last layer; None: all.
-        schedule: (B,) int32, the sequences, longest first, or None. max_seqlen, max_rows: bounds of a sequence's tokens
-            and of its rows that are asked for.
-        num_heads, softmax_scale, eps, act: as of the operator.
+        vectors: eight of each distinct layer: the bias of query, key and value (3H,), of the attention's output (H,),
+            weight and bias of its norm (H,), the biases of the FFN's products (I,) and (H,), weight and bias of the last norm
+            (H,). Biases are float32, norms bfloat16.
+        integers, scales, sums, rescales, shifts: four of each distinct layer, the fields of `Matrix`.
+        layer_indices: which distinct layer runs at each step.
+        cu_seqlens: (B + 1,) int32.
+        wanted_rows, cu_wanted: (Tq,) int64 and (B + 1,) int32, the rows that the caller wants of the last layer; None: all.
+        sequence_order: (B,) int32, the sequences, longest first, or None.
+        max_seqlen, max_wanted: upper bounds on a sequence's tokens and on its wanted rows.
+        num_heads, softmax_scale, eps, act: as for the operator.
 
     Returns:
         (T, H) or (Tq, H), bfloat16.
 
     Raises:
-        ValueError: H or I above 16384, a head size above 256.
+        ValueError: H or I above 16384, or a head size above 256.
     """
     width, dtype = hidden.shape[1], integers[0].dtype
-    if rows is not None:
-        # An index outside would end the CUDA context, and nobody has looked at them yet.
-        rows = rows.clamp(0, max(len(hidden) - 1, 0))
+    if wanted_rows is not None:
+        # They are not checked before the launches, and an index outside would end the CUDA context.
+        wanted_rows = wanted_rows.clamp(0, max(len(hidden) - 1, 0))
     lists = zip(integers, scales, sums, rescales, shifts, strict=True)
     matrices = list(itertools.starmap(Matrix, lists))
     layers = [_Layer(vectors[8 * i : 8 * i + 8], *matrices[4 * i : 4 * i + 4]) for i in range(len(vectors) // 8)]
-    first = layers[order[0]].qkv
+    first = layers[layer_indices[0]].qkv
     narrow, wide = first.values.shape[1], layers[0].ffn_output.values.shape[1]
     rounded: Rounded | None = round_rows(hidden, first.rescale, first.shift, dtype, narrow)
-    for step, number in enumerate(order):
-        assert rounded is not None  # by the layer before it
-        layer, is_last = layers[number], step + 1 == len(order)
+    for step, index in enumerate(layer_indices):
+        assert rounded is not None  # the previous step rounded it
+        layer, is_last = layers[index], step + 1 == len(layer_indices)
         qkv_bias, dense_bias, norm, norm_bias, ffn_bias, output_bias, full_norm, full_norm_bias = layer.vectors
-        if is_last and rows is not None and cu_rows is not None:
-            q = quantized_product(rounded.take(rows), layer.qkv.channels(0, width), qkv_bias[:width])
+        if is_last and wanted_rows is not None and cu_wanted is not None:
+            q = quantized_product(rounded.take(wanted_rows), layer.qkv.channels(0, width), qkv_bias[:width])
             keys_values = quantized_product(rounded, layer.qkv.channels(width, 3 * width), qkv_bias[width:])
             k, v = keys_values.split(width, dim=1)
-            hidden, cu_queries, max_queries = hidden.index_select(0, rows), cu_rows, max_rows
+            hidden, cu_queries, max_queries = hidden.index_select(0, wanted_rows), cu_wanted, max_wanted
         else:
             q, k, v = quantized_product(rounded, layer.qkv, qkv_bias).split(width, dim=1)
             cu_queries, max_queries = cu_seqlens, max_seqlen
-        context, _ = attention_fwd(
-            q, k, v, cu_queries, cu_seqlens, schedule, max_queries, max_seqlen, num_heads, softmax_scale
-        )
+        batch = (cu_queries, cu_seqlens, sequence_order, max_queries, max_seqlen)
+        context, _ = attention_fwd(q, k, v, *batch, num_heads, softmax_scale)
         rounded = round_rows(context, layer.dense.rescale, layer.dense.shift, dtype, narrow)
         product = quantized_product(rounded, layer.dense)
         attended, rounded = add_layer_norm_rounded(
             product, dense_bias, hidden, norm, norm_bias, eps, layer.ffn.rescale, layer.ffn.shift, dtype, narrow
         )
-        assert rounded is not None  # since there was a factor
+        assert rounded is not None  # there was a rescale
         up = quantized_product(rounded, layer.ffn)
         rounded = bias_gelu_rounded(up, ffn_bias, act, layer.ffn_output.rescale, layer.ffn_output.shift, dtype, wide)
         down = quantized_product(rounded, layer.ffn_output)
-        following = None if is_last else layers[order[step + 1]].qkv
+        next_qkv = None if is_last else layers[layer_indices[step + 1]].qkv
+        factors = (None, None) if next_qkv is None else (next_qkv.rescale, next_qkv.shift)
         hidden, rounded = add_layer_norm_rounded(
-            down, output_bias, attended, full_norm, full_norm_bias, eps,
-            None if following is None else following.rescale, None if following is None else following.shift, dtype,
-            narrow,
-        )  # fmt: skip
+            down, output_bias, attended, full_norm, full_norm_bias, eps, *factors, dtype, narrow
+        )
     return hidden

@@ -17,7 +17,7 @@ import albert_fast
 from albert_fast.checkpoints import weights
 from albert_fast.models import reference
 from albert_fast.models.config import ALBERTConfig
-from albert_fast.testing.twins import SMALL, twins
+from albert_fast.testing.model_pairs import SMALL, model_pair
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]
 LAYER = "encoder.albert_layer_groups.0.albert_layers.0."
@@ -26,7 +26,7 @@ LAYER = "encoder.albert_layer_groups.0.albert_layers.0."
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A pre-training model as transformers saves it."""
-    twins(reference, "ForPreTraining", SMALL)[1].save_pretrained(tmp_path)
+    model_pair(reference, "ForPreTraining", SMALL)[1].save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -52,7 +52,7 @@ def saved(tmp_path: Path) -> Path:
     ids=["missing", "extra", "misshapen", "one dimension more", "half a head", "integers", "complex", "twice"],
 )
 def test_wrong_tensors(module: ModuleType, change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    model, theirs = twins(module, "Model", SMALL)
+    model, theirs = model_pair(module, "Model", SMALL)
     theirs.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state = {key: tensor for key, tensor in (state | change).items() if tensor is not None}

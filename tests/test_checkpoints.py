@@ -17,7 +17,7 @@ from torch import Tensor
 import albert_fast
 from albert_fast.checkpoints import weights
 from albert_fast.models import pretrained, reference
-from albert_fast.testing.twins import NAMES, OUTPUTS, SMALL, drawn_inputs, twins
+from albert_fast.testing.model_pairs import NAMES, OUTPUTS, SMALL, drawn_inputs, model_pair
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]
 WORDS = "albert.embeddings.word_embeddings.weight"
@@ -33,7 +33,7 @@ def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A pre-training model as transformers saves it: encoder, pooler, MLM and SOP heads."""
-    twins(reference, "ForPreTraining", SMALL)[1].save_pretrained(tmp_path)
+    model_pair(reference, "ForPreTraining", SMALL)[1].save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -43,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
 def test_there_and_back_bit_for_bit(module: ModuleType, name: str, tied: bool, tmp_path: Path) -> None:
     """transformers saves, we load and save, transformers loads: keys, dtypes and bits stay, in memory and on disk."""
     fields = SMALL | {"tie_word_embeddings": tied, "num_hidden_groups": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
-    _, theirs = twins(module, name, fields)
+    _, theirs = model_pair(module, name, fields)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = getattr(module, f"ALBERT{name}").from_pretrained(tmp_path / "theirs")
     assert not ours.training
@@ -103,7 +103,7 @@ def write_shards(folder: Path, state: dict[str, Tensor], stem: str) -> Path:
 
 
 def test_shards_written_by_transformers(tmp_path: Path) -> None:
-    _, theirs = twins(reference, "ForPreTraining", SMALL)
+    _, theirs = model_pair(reference, "ForPreTraining", SMALL)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert_same_bits(reference.ALBERTForPreTraining.from_pretrained(tmp_path).state_dict(), theirs.state_dict())
@@ -157,7 +157,7 @@ def test_heads_come_and_go(module: ModuleType, saved: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("module", MODULES)
 def test_both_widths_of_the_sentence_order_head(module: ModuleType, tmp_path: Path) -> None:
     """Google's has 2 outputs, whatever num_labels says; Hugging Face's has num_labels."""
-    _, two = twins(module, "ForPreTraining", SMALL)
+    _, two = model_pair(module, "ForPreTraining", SMALL)
     two.save_pretrained(tmp_path / "two")
     google = module.ALBERTForPreTraining.from_pretrained(tmp_path / "two", num_labels=5)
     ids = torch.arange(10).view(2, 5)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.gpu import compile_check, costs, floors, launches
+from albert_fast.testing.gpu import compile_check, costs, floors, launches, recording
 from albert_fast.testing.parity import make_inputs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -51,10 +51,10 @@ def test_every_recorded_launch_computes_but_those_that_copy_or_count(monkeypatch
         seen[kernel].append(of_launch(kernel, arguments))
         return seen[kernel][-1]
 
-    monkeypatch.setattr(launches, "launch_cost", noted)
+    monkeypatch.setattr(recording, "launch_cost", noted)
     for cases in launches.CASES.values():
         for _, run, _ in cases():
-            launches.launch_costs(run)
+            recording.launch_costs(run)
     assert {kernel for kernel, found in seen.items() if not all(cost.operations for cost in found)} == copies
     assert all(cost.bytes for found in seen.values() for cost in found)
     products = {kernel for kernel, found in seen.items() if any(cost.kind != "f32" for cost in found)}
@@ -181,8 +181,8 @@ class _Watched:
         self.kernel[grid](*args, **kwargs)
         signature = inspect.signature(self.kernel.fn)
         own = {name: value for name, value in kwargs.items() if name in signature.parameters}
-        arguments = signature.bind(*args, **own).arguments
-        scratch = costs._ENCODER_SCRATCH if "encoder" in self.name else ()
+        arguments = costs.by_name(signature.bind(*args, **own).arguments)
+        scratch = costs.ENCODER_BUFFERS if "encoder" in self.name else ()
         apart = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in map(arguments.get, scratch)]
         touched = 0
         for size, found in self.addresses.items():

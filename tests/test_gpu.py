@@ -19,9 +19,9 @@ from albert_fast.models import reference
 from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, assert_close_calibrated, poison_empty
 from albert_fast.testing.gpu.tf32 import TF32Products, tf32_asked_for
+from albert_fast.testing.model_pairs import NAMES, OUTPUTS, drawn_inputs, drawn_mask, gradients
 from albert_fast.testing.parity import check_backward, check_forward, make_inputs
 from albert_fast.testing.tolerances import SLACK, largest_error
-from albert_fast.testing.twins import NAMES, OUTPUTS, drawn_inputs, drawn_mask, gradients
 
 DEVICE = torch.device(os.environ.get("ALBERT_FAST_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"

@@ -15,8 +15,8 @@ import torch
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.testing import poison_empty
-from albert_fast.testing.gpu.stand_in import in_threads
-from albert_fast.testing.twins import drawn_mask
+from albert_fast.testing.gpu.fake_graphs import in_threads
+from albert_fast.testing.model_pairs import drawn_mask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 DEVICE = torch.device("cuda", 0)

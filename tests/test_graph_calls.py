@@ -16,7 +16,7 @@ from albert_fast.execution import graphs
 from albert_fast.execution.capture import CaptureError, CUDACapture
 from albert_fast.ops import _reports
 from albert_fast.testing import poison_empty
-from albert_fast.testing.gpu.stand_in import CONFIG, DEVICE, Capture, batch, graphed, plain
+from albert_fast.testing.gpu.fake_graphs import CONFIG, DEVICE, Capture, batch, graphed, plain
 
 pytest.importorskip("triton")
 

@@ -15,7 +15,7 @@ from albert_fast import ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.execution import graphs
 from albert_fast.execution.graphs import Bucket
 from albert_fast.quantization.calibration import quantize
-from albert_fast.testing.gpu.stand_in import CONFIG, DEVICE, Capture, batch, graphed, in_threads, plain
+from albert_fast.testing.gpu.fake_graphs import CONFIG, DEVICE, Capture, batch, graphed, in_threads, plain
 from albert_fast.testing.gpu.tf32 import tf32_asked_for
 
 pytest.importorskip("triton")

@@ -13,7 +13,7 @@ import torch
 from albert_fast.checkpoints import weights
 from albert_fast.models import reference
 from albert_fast.models.config import ALBERTConfig
-from albert_fast.testing.twins import SMALL
+from albert_fast.testing.model_pairs import SMALL
 
 
 class EntryNotFoundError(Exception):

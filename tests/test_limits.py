@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from albert_fast import ALBERTConfig, ALBERTModel
 from albert_fast.checkpoints import weights
 from albert_fast.models import reference
-from albert_fast.testing.twins import SMALL
+from albert_fast.testing.model_pairs import SMALL
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.models import reference
-from albert_fast.testing.twins import NAMES, SMALL, drawn_inputs
+from albert_fast.testing.model_pairs import NAMES, SMALL, drawn_inputs
 
 HARMLESS: list[dict[str, Any]] = [
     {"attn_implementation": "sdpa"}, {"low_cpu_mem_usage": True, "trust_remote_code": True}, {"device_map": "cpu"},

@@ -22,7 +22,7 @@ from albert_fast import (
 )
 from albert_fast.checkpoints.weights import shipped_model
 from albert_fast.models import head_model, reference
-from albert_fast.testing.twins import NAMES, SMALL
+from albert_fast.testing.model_pairs import NAMES, SMALL
 
 HEADS = [getattr(albert_fast, f"ALBERT{name}") for name in NAMES if name != "Model"]
 

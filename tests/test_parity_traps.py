@@ -13,7 +13,7 @@ from torch import Tensor
 import albert_fast
 from albert_fast.models import reference
 from albert_fast.models.config import ALBERTConfig
-from albert_fast.testing.twins import NAMES, OUTPUTS, SMALL, drawn_inputs, twins
+from albert_fast.testing.model_pairs import NAMES, OUTPUTS, SMALL, drawn_inputs, model_pair
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]
 ACTIVATIONS = ["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu", "gelu_python", "relu"]
@@ -44,7 +44,7 @@ def test_groups_follow_hugging_face() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_model_whose_groups_differ_between_google_and_hugging_face(module: ModuleType) -> None:
     layers, groups, _ = GROUP_CASES[0]
-    ours, theirs = twins(module, "Model", SMALL | {"num_hidden_layers": layers, "num_hidden_groups": groups})
+    ours, theirs = model_pair(module, "Model", SMALL | {"num_hidden_layers": layers, "num_hidden_groups": groups})
     ids = torch.arange(12).view(2, 6)
     assert_equal(ours(ids).last_hidden_state, theirs(ids).last_hidden_state)
 
@@ -53,7 +53,7 @@ def test_a_model_whose_groups_differ_between_google_and_hugging_face(module: Mod
 def test_dropout_is_that_of_transformers_draw_by_draw(name: str) -> None:
     """In training, from one seed: every dropout stands where Hugging Face has it, and the FFN's output has none."""
     rates = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3, "classifier_dropout_prob": 0.4}
-    ours, theirs = twins(reference, name, SMALL | rates)
+    ours, theirs = model_pair(reference, name, SMALL | rates)
     inputs = drawn_inputs(name, ours.config, "none", 3)
     torch.manual_seed(0)
     actual = ours.train()(**inputs)
@@ -80,7 +80,7 @@ def test_ffn_output_dropout_on_request() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_projection_is_there_when_e_equals_h(module: ModuleType) -> None:
-    ours, theirs = twins(module, "Model", SMALL | {"embedding_size": 48})
+    ours, theirs = model_pair(module, "Model", SMALL | {"embedding_size": 48})
     ids = torch.arange(6).view(1, 6)
     before = ours(ids).last_hidden_state
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_the_projection_is_there_when_e_equals_h(module: ModuleType) -> None:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_name(module: ModuleType, name: str) -> None:
-    ours, theirs = twins(module, "ForMaskedLM", SMALL | {"hidden_act": name})
+    ours, theirs = model_pair(module, "ForMaskedLM", SMALL | {"hidden_act": name})
     ids = torch.arange(12).view(2, 6)
     assert_equal(ours(ids).logits, theirs(ids).logits)
 
@@ -111,7 +111,7 @@ def test_layer_norm_statistics_are_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
     """Close to float32 by as much as the dtype's own rounding, after three layers of it."""
-    ours, _ = twins(reference, name, SMALL)
+    ours, _ = model_pair(reference, name, SMALL)
     inputs = drawn_inputs(name, ours.config, "left", 7)
     expected = ours(**inputs)
     actual = ours.to(dtype)(**inputs)
@@ -133,7 +133,7 @@ def test_the_token_head_falls_back_to_the_hidden_dropout(module: ModuleType) -> 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_pad_token_learns_nothing_from_look_ups(module: ModuleType) -> None:
-    ours, theirs = twins(module, "Model", SMALL | {"pad_token_id": 3})
+    ours, theirs = model_pair(module, "Model", SMALL | {"pad_token_id": 3})
     for model in (ours, theirs):
         model(torch.tensor([[1, 3, 3, 2]])).last_hidden_state[0, 0, 0].backward()
         gradient = model.embeddings.word_embeddings.weight.grad
@@ -198,7 +198,7 @@ IDS = torch.arange(8).view(2, 4)
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input(module: ModuleType, error: type[Exception], parts: list[str], arguments: dict[str, Any]) -> None:
-    model, _ = twins(module, "Model", SMALL)
+    model, _ = model_pair(module, "Model", SMALL)
     with pytest.raises(error) as caught:
         model(**arguments)
     for part in parts:
@@ -217,7 +217,7 @@ def test_bad_input(module: ModuleType, error: type[Exception], parts: list[str],
     ],
 )
 def test_labels_that_do_not_fit(module: ModuleType, name: str, fields: dict[str, Any], labels: Any) -> None:
-    model, _ = twins(module, name, SMALL | fields)
+    model, _ = model_pair(module, name, SMALL | fields)
     with pytest.raises(ValueError, match=r"labels \("):
         model(IDS, **labels)
 
@@ -240,7 +240,7 @@ def test_multiple_choice_needs_choices(module: ModuleType) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8, torch.float32, torch.float16])
 def test_a_row_for_all_rows(module: ModuleType, name: str, dtype: torch.dtype) -> None:
     """Masks, types and positions (1, S) are every row's, as in transformers, in any dtype."""
-    ours, theirs = twins(module, name, SMALL)
+    ours, theirs = model_pair(module, name, SMALL)
     ids, whole = torch.randint(0, 40, (3, 6)), torch.ones(3, 6, dtype=torch.long)
     mask, types = torch.tensor([[1, 1, 1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1, 0, 0]])
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_a_row_for_all_rows(module: ModuleType, name: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_row_for_all_choices(module: ModuleType) -> None:
-    ours, _ = twins(module, "ForMultipleChoice", SMALL)
+    ours, _ = model_pair(module, "ForMultipleChoice", SMALL)
     ids, mask = torch.randint(0, 40, (2, 3, 6)), torch.tensor([[[1] * 4 + [0] * 2, [1] * 6, [0] + [1] * 5]])
     with torch.no_grad():
         assert torch.equal(ours(ids, mask).logits, ours(ids, mask.repeat(2, 1, 1)).logits)

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 import albert_fast
 from albert_fast.models import reference
 from albert_fast.models.config import ALBERTConfig
-from albert_fast.testing.twins import NAMES, OUTPUTS, SMALL, assert_gradients_equal, drawn_config, drawn_inputs, twins
+from albert_fast.testing.model_pairs import (
+    NAMES,
+    OUTPUTS,
+    SMALL,
+    assert_gradients_equal,
+    drawn_config,
+    drawn_inputs,
+    model_pair,
+)
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]
 BY_TOKEN = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification")
@@ -42,7 +50,7 @@ def loss_of(output: Any) -> Tensor:
 def test_outputs_losses_and_gradients_are_those_of_transformers(module: ModuleType, seed: int) -> None:
     """36 drawn configurations, all seven models: full batches at even seeds, padding on the right at odd ones."""
     for name in NAMES:
-        ours, theirs = twins(module, name, drawn_config(seed), seed)
+        ours, theirs = model_pair(module, name, drawn_config(seed), seed)
         inputs = drawn_inputs(name, ours.config, "right" if seed % 2 else "none", seed)
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         comparable = dict(inputs)
@@ -71,7 +79,7 @@ def test_outputs_losses_and_gradients_are_those_of_transformers(module: ModuleTy
 def test_padding_anywhere_changes_nothing(module: ModuleType, name: str, kind: str) -> None:
     """Each row equals transformers' answer for its real tokens alone; loss and gradients are PyTorch's on those."""
     for seed in range(3):
-        ours, theirs = twins(module, name, SMALL | {"num_hidden_groups": 2}, seed)
+        ours, theirs = model_pair(module, name, SMALL | {"num_hidden_groups": 2}, seed)
         inputs = drawn_inputs(name, ours.config, kind, 100 + seed)
         mask = inputs["attention_mask"].bool()
         full = mask.any(dim=1)
@@ -131,7 +139,7 @@ def oracle_loss(name: str, inputs: dict[str, Tensor], mask: Tensor, outputs: dic
 @pytest.mark.parametrize("name", ["ForMaskedLM", "ForPreTraining"])
 def test_the_loss_without_logits_is_that_of_transformers(name: str) -> None:
     """And its gradients: the decoder's weight is the embedding's, where both parts of its gradient add up."""
-    ours, theirs = twins(albert_fast, name, SMALL)
+    ours, theirs = model_pair(albert_fast, name, SMALL)
     inputs = drawn_inputs(name, ours.config, "right", 3)
     inputs["labels"] = inputs["labels"].masked_fill(inputs["attention_mask"] == 0, -100)  # transformers reads them
     actual, expected = ours(**inputs, output_logits=False), theirs(**inputs)
@@ -162,7 +170,7 @@ def test_the_loss_without_logits_is_that_of_transformers(name: str) -> None:
 )
 def test_sequence_losses_by_problem_type(module: ModuleType, problem: str, num_labels: int, labels: Tensor) -> None:
     fields = SMALL | {"num_labels": num_labels, "problem_type": problem}
-    ours, theirs = twins(module, "ForSequenceClassification", fields)
+    ours, theirs = model_pair(module, "ForSequenceClassification", fields)
     ids = torch.arange(15).view(3, 5)
     actual, expected = ours(ids, labels=labels), theirs(ids, labels=labels)
     assert_equal(actual.loss, expected.loss)
@@ -188,7 +196,7 @@ def test_a_mean_over_no_label_is_zero(module: ModuleType) -> None:
         ("ForQuestionAnswering", {"start_positions": torch.tensor([9, 9]), "end_positions": torch.tensor([5, 7])}),
     ]
     for name, labels in cases:
-        model, _ = twins(module, name, SMALL)
+        model, _ = model_pair(module, name, SMALL)
         loss = model(ids, **labels).loss
         assert loss.item() == 0.0, name
         loss.backward()
@@ -197,7 +205,7 @@ def test_a_mean_over_no_label_is_zero(module: ModuleType) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_pretraining_loss_needs_both_labels(module: ModuleType) -> None:
-    ours, theirs = twins(module, "ForPreTraining", SMALL)
+    ours, theirs = model_pair(module, "ForPreTraining", SMALL)
     ids = torch.arange(10).view(2, 5)
     for labels in ({"labels": ids}, {"sentence_order_label": torch.tensor([0, 1])}):
         assert ours(ids, **labels).loss is None
@@ -208,7 +216,7 @@ def test_the_pretraining_loss_needs_both_labels(module: ModuleType) -> None:
 @pytest.mark.parametrize("inner", [1, 2])
 @pytest.mark.parametrize("name", ["Model", "ForTokenClassification", "ForSequenceClassification"])
 def test_hidden_states_and_attentions(module: ModuleType, name: str, inner: int) -> None:
-    ours, theirs = twins(module, name, SMALL | {"num_hidden_groups": 2, "inner_group_num": inner})
+    ours, theirs = model_pair(module, name, SMALL | {"num_hidden_groups": 2, "inner_group_num": inner})
     ids = torch.randint(40, (3, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
     arguments = {"attention_mask": mask, "output_hidden_states": True, "output_attentions": True}
@@ -230,7 +238,7 @@ def test_hidden_states_and_attentions(module: ModuleType, name: str, inner: int)
 
 @pytest.mark.parametrize("module", MODULES)
 def test_inputs_embeds(module: ModuleType) -> None:
-    ours, theirs = twins(module, "Model", SMALL)
+    ours, theirs = model_pair(module, "Model", SMALL)
     embeds = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
     mine, other = embeds.clone().requires_grad_(), embeds.clone().requires_grad_()
     actual, expected = ours(inputs_embeds=mine), theirs(inputs_embeds=other)
@@ -243,7 +251,7 @@ def test_inputs_embeds(module: ModuleType) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_what_stands_at_padding_is_never_read(module: ModuleType) -> None:
-    model, _ = twins(module, "Model", SMALL)
+    model, _ = model_pair(module, "Model", SMALL)
     ids = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 1, 1]])
     padding = mask == 0
@@ -268,7 +276,7 @@ def test_what_stands_at_padding_is_never_read(module: ModuleType) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_each_row_pools_its_first_real_token(module: ModuleType) -> None:
-    model, _ = twins(module, "Model", SMALL)
+    model, _ = model_pair(module, "Model", SMALL)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]])
     out = model(torch.arange(16).view(4, 4), mask)
     hidden = out.last_hidden_state
@@ -278,7 +286,7 @@ def test_each_row_pools_its_first_real_token(module: ModuleType) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_masks_of_any_number_type_mean_the_same(module: ModuleType) -> None:
-    model, _ = twins(module, "Model", SMALL)
+    model, _ = model_pair(module, "Model", SMALL)
     ids, mask = torch.arange(8).view(2, 4), torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
     expected = model(ids, mask).last_hidden_state
     for dtype in (torch.bool, torch.int32, torch.uint8, torch.float32, torch.bfloat16):
@@ -288,7 +296,7 @@ def test_masks_of_any_number_type_mean_the_same(module: ModuleType) -> None:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_batches(module: ModuleType, name: str) -> None:
-    model, _ = twins(module, name, SMALL)
+    model, _ = model_pair(module, name, SMALL)
     choices = (3,) if name == "ForMultipleChoice" else ()
     for rows, columns in ((0, 5), (2, 0), (0, 0)):
         out = model(torch.zeros(rows, *choices, columns, dtype=torch.int64))
@@ -304,7 +312,7 @@ def test_empty_batches(module: ModuleType, name: str) -> None:
 def test_tuples_and_positional_arguments(module: ModuleType, name: str) -> None:
     ids, mask = torch.arange(8).view(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     types, positions = torch.ones_like(ids), torch.arange(4).flip(0)[None].expand(2, 4)
-    ours, theirs = twins(module, name, SMALL)
+    ours, theirs = model_pair(module, name, SMALL)
     labels = {} if name == "Model" else {"labels": ids}
     unnamed = ours(ids, mask, types, positions, return_dict=False, **labels)
     named = ours(input_ids=ids, attention_mask=mask, token_type_ids=types, position_ids=positions[:1], **labels)

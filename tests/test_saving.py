@@ -17,7 +17,7 @@ import torch
 
 from albert_fast.models import reference
 from albert_fast.models.config import ALBERTConfig
-from albert_fast.testing.twins import SMALL
+from albert_fast.testing.model_pairs import SMALL
 
 OLD = SMALL | {"hidden_act": "relu"}
 # One differs in every shape, one in the configuration alone, one in nothing but its weights.

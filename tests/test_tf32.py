@@ -14,7 +14,7 @@ from albert_fast.kernels import _tuning, linear_gelu
 
 from albert_fast import ops
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.gpu.tf32 import TF32Products, cut_to_tf32, tf32_asked_for
+from albert_fast.testing.gpu.tf32 import TF32Products, tf32_asked_for, truncated_to_tf32
 from albert_fast.testing.parity import _gradients, check_backward, check_forward, make_inputs
 from albert_fast.testing.tolerances import largest_error
 
@@ -156,7 +156,7 @@ def test_the_tuner_keeps_them_apart(monkeypatch):
 
 def test_what_a_tensor_core_reads():
     x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, -(1 + 2**-23), float("inf"), float("nan"), 2.0**-126, 0.0])
-    cut = cut_to_tf32(x)
+    cut = truncated_to_tf32(x)
     assert cut[:5].tolist() == [1.0, 1 + 2**-10, 1.0, -1.0, float("inf")]
     assert cut[5].isnan()
     assert cut[6:].tolist() == [2.0**-126, 0.0]

@@ -1,4 +1,4 @@
-"""What tests, benchmarks and the compile check share: operator cases, tolerances, poisoned memory, the folder of real data."""
+"""Tools for tests, benchmarks and the compile check: operator cases, tolerances, poisoned memory, the folder of real data."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["ALL_CASES", "OpCase", "assert_close_calibrated", "data_dir", "poison
 
 
 def data_dir() -> Path:
-    """The folder of real data: $ALBERT_FAST_DATA, or ../shared/data beside the checkout; it need not exist."""
-    beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-    return Path(os.environ.get("ALBERT_FAST_DATA", beside))
+    """The folder of real data: $ALBERT_FAST_DATA, or shared/data next to the checkout; it may be missing."""
+    default = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    return Path(os.environ.get("ALBERT_FAST_DATA", default))
 
 
 def require_data(name: str) -> Path:
-    """The path of `name` in `data_dir()`; skips the test, with the reason, where it is absent."""
+    """The path of `name` in `data_dir()`; if it is missing, the test is skipped with the reason."""
     import pytest
 
     path = data_dir() / name
@@ -34,17 +34,17 @@ def require_data(name: str) -> Path:
     return path
 
 
-# Bytes on either side of poisoned memory, and what stands there.
+# Bytes on either side of poisoned memory, and their value.
 _MARGIN, _UNTOUCHED = 4096, 0xA5
 
 
 @contextmanager
 def poison_empty() -> Iterator[None]:
-    """Inside, torch.empty and its relatives return NaN (floats) or the lowest number (integers), so that what a kernel
-    forgets to write cannot pass for a result; and nobody may write beside them.
+    """Inside, torch.empty and its relatives return NaN (floats) or the lowest number (integers), so that an element that a
+    kernel forgets to write cannot pass for a result. Writes outside of these tensors are found, too.
 
     Raises:
-        AssertionError: behind the block, where something was written ahead of such memory or behind it.
+        AssertionError: at the end of the block, if something was written in front of such a tensor or behind it.
     """
     whole: list[torch.Tensor] = []
     empty = torch.empty
@@ -70,5 +70,5 @@ def poison_empty() -> Iterator[None]:
     ):
         yield
     for memory in whole:
-        assert bool((memory[:_MARGIN] == _UNTOUCHED).all()), "something was written ahead of a tensor"
+        assert bool((memory[:_MARGIN] == _UNTOUCHED).all()), "something was written in front of a tensor"
         assert bool((memory[-_MARGIN:] == _UNTOUCHED).all()), "something was written behind a tensor"

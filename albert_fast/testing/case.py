@@ -1,4 +1,4 @@
-"""What a test and a benchmark know of an operator: the class OpCase, and how random inputs are drawn."""
+"""OpCase: the description of an operator that its tests and benchmarks use; and functions that draw random inputs."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operator, for every test and benchmark of it.
+    """One operator, described for all of its tests and benchmarks.
 
-    name: the operator's. function: its public function.
+    name: the operator's name.
+    function: its public function.
     eager: the same in plain torch, in the dtype of its inputs, as a user would write it.
     make_inputs(shape, dtype, device, generator, **options): random keyword arguments of `function`.
-    shapes: odd, prime, tiny and real sizes; small_shapes: a few for Triton's interpreter; bench_shapes: ALBERT-base's.
-    options: keyword sets for make_inputs that tests go through (activations, dropout, ...).
-    takes(options, dtype): whether they go together.
+    shapes: odd, prime, tiny and real sizes.
+    small_shapes: a few, for Triton's interpreter.
+    bench_shapes: ALBERT-base's.
+    options: sets of keywords for make_inputs that tests use (activations, dropout, ...).
+    takes(options, dtype): whether the operator supports them together.
     gradients: names of the inputs that are differentiated.
-    slack(inputs): what the largest error may be beyond the calibrated tolerance, relative to the largest value.
-    rounded(inputs, generator): for an ill-conditioned problem, inputs changed at random by as much as float32 rounds what is
-    computed from them; None where the calibrated tolerance suffices.
-    bytes_moved(inputs): each input read once and each output written once. operations(inputs): floating-point operations.
-    backward_bytes(inputs), backward_operations(inputs): the same of the gradients, 0 where there are none.
-    backward_ratio: operations of the backward over those of the forward; 2 where a product becomes two.
-    backward_extra(inputs): bytes of the backward beside inputs and cotangent read once and every gradient written once:
-    what the forward saved for it; negative where a gradient is another's memory.
+    slack(inputs): allowed error in addition to the calibrated tolerance, relative to the largest value.
+    rounded(inputs, generator): for an ill-conditioned problem, the inputs with random changes of the size of float32 rounding;
+        None if the calibrated tolerance is enough.
+    operations(inputs): floating-point operations of the forward.
+    backward_ratio: operations of the backward divided by those of the forward; 2 if one product becomes two.
+    backward_extra(inputs): bytes that the backward moves in addition to inputs and cotangent, read once, and every gradient,
+        written once: usually what the forward saved for it; negative if two gradients share memory.
     """
 
     name: str
@@ -61,16 +63,18 @@ class OpCase:
         return self.eager(**{name: _double(value) for name, value in inputs.items()})
 
     def bytes_moved(self, inputs: Inputs) -> int:
+        """Bytes of the forward: each input is read once and each output is written once."""
         listed = [item for value in inputs.values() if isinstance(value, list) for item in value]
         tensors = [value for value in (*inputs.values(), *listed) if isinstance(value, Tensor)]
         gathered = inputs.get("input_ids")
         read = sum(t.numel() * t.element_size() for t in tensors)
-        if gathered is not None:  # of a table, only the rows that are looked up
+        if gathered is not None:  # only the rows of a table that are looked up are read
             tables = [inputs[name] for name in ("word", "token_type", "position")]
             read += sum((len(gathered) - len(t)) * t.shape[1] * t.element_size() for t in tables)
         return read + self.output_like(inputs).numel() * self.output_like(inputs).element_size()
 
     def backward_bytes(self, inputs: Inputs) -> float:
+        """Bytes of the backward, 0 without gradients."""
         if not self.gradients:
             return 0.0
         differentiated = [inputs[name] for name in self.gradients if isinstance(inputs.get(name), Tensor)]
@@ -78,6 +82,7 @@ class OpCase:
         return self.bytes_moved(inputs) + written + self.backward_extra(inputs)
 
     def backward_operations(self, inputs: Inputs) -> float:
+        """Floating-point operations of the backward, 0 without gradients."""
         return self.backward_ratio * self.operations(inputs) if self.gradients else 0.0
 
     def output_like(self, inputs: Inputs) -> Tensor:

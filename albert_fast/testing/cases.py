@@ -1,4 +1,4 @@
-"""One OpCase per operator: shapes, inputs, plain torch, bytes and operations. Drives parity tests and benchmarks alike."""
+"""One OpCase per operator: shapes, inputs, plain torch, bytes and operations, for parity tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def _bias_gelu_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh
     return {
         "x": randn(shape, dtype, device, generator) * 2,
         "bias": randn(shape[1:], dtype, device, generator),
-        "act": act, "dropout_p": dropout_p, "seed": drawn_seed(dropout_p, generator),
-    }  # fmt: skip
+        "act": act,
+        "dropout_p": dropout_p,
+        "seed": drawn_seed(dropout_p, generator),
+    }
 
 
 def _bias_gelu_eager(x, bias, act, dropout_p, seed):
@@ -51,8 +53,9 @@ def _linear_gelu_inputs(shape, dtype, device="cpu", generator=None, act="gelu_ta
     return {
         "x": randn((tokens, width), dtype, device, generator),
         "weight": randn((middle, width), dtype, device, generator) * 2 * width**-0.5,
-        "bias": randn((middle,), dtype, device, generator), "act": act,
-    }  # fmt: skip
+        "bias": randn((middle,), dtype, device, generator),
+        "act": act,
+    }
 
 
 def _linear_gelu_eager(x, weight, bias, act):
@@ -60,7 +63,7 @@ def _linear_gelu_eager(x, weight, bias, act):
 
 
 def _linear_gelu_saved_bytes(inputs: Inputs) -> int:
-    """The sums before the activation that the forward keeps."""
+    """Bytes of the sums before the activation, which the forward keeps."""
     return len(inputs["x"]) * len(inputs["weight"]) * inputs["x"].element_size()
 
 
@@ -72,9 +75,15 @@ def _add_layer_norm_inputs(shape, dtype, device="cpu", generator=None, dropout_p
     x, residual = (randn(shape, dtype, device, generator) for _ in range(2))
     bias = randn(shape[1:], dtype, device, generator)
     return {
-        "x": x, "bias": bias, "residual": residual, "weight": weight, "ln_bias": ln_bias, "eps": EPS,
-        "dropout_p": dropout_p, "seed": drawn_seed(dropout_p, generator),
-    }  # fmt: skip
+        "x": x,
+        "bias": bias,
+        "residual": residual,
+        "weight": weight,
+        "ln_bias": ln_bias,
+        "eps": EPS,
+        "dropout_p": dropout_p,
+        "seed": drawn_seed(dropout_p, generator),
+    }
 
 
 def _add_layer_norm_eager(x, bias, residual, weight, ln_bias, eps, dropout_p, seed):
@@ -107,21 +116,43 @@ def _embedding_projection_inputs(
         randn((n, embedding), dtype, device, generator) for n in (vocabulary, types, positions)
     )
     inputs = {
-        "input_ids": None if from_embeds else ids[0], "token_type_ids": ids[1], "position_ids": ids[2], "word": word,
-        "token_type": token_type, "position": position, "ln_weight": weight, "ln_bias": ln_bias,
+        "input_ids": None if from_embeds else ids[0],
+        "token_type_ids": ids[1],
+        "position_ids": ids[2],
+        "word": word,
+        "token_type": token_type,
+        "position": position,
+        "ln_weight": weight,
+        "ln_bias": ln_bias,
         "proj_weight": randn((hidden, embedding), dtype, device, generator) * embedding**-0.5,
-        "proj_bias": randn((hidden,), dtype, device, generator), "eps": EPS, "padding_idx": padding_idx,
-        "dropout_p": dropout_p, "seed": drawn_seed(dropout_p, generator),
-    }  # fmt: skip
+        "proj_bias": randn((hidden,), dtype, device, generator),
+        "eps": EPS,
+        "padding_idx": padding_idx,
+        "dropout_p": dropout_p,
+        "seed": drawn_seed(dropout_p, generator),
+    }
     if from_embeds:
         inputs["inputs_embeds"] = randn((tokens, embedding), dtype, device, generator)
     return inputs
 
 
 def _embedding_projection_eager(
-    input_ids, token_type_ids, position_ids, word, token_type, position, ln_weight, ln_bias, proj_weight, proj_bias, eps,
-    padding_idx, dropout_p, seed, inputs_embeds=None,
-):  # fmt: skip
+    input_ids,
+    token_type_ids,
+    position_ids,
+    word,
+    token_type,
+    position,
+    ln_weight,
+    ln_bias,
+    proj_weight,
+    proj_bias,
+    eps,
+    padding_idx,
+    dropout_p,
+    seed,
+    inputs_embeds=None,
+):
     if inputs_embeds is None:
         inputs_embeds = F.embedding(input_ids, word, None if padding_idx < 0 else padding_idx)
     z = inputs_embeds + token_type[token_type_ids] + position[position_ids]
@@ -131,7 +162,7 @@ def _embedding_projection_eager(
 
 
 def _statistics(inputs: Inputs) -> int:
-    """Bytes of the two float32 numbers that a forward keeps of every row."""
+    """Bytes of the two float32 numbers that a forward keeps for every row."""
     return 8 * len(inputs["x"])
 
 
@@ -151,8 +182,9 @@ def _linear_cross_entropy_inputs(shape, dtype, device="cpu", generator=None, lab
     return {
         "x": randn((rows, width), dtype, device, generator),
         "weight": randn((vocabulary, width), dtype, device, generator) * width**-0.5,
-        "bias": randn((vocabulary,), dtype, device, generator), "labels": labels.to(device),
-    }  # fmt: skip
+        "bias": randn((vocabulary,), dtype, device, generator),
+        "labels": labels.to(device),
+    }
 
 
 def _linear_cross_entropy_eager(x, weight, bias, labels):
@@ -210,12 +242,15 @@ ALL_CASES: dict[str, OpCase] = {
                 ((3,), (0,), 1, 64),
             ),
             bench_shapes=(((128,) * 8, None, 12, 64), ((512,) * 4, None, 12, 64)),
-            options=(*_DROPOUT, {"sharpness": 40.0}),  # softmax saturated, where gradients are what cancellation leaves
+            options=(
+                *_DROPOUT,
+                {"sharpness": 40.0},
+            ),  # softmax is saturated, and gradients are what remains after cancellation
             gradients=("q", "k", "v"),
             operations=attention_operations,
             slack=attention_slack,
             rounded=attention_rounded,
-            backward_ratio=2.5,  # five products of scores' size, of which one is the forward's again; the forward has two
+            backward_ratio=2.5,  # five products of the size of the scores; the forward has two
             backward_extra=attention_saved_bytes,
         ),
         OpCase(
@@ -331,7 +366,7 @@ ALL_CASES: dict[str, OpCase] = {
             takes=quantized_encoder_takes,
             gradients=(),  # inference only
             operations=quantized_encoder_operations,
-            # An activation between two integers may go either way: what one step of it does to a row.
+            # An activation between two integers may be rounded either way: the slack is what one step changes in a row.
             slack=lambda i: {"int8": 1e-2, "int16": 3e-4, "fp8": 1e-2}[i["precision"]],
         ),
     )

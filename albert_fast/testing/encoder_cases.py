@@ -30,15 +30,22 @@ def attention_inputs(shape, dtype, device="cpu", generator=None, dropout_p=0.0, 
         for lengths in (lengths_q, lengths_k)
     )
     return {
-        "q": q[: sum(lengths_q)], "k": k[: sum(lengths_k)], "v": v[: sum(lengths_k)], "cu_seqlens_q": cu_q,
-        "cu_seqlens_k": cu_k, "max_seqlen_q": max(lengths_q, default=0), "max_seqlen_k": max(lengths_k, default=0),
-        "num_heads": heads, "softmax_scale": sharpness * head_dim**-0.5, "dropout_p": dropout_p,
+        "q": q[: sum(lengths_q)],
+        "k": k[: sum(lengths_k)],
+        "v": v[: sum(lengths_k)],
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "max_seqlen_q": max(lengths_q, default=0),
+        "max_seqlen_k": max(lengths_k, default=0),
+        "num_heads": heads,
+        "softmax_scale": sharpness * head_dim**-0.5,
+        "dropout_p": dropout_p,
         "seed": drawn_seed(dropout_p, generator),
-    }  # fmt: skip
+    }
 
 
 def attention_slack(inputs: Inputs) -> float:
-    """A score of size s is rounded by up to s * 2^-24, and its probability by as much of itself, however torch fared."""
+    """Rounding changes a score of size s by up to s * 2^-24, and its probability by the same factor, whatever torch's error is."""
     q, k = (inputs[name].float().unflatten(1, (inputs["num_heads"], -1)).transpose(0, 1) for name in ("q", "k"))
     if not (q.numel() and k.numel()):
         return 0.0
@@ -47,10 +54,10 @@ def attention_slack(inputs: Inputs) -> float:
 
 
 def attention_rounded(inputs: Inputs, generator: torch.Generator) -> Inputs | None:
-    """A sharp softmax with its queries changed by sqrt(head_dim) roundings, those of a score's sum, else None.
+    """For a sharp softmax, inputs whose queries are changed by sqrt(head_dim) roundings, those of a score's sum; otherwise None.
 
-    torch sums the scores of a forward and of its backward once; a kernel that sums them again, in another order, gives a
-    dominant key another probability, in which torch by its luck errs by nothing.
+    torch computes the scores once for forward and backward. A kernel that computes them again, in another order, gives a dominant
+    key another probability, in which torch happens to have no error.
     """
     head_dim = inputs["q"].shape[1] // inputs["num_heads"]
     if inputs["softmax_scale"] <= head_dim**-0.5:
@@ -85,7 +92,7 @@ def attention_operations(inputs: Inputs) -> float:
 
 
 def attention_saved_bytes(inputs: Inputs) -> float:
-    """The output and its rows' logarithms of sums, float32 for every head, which the backward reads."""
+    """Bytes that the backward reads: the output, and for every row and head the float32 logarithm of its sum."""
     q = inputs["q"]
     return float(q.numel() * q.element_size() + 4 * inputs["num_heads"] * len(q))
 
@@ -150,7 +157,7 @@ def encoder_operations(inputs: Inputs) -> float:
 
 
 def quantized_encoder_takes(options, dtype) -> bool:
-    """Integers are for the C++ kernel's float32, what has 8 bits for the Triton kernels' bfloat16."""
+    """Whether a precision goes with the dtype of the hidden states: the C++ kernel takes float32, the Triton kernels bfloat16."""
     return dtype in FORMATS[options.get("precision", "int8")].hidden
 
 
@@ -178,7 +185,7 @@ def quantized_encoder_inputs(
 
 
 def _rounded(x: Tensor, precision: str) -> Tensor:
-    """x (T, K), every row rounded to the nearest of 256 steps between its ends, of 8191 on either side of zero, or to
+    """x (T, K) with every row rounded: to 256 steps between its ends (int8), to 8191 steps on either side of zero (int16), or to
     float8 numbers times a step."""
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
     if precision == "int16":
@@ -192,7 +199,7 @@ def _rounded(x: Tensor, precision: str) -> Tensor:
 
 
 def _symmetric(x: Tensor, levels: int) -> Tensor:
-    """x, every row of the last dimension rounded to the nearest of `levels` steps on either side of zero."""
+    """x with every row of the last dimension rounded to `levels` steps on either side of zero."""
     step = x.abs().amax(-1, keepdim=True) / levels
     return torch.where(step > 0, (x / step).round() * step, 0.0)
 
@@ -215,10 +222,25 @@ def _attention(q, k, v, cu_q, cu_k, num_heads, softmax_scale):
 
 
 def quantized_encoder_eager(
-    hidden, vectors, integers, scales, sums, rescales, shifts, layer_indices, cu_seqlens, wanted_rows, cu_wanted, num_heads,
-    softmax_scale, eps, act, precision,
-):  # fmt: skip
-    """Panels are the C++ kernel's, which rounds in slices and multiplies integers in attention; rows the Triton kernels'."""
+    hidden,
+    vectors,
+    integers,
+    scales,
+    sums,
+    rescales,
+    shifts,
+    layer_indices,
+    cu_seqlens,
+    wanted_rows,
+    cu_wanted,
+    num_heads,
+    softmax_scale,
+    eps,
+    act,
+    precision,
+):
+    """Weights in panels belong to the C++ kernel, which rounds in slices and multiplies integers in attention; weights in rows
+    belong to the Triton kernels."""
     dtype, width, middle = hidden.dtype, hidden.shape[1], len(vectors[4])
     panels, wide = integers[0].dim() == 1, torch.promote_types(dtype, torch.float32)
     attend = _rounded_attention if panels else _attention

@@ -1,7 +1,7 @@
-"""Calls of every registered operator with one wrong argument: each must raise a named error or give the right result.
+"""Calls every registered operator with one wrong argument: each call must raise a named error or give the right result.
 
-Driven by tests/test_hostile_calls.py, and under sanitizers by .ci/sanitize. A call goes to torch.ops.albert_fast.<name>, past
-the checks of the public functions. Its right result is the reference backend's on the same arguments.
+tests/test_hostile_calls.py runs them, and .ci/sanitize runs them under sanitizers. A call goes to torch.ops.albert_fast.<name>,
+without the checks of the public functions. The right result is that of the reference backend for the same arguments.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ..runtime.dispatch import BackendUnavailableError
 from .case import Inputs
 from .cases import ALL_CASES
 
-# What a wrong call may raise. A NotImplementedError is torch's, for a kind of tensor that an operator has no kernel for.
+# Errors that a wrong call may raise. torch raises NotImplementedError for kinds of tensors that an operator has no kernel for.
 ERRORS = (ValueError, TypeError, IndexError, NotImplementedError, BackendUnavailableError)
 
-# Shapes as the cases take them, small ones; options where they are not the first of the case.
+# Small shapes in the form of the cases, and options other than the case's first ones.
 _SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bias_gelu": ((5, 19), {"dropout_p": 0.2}),
     "linear_gelu": ((5, 12, 19), {}),
@@ -33,15 +33,28 @@ _SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "encoder": (((3, 5, 0, 2), 24, 2, 40, 2, 3), {"wanted": True}),
     "quantized_encoder": (((3, 5, 0, 2), 24, 2, 40, 2, 3), {"wanted": True}),
 }
-# Arguments of a backward that its forward returned, by their places in the result.
+# Arguments of a backward that its forward returned -> their index in the result.
 _SAVED = {
-    "add_layer_norm": {"mean": 1, "rstd": 2}, "gelu_layer_norm": {"mean": 1, "rstd": 2}, "attention": {"lse": 1},
-    "linear_cross_entropy": {"row_max": 1, "row_sum": 2}, "linear_gelu": {"sums": 1},
-}  # fmt: skip
+    "add_layer_norm": {"mean": 1, "rstd": 2},
+    "gelu_layer_norm": {"mean": 1, "rstd": 2},
+    "attention": {"lse": 1},
+    "linear_cross_entropy": {"row_max": 1, "row_sum": 2},
+    "linear_gelu": {"sums": 1},
+}
 _DEFAULTS = {
-    "backend": "auto", "dropout_p": 0.0, "seed": None, "sequence_order": None, "inputs_embeds": None, "padding_idx": -1,
-    "wanted_rows": None, "cu_wanted": None, "max_seqlen": 64, "max_wanted": 64, "need_x": True, "need_weight": True,
-}  # fmt: skip
+    "backend": "auto",
+    "dropout_p": 0.0,
+    "seed": None,
+    "sequence_order": None,
+    "inputs_embeds": None,
+    "padding_idx": -1,
+    "wanted_rows": None,
+    "cu_wanted": None,
+    "max_seqlen": 64,
+    "max_wanted": 64,
+    "need_x": True,
+    "need_weight": True,
+}
 
 
 def _arguments(operator: Any, inputs: Inputs) -> Inputs:
@@ -51,7 +64,7 @@ def _arguments(operator: Any, inputs: Inputs) -> Inputs:
 
 
 def valid_calls(dtype: torch.dtype = torch.float32) -> dict[str, Inputs]:
-    """The arguments, by name, of a right call of each registered operator that has a kernel."""
+    """The arguments by name of one valid call of each registered operator that has a kernel."""
     generator, calls = torch.Generator().manual_seed(5), {}
     operators = torch.ops.albert_fast
     for name, (shape, options) in _SHAPES.items():
@@ -62,7 +75,7 @@ def valid_calls(dtype: torch.dtype = torch.float32) -> dict[str, Inputs]:
         results = results if isinstance(results, tuple) else (results,)
         if hasattr(operators, f"{name}_bwd"):
             out = results[0]
-            saved = {key: results[place] for key, place in _SAVED.get(name, {}).items()}
+            saved = {key: results[index] for key, index in _SAVED.get(name, {}).items()}
             grad = torch.randn(out.shape, generator=generator).to(out.dtype)
             calls[f"{name}_bwd"] = _arguments(getattr(operators, f"{name}_bwd"), {**inputs, **saved, "grad": grad})
     calls["linear_gelu_inference"] = {
@@ -77,16 +90,16 @@ def valid_calls(dtype: torch.dtype = torch.float32) -> dict[str, Inputs]:
     return calls
 
 
-# Of a tensor ----------------------------------------------------------------------------------------------------------------
+# Ways to damage a tensor -----------------------------------------------------------------------------------------------------
 
 
 def _strided(x: Tensor) -> Tensor:
-    """The same numbers, every second in memory."""
+    """The same numbers, with a gap after each in memory."""
     return torch.stack([x, torch.full_like(x, 7)], dim=-1)[..., 0]
 
 
 def _negated(x: Tensor) -> Tensor:
-    """The same numbers behind a sign that is still to be applied."""
+    """The same numbers, as a tensor whose negation torch has not carried out yet."""
     return torch._neg_view(-x) if x.is_floating_point() else x
 
 
@@ -164,7 +177,7 @@ _NUMBERS = {
 
 
 def _damage(value: Any, rng: random.Random) -> tuple[str, Any]:
-    """What was done, and the wrong argument."""
+    """What was done to the argument, and the wrong argument."""
     if isinstance(value, Tensor):
         kind = rng.choice(list(TENSORS))
         return kind, TENSORS[kind](value, rng)
@@ -199,7 +212,7 @@ def run(name: str, arguments: Inputs) -> tuple[Tensor, ...] | Exception:
     except ERRORS as error:
         return error
     except RuntimeError as error:
-        if "with meta Tensors" not in str(error):  # torch's words where a result's size depends on numbers
+        if "with meta Tensors" not in str(error):  # torch's message if the size of a result depends on numbers
             raise
         return error
     return results if isinstance(results, tuple) else (results,)

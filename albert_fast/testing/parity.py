@@ -1,11 +1,13 @@
-"""Parity of one operator on one backend with plain torch, forward and backward: what every tests/test_<op>.py runs."""
+"""Compares one operator on one backend with plain torch, forward and backward; every tests/test_<op>.py runs these checks.
+
+pytest is needed only for `parity_tests` and imported there: benchmarks use the rest on machines without it.
+"""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -15,11 +17,14 @@ from .case import Inputs, OpCase
 from .cases import ALL_CASES
 from .tolerances import assert_close_calibrated, largest_error
 
+if TYPE_CHECKING:
+    import pytest
+
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a test runs `backend`: GPU kernels on the GPU where there is one, in Triton's interpreter elsewhere."""
+    """The device on which a test runs `backend`: GPU kernels run on the GPU if there is one, otherwise in Triton's interpreter."""
     on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
 
@@ -41,9 +46,11 @@ def parity_grid(op: str, *backends: str) -> list[tuple[str, OpCase, Any, dict[st
 
 def parity_tests(op: str) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
     """pytest parametrisations of `check_forward` and `check_backward` over the grid of every backend that runs here."""
+    import pytest
+
     names = ("case", "shape", "options", "dtype", "backend")
     on_gpu = dispatch.TABLE[op]["cuda"] if torch.cuda.is_available() else ()
-    # Of the two references the one on the CPU: on a GPU it is the same Python.
+    # The reference is tested on the CPU only: on a GPU it is the same Python.
     forward = parity_grid(op, *dict.fromkeys((*dispatch.runnable_on(op, "cpu"), *on_gpu)))
     backward = [row for row in forward if row[1].gradients]
     marks = (pytest.mark.parametrize(names, [r[1:] for r in g], ids=[r[0] for r in g]) for g in (forward, backward))
@@ -57,12 +64,12 @@ def _shape_id(shape: Any) -> str:
 def make_inputs(
     case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str = "reference"
 ) -> Inputs:
-    """The same numbers on every device."""
+    """Random inputs of a case, the same on every device."""
     return case.make_inputs(shape, dtype, device_of(backend), torch.Generator().manual_seed(11), **options)
 
 
 def check_forward(case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
-    """The operator's output against plain torch in the same dtype and in float64, with unwritten memory poisoned."""
+    """Compare the operator's output with plain torch in the same dtype and in float64, with unwritten memory poisoned."""
     inputs = make_inputs(case, shape, options, dtype, backend)
     with poison_empty():
         actual = case.run(inputs, backend)
@@ -72,7 +79,7 @@ def check_forward(case: OpCase, shape: Any, options: dict[str, Any], dtype: torc
 
 
 def check_backward(case: OpCase, shape: Any, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
-    """The gradient of every differentiable input, for a random cotangent, in the same way."""
+    """Compare the gradient of every differentiable input, for a random cotangent, in the same way."""
     inputs = make_inputs(case, shape, options, dtype, backend)
     cotangent = torch.randn(case.output_like(inputs).shape, generator=torch.Generator().manual_seed(12))
     cotangent = cotangent.to(device_of(backend), dtype)
@@ -87,9 +94,9 @@ def check_backward(case: OpCase, shape: Any, options: dict[str, Any], dtype: tor
 
 
 def _condition(case: OpCase, inputs: Inputs, cotangent: Tensor, exact: dict[str, Tensor]) -> dict[str, float]:
-    """How far float32's roundings move an ill-conditioned gradient, relative to its largest value; elsewhere 0.
+    """How far float32 rounding moves an ill-conditioned gradient, relative to its largest value; 0 for other gradients.
 
-    Computed in float64, so that it depends on no library's order of summation.
+    It is computed in float64, so that it does not depend on the order in which a library adds.
     """
     generator, moved = torch.Generator().manual_seed(13), dict.fromkeys(exact, 0.0)
     for _ in range(8):
@@ -105,7 +112,7 @@ def _condition(case: OpCase, inputs: Inputs, cotangent: Tensor, exact: dict[str,
 def _gradients(case: OpCase, inputs: Inputs, cotangent: Tensor, run: Any) -> dict[str, Tensor]:
     names = [name for name in case.gradients if isinstance(inputs.get(name), Tensor)]
     if case.name == "embedding_projection" and inputs.get("inputs_embeds") is not None:
-        names.remove("word")  # not looked up
+        names.remove("word")  # the embeddings are given, so no row is looked up
     leaves = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in names}}
     output = run(leaves)
     gradients = torch.autograd.grad(

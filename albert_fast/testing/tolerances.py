@@ -1,12 +1,12 @@
-"""The self-calibrating tolerance: a kernel may err as much as torch errs in the same dtype, twice over, and hardly more."""
+"""The self-calibrating tolerance: a kernel may err at most twice as much as torch in the same dtype, plus a small slack."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Beyond twice torch's own error, relative to the largest value of the reference: about four units in the last place of
-# the dtype, for elements where torch happens to round without any error.
+# The slack, relative to the largest value of the reference: about four units in the last place of the dtype. It is needed for
+# elements that torch happens to compute without any error.
 SLACK = {torch.float32: 5e-7, torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float64: 1e-15}
 
 
@@ -20,16 +20,16 @@ def largest_error(actual: Tensor, expected: Tensor) -> float:
 def assert_close_calibrated(
     actual: Tensor, same_dtype: Tensor, exact: Tensor, what: str = "output", slack: float = 0.0
 ) -> None:
-    """err(actual, exact) <= 2 err(same_dtype, exact) + (SLACK + slack) * max |exact|; inf and NaN stand where they should.
+    """Check err(actual, exact) <= 2 err(same_dtype, exact) + (SLACK + slack) * max |exact|, and the places of inf and NaN.
 
     Args:
-        actual: what the kernel under test gave, in the tested dtype.
+        actual: the result of the kernel under test, in the tested dtype.
         same_dtype: the same computation by torch in the tested dtype.
         exact: the same computation in float32 or better on the same inputs.
         what: a name for the message.
 
     Raises:
-        AssertionError: another shape, a misplaced inf or NaN, a larger error.
+        AssertionError: the shape differs, an inf or NaN is misplaced, or the error is larger.
     """
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     for name, of in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):

@@ -21,7 +21,7 @@ from shared import engines, lengths, sides
 from albert_fast import ALBERTModel
 from albert_fast.execution.graphs import MAX_PLACES, MAX_TOKENS, GraphCache
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.gpu import stand_in
+from albert_fast.testing.gpu import fake_graphs
 from gpu import measures, proofs, sanitized, suite
 from gpu.parallel_tests import Report
 from gpu.part import LOST, Part
@@ -358,7 +358,7 @@ def test_a_call_is_timed_until_it_returns_until_its_answer_and_on_the_gpu_alone(
 
 
 def test_a_side_of_graphs_that_replays_none_fails_instead_of_getting_a_row(monkeypatch):
-    model, asked = ALBERTModel(stand_in.CONFIG).eval(), []
+    model, asked = ALBERTModel(fake_graphs.CONFIG).eval(), []
     model.execution.warmup()
     ids = torch.randint(61, (2, 7))
     bind = engines.replayed(model, lambda *batch: lambda: asked.append(model(*batch)))

@@ -1,9 +1,9 @@
-"""What a launch of a GPU kernel moves and computes, from its arguments, and the least time in which a chip could do that.
+"""Counts what a launch of a GPU kernel moves and computes, from its arguments, and the least time a chip needs for that.
 
-Counts and not measurements. Bytes: every tensor argument once, by its own size, since none is read or written without need;
-where a kernel touches less of one than there is, `_TOUCHED` says how much. Floating-point operations: `_OPERATIONS`, by
-kernel. Kernels that are not there copy or count. tests/test_floors.py holds the bytes against every address that Triton's
-interpreter loads from and stores to.
+These are counts, not measurements. Bytes: every tensor argument counts once, by its size; if a kernel touches only part of a
+tensor, `_TOUCHED` gives the number of elements. Floating-point operations: `_OPERATIONS` has a row for every kernel, except
+those that only copy or count. tests/test_floors.py compares the bytes with every address that Triton's interpreter loads from
+and stores to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rates:
-    """A chip's datasheet: bytes a second of its memory, dense operations a second of each kind; 0: it has none."""
+    """A chip's datasheet: bytes per second of its memory, dense operations per second of each kind; 0: it has none."""
 
     name: str
     memory: float
@@ -31,7 +31,7 @@ class Rates:
     fp8: float
 
 
-# NVIDIA's datasheets of the A100 80 GB SXM and the H100 SXM; the latter's rates are given with sparsity, twice these.
+# NVIDIA's datasheets of the A100 80 GB SXM and the H100 SXM; the H100's rates there include sparsity and are twice these.
 CHIPS = (
     Rates("A100", 2.0e12, 19.5e12, 156e12, 312e12, 624e12, 0.0),
     Rates("H100", 3.35e12, 67e12, 494.5e12, 989e12, 1979e12, 1979e12),
@@ -41,14 +41,14 @@ _KINDS = {torch.float32: "f32", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one launch: bytes read and written, operations, and the name of their rate."""
+    """What one launch takes: bytes read and written, operations, and the name of the operations' rate in `Rates`."""
 
     bytes: int
     operations: float
     kind: str = "f32"
 
     def seconds(self, chip: Rates) -> tuple[float, str] | None:
-        """(the floor in seconds, what sets it: memory or the kind of operations), None on a chip without that kind."""
+        """(the floor in seconds, what sets it: memory or the kind of operations); None on a chip without that kind."""
         rate = getattr(chip, self.kind)
         if not rate:
             return None
@@ -57,11 +57,20 @@ class Cost:
         return times[slower], slower
 
 
-def launch_cost(kernel: str, arguments: Arguments) -> Cost:
-    """Of a launch of this Triton kernel, `_bias_gelu_fwd_kernel`, with these arguments by name.
+def by_name(arguments: Arguments) -> dict[str, Any]:
+    """The arguments of a kernel, with the members of its named tuples under their own names."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        found |= by_name(value._asdict()) if hasattr(value, "_asdict") else {name: value}
+    return found
 
-    Only the ends of sequences are looked into, wherever pairs of tokens are counted: all else may be on the meta device.
+
+def launch_cost(kernel: str, arguments: Arguments) -> Cost:
+    """What a launch of this Triton kernel (such as `_bias_gelu_fwd_kernel`) takes with these arguments, by name.
+
+    Only the ends of sequences are read, where pairs of tokens are counted: all other tensors may be on the meta device.
     """
+    arguments = by_name(arguments)
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     elements = {name: tensor.numel() for name, tensor in tensors.items()}
     elements |= _TOUCHED.get(kernel, lambda a: {})(arguments)
@@ -70,12 +79,12 @@ def launch_cost(kernel: str, arguments: Arguments) -> Cost:
 
 
 def microseconds(time: float) -> str:
-    """ "1294.2", and "0.003" of what is shorter than one."""
+    """A time in microseconds as text: one digit behind the point, or three below one microsecond."""
     return f"{time:.1f}" if time >= 1 else f"{time:.3f}"
 
 
 def product_cost(factors: tuple[Tensor, ...], out: Tensor) -> Cost:
-    """Of a library's a (M, K) @ b (K, N), with what is added to it before them in `factors`."""
+    """What a library's product a (M, K) @ b (K, N) takes; `factors` ends with a and b, before them comes what is added."""
     nbytes = sum(t.numel() * t.element_size() for t in (*factors, out))
     a = factors[-2]
     return Cost(nbytes, 2.0 * a.numel() * out.shape[1], _KINDS.get(a.dtype, "half"))
@@ -84,11 +93,11 @@ def product_cost(factors: tuple[Tensor, ...], out: Tensor) -> Cost:
 def _kind(kernel: str, a: Arguments) -> str:
     factor = next((a[name] for name in ("q_ptr", "x_ptr", "hidden_ptr") if name in a), None)
     if kernel not in _PRODUCTS or factor is None:
-        return "f32"  # whatever the operands are
+        return "f32"  # the arithmetic is float32 for every dtype of the operands
     return "tf32" if a.get("TF32") else _KINDS.get(factor.dtype, "half")
 
 
-# What is touched of a tensor that is not touched whole ------------------------------------------------------------------------
+# Elements that a kernel touches of tensors it does not touch as a whole --------------------------------------------------------
 
 
 def _graph_inputs_elements(a: Arguments) -> dict[str, int]:
@@ -103,7 +112,7 @@ def _graph_inputs_elements(a: Arguments) -> dict[str, int]:
         repeated = a["columns"] if a[f"{name}_col"] else 1
         found[f"{name}_ptr"] = tokens if a[f"{name}_row"] else repeated
     if a["mask_ptr"] is not None:
-        # Of the lengths those of the rows before the last.
+        # The lengths of all rows but the last are read.
         found |= {"mask_ptr": sequences * a["columns"], "lengths_ptr": sequences - 1}
     return found
 
@@ -117,15 +126,22 @@ def _layer_norm_bwd_elements(a: Arguments) -> dict[str, int]:
     return {"means_ptr": 0} if a["WHOLE_ROWS"] else {}
 
 
-# One launch writes these and reads them again: they need not leave the L2 cache.
-_ENCODER_SCRATCH = (
-    "qkv_out_ptr", "context_ptr", "attended_ptr", "attended_statistics_ptr", "middle_ptr", "sums_ptr",
-    "sums_statistics_ptr", "partials_ptr", "state_ptr",
-)  # fmt: skip
+# The persistent encoder writes these and reads them again in one launch: they need not leave the L2 cache.
+ENCODER_BUFFERS = (
+    "qkv_ptr",
+    "context_ptr",
+    "attended_ptr",
+    "attended_statistics_ptr",
+    "middle_ptr",
+    "sums_ptr",
+    "sums_statistics_ptr",
+    "partials_ptr",
+    "state_ptr",
+)
 
 
 def _shared_ends(a: Arguments) -> dict[str, int]:
-    """Where queries and keys are the same tokens, their sequences' ends are one tensor."""
+    """If queries and keys are the same tokens, one tensor holds the ends of their sequences."""
     return {"cu_seqlens_k_ptr": 0} if a["cu_seqlens_k_ptr"] is a["cu_seqlens_q_ptr"] else {}
 
 
@@ -137,33 +153,34 @@ _TOUCHED: dict[str, Callable[[Arguments], dict[str, int]]] = {
     "_column_sums_kernel": _column_sums_elements,
     "_add_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
     "_gelu_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
-    "_encoder_fwd_kernel": lambda a: dict.fromkeys(_ENCODER_SCRATCH, 0),
-    # float8 has no zero points, whose products with the sums would be taken off.
+    "_encoder_fwd_kernel": lambda a: dict.fromkeys(ENCODER_BUFFERS, 0),
+    # float8 has no zero points, so the sums of the weights are not read.
     "_quantized_product_kernel": lambda a: {"sums_ptr": 0} if a["zeros_ptr"] is None else {},
-    # Rows are padded to whole blocks: where every row is labelled, what lies behind them is written once, by the gathering.
+    # Rows are padded to whole blocks. If every row is labelled, the gathering kernel alone writes the padding.
     "_linear_cross_entropy_labelled_kernel": lambda a: {"rows_ptr": a["n_rows"], "targets_ptr": a["n_rows"]},
     "_linear_cross_entropy_bwd_gather_kernel": lambda a: {
-        "rows_ptr": len(a["x_ptr"]), "targets_ptr": len(a["x_out_ptr"]) - len(a["x_ptr"])
+        "rows_ptr": len(a["x_ptr"]),
+        "targets_ptr": len(a["x_out_ptr"]) - len(a["x_ptr"]),
     },
     "_linear_cross_entropy_bwd_sum_kernel": lambda a: {"rows_ptr": a["n_rows"]},
-}  # fmt: skip
+}
 
 
 # Operations -------------------------------------------------------------------------------------------------------------------
 
 
 def _pairs(queries: Tensor, keys: Tensor) -> int:
-    """How often a query meets a key, of the ends (B + 1,) of their sequences."""
+    """The number of (query, key) pairs, from the ends (B + 1,) of the sequences of queries and of keys."""
     return int((queries.diff().long() * keys.diff().long()).sum())
 
 
 def _attention(products: int) -> Callable[[Arguments], float]:
-    """So many products of scores' size."""
+    """The operations of that many products of the size of the scores."""
     return lambda a: 2.0 * products * a["q_ptr"].shape[1] * _pairs(a["cu_seqlens_q_ptr"], a["cu_seqlens_k_ptr"])
 
 
 def _vocabulary_gradient(owned: str, walked: str) -> Callable[[Arguments], float]:
-    """Logits are computed again for every chunk of columns of the result, which takes as much itself."""
+    """Every chunk of columns of the result computes all logits again, which takes as many operations as the chunk itself."""
 
     def operations(a: Arguments) -> float:
         chunks = -(-a["WIDTH"] // a["BLOCK_O"])
@@ -173,19 +190,19 @@ def _vocabulary_gradient(owned: str, walked: str) -> Callable[[Arguments], float
 
 
 def _encoder(a: Arguments) -> float:
-    width, middle, tokens, queries = a["width"], a["middle_width"], a["n_tokens"], a["n_queries"]
+    width, middle, tokens, queries = a["width"], a["middle_width"], a["n_tokens"], a["n_wanted"]
     ends = a["cu_seqlens_ptr"]
-    last_ends = ends if a["cu_rows_ptr"] is None else a["cu_rows_ptr"]
+    last_ends = ends if a["cu_wanted_ptr"] is None else a["cu_wanted_ptr"]
     rest = width * width + 2 * width * middle
-    # Keys and values of all tokens in every layer, queries and what follows them in the last of those asked for alone; the
-    # kernel computes all queries there too, which nothing needs.
+    # Every layer computes keys and values of all tokens. The last layer needs queries, and what follows them, of the wanted
+    # rows only; that the kernel computes all queries there is not counted.
     layer = 2.0 * tokens * (3 * width * width + rest) + 4.0 * width * _pairs(ends, ends)
     last = 2.0 * (tokens * 2 * width * width + queries * (width * width + rest)) + 4.0 * width * _pairs(last_ends, ends)
     return (a["n_layers"] - 1) * layer + last
 
 
 def _each(operations: float, name: str = "x_ptr") -> Callable[[Arguments], float]:
-    """So many for each element of an operand."""
+    """That many operations for each element of an operand."""
     return lambda a: operations * a[name].numel()
 
 
@@ -203,7 +220,7 @@ _OPERATIONS: dict[str, Callable[[Arguments], float]] = {
     "_linear_cross_entropy_bwd_x_kernel": _vocabulary_gradient("x_ptr", "weight_ptr"),
     "_linear_cross_entropy_bwd_weight_kernel": _vocabulary_gradient("weight_ptr", "x_ptr"),
     "_encoder_fwd_kernel": _encoder,
-    # Not products: a handful an element, no more exact than needed to say that memory is what bounds them.
+    # These multiply no matrices: a few operations per element, only exact enough to show that memory bounds them.
     "_linear_cross_entropy_fwd_merge_kernel": _each(10, "max_ptr"),
     "_linear_cross_entropy_fwd_mean_kernel": _each(1, "losses_ptr"),
     "_linear_cross_entropy_bwd_sum_kernel": _each(1, "shares_ptr"),
@@ -221,7 +238,13 @@ _OPERATIONS: dict[str, Callable[[Arguments], float]] = {
     "_column_sums_kernel": _each(1, "partials_ptr"),
 }
 _PRODUCTS = {
-    "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkdv_kernel", "_linear_gelu_fwd_kernel",
-    "_quantized_product_kernel", "_linear_cross_entropy_fwd_kernel", "_linear_cross_entropy_bwd_x_kernel",
-    "_linear_cross_entropy_bwd_weight_kernel", "_encoder_fwd_kernel",
-}  # fmt: skip
+    "_attention_fwd_kernel",
+    "_attention_bwd_dq_kernel",
+    "_attention_bwd_dkdv_kernel",
+    "_linear_gelu_fwd_kernel",
+    "_quantized_product_kernel",
+    "_linear_cross_entropy_fwd_kernel",
+    "_linear_cross_entropy_bwd_x_kernel",
+    "_linear_cross_entropy_bwd_weight_kernel",
+    "_encoder_fwd_kernel",
+}

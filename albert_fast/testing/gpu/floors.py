@@ -1,13 +1,13 @@
-"""The least time in which a chip could run each GPU operator at a model's sizes: what its launches move and compute.
+"""Computes the least time in which a chip could run each GPU operator at a model's sizes, from what its launches move and compute.
 
     python -m albert_fast.testing.gpu.floors [--kernel NAME ...]
 
-Counts and not measurements: the operator's launchers run on tensors without memory, what they start is recorded, and of each
-launch every operand counts once (costs.py), library products among them. An operator's floor is the sum of its launches':
-of each the larger of the time that memory needs and the time that the arithmetic needs. At few tokens several launches may take
-less than that together, where one finds in the L2 cache what the one before it wrote. embedding_projection is launched by
-CUDA code and counted as a whole, from its OpCase: its gradient takes several passes more. No kernel runs, and nothing here
-says how near one comes.
+These are counts, not measurements: the operator's launchers run on tensors without memory, their launches are recorded, library
+products included, and every operand of a launch counts once (costs.py). The floor of a launch is the larger of the time that
+memory needs and the time that the arithmetic needs; the floor of an operator is the sum over its launches. With few tokens,
+launches may take less than that together, if one finds the results of the previous one in the L2 cache. embedding_projection is
+launched by CUDA code and counted as a whole, from its OpCase: its gradient takes several more passes. No kernel runs, and
+nothing here says how close a kernel comes to its floor.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch
 from ..case import EPS, Inputs
 from ..cases import ALL_CASES
 from .costs import CHIPS, Cost, Rates, microseconds
-from .launches import launch_costs
+from .recording import launch_costs
 
 _RAGGED = tuple(range(8, 513, 8))  # 64 sequences, 16,640 tokens
 _CALLS = ((1, 128, "dense"), (64, 512, "dense"), (64, 512, "masked"))
 
-# operator -> name -> shape as OpCase.make_inputs takes it: 32,768 tokens of ALBERT-base and -large, and batches of attention;
-# few tokens of the persistent encoder, whose weights are counted once: between the layers they stay in the L2 cache. Of
-# quantized_encoder with the precision behind it; of graph_inputs (sequences, tokens of each, whether some may be padding).
+# operator -> name -> shape in the form of OpCase.make_inputs: 32,768 tokens of ALBERT-base and -large, and batches for attention;
+# few tokens for the persistent encoder, whose weights count once, since they stay in the L2 cache from layer to layer.
+# quantized_encoder has the precision at the end; graph_inputs has (sequences, tokens of each, whether some may be padding).
 SHAPES: dict[str, dict[str, Any]] = {
     "attention": {
         f"{model} {batch}": (lengths, None, heads, 64)
@@ -62,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Count:
-    """What the launches of one operator move and compute in one direction, activations in bfloat16."""
+    """What the launches of one operator move and compute, forward or backward, with activations in bfloat16."""
 
     operator: str
     direction: str
@@ -78,7 +78,7 @@ class Count:
         return sum(cost.operations for cost in self.launches)
 
     def seconds(self, chip: Rates) -> tuple[float, str] | None:
-        """(the floor in seconds, what sets most of it: memory or a kind of operations), None where a chip lacks a kind."""
+        """(the floor in seconds, what sets most of it: memory or a kind of operations); None if the chip lacks a kind."""
         floors = [cost.seconds(chip) for cost in self.launches]
         parts: dict[str, float] = {}
         for floor in floors:
@@ -89,7 +89,7 @@ class Count:
 
 
 def counted_inputs(operator: str, shape: Any) -> Inputs:
-    """The operator's inputs without memory behind them, on the meta device, but for sequence lengths, which are counted."""
+    """The operator's inputs on the meta device, without memory, except sequence lengths, which are read."""
     with torch.device("meta"):
         inputs = ALL_CASES[operator].make_inputs(shape, torch.bfloat16, "meta")
     for name in ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens"):
@@ -111,10 +111,11 @@ def _attention(shape: Any) -> Runs:
     i = counted_inputs("attention", shape)
     q, k, v = i["q"], i["k"], i["v"]
     numbers = (i["max_seqlen_q"], i["max_seqlen_k"], i["num_heads"], i["softmax_scale"])
-    schedule = (i["cu_seqlens_q"], i["cu_seqlens_k"], torch.empty(len(shape[0]), dtype=torch.int32, device="meta"))
+    sequence_order = torch.empty(len(shape[0]), dtype=torch.int32, device="meta")
+    batch = (i["cu_seqlens_q"], i["cu_seqlens_k"], sequence_order)
     return (
-        lambda: attention_fwd(q, k, v, *schedule, *numbers),
-        lambda: attention_bwd(q, q, k, v, q, k, v, *schedule, *numbers),
+        lambda: attention_fwd(q, k, v, *batch, *numbers),
+        lambda: attention_bwd(q, q, k, v, q, k, v, *batch, *numbers),
     )
 
 
@@ -201,11 +202,15 @@ def _quantized_encoder(shape: Any) -> Runs:
         vectors = [torch.empty(n, dtype=kind) for n, kind in zip(sizes, kinds, strict=True)] * distinct
         weights = [torch.empty(size, dtype=dtype) for size in products]
         channels, inner = ([torch.empty(size[side]) for size in products] for side in (0, 1))
-        schedule = torch.empty(len(lengths), dtype=torch.int32)
-    order, longest = [step * distinct // steps for step in range(steps)], max(lengths)
+        sequence_order = torch.empty(len(lengths), dtype=torch.int32)
+    layer_indices, longest = [step * distinct // steps for step in range(steps)], max(lengths)
     matrices = (weights, channels, channels, inner, inner)
     numbers: tuple[Any, ...] = (longest, longest, heads, (width // heads) ** -0.5, EPS, "gelu_tanh")
-    return (lambda: quantized_encoder_fwd(hidden, vectors, *matrices, order, ends, None, None, schedule, *numbers),)
+    return (
+        lambda: quantized_encoder_fwd(
+            hidden, vectors, *matrices, layer_indices, ends, None, None, sequence_order, *numbers
+        ),
+    )
 
 
 def _graph_inputs(shape: Any) -> Runs:
@@ -217,21 +222,27 @@ def _graph_inputs(shape: Any) -> Runs:
         ends = torch.empty(batch + 1, dtype=torch.int32)
         static = torch.empty(3, batch * length, dtype=torch.int64)
     rows, bounds = (ids, length, 1), (batch * length, batch)
-    # Types all 0, positions the same in every row, as the model makes them.
+    # All types are 0 and positions are the same in every row, as the model makes them.
     types, positions = (ids[0, :1], 0, 0), (ids[0], 0, 1)
     mask: tuple[Any, Any, Any, Any] = (rows, ids[:, 0], None, ids.view(-1)) if masked else (None, None, None, None)
     return (lambda: graph_inputs(rows, types, positions, *mask, ends, static, ends, (batch, length), bounds),)
 
 
 _RUNS: dict[str, Callable[[Any], Runs]] = {
-    "attention": _attention, "add_layer_norm": _add_layer_norm, "bias_gelu": _bias_gelu, "linear_gelu": _linear_gelu,
-    "gelu_layer_norm": _gelu_layer_norm, "linear_cross_entropy": _linear_cross_entropy, "encoder": _encoder,
-    "quantized_encoder": _quantized_encoder, "graph_inputs": _graph_inputs,
-}  # fmt: skip
+    "attention": _attention,
+    "add_layer_norm": _add_layer_norm,
+    "bias_gelu": _bias_gelu,
+    "linear_gelu": _linear_gelu,
+    "gelu_layer_norm": _gelu_layer_norm,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "encoder": _encoder,
+    "quantized_encoder": _quantized_encoder,
+    "graph_inputs": _graph_inputs,
+}
 
 
 def counts(operators: Iterable[str] = tuple(SHAPES)) -> Iterator[Count]:
-    """Forward and, where there is one, backward of every shape of these operators."""
+    """Forward and, if there is one, backward of every shape of these operators."""
     for operator in operators:
         for name, shape in SHAPES[operator].items():
             for direction, launches in zip(("fwd", "bwd"), _launches(operator, shape), strict=False):
@@ -247,7 +258,7 @@ def _launches(operator: str, shape: Any) -> list[list[Cost]]:
 
 
 def table(operators: Iterable[str] = tuple(SHAPES)) -> str:
-    """One line a count, and the sentence that says what it is."""
+    """One line per count, and a sentence that says what the numbers are."""
     head = ["operator", "", "bf16 at", "launches", "MB", "GFLOP", *(f"{chip.name}, us" for chip in CHIPS)]
     body = []
     for count in counts(operators):
@@ -272,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m albert_fast.testing.gpu.floors", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--kernel", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES), help="these operators alone"
+        "--kernel", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES), help="count only these operators"
     )
     print(table(parser.parse_args(arguments).kernel))
     return 0

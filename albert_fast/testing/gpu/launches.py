@@ -1,194 +1,38 @@
-"""How the launchers in kernels/ start their Triton kernels: recorded on tensors without memory, for the compile check.
-
-Each launcher runs with a recorder in the kernel's place, so tile sizes, warps, argument types and sizes, and with them what
-a launch moves and computes (costs.py), are those of real calls.
-"""
+"""The calls of every launcher in kernels/ that the compile check records: all tile sizes, dtypes and flags."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .costs import Cost, launch_cost, product_cost
+from .recording import Launch, record
 from .tf32 import tf32_asked_for
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-# Of products: "tf32" is float32 where torch is asked for TF32.
+# The types of a product's operands: "tf32" is float32 when torch is asked for TF32.
 NUMBERS = {**DTYPES, "tf32": torch.float32}
-# Tensors of launches have no memory behind them: 64 sequences of 512 tokens would take gigabytes.
+# Tensors of launches have no memory: 64 sequences of 512 tokens would take gigabytes.
 _empty = partial(torch.empty, device="meta")
 _ROWS = 32768
-# One of every tile that `row_tiles` gives, and one that is no multiple of 16 elements.
+# One width for every tile that `row_tiles` gives, and one that is not a multiple of 16 elements.
 _ROW_WIDTHS = (128, 200, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_TYPE_NAMES = {
-    torch.bool: "u1",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.int8: "i8",
-    torch.float8_e4m3fn: "fp8e4nv",
+# Calls of the released models, which the short check compiles for every chip.
+_EVERY_CHIP = {
+    "add_layer_norm": {"bf16 N768", "bf16 N1024 dropout"},
+    "bias_gelu": {"bf16 N3072 gelu_tanh", "bf16 N3072 gelu_tanh dropout"},
+    "linear_gelu": {"bf16 K768 gelu_tanh"},
 }
-
 
 # (label, a call of the launcher, whether the kernel should use tensor cores)
 Case = tuple[str, Callable[[], Any], bool]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One way in which a launcher starts a Triton kernel; everything in it can be sent to another process."""
-
-    kernel: str  # the operator
-    label: str  # the launcher's arguments, then which of the operator's kernels
-    tiles: str  # "D64 M128 N64 warps8 stages3"
-    module: str
-    function: str
-    signature: tuple[tuple[str, str], ...]  # argument -> Triton type
-    constants: tuple[tuple[str, Any], ...]  # constexpr argument -> value
-    divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
-    options: tuple[tuple[str, int], ...]  # num_warps, num_stages
-    cost: Cost
-    wants_tensor_cores: bool = False
-
-    def is_for(self, capability: int) -> bool:
-        """Whether chips of such a compute capability (89 is 8.9) have the numbers that it computes with."""
-        return capability >= 89 or not any("fp8" in kind for _, kind in self.signature)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One start of a kernel: its parameters' values by name, what is for the compiler, and what it takes."""
-
-    values: dict[str, Any]
-    options: dict[str, Any]
-    cost: Cost
-
-
-class _Recorder:
-    """Stands in for a Triton kernel and writes down how it is started."""
-
-    def __init__(self, module: str, function: str, original: Any) -> None:
-        self.module, self.function, self.original = module, function, original
-        self.signature = inspect.signature(original.fn)
-        self.calls: list[_Call] = []
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self._start
-
-    def _start(self, *args: Any, **kwargs: Any) -> None:
-        parameters = self.signature.parameters
-        options = {name: value for name, value in kwargs.items() if name not in parameters}
-        own = {name: value for name, value in kwargs.items() if name in parameters}
-        values = dict(self.signature.bind(*args, **own).arguments)
-        self.calls.append(_Call(values, options, launch_cost(self.function, values)))
-
-    def launches(self, kernel: str, label: str, tensor_cores: bool) -> Iterator[Launch]:
-        """The calls, specialised as Triton would for their arguments."""
-        label += " " + self.function.removeprefix("_").removeprefix(f"{kernel}_").removesuffix("_kernel")
-        parameters = {p.name: p for p in self.original.params}
-        for call in self.calls:
-            signature, constants, divisible = [], [], []
-            for position, (name, value) in enumerate(call.values.items()):
-                if isinstance(value, torch.Tensor):
-                    kind, aligned = "*" + _TYPE_NAMES[value.dtype], value.data_ptr() % 16 == 0
-                elif isinstance(value, float):
-                    kind, aligned = "fp32", False
-                elif (
-                    value is None
-                    or parameters[name].is_constexpr
-                    or (value == 1 and not parameters[name].do_not_specialize)
-                ):
-                    kind, aligned = "constexpr", False
-                    constants.append((name, value))
-                else:
-                    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-                    aligned = value % 16 == 0 and not parameters[name].do_not_specialize
-                signature.append((name, kind))
-                if aligned:
-                    divisible.append(position)
-            sizes = [f"{name[-1]}{value}" for name, value in constants if name.startswith(("BLOCK_", "CHUNK_"))]
-            sizes += [f"{name[4:]}{call.options[name]}" for name in ("num_warps", "num_stages") if name in call.options]
-            yield Launch(
-                kernel, label, " ".join(sizes), self.module, self.function, tuple(signature), tuple(constants), tuple(divisible),
-                tuple(call.options.items()), call.cost, tensor_cores,
-            )  # fmt: skip
-
-
-@contextmanager
-def _recording(modules: list[str], choose: Callable[..., Any]) -> Iterator[list[_Recorder]]:
-    """Recorders in the place of all kernels of these modules, `choose` in that of the tuner."""
-    from ...kernels import _tuning
-
-    recorders = []
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(_tuning, "choose", choose))
-        for module in modules:
-            owner = importlib.import_module(module)
-            for name in [name for name in vars(owner) if name.endswith("_kernel")]:
-                recorders.append(_Recorder(module, name, getattr(owner, name)))
-                patches.enter_context(mock.patch.object(owner, name, recorders[-1]))
-        yield recorders
-
-
-def record(kernel: str, label: str, modules: list[str], run: Callable[[], Any], tensor_cores: bool) -> list[Launch]:
-    """All launches that `run()` makes of kernels of these modules, with every candidate where the tuner has a choice."""
-    with _recording(modules, _start_all_but_the_last) as recorders:
-        run()
-    return [launch for recorder in recorders for launch in recorder.launches(kernel, label, tensor_cores)]
-
-
-def _start_all_but_the_last(_kernel: str, _key: Any, candidates: list[Any], start: Callable[[Any], Any]) -> Any:
-    # In the tuner's place; its caller starts the last.
-    for tiles in candidates[:-1]:
-        start(tiles)
-    return candidates[-1]
-
-
-def _first_candidate(_kernel: str, _key: Any, candidates: list[Any], _start: Callable[[Any], Any]) -> Any:
-    return candidates[0]
-
-
-class _LibraryProducts(TorchDispatchMode):
-    """Inside, what torch's own products take is written down."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.costs: list[Cost] = []
-
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            self.costs.append(product_cost(args, out))
-        return out
-
-
-def launch_costs(run: Callable[[], Any]) -> list[Cost]:
-    """Of every kernel of ours and every library product that `run()` starts, with the tiles that run untuned.
-
-    On tensors of the meta device, but for the ends of sequences: nothing is computed.
-    """
-    from ... import kernels
-
-    modules = [f"{kernels.__name__}.{name}" for _, name, _ in pkgutil.iter_modules(kernels.__path__)]
-    with _recording(modules, _first_candidate) as recorders, _LibraryProducts() as products:
-        run()
-    return [call.cost for recorder in recorders for call in recorder.calls] + products.costs
-
-
 def _with(numbers: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run`, which multiplies as these NUMBERS say."""
+    """`run`, multiplying operands of this type of NUMBERS."""
 
     def asking() -> None:
         with tf32_asked_for():
@@ -202,25 +46,23 @@ def _attention_launches() -> Iterator[Case]:
     from ...kernels.attention_bwd import attention_bwd
 
     sequences = 64
-    order = _empty(sequences, dtype=torch.int32)
+    sequence_order = _empty(sequences, dtype=torch.int32)
 
     def run(dtype: torch.dtype, head_dim: int, lengths: tuple[int, int], dropout_p: float) -> None:
-        heads = 3 if head_dim % 2 else 12  # rows of an odd length: their slices begin anywhere
+        heads = 3 if head_dim % 2 else 12  # with an odd head size also an odd row length, so that slices begin anywhere
         q, k, v = _empty(sequences * max(lengths), 3 * heads * head_dim, dtype=dtype).chunk(3, dim=1)
         q, ends = q[: sequences * lengths[0]], torch.arange(sequences + 1, dtype=torch.int32)
-        schedule = (ends * lengths[0], ends * lengths[1], order if dropout_p else None, *lengths)
-        out, _ = attention_fwd(q, k, v, *schedule, heads, 0.125, dropout_p, 1)
-        attention_bwd(out, q, k, v, q, k, v, *schedule, heads, 0.125, dropout_p, 1)
+        batch = (ends * lengths[0], ends * lengths[1], sequence_order if dropout_p else None, *lengths)
+        out, _ = attention_fwd(q, k, v, *batch, heads, 0.125, dropout_p, 1)
+        attention_bwd(out, q, k, v, q, k, v, *batch, heads, 0.125, dropout_p, 1)
 
-    # Few queries, short sequences, long ones. Dropout takes the most registers, so every tile is compiled with it.
+    # Few queries, short sequences, long sequences. Dropout takes the most registers, so every tile is compiled with it.
     few, short, long = (16, 512), (64, 64), (512, 512)
     tiles = [(d, lengths, 0.1) for d in (16, 32, 64, 128, 256) for lengths in (few, short, long)]
     padded = [(d, long, 0.1) for d in (37, 80)]
-    plain = [
-        (64, long, 0.0),
-        (128, long, 0.0),
-    ]  # the released models'; and tiles that are too large beside dropout's mask
-    # float16 takes the same tiles as bfloat16, and no more registers: one kernel of each kind.
+    # The released models' heads, and tiles that are too large to run with dropout.
+    plain = [(64, long, 0.0), (128, long, 0.0)]
+    # float16 takes the same tiles as bfloat16 and no more registers: one call is enough.
     chosen = {"f32": [*tiles, *padded], "bf16": [*tiles, *padded, *plain], "f16": [(64, short, 0.1)]}
     chosen["tf32"] = [*tiles, padded[1], plain[1]]
     for name, dtype in NUMBERS.items():
@@ -256,7 +98,7 @@ def _bias_gelu_launches() -> Iterator[Case]:
     from ...kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 
     plain = [(3072, "gelu_tanh", 0.0), (3072, "gelu_erf", 0.0), (3072, "relu", 0.0), (1250, "gelu_erf", 0.0)]
-    # Dropout where registers are scarcest: bfloat16 has most elements in flight, and tanh's slope most terms.
+    # Dropout where registers are scarcest: bfloat16 has most elements in flight, and the slope of tanh most terms.
     chosen = {"f32": plain, "bf16": [*plain, (3072, "gelu_tanh", 0.1)], "f16": [plain[0], plain[-1]]}
     for name, dtype in DTYPES.items():
         for n, act, p in chosen[name]:
@@ -264,7 +106,7 @@ def _bias_gelu_launches() -> Iterator[Case]:
             label = f"{name} N{n} {act}" + (" dropout" if p else "")
             yield label, partial(bias_gelu_fwd, x, bias, act, p, 1), False
             yield label, partial(bias_gelu_bwd, x, x, bias, act, p, 1), False
-    x = _empty(_ROWS, 3072, dtype=torch.bfloat16)  # behind linear_gelu's product, which has the bias
+    x = _empty(_ROWS, 3072, dtype=torch.bfloat16)  # after linear_gelu's product, which added the bias
     yield "bf16 N3072 gelu_tanh no bias", partial(bias_gelu_fwd, x, None, "gelu_tanh"), False
     yield "bf16 N3072 gelu_tanh no bias", partial(bias_gelu_bwd, x, x, None, "gelu_tanh"), False
 
@@ -278,8 +120,8 @@ def _linear_gelu_launches() -> Iterator[Case]:
         x, weight, bias = (_empty(shape, dtype=NUMBERS[numbers]) for shape in shapes)
         start_route(x, weight, bias, act, keep_sums, tiles, numbers == "tf32")
 
-    # The sums beside the output and erf take the most registers, so every tile is compiled with them; then what runs by
-    # default, and the tiny model's width, of which no step along K is a divisor.
+    # Storing the sums, and erf, take the most registers, so every tile is compiled with both. Then follow the default call and
+    # the tiny model's width, which is not a multiple of any step along K.
     for name, dtype in NUMBERS.items():
         tiles = matmul_tiles(32768, 3072, dtype, name == "tf32")
         cases = [(768, "gelu_erf", True, tile) for tile in tiles] if name != "f16" else []
@@ -300,7 +142,7 @@ def _linear_cross_entropy_launches() -> Iterator[Case]:
         loss, row_max, row_sum = linear_cross_entropy_fwd(x, weight, bias, labels)
         linear_cross_entropy_bwd(loss, x, weight, bias, labels, row_max, row_sum)
 
-    # One of every tile, and one that is padded.
+    # One width for every tile, and one that is padded.
     widths = (16, 32, 64, 128, 200, 256, 512, 1024)
     for name, dtype in NUMBERS.items():
         for width in widths if name != "f16" else [128]:
@@ -335,21 +177,21 @@ def _encoder_launches() -> Iterator[Case]:
     from ...kernels.encoder import encoder_fwd
     from ...ops.schema import WEIGHTS, sizes_of
 
-    def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, asked: bool) -> None:
+    def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, wanted: bool) -> None:
         width = heads * head_dim
         weights = [_empty(*sizes_of(letters, width, 4 * width), dtype=dtype) for letters in WEIGHTS.values()]
         cu_seqlens, rows = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-        wanted = (rows, cu_seqlens) if asked else (None, None)
+        rows_and_ends = (rows, cu_seqlens) if wanted else (None, None)
         hidden = _empty(tokens, width, dtype=dtype)
-        encoder_fwd(hidden, weights, [0], cu_seqlens, *wanted, heads, 0.125, 1e-12, "gelu_tanh")
+        encoder_fwd(hidden, weights, [0], cu_seqlens, *rows_and_ends, heads, 0.125, 1e-12, "gelu_tanh")
 
-    # Every tile of products, with the released models' heads and with the largest, whole and padded; rows asked for.
+    # Every tile of products, with the released models' heads and with the largest, whole and padded; with wanted rows.
     chosen = {"f32": [(16, 64, False), (128, 128, True)], "bf16": [(16, 128, True), (128, 64, False), (128, 80, True)]}
     chosen["tf32"] = chosen["f32"]
     for name, cases in chosen.items():
-        for tokens, head_dim, asked in cases:
-            label = f"{name} T{tokens} D{head_dim}" + (" rows" if asked else "")
-            start = partial(run, NUMBERS[name], tokens, 12 if head_dim == 64 else 8, head_dim, asked)
+        for tokens, head_dim, wanted in cases:
+            label = f"{name} T{tokens} D{head_dim}" + (" wanted rows" if wanted else "")
+            start = partial(run, NUMBERS[name], tokens, 12 if head_dim == 64 else 8, head_dim, wanted)
             yield label, _with(name, start), name != "f32"
 
 
@@ -396,8 +238,8 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def recorded_launches(kernel: str) -> list[Launch]:
-    """Every different launch of an operator's Triton kernels: all tile sizes, dtypes and flags of its launchers.
+def recorded_launches(*operators: str) -> list[Launch]:
+    """Every different launch of these operators' Triton kernels; one that several operators share counts once.
 
     Raises:
         RuntimeError: Triton runs as an interpreter in this process and compiles nothing.
@@ -408,15 +250,14 @@ def recorded_launches(kernel: str) -> list[Launch]:
         raise RuntimeError("TRITON_INTERPRET is set: Triton interprets kernels in this process and compiles none")
     from ... import kernels
 
-    own = (kernel, f"{kernel}_bwd")
-    names = [name for _, name, _ in pkgutil.iter_modules(kernels.__path__) if name in own or name.startswith("_")]
-    modules = [f"{kernels.__name__}.{name}" for name in names]
     different: dict[tuple[Any, ...], Launch] = {}
-    for label, run, tensor_cores in CASES[kernel]():
-        for launch in record(kernel, label, modules, run, tensor_cores):
-            # Kernels that multiply have a constant for how many columns at a time; others of the same operator do not.
-            if not any(name.startswith(("CHUNK_", "BLOCK_K")) for name, _ in launch.constants):
-                launch = replace(launch, wants_tensor_cores=False)
-            key = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
-            different.setdefault(key, launch)
+    for operator in operators:
+        own = (operator, f"{operator}_bwd")
+        names = [name for _, name, _ in pkgutil.iter_modules(kernels.__path__) if name in own or name.startswith("_")]
+        modules = [f"{kernels.__name__}.{name}" for name in names]
+        for label, run, tensor_cores in CASES[operator]():
+            every_chip = label in _EVERY_CHIP.get(operator, ())
+            for launch in record(operator, label, modules, run, tensor_cores, every_chip):
+                key = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
+                different.setdefault(key, launch)
     return list(different.values())

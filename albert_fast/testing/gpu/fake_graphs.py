@@ -1,4 +1,4 @@
-"""A stand-in for captures on a GPU: a "graph" that runs what it remembers, so that all around it can be tested without one."""
+"""Replaces the capture of CUDA graphs by a fake, so that the code around graphs can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -16,27 +16,33 @@ from ...models.albert import ALBERTModel, Encoded
 from ...models.config import ALBERTConfig
 from ...ops import Describe
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where the kernel that graphs read from can run
+# The device where the kernel that writes a graph's inputs can run.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = ALBERTConfig(
-    vocab_size=61, embedding_size=12, hidden_size=40, num_attention_heads=4, intermediate_size=56, num_hidden_layers=3,
+    vocab_size=61,
+    embedding_size=12,
+    hidden_size=40,
+    num_attention_heads=4,
+    intermediate_size=56,
+    num_hidden_layers=3,
     max_position_embeddings=64,
-)  # fmt: skip
+)
 
 
-class Remembered:
-    """Every replay runs the captured function again, which writes where the capture's results stand."""
+class FakeGraph:
+    """A graph whose replay runs the captured function again; it writes into the tensors that the capture returned."""
 
     def __init__(self, run: Callable[[], Encoded]) -> None:
         self._run, self.result = run, run()
 
     def replay(self, describe: Describe) -> None:
         assert callable(describe)
-        with _disable_current_modes():  # the graph is one launch, whatever stands in for it
+        with _disable_current_modes():  # a real replay is one launch, which no mode sees
             self._run()
 
 
 class Capture:
-    """Counts captures and waits, and sees that replays take turns."""
+    """A capture that makes fake graphs, counts captures and waits, and checks that replays do not overlap."""
 
     device_type = DEVICE.type
 
@@ -59,13 +65,13 @@ class Capture:
     def forget(self) -> None:
         assert self.waits > 0
 
-    def __call__(self, run: Callable[[], Encoded], device: torch.device) -> Remembered:
+    def __call__(self, run: Callable[[], Encoded], device: torch.device) -> FakeGraph:
         self.captured += 1
-        return Remembered(run)
+        return FakeGraph(run)
 
 
 def graphed(capture: Capture, kind: Any = ALBERTModel, **options: Any) -> Any:
-    """A model whose graphs are captured by `capture`. The reference takes rows that are in no sequence, as the GPU's kernels."""
+    """A model whose graphs are captured by `capture`. Its reference backend, as GPU kernels, accepts rows outside all sequences."""
     made = kind(CONFIG, backend="reference").eval().to(DEVICE)
     made.base_model.execution_state.graphs = GraphCache(capture, **options)
     return made
@@ -85,8 +91,8 @@ def batch(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return ids.to(DEVICE), (torch.rand(rows, columns, generator=generator) < 0.7).long().to(DEVICE)
 
 
-def in_threads(*works: Callable[[], Any]) -> list[BaseException]:
-    """Run all at once, each in a thread of its own; their exceptions."""
-    with ThreadPoolExecutor(len(works)) as pool:
-        done = [pool.submit(work) for work in works]
+def in_threads(*functions: Callable[[], Any]) -> list[BaseException]:
+    """Run all functions at once, each in a thread of its own, and return their exceptions."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        done = [pool.submit(function) for function in functions]
     return [error for future in done if (error := future.exception()) is not None]

@@ -1,6 +1,6 @@
-"""A model of ours and Hugging Face's with the same weights, drawn configurations and inputs: what parity tests share.
+"""Builds our model and Hugging Face's with the same weights, random configurations and inputs, for parity tests.
 
-Needs transformers, which is imported on first use.
+It needs transformers, which is imported on first use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..models.config import ALBERTConfig
 
-# Model -> its outputs, and whether they are per token, (B, S, ...), or per row, (B, ...).
+# Model -> its outputs -> whether an output is per token, (B, S, ...), or per row, (B, ...).
 OUTPUTS: dict[str, dict[str, bool]] = {
     "Model": {"last_hidden_state": True, "pooler_output": False},
     "ForMaskedLM": {"logits": True},
@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
 
 
 def drawn_config(seed: int) -> dict[str, Any]:
-    """Fields of AlbertConfig drawn over everything that a configuration can say; sizes small, head sizes 26 to 128."""
+    """Random values for all fields of AlbertConfig that change the model; sizes are small, head sizes 26 to 128."""
     draw = random.Random(seed)
     head_dim, heads = draw.choice([26, 32, 39, 48, 64, 80, 96, 128]), draw.randint(1, 3)
     hidden, layers = head_dim * heads, draw.randint(1, 5)
@@ -62,16 +62,16 @@ def drawn_config(seed: int) -> dict[str, Any]:
     }
 
 
-def twins(module: ModuleType, name: str, fields: dict[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Module]:
-    """`module`'s model and Hugging Face's with one set of weights: products keep the size of what comes in.
+def model_pair(module: ModuleType, name: str, fields: dict[str, Any], seed: int = 0) -> tuple[nn.Module, nn.Module]:
+    """`module`'s model and Hugging Face's with the same random weights, whose products have about the size of their inputs.
 
-    So attention is far from uniform (scores deviate by 1), and float32 still has room within 1e-5: stronger weights blow up
-    the rounding of either model, which then differs from its own answer in float64 by more than that.
+    So attention is far from uniform (scores deviate by 1), and float32 rounding stays below 1e-5: with larger weights
+    either model would differ from its own result in float64 by more than that.
 
     Args:
-        module: where `ALBERT<name>` is: albert_fast or albert_fast.reference.
+        module: the module that has `ALBERT<name>`: albert_fast or albert_fast.models.reference.
         name: a key of OUTPUTS.
-        fields: of AlbertConfig; num_labels is 2 for the two heads that need it.
+        fields: fields of AlbertConfig; num_labels is set to 2 for the two heads that need it.
 
     Returns:
         (ours, theirs), both in eval mode, theirs with eager attention.
@@ -96,9 +96,10 @@ def twins(module: ModuleType, name: str, fields: dict[str, Any], seed: int = 0) 
 
 
 def drawn_mask(kind: str, rows: int, columns: int, seed: int) -> Tensor | None:
-    """(rows, columns) int64; `kind` "none" (no mask), "right", "left", "holes", "empty row" (holes, row 0 all padded).
+    """A random mask (rows, columns) int64, or None.
 
-    Every other row has at least one token.
+    kind: where the padding is: "none" (no mask), "right", "left", "holes", or "empty row" (holes, and row 0 is all padding). Every
+    other row has at least one token.
     """
     if kind == "none":
         return None
@@ -119,9 +120,9 @@ def drawn_mask(kind: str, rows: int, columns: int, seed: int) -> Tensor | None:
 
 
 def drawn_inputs(name: str, config: ALBERTConfig, mask_kind: str, seed: int) -> dict[str, Tensor]:
-    """The arguments of one forward, labels included: (B, S), or (B, 3, S) for multiple choice, with B <= 4 and S <= 17.
+    """Random arguments of one forward, with labels: (B, S), or (B, 3, S) for multiple choice, with B <= 4 and S <= 17.
 
-    Labels are drawn at padding, too, so that a loss that reads them shows.
+    Padding has labels, too, so that a loss that reads them is found.
     """
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     rows, columns = draw.randint(2, 4), draw.randint(2, min(17, config.max_position_embeddings))
@@ -142,7 +143,7 @@ def drawn_inputs(name: str, config: ALBERTConfig, mask_kind: str, seed: int) -> 
         classes = config.num_labels if name == "ForTokenClassification" else config.vocab_size
         ignored = torch.rand(shape, generator=generator) < 0.3
         inputs["labels"] = integers(classes, *shape).masked_fill(ignored, -100)
-        # At least one label on a real token: transformers gives NaN without.
+        # At least one real token has a label: without one transformers gives NaN.
         inputs["labels"][-1, 0 if mask is None else int(mask[-1].argmax())] = 0
     if name == "ForPreTraining":
         inputs["sentence_order_label"] = integers(2, rows)
@@ -152,12 +153,12 @@ def drawn_inputs(name: str, config: ALBERTConfig, mask_kind: str, seed: int) -> 
         inputs["labels"] = integers(3, rows)
     if name == "ForQuestionAnswering":
         inputs["start_positions"], inputs["end_positions"] = integers(columns, rows), integers(columns + 2, rows)
-        inputs["end_positions"][0] = 0  # not all of them behind the last column: NaN in transformers, again
+        inputs["end_positions"][0] = 0  # not all behind the last column: there too transformers gives NaN
     return inputs
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter's gradient by its name in state_dict, which is Hugging Face's even where we fuse parameters."""
+    """Every parameter's gradient by its name in state_dict; these are Hugging Face's names, also for fused parameters."""
     parameters = list(model.parameters())
     values = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
@@ -170,11 +171,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_gradients_equal(ours: nn.Module, theirs: nn.Module) -> None:
-    """Each parameter's gradient is, in norm, within 1e-4 of that of `theirs`.
+    """Check that each parameter's gradient is within 1e-4 of that of `theirs`, in norm.
 
-    Some gradients are zero and what is computed is rounding noise, as softmax ignores what shifts all of its scores: the
-    keys' bias, a classifier's for one answer among several. Hence an absolute term: 4 float32 roundings of the norm of all
-    gradients together.
+    Some gradients are zero, and their computed values are rounding noise: softmax ignores whatever shifts all of its scores, such
+    as the bias of the keys, or that of a classifier for one answer among several. Hence the absolute term: 4 float32 roundings
+    of the norm of all gradients together.
     """
     actual, expected = gradients(ours), gradients(theirs)
     total = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values()))
