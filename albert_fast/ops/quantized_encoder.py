@@ -212,9 +212,21 @@ def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor
     if backend == "triton":
         from ..kernels.quantized_encoder import quantized_encoder_fwd
 
-        hidden, layer_indices, cu_seqlens, wanted_rows, cu_wanted, *numbers = call
-        wanted = wanted_rows, cu_wanted
-        return quantized_encoder_fwd(hidden, *layers, layer_indices, cu_seqlens, *wanted, *options[:3], *numbers)
+        return quantized_encoder_fwd(
+            call.hidden,
+            *layers,
+            call.layer_indices,
+            call.cu_seqlens,
+            call.wanted_rows,
+            call.cu_wanted,
+            options.sequence_order,
+            options.max_seqlen,
+            options.max_wanted,
+            call.num_heads,
+            call.softmax_scale,
+            call.eps,
+            call.act,
+        )
     held = [hold(_OP, device, layer) for layer in layer_operands]
     table = [address for layer in held for address in layer.addresses]
     (middle,), bits = layer_operands[0][_FFN_BIAS][2], FORMATS[options.precision].dtype.itemsize * 8
