@@ -10,6 +10,7 @@ import albert_fast
 from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
 from albert_fast.layers.packing import packed_already
 from albert_fast.models import reference
+from albert_fast.runtime import dispatch
 
 SMALL = {
     "vocab_size": 61, "embedding_size": 12, "hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 56,
@@ -385,7 +386,7 @@ def test_backends_that_cannot_run_say_why(tmp_path):
         ALBERTModel.from_pretrained(tmp_path, backend="cuda")
     if not torch.cuda.is_available():
         for models in (albert_fast, reference):
-            with pytest.raises(albert_fast.dispatch.BackendUnavailableError, match=r"device='cuda:0'.*device='cpu'"):
+            with pytest.raises(dispatch.BackendUnavailableError, match=r"device='cuda:0'.*device='cpu'"):
                 models.ALBERTModel.from_pretrained(tmp_path, device="cuda:0")
     with pytest.raises(ValueError, match="magic"):
         ALBERTModel.from_pretrained(tmp_path, backend="magic")
