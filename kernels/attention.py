@@ -328,9 +328,9 @@ def attention_fwd(
     tf32 = multiplies_tf32(q.dtype)
     candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q, dropout_p > 0.0, tf32)
     if not heads_in_words(num_heads, q, k, v):
-        wide = (padded_heads(t, num_heads) for t in (q, k, v))
+        wide_q, wide_k, wide_v = (padded_heads(t, num_heads) for t in (q, k, v))
         lengths = (cu_seqlens_q, cu_seqlens_k, sequence_order, max_seqlen_q, max_seqlen_k)
-        out, lse = attention_fwd(*wide, *lengths, num_heads, softmax_scale, dropout_p, seed)
+        out, lse = attention_fwd(wide_q, wide_k, wide_v, *lengths, num_heads, softmax_scale, dropout_p, seed)
         return own_columns(out, num_heads, head_dim).flatten(1).contiguous(), lse
     out = torch.empty((n_queries_total, width), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, n_queries_total), dtype=torch.float32, device=q.device)

@@ -403,10 +403,11 @@ def attention_bwd(
     tf32 = multiplies_tf32(q.dtype)
     dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k, dropout_p > 0.0, tf32)
     if not heads_in_words(num_heads, grad, q, k, v):
-        wide = [padded_heads(t, num_heads) for t in (grad, q, k, v)]
-        wide_gradients = [torch.empty_like(t) for t in wide[1:]]
+        wide_grad, wide_q, wide_k, wide_v = (padded_heads(t, num_heads) for t in (grad, q, k, v))
+        wide_gradients = torch.empty_like(wide_q), torch.empty_like(wide_k), torch.empty_like(wide_v)
         lengths = (cu_seqlens_q, cu_seqlens_k, sequence_order, max_seqlen_q, max_seqlen_k)
-        attention_bwd(*wide, *wide_gradients, *lengths, num_heads, softmax_scale, dropout_p, seed)
+        numbers = num_heads, softmax_scale, dropout_p, seed
+        attention_bwd(wide_grad, wide_q, wide_k, wide_v, *wide_gradients, *lengths, *numbers)
         for out, found in zip((dq, dk, dv), wide_gradients, strict=True):
             out.unflatten(1, (num_heads, head_dim)).copy_(own_columns(found, num_heads, head_dim))
         return

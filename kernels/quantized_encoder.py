@@ -210,8 +210,8 @@ def quantized_encoder_fwd(
         rounded = bias_gelu_rounded(up, ffn_bias, act, layer.ffn_output.rescale, layer.ffn_output.shift, dtype, wide)
         down = quantized_product(rounded, layer.ffn_output)
         next_qkv = None if is_last else layers[layer_indices[step + 1]].qkv
-        factors = (None, None) if next_qkv is None else (next_qkv.rescale, next_qkv.shift)
+        rescale, shift = (None, None) if next_qkv is None else (next_qkv.rescale, next_qkv.shift)
         hidden, rounded = add_layer_norm_rounded(
-            down, output_bias, attended, full_norm, full_norm_bias, eps, *factors, dtype, narrow
+            down, output_bias, attended, full_norm, full_norm_bias, eps, rescale, shift, dtype, narrow
         )
     return hidden

@@ -155,7 +155,7 @@ PARTS = ["a", "B", "é", "e\u0301", "\u0301", "\x10", "\x00", " ", "\u3000", "\u
 def test_a_token_s_span_holds_what_it_was_made_from(any_script: Tokenizer, parts: list[str]) -> None:
     text = "".join(parts)
     # Where SentencePiece's map expands a character and deletes the next one, the library mixes up their places.
-    assume(not re.search("[ﬁ½™㌀…][\u0301\x00\x10]", text))
+    assume(not re.search("[ﬁ½™㌀…ำ][\u0301\x00\x10]", text))
     out = any_script(text, return_offsets=True, add_special_tokens=False)
     before = (0, 0)
     for token, span in zip(any_script.convert_ids_to_tokens(out["input_ids"]), out["offset_mapping"], strict=True):
