@@ -405,9 +405,10 @@ def attention_bwd(
     if not heads_in_words(num_heads, grad, q, k, v):
         wide_grad, wide_q, wide_k, wide_v = (padded_heads(t, num_heads) for t in (grad, q, k, v))
         wide_gradients = torch.empty_like(wide_q), torch.empty_like(wide_k), torch.empty_like(wide_v)
+        wide_dq, wide_dk, wide_dv = wide_gradients
         lengths = (cu_seqlens_q, cu_seqlens_k, sequence_order, max_seqlen_q, max_seqlen_k)
         numbers = num_heads, softmax_scale, dropout_p, seed
-        attention_bwd(wide_grad, wide_q, wide_k, wide_v, *wide_gradients, *lengths, *numbers)
+        attention_bwd(wide_grad, wide_q, wide_k, wide_v, wide_dq, wide_dk, wide_dv, *lengths, *numbers)
         for out, found in zip((dq, dk, dv), wide_gradients, strict=True):
             out.unflatten(1, (num_heads, head_dim)).copy_(own_columns(found, num_heads, head_dim))
         return

@@ -398,7 +398,7 @@ def test_why_a_model_does_not_take_the_triton_kernel():
     assert why() is None
     assert "513 tokens" in why(513)
     assert "'cuda'" in why(backend="cuda")
-    encoder.config = replace(encoder.config, hidden_size=258, num_attention_heads=2)
+    encoder.spec = replace(encoder.spec, hidden_size=258, num_heads=2)
     assert "heads of 129" in why()
     encoder.train()
     assert "training" in why()

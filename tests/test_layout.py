@@ -145,15 +145,15 @@ FLOORS = {
 }
 # Files at the top that give users the names of the rooms: no file of the package imports them.
 DOORS = {"info", "tokenization", "reference", "config", "weights", "dispatch"}
-# Every file at the top of the package; `albert_fast` is its __init__.py, from which only the version may be imported.
+# Every file at the top of the package; `albert_fast` is its __init__.py, from which no file imports.
 TOP_FILES = DOORS | {"cli", "albert_fast"}
 BESIDE = "testing"  # on no floor: only tests and benchmarks import it
 
 
 def package_imports(path: Path, modules: set[str]) -> Iterator[str]:
-    """The modules of the package that a file imports, late and for types too. The version may come from the root."""
+    """The modules of the package that a file imports, inside functions and for types too."""
     for name, _ in imports(path):
-        if within(name, {"albert_fast"}) and name != "albert_fast.__version__":
+        if within(name, {"albert_fast"}):
             # the last part of `from .stack import LayerStack` is no module
             yield name if name in modules or name == "albert_fast._C" else name.rpartition(".")[0]
 

@@ -94,7 +94,7 @@ def test_values_that_can_be_used(saved: Path) -> None:
         (b'{"vocab_size":' + b"9" * 9999 + b"}", "not valid JSON"),
         ('{"vocab_size": 50}'.encode("utf-16"), "UTF-16"),
         (b'{"a": "\xff"}', "not valid JSON"),
-        (b'{"vocab_size": 50, "vocab_size": 60}', "it states 'vocab_size' twice"),
+        (b'{"vocab_size": 50, "vocab_size": 60}', "'vocab_size' is there twice"),
         (b"[1]", "expected a JSON object, got list"),
         (b"{}{}", "not valid JSON"),
     ],

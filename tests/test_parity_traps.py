@@ -13,6 +13,7 @@ from torch import Tensor
 import albert_fast
 from albert_fast.models import reference
 from albert_fast.models.config import ALBERTConfig
+from albert_fast.models.reference.albert import LayerNorm
 from albert_fast.testing.model_pairs import NAMES, OUTPUTS, SMALL, drawn_inputs, model_pair
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]
@@ -101,7 +102,7 @@ def test_every_activation_name(module: ModuleType, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_layer_norm_statistics_are_float32(dtype: torch.dtype) -> None:
     """A row without variance: eps = 1e-12 is 0 in float16, and 0 / 0 would be NaN; a wide row: its squares overflow."""
-    norm = reference.LayerNorm(8, eps=1e-12).to(dtype)
+    norm = LayerNorm(8, eps=1e-12).to(dtype)
     assert torch.equal(norm(torch.full((1, 8), 300.0, dtype=dtype)), torch.zeros(1, 8, dtype=dtype))
     wide = torch.linspace(-6e4, 6e4, 8)[None].to(dtype)
     torch.testing.assert_close(norm(wide), F.layer_norm(wide.float(), (8,)).to(dtype))

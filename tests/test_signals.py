@@ -79,7 +79,8 @@ def encoder(rows):
     model = ALBERTModel(config, add_pooling_layer=False).eval()
     if sys.argv[1].startswith("int8"):
         quantize(model, "int8")
-    model.config.num_hidden_layers = 400  # after the calibration, which runs all of them
+    # After the calibration, which runs all of them.
+    model.encoder.group_indices, model.encoder.layer_indices = (0,) * 400, [0] * 400
     def call(long):
         ids = torch.ones(rows if long else 1, 500 if long else 3, dtype=torch.long)
         with torch.no_grad():

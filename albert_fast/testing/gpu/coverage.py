@@ -4,6 +4,7 @@ Every launch on every chip would be about 1300 compilations; the choice is about
 
 - every tile on one chip at least, of kernels that multiply matrices for every type of operands;
 - every type of operands of every kernel on one chip at least, where kernels that do not multiply have one 16-bit type;
+- every kernel on every chip;
 - every value of every flag (an activation, dropout, padding, an absent operand), and every pair of such values of a kernel, on
   one chip at least;
 - of kernels that multiply, the largest tile of every type of operands on every chip, with dropout if there is any: such tiles
@@ -50,7 +51,7 @@ def _requirements(launch: Launch, capability: int, largest: set[Launch]) -> set[
     tile = (numbers, launch.tiles) if launch.multiplies else launch.tiles
     # Kernels that multiply nothing differ between the 16-bit types only in how they convert to float32.
     kind = numbers if launch.multiplies else numbers.replace("bf16", "f16")
-    found: set[Hashable] = {(function, "tile", tile), (function, "numbers", kind)}
+    found: set[Hashable] = {(function, "tile", tile), (function, "numbers", kind), (function, "chip", capability)}
     found |= {(function, "flags", *pair) for pair in itertools.combinations_with_replacement(launch.flags, 2)}
     if launch in largest or launch.every_chip:
         found.add((launch, capability))

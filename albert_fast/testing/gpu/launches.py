@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -258,6 +259,8 @@ def recorded_launches(*operators: str) -> list[Launch]:
         for label, run, tensor_cores in CASES[operator]():
             every_chip = label in _EVERY_CHIP.get(operator, ())
             for launch in record(operator, label, modules, run, tensor_cores, every_chip):
+                if not launch.multiplies:  # another kernel of an operator that multiplies
+                    launch = replace(launch, wants_tensor_cores=False)
                 key = (launch.function, launch.signature, launch.constants, launch.divisible, launch.options)
                 different.setdefault(key, launch)
     return list(different.values())

@@ -143,7 +143,7 @@ class _Recorder:
                 cost=call.cost,
                 flags=_flags(call.values, dict(constexprs)),
                 multiplies=multiplies,
-                wants_tensor_cores=tensor_cores and multiplies,
+                wants_tensor_cores=tensor_cores,
                 every_chip=every_chip,
             )
 
