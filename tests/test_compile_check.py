@@ -269,7 +269,7 @@ print(len(chosen))
 def test_the_short_check_covers_every_tile_and_flag_with_few_compilations():
     done = run_apart("-c", COVERAGE)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 350
+    assert int(done.stdout) <= 360
 
 
 def test_dtypes_of_the_check_are_those_of_the_kernels():
