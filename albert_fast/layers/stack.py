@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class LayerStack(nn.Module):
     @property
     def quantized(self) -> str | None:
         """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
-        first: Any = self.distinct_layers()[0].ffn
+        first: Any = self.groups()[0].layers()[0].ffn
         return first.precision if isinstance(first, QuantizedLinear) else None
 
     def is_plain(self) -> bool:
@@ -176,8 +176,9 @@ class LayerStack(nn.Module):
             return "autocast is on"
         if self.training:
             return "the model is in training mode"
-        weights = (parameter for layer in self.distinct_layers() for parameter in layer.parameters())
-        if torch.is_grad_enabled() and (hidden.requires_grad or any(weight.requires_grad for weight in weights)):
+        if torch.is_grad_enabled() and (
+            hidden.requires_grad or any(weight.requires_grad for weight in self._weights())
+        ):
             return _MAY_NEED_GRADIENT
         # The cheap questions come first: most calls on a GPU end here.
         if chosen == "triton" and (reason := self._beyond_one_kernel(len(hidden), backend)):
@@ -189,6 +190,10 @@ class LayerStack(nn.Module):
             sizes = (spec.hidden_size, spec.intermediate_size, spec.num_heads, len(self.layer_indices))
             return None if ops.kernel_is_faster(hidden.dtype, len(hidden), sizes, run) else _NOT_FASTER
         return None
+
+    def _weights(self) -> Iterator[Tensor]:
+        for layer in self.distinct_layers():
+            yield from layer.parameters()
 
     def _beyond_one_kernel(self, tokens: int, backend: str) -> str | None:
         """Why the persistent Triton kernel is not for this call."""
