@@ -14,9 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 import albert_fast
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification
+from albert_fast import ALBERTForMaskedLM, ALBERTForSequenceClassification
 from albert_fast.cli import SUBCOMMANDS, build_app
 from albert_fast.models import reference
+from albert_fast.testing.small_checkpoints import save_small_model, small_text_config
 from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,17 +37,7 @@ def _quiet():
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random checkpoints with one vocabulary."""
     tokenizer = train_tokenizer([*TEXTS, "never say never: a good, bad, new story!"] * 4, 46)
-    config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        initializer_range=0.4,
-        id2label={0: "negative", 1: "positive"},
-    )
+    config = small_text_config(tokenizer, "negative", "positive")
     kinds = {
         "classifier": (ALBERTForSequenceClassification, config),
         "regressor": (
@@ -58,10 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     folders = {}
     for name, (kind, sizes) in kinds.items():
-        torch.manual_seed(1)
-        folders[name] = tmp_path_factory.mktemp(name)
-        kind(sizes).save_pretrained(folders[name])
-        tokenizer.save(folders[name])
+        folders[name] = save_small_model(kind, sizes, tokenizer, tmp_path_factory.mktemp(name))
     return folders
 
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
+from albert_fast import ALBERTForSequenceClassification
 from albert_fast.cli import build_app
 from albert_fast.commands._errors import UsageError
 from albert_fast.commands._sinks import NpyForm, ResumableFile, State, output_lock
 from albert_fast.models import reference
 from albert_fast.tasks.embed import TextEncoder
+from albert_fast.testing.small_checkpoints import save_small_model, small_text_config
 from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,20 +40,8 @@ START = (
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer(TEXTS * 2, 36)
-    config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        initializer_range=0.4,
-        id2label={0: "negative", 1: "positive"},
-    )
-    torch.manual_seed(1)
-    ALBERTForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save(folder)
+    config = small_text_config(tokenizer, "negative", "positive")
+    save_small_model(ALBERTForSequenceClassification, config, tokenizer, folder)
     return folder
 
 

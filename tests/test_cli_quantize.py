@@ -18,6 +18,7 @@ from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassi
 from albert_fast.cli import build_app
 from albert_fast.runtime import files
 from albert_fast.tasks.quantize import quantize_checkpoint
+from albert_fast.testing.small_checkpoints import save_small_model, small_text_config
 from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 
 APP = build_app()
@@ -37,20 +38,8 @@ def _quiet() -> Iterator[None]:
 def folder(tmp_path: Path) -> Path:
     """A classifier with its tokenizer."""
     tokenizer = train_tokenizer(TEXTS * 4, 44)
-    config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        initializer_range=0.4,
-        id2label={0: "bad", 1: "good"},
-    )
-    torch.manual_seed(1)
-    ALBERTForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    tokenizer.save(tmp_path / "model")
+    config = small_text_config(tokenizer, "bad", "good")
+    save_small_model(ALBERTForSequenceClassification, config, tokenizer, tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join([*TEXTS, "", *TEXTS]) + "\n")
     return tmp_path
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
-from albert_fast import ALBERTConfig, ALBERTForSequenceClassification
+from albert_fast import ALBERTForSequenceClassification
 from albert_fast.cli import build_app
+from albert_fast.testing.small_checkpoints import save_small_model, small_text_config
 from albert_fast.text.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,20 +30,8 @@ ROWS = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([" ".join(row) for row in ROWS] * 4, 40)
-    config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        initializer_range=0.4,
-        id2label={0: "bad", 1: "good"},
-    )
-    torch.manual_seed(1)
-    ALBERTForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save(folder)
+    config = small_text_config(tokenizer, "bad", "good")
+    save_small_model(ALBERTForSequenceClassification, config, tokenizer, folder)
     return folder
 
 

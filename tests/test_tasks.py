@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTForSequenceClassification
+from albert_fast import ALBERTForMaskedLM, ALBERTForSequenceClassification
 from albert_fast.models import reference
 from albert_fast.tasks.classify import TextClassifier, best_label
 from albert_fast.tasks.embed import TextEncoder
 from albert_fast.tasks.errors import UsageError
 from albert_fast.tasks.fill_mask import MaskFiller
+from albert_fast.testing.small_checkpoints import save_small_model, small_text_config
 from albert_fast.text.batching import batches_by_length, tokenize
 from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 
@@ -26,23 +27,10 @@ TEXTS = ["a fine film, quiet and odd", "", "the plot is a mess " * 5, "dull", "f
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random checkpoints: a classifier and a language model with one vocabulary."""
     tokenizer = train_tokenizer([*TEXTS, "never say never: a good, bad, new story!"] * 4, 44)
-    config = ALBERTConfig(
-        vocab_size=tokenizer.vocab_size,
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=48,
-        initializer_range=0.4,
-        id2label={0: "negative", 1: "positive"},
-    )
+    config = small_text_config(tokenizer, "negative", "positive")
     made = {}
     for kind in (ALBERTForSequenceClassification, ALBERTForMaskedLM):
-        torch.manual_seed(1)
-        made[kind.__name__] = tmp_path_factory.mktemp(kind.__name__)
-        kind(config).save_pretrained(made[kind.__name__])
-        tokenizer.save(made[kind.__name__])
+        made[kind.__name__] = save_small_model(kind, config, tokenizer, tmp_path_factory.mktemp(kind.__name__))
     return made
 
 
