@@ -81,10 +81,12 @@ def profile(
     width, middle = encoder.config.hidden_size, encoder.config.intermediate_size
     layers = len(encoder.encoder.layer_indices)
     operations = {
-        "query, key, value": 6 * tokens * width * width, "attention": 4 * pairs * width,
-        "attention output": 2 * tokens * width * width, "FFN up, activation": 2 * tokens * width * middle,
+        "query, key, value": 6 * tokens * width * width,
+        "attention": 4 * pairs * width,
+        "attention output": 2 * tokens * width * width,
+        "FFN up, activation": 2 * tokens * width * middle,
         "FFN down": 2 * tokens * width * middle,
-    }  # fmt: skip
+    }
     # Two a layer, each reads the product and the residual and writes the sum's LayerNorm.
     moved = {"add, LayerNorm": 2 * 3 * 4 * tokens * width}
     memory = _add_rate(int(tokens), width)

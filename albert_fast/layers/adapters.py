@@ -20,9 +20,12 @@ from ..runtime.registration import is_traced
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward: it has a hook, or a forward set on the object."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or "forward" in module.__dict__
-    )  # fmt: skip
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

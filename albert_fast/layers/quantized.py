@@ -84,9 +84,15 @@ class QuantizedLinear(nn.Module):
         destination[prefix + "weight"], destination[prefix + "weight_scale"] = weight, scale
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         own = {"weight": self.shape, "weight_scale": self.shape[:1]}
         weight, scale = (state_dict.get(prefix + name) for name in own)
         missing += [prefix + name for name in own if prefix + name not in state_dict]
@@ -139,9 +145,15 @@ class QuantizedAttention(nn.Module):
         return state
 
     def _load_from_state_dict(
-        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str],
+        self,
+        state: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
         errors: list[str],
-    ) -> None:  # fmt: skip
+    ) -> None:
         current = self.state_dict(prefix=prefix)
         for kind in self.APART:
             names = [f"{prefix}{name}.{kind}" for name in self.ROWS]

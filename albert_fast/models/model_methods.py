@@ -282,9 +282,15 @@ class ModelMethods(nn.Module):
     # The hub
 
     def push_to_hub(
-        self, repo_id: str, *, commit_message: str | None = None, private: bool | None = None, token: Any = None,
-        revision: str | None = None, create_pr: bool = False,
-    ) -> str:  # fmt: skip
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: Any = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
         """Upload what `save_pretrained` writes to a repository of the Hugging Face hub, which is made if need be.
 
         Returns:
@@ -303,10 +309,13 @@ class ModelMethods(nn.Module):
             self.save_pretrained(folder)  # type: ignore[operator]
             return str(
                 api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    revision=revision,
+                    create_pr=create_pr,
                     commit_message=commit_message or f"Upload {type(self).__name__}",
                 )
-            )  # fmt: skip
+            )
 
 
 def _require_grad(_module: nn.Module, _given: Any, output: Tensor) -> None:

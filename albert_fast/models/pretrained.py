@@ -25,8 +25,10 @@ from .model_methods import ModelMethods
 # How config.json names checkpoints with integer layers, which only this library reads.
 QUANT_METHOD = "albert_fast"
 _QUANTIZED: dict[str, dict[str, Any]] = {
-    "int8": {"bits": 8}, "int16": {"bits": 16}, "fp8": {"bits": 8, "format": "float8_e4m3fn"}
-}  # fmt: skip
+    "int8": {"bits": 8},
+    "int16": {"bits": 16},
+    "fp8": {"bits": 8, "format": "float8_e4m3fn"},
+}
 
 
 def _config_dict(model: PretrainedMixin) -> dict[str, Any]:

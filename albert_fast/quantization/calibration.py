@@ -206,8 +206,10 @@ class Sample:
         if self._is_uneven():
             fits.append(replace(fits[0], relative=True))
         layers = list(zip(encoder.distinct_layers(), self._seen, strict=True))
-        return [[_rounded(layer, precision, fit, [rows.gathered() for rows in seen]) for layer, seen in layers]
-                for fit in fits]  # fmt: skip
+        return [
+            [_rounded(layer, precision, fit, [rows.gathered() for rows in seen]) for layer, seen in layers]
+            for fit in fits
+        ]
 
 
 def _is_held_out(numbers: Tensor) -> Tensor:
@@ -219,8 +221,10 @@ def random_batches(words: int, positions: int) -> list[tuple[Tensor, Tensor | No
     """Random ids (B, S) below `words`, where there is no real text; the same in every process."""
     generator = torch.Generator().manual_seed(0)
     longest = min(128, positions)
-    return [(torch.randint(words, (8 * longest // n, n), generator=generator), None)
-            for n in sorted({max(1, longest // 8), max(1, longest // 2)})]  # fmt: skip
+    return [
+        (torch.randint(words, (8 * longest // n, n), generator=generator), None)
+        for n in sorted({max(1, longest // 8), max(1, longest // 2)})
+    ]
 
 
 def calibration_batches(calibration: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
