@@ -135,11 +135,11 @@ class Compute:
 
 def expands_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Gives typer a command whose parameters may be dataclasses: every field becomes an option of its own, in its place."""
-    hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[Any, list[str]]] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        hint = hints[parameter.name]
+    # Not by get_type_hints: Python 3.10's wraps the hint of a default None in Optional, which hides typer's options.
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        hint = parameter.annotation
         if not dataclasses.is_dataclass(hint):
             parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
             continue

@@ -29,7 +29,8 @@ class ModelOutput(OrderedDict[str, Any]):
         alone = not isinstance(given, Tensor) and all(self.__dict__[other.name] is None for other in others)
         if alone and (entries := _entries(given)) is not None:
             object.__setattr__(self, first.name, None)
-            super().pop(first.name, None)
+            if first.name in self:
+                super().__delitem__(first.name)  # Python 3.10's pop would call our own, which refuses
             for key, value in entries:
                 self[key] = value
 

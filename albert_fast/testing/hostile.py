@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers import packing  # noqa: F401  (they register operators too)
+from ..layers import packing, wanted  # noqa: F401  (they register operators too)
 from ..runtime.dispatch import BackendUnavailableError
 from .case import Inputs
 from .cases import ALL_CASES

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...execution.graphs import GraphCache
-from ...models.albert import ALBERTModel, Encoded
+from ...layers.encoded import Encoded
+from ...models.albert import ALBERTModel
 from ...models.config import ALBERTConfig
 from ...ops import Describe
 

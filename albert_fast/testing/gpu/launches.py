@@ -182,9 +182,9 @@ def _encoder_launches() -> Iterator[Case]:
         width = heads * head_dim
         weights = [_empty(*sizes_of(letters, width, 4 * width), dtype=dtype) for letters in WEIGHTS.values()]
         cu_seqlens, rows = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-        rows_and_ends = (rows, cu_seqlens) if wanted else (None, None)
+        wanted_rows, cu_wanted = (rows, cu_seqlens) if wanted else (None, None)
         hidden = _empty(tokens, width, dtype=dtype)
-        encoder_fwd(hidden, weights, [0], cu_seqlens, *rows_and_ends, heads, 0.125, 1e-12, "gelu_tanh")
+        encoder_fwd(hidden, weights, [0], cu_seqlens, wanted_rows, cu_wanted, heads, 0.125, 1e-12, "gelu_tanh")
 
     # Every tile of products, with the released models' heads and with the largest, whole and padded; with wanted rows.
     chosen = {"f32": [(16, 64, False), (128, 128, True)], "bf16": [(16, 128, True), (128, 64, False), (128, 80, True)]}
