@@ -24,7 +24,7 @@ def norms(channels: list[int], weight: float | None = None, bias: float | None =
     """Sets channels of both LayerNorms of the layer."""
 
     def change(model: ALBERTModel) -> None:
-        layer = model.encoder.distinct_layers()[0]
+        layer = model.encoder.distinct()[0]
         for norm in (layer.attention.LayerNorm, layer.full_layer_layer_norm):
             if weight is not None:
                 norm.weight[channels] = weight
@@ -41,7 +41,7 @@ def small_embeddings(model: ALBERTModel) -> None:
 
 
 def large_middle(model: ALBERTModel) -> None:
-    layer = model.encoder.distinct_layers()[0]
+    layer = model.encoder.distinct()[0]
     layer.ffn.bias[:5] = 50.0
     layer.ffn_output.weight[3] *= 20
 

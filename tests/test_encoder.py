@@ -408,9 +408,7 @@ def test_why_a_model_does_not_take_the_triton_kernel():
 def test_where_nobody_compares_kernels_a_call_looks_at_no_part_of_the_layers(monkeypatch):
     encoder = small_model("auto").encoder
     monkeypatch.setattr(dispatch, "runnable_on", lambda *_: ("triton",))  # as on a GPU
-    monkeypatch.setattr(
-        type(encoder.distinct_layers()[0]), "is_plain", lambda layer: pytest.fail("the layers were looked at")
-    )
+    monkeypatch.setattr(type(encoder.distinct()[0]), "is_plain", lambda layer: pytest.fail("the layers were looked at"))
     hidden = torch.zeros(3, 32, device=device_of("triton"))
     assert "ALBERT_FAST_TUNE" in encoder.why_not_one_call(hidden, "auto")
 

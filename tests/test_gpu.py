@@ -421,7 +421,7 @@ def test_integers_move_between_devices(saved):
     model.to(DEVICE)
     moved = model.encoder.state_dict()
     assert all(torch.equal(moved[key].cpu(), state[key]) for key in state)
-    assert {linear.integers.dim() for layer in model.encoder.distinct_layers() for linear in layer.products()} == {2}
+    assert {linear.integers.dim() for layer in model.encoder.distinct() for linear in layer.products()} == {2}
     model.execution.use("auto", "int8")
     with torch.no_grad():
         ids = torch.randint(301, (2, 9), device=DEVICE)

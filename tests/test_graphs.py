@@ -154,7 +154,7 @@ def test_what_cannot_be_a_graph_runs_as_ever(model, capture):
         torch.testing.assert_close(model(inputs_embeds=embeds)[0], exact(ids)[0])
         assert model(ids[:0]).pooler_output.shape == (0, 40)
         assert not model(ids, mask * 0).pooler_output.isnan().any()
-        layer = model.encoder.distinct_layers()[0]
+        layer = model.encoder.distinct()[0]
         for register in (layer.register_forward_pre_hook, torch.nn.modules.module.register_module_forward_hook):
             hook = register(lambda *_: None)
             assert (
@@ -214,7 +214,7 @@ def test_a_bound_beyond_all_tokens_takes_the_bucket_of_these(model):
 
 def test_a_part_in_training_mode_is_no_graph(model, capture):
     ids = batch(2, 9)[0]
-    for part in (model.pooler, model.encoder.distinct_layers()[0].attention.LayerNorm):
+    for part in (model.pooler, model.encoder.distinct()[0].attention.LayerNorm):
         part.train()
         assert (
             model.execution_state.graphs.why_not(model, ids.numel(), ids.device)
@@ -232,7 +232,7 @@ def test_a_model_that_is_elsewhere_is_no_graph(model):
 
 
 def test_parts_that_were_replaced_are_seen(model, capture):
-    ids, layer = batch(2, 9)[0], model.encoder.distinct_layers()[0]
+    ids, layer = batch(2, 9)[0], model.encoder.distinct()[0]
 
     def linear(old):
         return torch.nn.Linear(old.in_features, old.out_features, device=DEVICE).eval().requires_grad_(False)
@@ -370,7 +370,7 @@ def test_a_bad_id_is_named_at_its_place(model):
 
 def test_rounded_weights_that_are_elsewhere_are_captured_anew(model, capture):
     quantize(model, "int8")
-    ids, ffn = batch(2, 9)[0], model.encoder.distinct_layers()[0].ffn
+    ids, ffn = batch(2, 9)[0], model.encoder.distinct()[0].ffn
     with torch.no_grad():
         for captured in (1, 2):
             for _ in range(3):

@@ -337,11 +337,11 @@ def test_all_layers_in_one_call_only_where_that_computes_the_same():
         assert "training" in fast.train().encoder.why_not_one_call(torch.zeros(1, 40), "auto")
         fast.eval()
         seen = []
-        with encoder.distinct_layers()[3].attention.register_forward_hook(lambda *_: seen.append(1)):
+        with encoder.distinct()[3].attention.register_forward_hook(lambda *_: seen.append(1)):
             assert "hooks" in why()
             fast(ids)
         assert seen
-        with encoder.distinct_layers()[3].attention.register_forward_pre_hook(lambda *_: None):
+        with encoder.distinct()[3].attention.register_forward_pre_hook(lambda *_: None):
             assert "hooks" in why()
         assert why() is None
 
@@ -349,8 +349,8 @@ def test_all_layers_in_one_call_only_where_that_computes_the_same():
             def forward(self, x):
                 return 2 * super().forward(x)
 
-        dense = encoder.distinct_layers()[0].attention.dense
-        encoder.distinct_layers()[0].attention.dense = replaced = Doubled(40, 40)
+        dense = encoder.distinct()[0].attention.dense
+        encoder.distinct()[0].attention.dense = replaced = Doubled(40, 40)
         replaced.load_state_dict(dense.state_dict())
         assert "replaced" in why()
 

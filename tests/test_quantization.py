@@ -103,9 +103,9 @@ def test_saved_integers_load_again(folder, tmp_path, precision):
 
 def test_one_copy_of_the_weights(folder):
     model = ALBERTModel.from_pretrained(folder, precision="int8")
-    floats = {p.shape for layer in model.encoder.distinct_layers() for p in layer.parameters() if p.dim() > 1}
+    floats = {p.shape for layer in model.encoder.distinct() for p in layer.parameters() if p.dim() > 1}
     assert floats == set()
-    packed = sum(linear.integers.numel() for layer in model.encoder.distinct_layers() for linear in layer.products())
+    packed = sum(linear.integers.numel() for layer in model.encoder.distinct() for linear in layer.products())
     assert packed == 2 * (4 * 96 * 80 + 928 * 80 + 96 * 900)
 
 
@@ -324,7 +324,7 @@ def test_conversions_do_not_touch_integers(folder):
 
 def test_hooks_and_replaced_parts_are_refused(folder):
     model = ALBERTModel.from_pretrained(folder, precision="int8")
-    layer = model.encoder.distinct_layers()[1]
+    layer = model.encoder.distinct()[1]
     for part in (layer, layer.ffn, layer.attention.LayerNorm):
         hook = part.register_forward_hook(lambda *_: None)
         with pytest.raises(RuntimeError, match="hooks on their parts and replaced parts would not be seen"):

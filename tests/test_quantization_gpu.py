@@ -112,7 +112,7 @@ def test_int8_as_a_gpu_computes_it(folder):
 
 def test_the_layout_follows_the_device(folder, monkeypatch):
     model = ALBERTModel.from_pretrained(folder, precision="int8")
-    linears = [linear for layer in model.encoder.distinct_layers() for linear in layer.products()]
+    linears = [linear for layer in model.encoder.distinct() for linear in layer.products()]
     state, before = model.state_dict(), [linear.tensors() for linear in linears]
     with monkeypatch.context() as patch:  # as if this were a GPU
         patch.setattr(QuantizedLinear, "_wants_panels", lambda self: False)

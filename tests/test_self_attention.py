@@ -267,7 +267,7 @@ def test_weights_that_are_there_only_while_a_layer_is_called(model, where):
     """As FSDP has them: gathered ahead of the call, released behind it."""
     ids, mask = batch()
     expected = model(ids, mask).last_hidden_state
-    layer = model.encoder.distinct_layers()[0]
+    layer = model.encoder.distinct()[0]
     module = layer if where == "layer" else layer.attention
     linear, whole = layer.attention.key, layer.attention.key.weight.data.clone()
 

@@ -4,7 +4,7 @@ A graph has fixed sizes, so it is captured for a bucket: a number of tokens, of 
 the call's own. The rest of a bucket is empty: tokens behind the last sequence, and sequences without a token. Attention does
 not write those rows; nothing reads them, because no other operator mixes rows.
 
-A graph is captured when its bucket comes for the second time, or ahead by `model.execution.warmup`. The graphs of a model share
+A graph is captured when its bucket comes for the second time, or ahead by `model.warmup`. The graphs of a model share
 inputs, results and one pool of memory, and are replayed one after another, whichever streams and threads the calls come from.
 Weights may change in place; a model that was moved or converted captures again. A bucket belongs to one way of multiplying
 float32, exactly or as TF32: a caller who asks torch for the other gets other buckets. All other settings of torch are those
@@ -144,7 +144,7 @@ class _Modules:
     def plain(self, model: Encoder) -> bool:
         """Whether the layers, which have no hooks, are made of the modules that graphs know."""
         if self._plain is None:
-            self._plain = all(layer.is_plain() for layer in model.encoder.distinct_layers())
+            self._plain = all(layer.is_plain() for layer in model.encoder.distinct())
         return self._plain
 
 

@@ -48,7 +48,7 @@ class LayerStack(nn.Module):
         """The distinct groups of layers."""
         raise NotImplementedError
 
-    def distinct_layers(self) -> list[Layer]:
+    def distinct(self) -> list[Layer]:
         """The layers that have weights of their own, group after group; `layer_indices` counts them."""
         return [layer for group in self.groups() for layer in group.layers()]
 
@@ -91,7 +91,7 @@ class LayerStack(nn.Module):
     def _one_call(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, backend: str) -> Tensor:
         """All layers as the operator `encoder`."""
         wanted_rows, cu_wanted = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
-        distinct = self.distinct_layers()
+        distinct = self.distinct()
         weights = [weight for layer in distinct for weight in layer.weights()]
         return ops.encoder(
             hidden,
@@ -118,7 +118,7 @@ class LayerStack(nn.Module):
     def _quantized_call(
         self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, layer_indices: list[int], backend: str
     ) -> Tensor:
-        distinct = self.distinct_layers()
+        distinct = self.distinct()
         linears = [linear for layer in distinct for linear in layer.products()]
         vectors = [vector for layer in distinct for vector in layer.vectors()]
         integers, scales, sums, rescales, shifts = map(
@@ -155,7 +155,7 @@ class LayerStack(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether the layers compute exactly what the encoder operators do: see `Layer.is_plain`; no group has hooks."""
-        return not any(map(is_hooked, self.groups())) and all(layer.is_plain() for layer in self.distinct_layers())
+        return not any(map(is_hooked, self.groups())) and all(layer.is_plain() for layer in self.distinct())
 
     def why_not_one_call(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None = None) -> str | None:
         """Why the `encoder` operator does not run all layers on states (T, H) such as `hidden`; None where it does.
@@ -192,7 +192,7 @@ class LayerStack(nn.Module):
         return None
 
     def _weights(self) -> Iterator[Tensor]:
-        for layer in self.distinct_layers():
+        for layer in self.distinct():
             yield from layer.parameters()
 
     def _beyond_one_kernel(self, tokens: int, backend: str) -> str | None:
@@ -209,7 +209,7 @@ class LayerStack(nn.Module):
             raise ValueError("output_attentions: integer layers run as a whole; load the model in fp32 for these")
         if self.training:
             raise RuntimeError("integer weights cannot be trained: load the model in fp32, or call eval()")
-        distinct = self.distinct_layers()
+        distinct = self.distinct()
         precision = distinct[0].products()[0].precision
         expected = dispatch.quantized_dtype(precision, hidden.device.type)
         # The reference has the arithmetic of either device.

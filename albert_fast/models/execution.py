@@ -57,6 +57,9 @@ class EagerExecution:
                 f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(PRECISIONS)}"
             )
 
+    def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
+        """Nothing: plain PyTorch has no work to do ahead."""
+
     def use(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Convert the model to `precision`, one of "fp32", "bf16" and "fp16"."""
         self._model.to(PRECISIONS[precision])
@@ -144,7 +147,7 @@ class Execution(EagerExecution):
     def expect_quantized(self, precision: str) -> None:
         config = self._encoder.config
         sizes = {"H": config.hidden_size, "3H": 3 * config.hidden_size, "I": config.intermediate_size}
-        for layer in self._encoder.encoder.distinct_layers():
+        for layer in self._encoder.encoder.distinct():
             layer.place_quantized(
                 [QuantizedLinear(name, (sizes[n], sizes[k]), precision) for name, (n, k) in ops.PRODUCTS.items()]
             )

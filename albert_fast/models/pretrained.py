@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -108,6 +108,10 @@ class PretrainedMixin(ModelMethods):
     def execution(self) -> Any:
         """How the model runs: backend, precision, CUDA graphs, recomputation. See `models/execution.py`."""
         return self.execution_class(self)
+
+    def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
+        """Do the work of first calls ahead, for batches of `shapes` (B, S): see `execution.warmup`."""
+        self.execution.warmup(shapes)
 
     @classmethod
     def from_pretrained(

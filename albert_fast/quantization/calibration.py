@@ -65,7 +65,7 @@ def quantize(model: Encoder, precision: str, calibration: Calibration | None = N
     encoder = model.encoder
     if encoder.quantized is not None:
         raise ValueError(f"the layers hold {encoder.quantized} weights already")
-    distinct = encoder.distinct_layers()
+    distinct = encoder.distinct()
     if not all(layer.is_plain() for layer in distinct):
         raise RuntimeError(
             f"{precision} takes the place of plain Linears: merge adapters, and remove parametrisations and hooks, first"
@@ -102,7 +102,7 @@ def _rounded(
 
 
 def _place(stack: LayerStack, rounded: Rounded) -> None:
-    for layer, linears in zip(stack.distinct_layers(), rounded, strict=True):
+    for layer, linears in zip(stack.distinct(), rounded, strict=True):
         layer.place_quantized(linears)
 
 
@@ -146,7 +146,7 @@ class Sample:
         self._model, encoder = model, model.encoder
         device = next(encoder.parameters()).device
         self.tokens = 0
-        self._seen = [[Rows() for _ in ops.PRODUCTS] for _ in encoder.distinct_layers()]
+        self._seen = [[Rows() for _ in ops.PRODUCTS] for _ in encoder.distinct()]
         self.sequences: list[Sequences] = []
         listed = list(calibration_batches(batches))
         total = sum(ids.numel() if mask is None else int(mask.count_nonzero()) for ids, mask in listed)
@@ -167,7 +167,7 @@ class Sample:
     @torch.no_grad()
     def _collect(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> None:
         """Add the inputs of all products for those of the real tokens (T,) that are `wanted`."""
-        layers = zip(self._model.encoder.distinct_layers(), self._seen, strict=True)
+        layers = zip(self._model.encoder.distinct(), self._seen, strict=True)
         rows = {
             id(module): seen for layer, own in layers for module, seen in zip(layer.product_modules(), own, strict=True)
         }
@@ -205,7 +205,7 @@ class Sample:
         fits = [Fit(inputs=True, weights=fit_weights, relative=False)]
         if self._is_uneven():
             fits.append(replace(fits[0], relative=True))
-        layers = list(zip(encoder.distinct_layers(), self._seen, strict=True))
+        layers = list(zip(encoder.distinct(), self._seen, strict=True))
         return [
             [_rounded(layer, precision, fit, [rows.gathered() for rows in seen]) for layer, seen in layers]
             for fit in fits
