@@ -9,6 +9,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+# Not inside the functions: a lock may be released while the interpreter shuts down, when nothing can be imported any more.
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 
 class LockedError(RuntimeError):
     """Another process holds the lock, or this process does by another open file."""
@@ -21,13 +27,9 @@ def try_lock(descriptor: int) -> bool:
     """
     try:
         if sys.platform == "win32":
-            import msvcrt
-
             os.lseek(descriptor, 0, os.SEEK_SET)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
@@ -42,13 +44,9 @@ def unlock(descriptor: int) -> None:
     """Releases the lock now, even if a forked child still has the descriptor open."""
     with contextlib.suppress(OSError):
         if sys.platform == "win32":
-            import msvcrt
-
             os.lseek(descriptor, 0, os.SEEK_SET)
             msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
         else:
-            import fcntl
-
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
