@@ -1,6 +1,6 @@
 // What Python and C++ must agree on: the order of a layer's tensors, the stages of the clock and some numbers.
 //
-// Python has the same lists (albert_fast/ops/schema.py). When it loads the extension it compares them with what
+// Python has the same lists (albert_fast/ops/_schema.py). When it loads the extension it compares them with what
 // bindings.cpp reports under `schema`, so that an extension built from other sources is refused.
 #pragma once
 

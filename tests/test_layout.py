@@ -74,7 +74,7 @@ def pyproject() -> dict:
 @pytest.mark.parametrize("op", OPERATORS)
 def test_operator_has_all_of_its_parts(op):
     backends = {backend for choices in dispatch.TABLE[op].values() for backend in choices}
-    wanted = [f"albert_fast/ops/{op}.py", f"tests/test_{op}.py", f"benchmarks/shared/bench_{op}.py"]
+    wanted = [f"albert_fast/ops/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
     folders = {"cpp": "csrc/cpu/{}.cpp", "cuda": "csrc/cuda/{}.cu", "triton": "kernels/{}.py"}
     borrowed = {"reference", "cpp"} if op in WITHOUT_CPP_SOURCE else {"reference"}
     wanted += [folders[backend].format(op) for backend in sorted(backends - borrowed)]
@@ -89,8 +89,8 @@ def test_operator_has_all_of_its_parts(op):
     assert shown == {(device, backend) for device, choices in dispatch.TABLE[op].items() for backend in choices}
 
 
-# Files without an operator: the C++ product that runtime/linear.py calls, and the list of a layer's tensors.
-SHARED_SOURCES = {"linear", "schema"}
+# A source without an operator: the C++ product that runtime/linear.py calls.
+SHARED_SOURCES = {"linear"}
 
 
 @pytest.mark.parametrize(

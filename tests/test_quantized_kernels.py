@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from albert_fast.ops import bias_gelu_ref
 from albert_fast.ops._integers import FORMATS, lay_out, round_rows
-from albert_fast.ops.schema import PRODUCTS
+from albert_fast.ops._schema import PRODUCTS
 from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.parity import device_of, make_inputs

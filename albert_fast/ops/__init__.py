@@ -9,6 +9,7 @@ from ._columns import split_columns
 from ._dropout import draw_seed
 from ._graph_inputs import GraphInputs
 from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
+from ._schema import PRODUCTS, VECTORS, WEIGHTS, split_layers
 from ._stages import STAGES, stage_seconds
 from ._token_errors import TokenIndexError, index_error
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
@@ -27,7 +28,6 @@ from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .linear_gelu import linear_gelu, linear_gelu_ref
 from .quantized_encoder import quantized_encoder, quantized_encoder_ref
-from .schema import PRODUCTS, VECTORS, WEIGHTS, split_layers
 
 __all__ = [
     "CAPTURE",

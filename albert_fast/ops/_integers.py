@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime import dispatch
-from .schema import PANEL, SLICE
+from ._schema import PANEL, SLICE
 
 # Rows for the Triton kernels are padded to a multiple of this.
 DEPTH = 128

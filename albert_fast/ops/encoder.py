@@ -19,10 +19,10 @@ from ..runtime.derived import Derived
 from ..runtime.operands import Operand, check, check_launch, head_size, hold, matrix
 from ..runtime.registration import forbid_derivative, is_traced, needs_dispatcher, register
 from ._encoder_call import CALL_SCHEMA, EncoderCall, check_call, check_content, run_cpp
+from ._schema import LAYER, WEIGHTS, sizes_of, split_layers
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import bias_gelu_ref
-from .schema import LAYER, WEIGHTS, sizes_of, split_layers
 
 # The Triton kernel takes no more tokens: with more, the operators' kernels or torch's products fill a GPU by themselves.
 MAX_KERNEL_TOKENS = 512
@@ -76,7 +76,7 @@ def _triton_kernel() -> ModuleType:
     from ..kernels import encoder as kernel
 
     if kernel.WEIGHTS != _NAMES:
-        raise ImportError(f"the Triton kernel takes a layer's weights as {kernel.WEIGHTS}, ops/schema.py has {_NAMES}")
+        raise ImportError(f"the Triton kernel takes a layer's weights as {kernel.WEIGHTS}, ops/_schema.py has {_NAMES}")
     return kernel
 
 

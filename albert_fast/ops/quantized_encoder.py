@@ -30,10 +30,10 @@ from ._integers import (
     unpack,
     unpack_channels,
 )
+from ._schema import PRODUCTS, VECTORS, matrix_sizes, sizes_of
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import bias_gelu_ref
-from .schema import PRODUCTS, VECTORS, matrix_sizes, sizes_of
 
 _OP = "quantized_encoder"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..layers.quantized import RUN, QuantizedLinear, run_sums
 from ..ops._integers import FORMATS, Format, product_ref, slices
-from ..ops.schema import SLICE
+from ..ops._schema import SLICE
 
 PRECISIONS = ("int16", "int8", "fp8")
 

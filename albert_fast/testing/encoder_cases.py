@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..ops._dropout import HEAD_STRIDE, keep_scale
 from ..ops._integers import FORMATS, lay_out, unpack, unpack_channels
+from ..ops._schema import PRODUCTS, SLICE, VECTORS, WEIGHTS, matrix_sizes, sizes_of, split_layers
 from ..ops.bias_gelu import act_ref
-from ..ops.schema import PRODUCTS, SLICE, VECTORS, WEIGHTS, matrix_sizes, sizes_of, split_layers
 from ..quantization.rounding import rounded_linear
 from .case import EPS, Inputs, drawn_seed, randn
 

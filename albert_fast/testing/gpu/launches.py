@@ -176,7 +176,7 @@ def _graph_inputs_launches() -> Iterator[Case]:
 
 def _encoder_launches() -> Iterator[Case]:
     from ...kernels.encoder import encoder_fwd
-    from ...ops.schema import WEIGHTS, sizes_of
+    from ...ops._schema import WEIGHTS, sizes_of
 
     def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, wanted: bool) -> None:
         width = heads * head_dim

@@ -1,4 +1,4 @@
-"""gelu_layer_norm, (tokens, embedding size): the MLM head before its decoder. Limited by memory: read GB/s."""
+"""quantized_encoder, (tokens of each sequence; ALBERT-base), int8: all layers in one call, against a simulation in floats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from shared.harness import Options, Row
 from shared.operators import OperatorGroup, operator_groups
 
@@ -14,8 +13,8 @@ pytestmark = pytest.mark.ops
 
 
 def groups(options: Options) -> Iterator[OperatorGroup]:
-    return operator_groups("gelu_layer_norm", options, lambda shape: "x".join(map(str, shape)))
+    return operator_groups("quantized_encoder", options, lambda shape: f"{len(shape[0])}x{shape[0][0]}")
 
 
-def test_gelu_layer_norm(row: Row, record: Any) -> None:
+def test_quantized_encoder(row: Row, record: Any) -> None:
     record(row)

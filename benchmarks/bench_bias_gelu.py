@@ -1,4 +1,4 @@
-"""add_layer_norm, (tokens, hidden size): the seam after both products of the layer. Limited by memory: read GB/s."""
+"""bias_gelu, (tokens, intermediate size): the seam between the FFN's two products. Limited by memory: read GB/s."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from shared.harness import Options, Row
 from shared.operators import OperatorGroup, operator_groups
 
@@ -14,8 +13,8 @@ pytestmark = pytest.mark.ops
 
 
 def groups(options: Options) -> Iterator[OperatorGroup]:
-    return operator_groups("add_layer_norm", options, lambda shape: "x".join(map(str, shape)))
+    return operator_groups("bias_gelu", options, lambda shape: "x".join(map(str, shape)))
 
 
-def test_add_layer_norm(row: Row, record: Any) -> None:
+def test_bias_gelu(row: Row, record: Any) -> None:
     record(row)

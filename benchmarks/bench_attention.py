@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch.nn.functional as F
-from torch import Tensor
-
 from shared.harness import Options, Row
 from shared.operators import OperatorGroup, operator_groups
+from torch import Tensor
 
 pytestmark = pytest.mark.ops
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from shared.harness import Options, Row
 from shared.operators import OperatorGroup, operator_groups
 
