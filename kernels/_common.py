@@ -28,6 +28,8 @@ COMPILER_OPTIONS = {"enable_fp_fusion": True}
 # 16 warps of 128 registers fill a multiprocessor. Without a limit ptxas spills registers to fit more programs than the grid has.
 BWD_OPTIONS = {**COMPILER_OPTIONS, "maxnreg": 128}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# The rows of attention's dropout: head * HEAD_STRIDE + packed query. ops/_dropout.py says why; it must be the same number.
+HEAD_STRIDE = tl.constexpr(0x10001)
 
 
 def row_tiles(n_cols: int) -> tuple[int, int, int]:

@@ -16,7 +16,15 @@ import triton.language as tl
 
 from . import _tuning
 from ._attention_tiles import attention_tiles, choice_key
-from ._common import COMPILER_OPTIONS, Dropout, dropout_arguments, dropout_factor, product, round_to
+from ._common import (
+    COMPILER_OPTIONS,
+    HEAD_STRIDE,
+    Dropout,
+    dropout_arguments,
+    dropout_factor,
+    product,
+    round_to,
+)
 from ._precision import multiplies_tf32
 from ._tuning import Tiles
 
@@ -243,7 +251,7 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    dropout_rows = head * 0x10001 + packed_queries
+    dropout_rows = head * HEAD_STRIDE + packed_queries
     # Full blocks of keys need no mask; at most one partial block remains.
     full_keys = n_keys // BLOCK_N * BLOCK_N
     for first_key in range(0, full_keys, BLOCK_N):
@@ -314,7 +322,7 @@ def attention_fwd(
         num_heads: H / num_heads is the head size, 1 to 256.
         softmax_scale: factor on the scores.
         dropout_p, seed: the probability of query row r of head h and key c survives where
-            hash32(seed, h * 0x10001 + r, c) >= floor(dropout_p * 2^32).
+            hash32(seed, h * HEAD_STRIDE + r, c) >= floor(dropout_p * 2^32).
 
     Returns:
         out (Tq, H) in q's dtype, zeros where a sequence has no keys;

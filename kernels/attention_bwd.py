@@ -32,7 +32,16 @@ import triton.language as tl
 
 from . import _tuning
 from ._attention_tiles import attention_bwd_tiles, choice_key
-from ._common import COMPILER_OPTIONS, Dropout, dropout_arguments, dropout_factor, product, round_to, rows_contiguous
+from ._common import (
+    COMPILER_OPTIONS,
+    HEAD_STRIDE,
+    Dropout,
+    dropout_arguments,
+    dropout_factor,
+    product,
+    round_to,
+    rows_contiguous,
+)
 from ._precision import multiplies_tf32
 from ._tuning import Tiles
 from .attention import (
@@ -199,7 +208,7 @@ def _attention_bwd_dq_kernel(
     v_base = inputs.v_ptr + first_token.to(tl.int64) * inputs.stride_v_row + column
     keys = HeadKeys(k_base, v_base, inputs.stride_k_row, inputs.stride_v_row, n_keys)
     statistic = head.to(tl.int64) * n_queries_total + packed_queries
-    dropout_rows = head * 0x10001 + packed_queries
+    dropout_rows = head * HEAD_STRIDE + packed_queries
 
     # The row sums over all keys come first. The last block of keys, the only one that may be partly filled, stays in
     # registers: short sequences are walked over once.
@@ -348,7 +357,7 @@ def _attention_bwd_dkdv_kernel(
     sums_base = sums_ptr + (head.to(tl.int64) * n_queries_total + packed_query)
     plane = n_queries_total.to(tl.int64) * num_heads
     queries = HeadQueries(q_base, grad_base, sums_base, plane, inputs.stride_q_row, stride_grad_row, n_queries)
-    first_dropout_row = head * 0x10001 + packed_query
+    first_dropout_row = head * HEAD_STRIDE + packed_query
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)

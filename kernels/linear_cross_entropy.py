@@ -40,7 +40,7 @@ from ._vocabulary import (
 )
 
 _LN_2 = tl.constexpr(0.6931471805599453)
-_IGNORED = tl.constexpr(-100)
+IGNORED = tl.constexpr(-100)
 # Rows per program of the kernels that do not multiply.
 _LABEL_ROWS, _COUNT_ROWS, _MERGE_ROWS, _MEAN_ROWS, _GATHER_ROWS = 1024, 4096, 128, 1024, 16
 
@@ -61,12 +61,12 @@ def _linear_cross_entropy_labelled_kernel(
     before = tl.zeros([COUNT_M], dtype=tl.int32)
     for first_row in range(0, first_own, COUNT_M):
         rows = first_row + tl.arange(0, COUNT_M)
-        before += (tl.load(labels_ptr + rows, mask=rows < first_own, other=_IGNORED) != _IGNORED).to(tl.int32)
+        before += (tl.load(labels_ptr + rows, mask=rows < first_own, other=IGNORED) != IGNORED).to(tl.int32)
     count = tl.sum(before, axis=0)
 
     rows = first_own + tl.arange(0, BLOCK_M)
-    labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=_IGNORED)
-    labelled = labels != _IGNORED
+    labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=IGNORED)
+    labelled = labels != IGNORED
     ones = labelled.to(tl.int32)
     slots = count + tl.cumsum(ones, axis=0) - 1
     targets = tl.where((labels >= 0) & (labels < n_words), labels, -1)

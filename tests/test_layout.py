@@ -124,6 +124,17 @@ def test_kernels_import_torch_and_triton_alone():
             assert allowed or name.partition(".")[0] in sys.stdlib_module_names, f"{path}: {name}"
 
 
+def test_triton_has_the_operators_numbers():
+    pytest.importorskip("triton")
+    from albert_fast.kernels import _common, linear_cross_entropy
+
+    from albert_fast.ops import _dropout
+    from albert_fast.ops.linear_cross_entropy import IGNORED
+
+    assert _common.HEAD_STRIDE.value == _dropout.HEAD_STRIDE
+    assert linear_cross_entropy.IGNORED.value == IGNORED
+
+
 # Folder of the package -> its floor. A file imports from floors below its own and from its own folder, and nothing else of
 # the package. `_C` is the extension. Floor 8 is kept for serving.
 FLOORS = {

@@ -11,6 +11,7 @@ from ..execution.graphs import Bucket
 from ..layers.layer import fuses_ffn
 from ..layers.packing import pack
 from ..models.execution import encoder_of
+from ..ops._schema import PRODUCTS, matrix_sizes
 from ..ops.linear_gelu import without_tiles
 from ..runtime import dispatch
 from ..runtime.linear import library as gemm_library
@@ -84,12 +85,13 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     lengths = packing.cu_seqlens.diff().double()
     tokens, pairs = int(lengths.sum()), float((lengths * lengths).sum())
     width, inner = config.hidden_size, config.intermediate_size
+    sizes = {name: matrix_sizes(name, width, inner) for name in PRODUCTS}
     layers = len(encoder.encoder.layer_indices)
     first_only = getattr(model, "wanted_tokens", "all") == "first"
     last = min(batch, tokens) if first_only else tokens
     last_pairs = float(lengths.sum()) if first_only else pairs
 
-    def product(name: str, times: int, rows: int, k: int, n: int) -> Step:
+    def product(name: str, times: int, rows: int, n: int, k: int) -> Step:
         library = gemm_library(device, dtype)
         why = "weights packed once" if library == "cpp" else "torch's own GEMM"
         return Step(name, times, rows, library, times * 2 * rows * k * n / 1e9, why)
@@ -103,16 +105,16 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         if fuses_ffn(device) and not recomputed:
             fused = operator("linear_gelu", times, asked, times * 2 * asked * width * inner / 1e9)
             return [replace(fused, why=fused.why + without_tiles(fused.backend, inner))]
-        return [product("FFN up", times, asked, width, inner), operator("bias_gelu", times, asked)]
+        return [product("FFN up", times, asked, *sizes["ffn"]), operator("bias_gelu", times, asked)]
 
     def layer(projections: list[Step], times: int, asked: int, asked_pairs: float) -> list[Step]:
         return [
             *projections,
             operator("attention", times, asked, times * 4 * asked_pairs * width / 1e9),
-            product("attention output", times, asked, width, width),
+            product("attention output", times, asked, *sizes["dense"]),
             operator("add_layer_norm", 2 * times, asked),
             *ffn_up(times, asked),
-            product("FFN down", times, asked, inner, width),
+            product("FFN down", times, asked, *sizes["ffn_output"]),
         ]
 
     projection = 2 * tokens * config.embedding_size * width / 1e9
@@ -120,12 +122,12 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     by_layer: list[Step] = []
     if layers > 1 or not first_only:
         times = layers - first_only
-        fused = product("query, key, value product", times, tokens, width, 3 * width)
+        fused = product("query, key, value product", times, tokens, *sizes["qkv"])
         by_layer += layer([fused], times, tokens, pairs)
     if first_only:
         apart = [
             product("query product", 1, last, width, width),
-            product("key, value product", 1, tokens, width, 2 * width),
+            product("key, value product", 1, tokens, 2 * width, width),
         ]
         by_layer += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
     quantized = encoder.encoder.quantized
@@ -144,16 +146,16 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         steps += by_layer
     if hasattr(model, "predictions"):
         steps += [
-            product("head: dense", 1, tokens, width, config.embedding_size),
+            product("head: dense", 1, tokens, config.embedding_size, width),
             operator("gelu_layer_norm", 1, tokens),
-            product("head: decoder", 1, tokens, config.embedding_size, config.vocab_size),
+            product("head: decoder", 1, tokens, config.vocab_size, config.embedding_size),
         ]
     if encoder.pooler is not None:
         steps.append(product("pooler", 1, batch, width, width))
     for name in ("classifier", "qa_outputs"):
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
-            steps.append(product(f"head: {name}", 1, last, width, head.out_features))
+            steps.append(product(f"head: {name}", 1, last, head.out_features, width))
     padding = 1 - tokens / (batch * columns) if batch * columns else 0.0
     wanted = "the first token of each sequence" if first_only else "every token"
     precision = f"{quantized} layers" if quantized else str(dtype).removeprefix("torch.")

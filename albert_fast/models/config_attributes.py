@@ -6,13 +6,13 @@ import dataclasses
 import difflib
 import functools
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..checkpoints.families import ALBERT
+from ..runtime.files import replacing
 
 Config = TypeVar("Config", bound=type)
 
@@ -153,13 +153,8 @@ class ConfigAttributes:
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
         """Write `to_json_string`, whole or not at all."""
-        path = Path(json_file_path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            aside.write_text(self.to_json_string(use_diff), encoding="utf-8")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with replacing(Path(json_file_path)) as file:
+            file.write(self.to_json_string(use_diff).encode())
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write config.json into a folder, which is made if need be."""

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.linear_cross_entropy import IGNORED
 from ..runtime.dispatch import check_device
 from .metrics import Metric, check_metrics, compute_metrics, predictions_of
 
@@ -299,7 +300,7 @@ def _count(labels: Any) -> int:
     if not isinstance(labels, Tensor):
         return len(labels)
     if labels.dim() == 1 and not labels.is_floating_point():
-        return int((labels != -100).sum())
+        return int((labels != IGNORED).sum())
     return labels.shape[0] if labels.dim() else 1
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.linear_cross_entropy import IGNORED
 from .data import TextDataset
 
 RUN_WEIGHTS = torch.tensor([1.0, 1 / 2, 1 / 3], dtype=torch.float32)
-IGNORED = -100
 
 
 class MaskedTextDataset(TextDataset):

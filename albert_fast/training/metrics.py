@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..ops.linear_cross_entropy import IGNORED
+
 Metric = Callable[[np.ndarray, np.ndarray], float]
 # An answer (start, end) is one number: start * SPAN_STRIDE + end. The stride is longer than any sequence.
 SPAN_STRIDE = 1 << 20
@@ -44,7 +46,7 @@ def predictions_of(pairs: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
             return labels, outputs
         return labels.flatten().long(), (outputs > 0).flatten().long()
     if outputs.dim() == labels.dim() + 1 and labels.shape == outputs.shape[:-1]:
-        kept = labels != -100
+        kept = labels != IGNORED
         return labels[kept], outputs.argmax(-1)[kept]
     raise ValueError(f"cannot make predictions from outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)}")
 
