@@ -12,6 +12,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="also run the tests marked thorough")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselects tests marked thorough, unless --thorough is given or their whole names are."""
+    if config.getoption("--thorough", default=False):
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough") and item.nodeid not in config.args]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        kept = set(items) - set(left_out)
+        items[:] = [item for item in items if item in kept]
+
+
 @pytest.fixture(autouse=True)
 def _seed_torch():
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from albert_fast.runtime import dispatch
-from albert_fast.testing.gpu import compile_check, launches
+from albert_fast.testing.gpu import compile_check, coverage, launches
 
 pytestmark = pytest.mark.xdist_group("compile check")  # one process, which compiles every kernel once
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -61,6 +61,38 @@ def rows(request, tmp_path_factory):
         return found[kernel]
 
     return of
+
+
+RECORDED = """
+import json, sys
+from albert_fast.testing.gpu import compile_check, coverage, launches
+capabilities = [chip.capability for chip in compile_check.CHIPS]
+recorded = launches.recorded_launches(*launches.CASES)
+chosen = coverage.covering(recorded, capabilities)
+assert chosen == coverage.covering(recorded, capabilities), "the choice is the same every time"
+names = ("kernel", "label", "tiles", "function", "numbers", "multiplies", "flags")
+json.dump(
+    [
+        {name: getattr(launch, name) for name in names} | {"compiled": [c for c in capabilities if (launch, c) in chosen]}
+        for launch in recorded
+    ],
+    sys.stdout,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[dict]:
+    """Every launch that `--all` compiles, with the capabilities of the chips for which the short check compiles it."""
+    done = run_apart("-c", RECORDED)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def tiles_of(recorded: list[dict], kernel: str) -> set[tuple[str, str, str]]:
+    """(type of operands, last word of the label, tiles) of a kernel's launches."""
+    own = [launch for launch in recorded if launch["kernel"] == kernel]
+    return {(launch["label"].split()[0], launch["label"].split()[-1], launch["tiles"]) for launch in own}
 
 
 def test_every_operator_is_checked():
@@ -118,7 +150,7 @@ def test_embedding_projection_multiplies_on_tensor_cores_but_float32(rows):
 
 
 @needs_triton
-def test_every_tile_of_attention_is_checked(rows):
+def test_every_tile_of_attention_is_recorded(recorded):
     from albert_fast.kernels._attention_tiles import MAX_HEAD_DIM, attention_bwd_tiles, attention_tiles
 
     def candidates(numbers, head_dim, queries, keys):
@@ -126,7 +158,6 @@ def test_every_tile_of_attention_is_checked(rows):
         dq, dkdv = attention_bwd_tiles(head_dim, dtype, queries, keys, tf32=tf32)
         return {"fwd": attention_tiles(head_dim, dtype, queries, tf32=tf32), "bwd_dq": dq, "bwd_dkdv": dkdv}
 
-    checked = {(row["label"].split()[0], row["label"].split()[-1], row["tiles"]) for row in rows("attention")}
     wanted, lengths = set(), (1, 16, 17, 64, 65, 128, 512, 100_000)
     for head_dim, queries, keys in itertools.product(range(1, MAX_HEAD_DIM + 1), lengths, lengths):
         for name in ("f32", "bf16", "tf32"):
@@ -136,11 +167,11 @@ def test_every_tile_of_attention_is_checked(rows):
                     shape = " ".join([*sizes, f"warps{tiles['num_warps']}", f"stages{tiles['num_stages']}"])
                     wanted.add((name, part, shape))
         assert candidates("f16", head_dim, queries, keys) == candidates("bf16", head_dim, queries, keys)
-    assert {row for row in checked if row[0] != "f16"} == wanted
+    assert {launch for launch in tiles_of(recorded, "attention") if launch[0] != "f16"} == wanted
 
 
 @needs_triton
-def test_every_tile_of_linear_cross_entropy_is_checked_and_on_tensor_cores_but_float32(rows):
+def test_every_tile_of_linear_cross_entropy_is_recorded_and_on_tensor_cores_but_float32(rows, recorded):
     from albert_fast.kernels._vocabulary import MAX_WIDTH, linear_cross_entropy_tiles
 
     products = [row for row in rows("linear_cross_entropy") if " N" in row["tiles"]]
@@ -153,12 +184,13 @@ def test_every_tile_of_linear_cross_entropy_is_checked_and_on_tensor_cores_but_f
         sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_E", "CHUNK_E", "BLOCK_O")
         options = ("num_warps", "num_stages")
         wanted = {" ".join([*(f"{s[-1]}{t[s]}" for s in sizes), *(f"{o[4:]}{t[o]}" for o in options)]) for t in tiles}
-        assert {row["tiles"] for row in products if row["label"].startswith(name)} == wanted
+        found = {tiles for numbers, part, tiles in tiles_of(recorded, "linear_cross_entropy") if numbers == name}
+        assert {tiles for tiles in found if " N" in tiles} == wanted
     assert linear_cross_entropy_tiles(128, torch.float16) == linear_cross_entropy_tiles(128, torch.bfloat16)
 
 
 @needs_triton
-def test_every_tile_of_linear_gelu_is_checked_and_on_each_chips_own_tensor_cores(rows):
+def test_every_tile_of_linear_gelu_is_recorded_and_on_each_chips_own_tensor_cores(rows, recorded):
     from albert_fast.kernels._matmul import matmul_tiles
 
     best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
@@ -175,7 +207,8 @@ def test_every_tile_of_linear_gelu_is_checked_and_on_each_chips_own_tensor_cores
             for t in matmul_tiles(n, 3072, launches.NUMBERS[dt], dt == "tf32")
         ]
         wanted = {"M{BLOCK_M} N{BLOCK_N} K{BLOCK_K} warps{num_warps} stages{num_stages}".format(**t) for t in tiles}
-        assert {row["tiles"] for row in of_dtype if row["label"].endswith("gelu_erf sums fwd")} == wanted
+        own = [launch for launch in recorded if launch["label"].split()[0] in others]
+        assert {launch["tiles"] for launch in own if launch["label"].endswith("gelu_erf sums fwd")} == wanted
 
 
 @needs_triton
@@ -193,12 +226,12 @@ def test_two_programs_of_the_tile_that_linear_gelu_starts_with_fit_one_multiproc
 
 
 @needs_triton
-def test_every_tile_of_the_encoder_s_products_is_checked_and_on_each_chips_own_tensor_cores(rows):
+def test_every_tile_of_the_encoder_s_products_is_recorded_and_on_each_chips_own_tensor_cores(rows, recorded):
     from albert_fast.kernels.encoder import MAX_HEAD_DIM, encoder_tiles
 
     shape = "M{BLOCK_M} N{BLOCK_N} K{BLOCK_K} warps{num_warps} stages{num_stages}"
     for name in ("f32", "bf16", "tf32"):
-        found = [row["tiles"] for row in rows("encoder") if row["label"].startswith(name)]
+        found = [tiles for numbers, _, tiles in tiles_of(recorded, "encoder") if numbers == name]
         sizes = itertools.product(range(1, MAX_HEAD_DIM + 1), (1, 16, 17, 512))
         tiles = [encoder_tiles(d, launches.NUMBERS[name], n, name == "tf32") for d, n in sizes]
         assert {tiles[tiles.index("M") :] for tiles in found} == {shape.format(**choice) for choice in tiles}
@@ -247,29 +280,31 @@ def test_rows_move_in_words_of_16_bytes(rows, kernel, case, direction):
         assert all(counts.get(name, 0) <= 6 for name in single), row
 
 
-COVERAGE = """
-from albert_fast.testing.gpu import compile_check, coverage, launches
-capabilities = [chip.capability for chip in compile_check.CHIPS]
-recorded = launches.recorded_launches(*launches.CASES)
-chosen = coverage.covering(recorded, capabilities)
-assert chosen == coverage.covering(recorded, capabilities), "the choice is the same every time"
-tile = lambda launch: (launch.function, launch.numbers if launch.multiplies else "", launch.tiles)
-assert {tile(launch) for launch, _ in chosen} == {tile(launch) for launch in recorded}
-flags = {(launch.function, flag) for launch in recorded for flag in launch.flags}
-assert {(launch.function, flag) for launch, _ in chosen for flag in launch.flags} == flags
-for launch in recorded:
-    if launch.multiplies and launch.numbers not in ("f16", "fp8"):
-        own = {chip for one, chip in chosen if (one.function, one.numbers) == (launch.function, launch.numbers)}
-        assert own == set(capabilities), launch.label
-print(len(chosen))
-"""
-
-
 @needs_triton
-def test_the_short_check_covers_every_tile_and_flag_with_few_compilations():
-    done = run_apart("-c", COVERAGE)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 360
+def test_the_short_check_covers_every_kind_of_code_with_few_compilations(recorded):
+    chosen = [launch for launch in recorded if launch["compiled"]]
+    capabilities = {chip.capability for chip in compile_check.CHIPS}
+
+    def fast(launches: list[dict]) -> set[tuple]:
+        """The tiles of the types in which models are fast, and of kernels that multiply nothing."""
+        kept = [one for one in launches if not one["multiplies"] or one["numbers"] in coverage.TILE_NUMBERS]
+        return {(one["function"], one["tiles"], one["numbers"] if one["multiplies"] else None) for one in kept}
+
+    def flags(launches: list[dict]) -> set[tuple]:
+        return {(one["function"], *flag) for one in launches for flag in one["flags"]}
+
+    assert fast(chosen) == fast(recorded)
+    assert flags(chosen) == flags(recorded)
+    kinds = {(one["function"], one["numbers"]) for one in recorded if one["multiplies"]}
+    assert {(one["function"], one["numbers"]) for one in chosen if one["multiplies"]} == kinds
+    for function, numbers in kinds:
+        own = [one["compiled"] for one in chosen if (one["function"], one["numbers"]) == (function, numbers)]
+        if numbers in ("bf16", "int8"):
+            assert set(itertools.chain(*own)) == capabilities, f"{function} {numbers}"
+    for function in {one["function"] for one in recorded}:
+        own = [one["compiled"] for one in chosen if one["function"] == function]
+        assert set(itertools.chain(*own)) == capabilities, function
+    assert sum(len(one["compiled"]) for one in chosen) <= 260
 
 
 def test_dtypes_of_the_check_are_those_of_the_kernels():

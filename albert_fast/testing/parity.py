@@ -15,11 +15,14 @@ from ..runtime import dispatch
 from . import poison_empty
 from .case import Inputs, OpCase
 from .cases import ALL_CASES
+from .covering import pairwise
 from .tolerances import assert_close_calibrated, largest_error
 
 if TYPE_CHECKING:
     import pytest
 
+# (id, case, shape, options, dtype, backend) of a parity test.
+GridRow = tuple[str, OpCase, Any, dict[str, Any], torch.dtype, str]
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -29,8 +32,11 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def parity_grid(op: str, *backends: str) -> list[tuple[str, OpCase, Any, dict[str, Any], torch.dtype, str]]:
-    """(id, case, shape, options, dtype, backend) of every parity test of `op`; Triton's interpreter gets the small shapes."""
+def parity_grid(op: str, *backends: str) -> list[GridRow]:
+    """(id, case, shape, options, dtype, backend) of every parity test of `op`; Triton's interpreter gets the small shapes.
+
+    `without_thorough` leaves the part that a quick run needs.
+    """
     case, grid = ALL_CASES[op], []
     for backend in backends:
         device = device_of(backend).type
@@ -44,17 +50,34 @@ def parity_grid(op: str, *backends: str) -> list[tuple[str, OpCase, Any, dict[st
     return grid
 
 
+def without_thorough(grid: list[GridRow]) -> list[GridRow]:
+    """The rows that every test run takes: for each backend every pair of a dtype, a shape and a set of options."""
+    rows = [
+        tuple((backend, value) for value in (dtype, shape, options)) for _, _, shape, options, dtype, backend in grid
+    ]
+    return [grid[at] for at in pairwise(rows)]
+
+
 def parity_tests(op: str) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
-    """pytest parametrisations of `check_forward` and `check_backward` over the grid of every backend that runs here."""
+    """pytest parametrisations of `check_forward` and `check_backward` over the grid of every backend that runs here.
+
+    Rows beyond `without_thorough` are marked "thorough".
+    """
     import pytest
 
     names = ("case", "shape", "options", "dtype", "backend")
     on_gpu = dispatch.TABLE[op]["cuda"] if torch.cuda.is_available() else ()
     # The reference is tested on the CPU only: on a GPU it is the same Python.
     forward = parity_grid(op, *dict.fromkeys((*dispatch.runnable_on(op, "cpu"), *on_gpu)))
-    backward = [row for row in forward if row[1].gradients]
-    marks = (pytest.mark.parametrize(names, [r[1:] for r in g], ids=[r[0] for r in g]) for g in (forward, backward))
-    return next(marks), next(marks)
+    always = {row[0] for row in without_thorough(forward)}
+
+    def parametrized(grid: list[GridRow]) -> pytest.MarkDecorator:
+        marks = [() if row[0] in always else (pytest.mark.thorough,) for row in grid]
+        return pytest.mark.parametrize(
+            names, [pytest.param(*row[1:], id=row[0], marks=mark) for row, mark in zip(grid, marks, strict=True)]
+        )
+
+    return parametrized(forward), parametrized([row for row in forward if row[1].gradients])
 
 
 def _shape_id(shape: Any) -> str:

@@ -3,9 +3,9 @@
     python -m albert_fast.testing.gpu.compile_check [--all] [--json FILE] [--kernel NAME ...]
 
 Triton kernels are compiled in the ways in which their own launchers start them (launches.py), CUDA sources with nvcc. Without
---all about a quarter of these compilations is chosen (coverage.py): every tile and every type of operands on one chip at
-least, every pair of flags of a kernel (activations, dropout, padding, absent operands), the largest tile of every type of
-operands on every chip, and the released models' launches on every chip.
+--all about a sixth of these compilations is chosen (coverage.py): every bfloat16 and 8-bit tile on one chip at least, every
+type of operands, every pair of flags of a kernel (activations, dropout, padding, absent operands), the largest tile of every
+type of operands, and the released models' launches on every chip.
 
 The table shows for every result registers, spills, shared memory and tensor-core instructions; and for every launch, at its
 recorded sizes, bytes, operations and the least time that an A100 and an H100 need for them (costs.py). A table of these least

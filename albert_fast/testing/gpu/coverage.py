@@ -1,14 +1,15 @@
 """Chooses which launches the short compile check compiles for which chips: few of them, and every kind of code at least once.
 
-Every launch on every chip would be about 1300 compilations; the choice is about a quarter. It covers
+Every launch on every chip would be about 1300 compilations; the choice is about a sixth. It covers
 
-- every tile on one chip at least, of kernels that multiply matrices for every type of operands;
+- every tile on one chip at least, of kernels that multiply matrices for the types of TILE_NUMBERS: float32 and TF32 share the
+  code, and have other tiles, of which the largest is covered;
 - every type of operands of every kernel on one chip at least, where kernels that do not multiply have one 16-bit type;
 - every kernel on every chip;
 - every value of every flag (an activation, dropout, padding, an absent operand), and every pair of such values of a kernel, on
   one chip at least;
-- of kernels that multiply, the largest tile of every type of operands on every chip, with dropout if there is any: such tiles
-  have spilled registers most often;
+- of kernels that multiply, the largest tile of every type of operands, with dropout if there is any, since such tiles have
+  spilled registers most often: on every chip for the types of TILE_NUMBERS, on one chip at least for the others;
 - launches at the released models' sizes (launches.py), on every chip.
 """
 
@@ -18,8 +19,11 @@ import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 
+from ..covering import cover
 from .recording import Launch
 
+# Types of operands for which every tile of a product is compiled: those that models are run in for speed.
+TILE_NUMBERS = ("bf16", "int8", "fp8")
 # A launch and the compute capability of the chip that it is compiled for.
 Compilation = tuple[Launch, int]
 
@@ -33,27 +37,25 @@ def covering(launches: Sequence[Launch], capabilities: Iterable[int]) -> set[Com
         for launch in launches
         if launch.is_for(capability)
     }
-    missing = set().union(*wanted.values())
-    chosen: set[Compilation] = set()
-    load: dict[int, int] = defaultdict(int)
-    while missing:
-        # The most requirements at once; among equals the chip with the least work so far, then the earliest launch.
-        best = max(wanted, key=lambda one: (len(wanted[one] & missing), -load[one[1]]))
-        missing -= wanted.pop(best)
-        load[best[1]] += 1
-        chosen.add(best)
-    return chosen
+
+    def least_loaded(one: Compilation, chosen: Sequence[Compilation]) -> float:
+        return -sum(capability == one[1] for _, capability in chosen)
+
+    return set(cover(wanted, least_loaded))
 
 
 def _requirements(launch: Launch, capability: int, largest: set[Launch]) -> set[Hashable]:
     """What a compilation covers."""
     function, numbers = launch.function, launch.numbers
-    tile = (numbers, launch.tiles) if launch.multiplies else launch.tiles
     # Kernels that multiply nothing differ between the 16-bit types only in how they convert to float32.
     kind = numbers if launch.multiplies else numbers.replace("bf16", "f16")
-    found: set[Hashable] = {(function, "tile", tile), (function, "numbers", kind), (function, "chip", capability)}
+    found: set[Hashable] = {(function, "numbers", kind), (function, "chip", capability)}
+    if not launch.multiplies or numbers in TILE_NUMBERS:
+        found.add((function, "tile", launch.tiles, numbers if launch.multiplies else None))
     found |= {(function, "flags", *pair) for pair in itertools.combinations_with_replacement(launch.flags, 2)}
-    if launch in largest or launch.every_chip:
+    if launch in largest:
+        found.add((launch, capability if numbers in TILE_NUMBERS else None))
+    if launch.every_chip:
         found.add((launch, capability))
     return found
 
