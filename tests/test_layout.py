@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -126,13 +127,29 @@ def test_kernels_import_torch_and_triton_alone():
 
 def test_triton_has_the_operators_numbers():
     pytest.importorskip("triton")
-    from albert_fast.kernels import _common, linear_cross_entropy
+    from albert_fast.kernels import _common, encoder, linear_cross_entropy
 
     from albert_fast.ops import _dropout
     from albert_fast.ops.linear_cross_entropy import IGNORED
 
     assert _common.HEAD_STRIDE.value == _dropout.HEAD_STRIDE
     assert linear_cross_entropy.IGNORED.value == IGNORED
+    assert encoder.MAX_HEAD_DIM == ops.MAX_KERNEL_HEAD_DIM
+
+
+@pytest.mark.parametrize(
+    ("op", "lists"), [("encoder", ["WEIGHTS"]), ("quantized_encoder", ["VECTORS", "PRODUCTS", "PRODUCT_TENSORS"])]
+)
+def test_a_triton_kernel_with_tensors_in_another_order_is_refused(op, lists, monkeypatch):
+    pytest.importorskip("triton")
+    kernel = importlib.import_module(f"albert_fast.kernels.{op}")
+    load = importlib.import_module(f"albert_fast.ops.{op}")._triton_kernel.__wrapped__
+    assert load() is kernel
+    for name in lists:
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, name, getattr(kernel, name)[::-1])
+            with pytest.raises(ImportError, match=rf"{kernel.__name__} has {name} = "):
+                load()
 
 
 # Folder of the package -> its floor. A file imports from floors below its own and from its own folder, and nothing else of

@@ -19,7 +19,7 @@ from ..runtime.derived import Derived
 from ..runtime.operands import Operand, check, check_launch, head_size, hold, matrix
 from ..runtime.registration import forbid_derivative, is_traced, needs_dispatcher, register
 from ._encoder_call import CALL_SCHEMA, EncoderCall, check_call, check_content, run_cpp
-from ._schema import LAYER, WEIGHTS, sizes_of, split_layers
+from ._schema import LAYER, WEIGHTS, check_orders, sizes_of, split_layers
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import bias_gelu_ref
@@ -75,9 +75,7 @@ def _triton_kernel() -> ModuleType:
     """kernels.encoder, once its arguments were found to be in the order of the schema."""
     from ..kernels import encoder as kernel
 
-    if kernel.WEIGHTS != _NAMES:
-        raise ImportError(f"the Triton kernel takes a layer's weights as {kernel.WEIGHTS}, ops/_schema.py has {_NAMES}")
-    return kernel
+    return check_orders(kernel, WEIGHTS=_NAMES)
 
 
 def kernels_are_compared() -> bool:

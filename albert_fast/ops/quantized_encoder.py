@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from ._integers import (
     unpack,
     unpack_channels,
 )
-from ._schema import PRODUCTS, VECTORS, matrix_sizes, sizes_of
+from ._schema import PRODUCTS, VECTORS, check_orders, matrix_sizes, sizes_of
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import bias_gelu_ref
@@ -197,6 +198,15 @@ def _operands(
     return operands, all_operands
 
 
+@functools.cache
+def _triton_kernel() -> ModuleType:
+    """kernels.quantized_encoder, once its arguments were found to be in the order of the schema."""
+    from ..kernels import quantized_encoder as kernel
+
+    orders = {"VECTORS": tuple(VECTORS), "PRODUCTS": tuple(PRODUCTS), "PRODUCT_TENSORS": ProductTensors._fields}
+    return check_orders(kernel, **orders)
+
+
 def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor:
     operands, layer_operands = _operands(layers, call, options)
     device, panels = call.hidden.device, layers.integers[0].dim() == 1
@@ -210,9 +220,7 @@ def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor
         found, expected = ("panels", "rows") if panels else ("rows", "panels")
         raise ValueError(f"{_OP}: the {backend} kernel reads integers in {expected}, not in {found}")
     if backend == "triton":
-        from ..kernels.quantized_encoder import quantized_encoder_fwd
-
-        return quantized_encoder_fwd(
+        out: Tensor = _triton_kernel().quantized_encoder_fwd(
             call.hidden,
             *layers,
             call.layer_indices,
@@ -227,6 +235,7 @@ def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor
             call.eps,
             call.act,
         )
+        return out
     held = [hold(_OP, device, layer) for layer in layer_operands]
     table = [address for layer in held for address in layer.addresses]
     (middle,), bits = layer_operands[0][_FFN_BIAS][2], FORMATS[options.precision].dtype.itemsize * 8
