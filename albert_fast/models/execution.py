@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..execution.graphs import GraphCache
 from ..layers.quantized import QuantizedLinear, wrong_in_rounded
 from ..layers.run import RECOMPUTE
+from ..ops._schema import PRODUCTS, matrix_sizes
 from ..quantization.calibration import Calibration, quantize
 from ..quantization.rounding import PRECISIONS as ROUNDED
 from ..runtime import derived, dispatch
@@ -146,11 +146,9 @@ class Execution(EagerExecution):
 
     def expect_quantized(self, precision: str) -> None:
         config = self._encoder.config
-        sizes = {"H": config.hidden_size, "3H": 3 * config.hidden_size, "I": config.intermediate_size}
+        sizes = {name: matrix_sizes(name, config.hidden_size, config.intermediate_size) for name in PRODUCTS}
         for layer in self._encoder.encoder.distinct():
-            layer.place_quantized(
-                [QuantizedLinear(name, (sizes[n], sizes[k]), precision) for name, (n, k) in ops.PRODUCTS.items()]
-            )
+            layer.place_quantized([QuantizedLinear(name, shape, precision) for name, shape in sizes.items()])
 
     def wrong_with(self, key: str, tensor: Tensor) -> str | None:
         return None if self.quantized is None else wrong_in_rounded(self.quantized, key, tensor)
