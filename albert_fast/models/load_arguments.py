@@ -140,7 +140,7 @@ class LoadArguments:
         elif path is None:
             raise TypeError("from_pretrained(None) needs config= and state_dict=")
         else:
-            file = config_path(path if path.is_dir() else path.parent)
+            file = config_path(path)
             if not file.is_file():
                 raise missing_config(path)
             config = ALBERTConfig.from_json_file(file)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.families import ALBERT
-from ..checkpoints.saving import config_path, missing_config
+from ..checkpoints.saving import config_path, folder_of, missing_config
 from ..checkpoints.weights import resolve
 from ..models.albert import ALBERTModel
 from ..models.config import ALBERTConfig
@@ -77,7 +77,7 @@ def quantize_checkpoint(
     output = Path(output)
     _check_output(output, overwrite)
     path = resolve(source)
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     if output.exists() and output.resolve() == folder.resolve():
         raise ValueError(f"{output}: the output is the source; name another folder")
     model_class, config = _model_class(folder)
