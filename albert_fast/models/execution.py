@@ -15,9 +15,9 @@ from ..layers.quantized import QuantizedLinear, wrong_in_rounded
 from ..layers.run import RECOMPUTE
 from ..ops._schema import PRODUCTS, matrix_sizes
 from ..quantization.calibration import Calibration, quantize
-from ..quantization.rounding import PRECISIONS as ROUNDED
+from ..quantization.rounding import ROUNDED
 from ..runtime import derived, dispatch
-from .load_arguments import PRECISIONS
+from .load_arguments import FLOAT_DTYPES
 
 
 def encoder_of(model: Any) -> Any:
@@ -52,9 +52,9 @@ class EagerExecution:
         """ValueError, with the reason, for a backend or precision that such a model does not have."""
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend {backend!r}: this model is plain PyTorch; it takes 'auto' or 'reference'")
-        if precision not in PRECISIONS:
+        if precision not in FLOAT_DTYPES:
             raise ValueError(
-                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(PRECISIONS)}"
+                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(FLOAT_DTYPES)}"
             )
 
     def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
@@ -62,7 +62,7 @@ class EagerExecution:
 
     def use(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Convert the model to `precision`, one of "fp32", "bf16" and "fp16"."""
-        self._model.to(PRECISIONS[precision])
+        self._model.to(FLOAT_DTYPES[precision])
 
     @property
     def quantized(self) -> str | None:
@@ -108,8 +108,8 @@ class Execution(EagerExecution):
     def check(cls, backend: str, precision: str) -> None:
         if backend not in ("auto", *dispatch.BACKENDS):
             raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
-        if precision not in (*PRECISIONS, *ROUNDED):
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*PRECISIONS, *ROUNDED))}")
+        if precision not in (*FLOAT_DTYPES, *ROUNDED):
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*FLOAT_DTYPES, *ROUNDED))}")
 
     def use(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Run on `backend` in `precision`, on the device where the model is.
@@ -124,7 +124,7 @@ class Execution(EagerExecution):
             dispatch.check_quantized(precision, device, backend)
             dtype = dispatch.quantized_dtype(precision, device.type)
         else:
-            dtype = PRECISIONS[precision]
+            dtype = FLOAT_DTYPES[precision]
         dispatch.check_backend(backend, device.type, dtype)
         if precision in ROUNDED:
             self._round(precision, backend, calibration)

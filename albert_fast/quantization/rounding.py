@@ -20,7 +20,7 @@ from ..layers.quantized import QuantizedLinear, run_sums
 from ..ops._integers import FORMATS, RUN, Format, product_ref, slices
 from ..ops._schema import SLICE
 
-PRECISIONS = ("int16", "int8", "fp8")
+ROUNDED = ("int16", "int8", "fp8")
 # gptq: the part of the Hessian's mean diagonal that is added to it, and the columns whose updates are gathered into a product.
 _DAMP, _BLOCK = 0.01, 128
 # rescaling: Adam's steps, and the rate of the first one.

@@ -28,7 +28,7 @@ from ..text.batching import TextPair, padded_batches, tokenize
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .loading import token_limit
 
-PRECISIONS = ("int8", "int16")
+STORABLE = ("int8", "int16")
 _MODELS: tuple[Any, ...] = (
     ALBERTModel,
     ALBERTForMaskedLM,
@@ -72,8 +72,8 @@ def quantize_checkpoint(
         ValueError: an unknown precision, weights that are rounded already, no text, an unknown architecture.
         FileNotFoundError: no checkpoint, or no vocabulary in it.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: a checkpoint is stored in one of {', '.join(PRECISIONS)}")
+    if precision not in STORABLE:
+        raise ValueError(f"precision {precision!r}: a checkpoint is stored in one of {', '.join(STORABLE)}")
     output = Path(output)
     _check_output(output, overwrite)
     path = resolve(source)
