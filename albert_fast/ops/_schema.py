@@ -80,15 +80,15 @@ VECTORS = {
 SLICE, PANEL = 768, 32
 
 
-def sizes_of(shape: str, hidden: int, middle: int) -> tuple[int, ...]:
-    """The sizes that the letters of a shape stand for: for "I H" these are middle and hidden."""
-    sizes = {"H": hidden, "3H": 3 * hidden, "I": middle}
+def sizes_of(shape: str, hidden: int, intermediate_size: int) -> tuple[int, ...]:
+    """The sizes that the letters of a shape stand for: for "I H" these are intermediate_size and hidden."""
+    sizes = {"H": hidden, "3H": 3 * hidden, "I": intermediate_size}
     return tuple(sizes[letter] for letter in shape.split())
 
 
-def matrix_sizes(product: str, hidden: int, middle: int) -> tuple[int, int]:
+def matrix_sizes(product: str, hidden: int, intermediate_size: int) -> tuple[int, int]:
     """N and K of a product's matrix."""
-    n, k = sizes_of(" ".join(PRODUCTS[product]), hidden, middle)
+    n, k = sizes_of(" ".join(PRODUCTS[product]), hidden, intermediate_size)
     return n, k
 
 
