@@ -1,4 +1,5 @@
-"""What a call costs beside its graph, and what is said of one that is none: explain, warnings, the switch, refused captures."""
+"""Tests calls around CUDA graphs: launches per call, what explain and warnings say when no graph is used, the switch, and failed
+captures."""
 
 import contextlib
 import gc

@@ -58,7 +58,7 @@ class EagerExecution:
             )
 
     def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
-        """Nothing: plain PyTorch has no work to do ahead."""
+        """Does nothing: plain PyTorch needs no preparation."""
 
     def use(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Convert the model to `precision`, one of "fp32", "bf16" and "fp16"."""
