@@ -1,3 +1,5 @@
+"""Models with rounded layers: their error against float32, saving and loading, calibration, and what they refuse."""
+
 import dataclasses
 import json
 
