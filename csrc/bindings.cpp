@@ -174,8 +174,10 @@ py::dict schema() {
     all["product_tensors"] = names<albert_fast::ProductTensor>();
     all["stages"] = names<albert_fast::Stage>();
     all["acts"] = names<albert_fast::ActivationCode>();
+    all["dtypes"] = names<albert_fast::DtypeCode>();
     all["slice"] = albert_fast::kSlice;
     all["panel"] = albert_fast::kIntegerPanel;
+    all["run"] = albert_fast::kIntegerRun;
     all["head_stride"] = albert_fast::kHeadStride;
     all["ignored"] = albert_fast::kIgnored;
     all["cuda_buffers"] = py::make_tuple(albert_fast::kPadColumns, albert_fast::kSumTokens, albert_fast::kSumPairs);

@@ -12,6 +12,8 @@ namespace albert_fast {
 constexpr std::int64_t kSlice = 768;
 // Output channels in a panel of packed integers.
 constexpr std::int64_t kIntegerPanel = 32;
+// Elements of a row of 16-bit integers whose products are added up in 32 bits.
+constexpr std::int64_t kIntegerRun = 256;
 // Dropout of attention: the rows of the hash of head h begin at h * kHeadStride.
 constexpr std::uint32_t kHeadStride = 0x10001u;
 // The label that linear_cross_entropy ignores.
@@ -88,6 +90,10 @@ ALBERT_FAST_LIST(Stage, ALBERT_FAST_STAGES)
 // Activation functions, by the number that a call names them with.
 #define ALBERT_FAST_ACTIVATIONS(X) X(kGeluTanh, "gelu_tanh") X(kGeluErf, "gelu_erf") X(kRelu, "relu")
 ALBERT_FAST_LIST(ActivationCode, ALBERT_FAST_ACTIVATIONS)
+
+// Element types, by the number that a call names them with. Only the CUDA functions take float16.
+#define ALBERT_FAST_DTYPES(X) X(kFloat32, "float32") X(kBfloat16, "bfloat16") X(kFloat16, "float16")
+ALBERT_FAST_LIST(DtypeCode, ALBERT_FAST_DTYPES)
 
 #undef ALBERT_FAST_MEMBER
 #undef ALBERT_FAST_NAME

@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -75,37 +75,36 @@ def _quantized_product_kernel(
     tl.store(out_at, round_to(out, out_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :])
 
 
-@dataclass(frozen=True)
-class Matrix:
+class Matrix(NamedTuple):
     """The weights of a product, and what its activations are multiplied by and shifted by before they are rounded.
 
-    values: (N, D) int8 or float8 e4m3, 0 beyond K. scales, sums: (N,) float32. rescale, shift: (K,) float32.
+    integers: (N, D) int8 or float8 e4m3, 0 beyond K. scales, sums: (N,) float32. rescales, shifts: (K,) float32.
 
     D, the depth, is K rounded up to a multiple of 128, so that rows begin at 16-byte words and no step of a product needs a mask:
     masked bytes would be loaded one by one.
     """
 
-    values: torch.Tensor
+    integers: torch.Tensor
     scales: torch.Tensor
     sums: torch.Tensor
-    rescale: torch.Tensor
-    shift: torch.Tensor
+    rescales: torch.Tensor
+    shifts: torch.Tensor
 
     def channels(self, begin: int, end: int) -> Matrix:
         """The product's output channels `begin` to `end`."""
-        values, scales, sums = (t[begin:end] for t in (self.values, self.scales, self.sums))
-        return Matrix(values, scales, sums, self.rescale, self.shift)
+        integers, scales, sums = (t[begin:end] for t in (self.integers, self.scales, self.sums))
+        return self._replace(integers=integers, scales=scales, sums=sums)
 
 
 def quantized_product(x: Rounded, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The product of rounded rows (T, D) with a matrix (N, D), (T, N) in bfloat16; bias: (N,) float32."""
-    (n_rows, depth), n_cols = x.values.shape, len(matrix.values)
+    (n_rows, depth), n_cols = x.values.shape, len(matrix.integers)
     out = torch.empty((n_rows, n_cols), dtype=torch.bfloat16, device=x.values.device)
     if n_rows == 0:
         return out
 
     rows = (x.values, x.steps, x.zeros)
-    weights = (matrix.values, matrix.scales, matrix.sums)
+    weights = (matrix.integers, matrix.scales, matrix.sums)
     sizes = (n_rows, n_cols, depth)
 
     def launch(tiles: Tiles) -> None:
@@ -124,15 +123,47 @@ def _choice_key(n_rows: int, n_cols: int, depth: int, dtype: torch.dtype) -> str
     return f"{dtype} T{triton.next_power_of_2(n_rows)} N{n_cols} K{depth}"
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer: its four products, and its vectors in the order in which `quantized_encoder_fwd` is given them."""
+class LayerVectors(NamedTuple):
+    """The vectors of one layer: biases in float32, weights and biases of the norms in bfloat16."""
 
-    vectors: Sequence[torch.Tensor]
-    qkv: Matrix
-    dense: Matrix
-    ffn: Matrix
-    ffn_output: Matrix
+    qkv_bias: torch.Tensor  # (3H,)
+    dense_bias: torch.Tensor  # (H,)
+    norm_weight: torch.Tensor  # (H,)
+    norm_bias: torch.Tensor  # (H,)
+    ffn_bias: torch.Tensor  # (I,)
+    ffn_output_bias: torch.Tensor  # (H,)
+    full_norm_weight: torch.Tensor  # (H,)
+    full_norm_bias: torch.Tensor  # (H,)
+
+
+class LayerProducts(NamedTuple):
+    """The products of one layer, with the shapes (N, K) of their matrices."""
+
+    qkv: Matrix  # (3H, H)
+    dense: Matrix  # (H, H)
+    ffn: Matrix  # (I, H)
+    ffn_output: Matrix  # (H, I)
+
+
+# The orders of a layer's vectors and products and of a product's tensors; ops/quantized_encoder.py compares them with its own.
+VECTORS = LayerVectors._fields
+PRODUCTS = LayerProducts._fields
+PRODUCT_TENSORS = Matrix._fields
+
+
+def _layers(
+    vectors: Sequence[torch.Tensor], product_tensors: Sequence[Sequence[torch.Tensor]]
+) -> list[tuple[LayerVectors, LayerProducts]]:
+    """Each distinct layer's vectors and products, from the lists that `quantized_encoder_fwd` is given."""
+    matrices = list(itertools.starmap(Matrix, zip(*product_tensors, strict=True)))
+    own, products = len(VECTORS), len(PRODUCTS)
+    return [
+        (
+            LayerVectors(*vectors[own * i : own * (i + 1)]),
+            LayerProducts(*matrices[products * i : products * (i + 1)]),
+        )
+        for i in range(len(vectors) // own)
+    ]
 
 
 def quantized_encoder_fwd(
@@ -159,10 +190,8 @@ def quantized_encoder_fwd(
 
     Args:
         hidden: (T, H) bfloat16.
-        vectors: eight of each distinct layer: the bias of query, key and value (3H,), of the attention's output (H,),
-            weight and bias of its norm (H,), the biases of the FFN's products (I,) and (H,), weight and bias of the last norm
-            (H,). Biases are float32, norms bfloat16.
-        integers, scales, sums, rescales, shifts: four of each distinct layer, the fields of `Matrix`.
+        vectors: of each distinct layer in turn, the fields of `LayerVectors`.
+        integers, scales, sums, rescales, shifts: of each distinct layer in turn, those of its `PRODUCTS`; see `Matrix`.
         layer_indices: which distinct layer runs at each step.
         cu_seqlens: (B + 1,) int32.
         wanted_rows, cu_wanted: (Tq,) int64 and (B + 1,) int32, the rows that the caller wants of the last layer; None: all.
@@ -180,38 +209,36 @@ def quantized_encoder_fwd(
     if wanted_rows is not None:
         # They are not checked before the launches, and an index outside would end the CUDA context.
         wanted_rows = wanted_rows.clamp(0, max(len(hidden) - 1, 0))
-    lists = zip(integers, scales, sums, rescales, shifts, strict=True)
-    matrices = list(itertools.starmap(Matrix, lists))
-    layers = [_Layer(vectors[8 * i : 8 * i + 8], *matrices[4 * i : 4 * i + 4]) for i in range(len(vectors) // 8)]
-    first = layers[layer_indices[0]].qkv
-    narrow, wide = first.values.shape[1], layers[0].ffn_output.values.shape[1]
-    rounded: Rounded | None = round_rows(hidden, first.rescale, first.shift, dtype, narrow)
+    layers = _layers(vectors, (integers, scales, sums, rescales, shifts))
+    _, first = layers[layer_indices[0]]
+    narrow, wide = first.qkv.integers.shape[1], first.ffn_output.integers.shape[1]
+    rounded: Rounded | None = round_rows(hidden, first.qkv.rescales, first.qkv.shifts, dtype, narrow)
     for step, index in enumerate(layer_indices):
         assert rounded is not None  # the previous step rounded it
-        layer, is_last = layers[index], step + 1 == len(layer_indices)
-        qkv_bias, dense_bias, norm, norm_bias, ffn_bias, output_bias, full_norm, full_norm_bias = layer.vectors
+        (own, products), is_last = layers[index], step + 1 == len(layer_indices)
         if is_last and wanted_rows is not None and cu_wanted is not None:
-            q = quantized_product(rounded.take(wanted_rows), layer.qkv.channels(0, width), qkv_bias[:width])
-            keys_values = quantized_product(rounded, layer.qkv.channels(width, 3 * width), qkv_bias[width:])
+            q = quantized_product(rounded.take(wanted_rows), products.qkv.channels(0, width), own.qkv_bias[:width])
+            keys_values = quantized_product(rounded, products.qkv.channels(width, 3 * width), own.qkv_bias[width:])
             k, v = keys_values.split(width, dim=1)
             hidden, cu_queries, max_queries = hidden.index_select(0, wanted_rows), cu_wanted, max_wanted
         else:
-            q, k, v = quantized_product(rounded, layer.qkv, qkv_bias).split(width, dim=1)
+            q, k, v = quantized_product(rounded, products.qkv, own.qkv_bias).split(width, dim=1)
             cu_queries, max_queries = cu_seqlens, max_seqlen
         batch = (cu_queries, cu_seqlens, sequence_order, max_queries, max_seqlen)
         context, _ = attention_fwd(q, k, v, *batch, num_heads, softmax_scale)
-        rounded = round_rows(context, layer.dense.rescale, layer.dense.shift, dtype, narrow)
-        product = quantized_product(rounded, layer.dense)
+        dense, ffn, ffn_output = products.dense, products.ffn, products.ffn_output
+        rounded = round_rows(context, dense.rescales, dense.shifts, dtype, narrow)
+        product, norm = quantized_product(rounded, dense), (own.norm_weight, own.norm_bias)
         attended, rounded = add_layer_norm_rounded(
-            product, dense_bias, hidden, norm, norm_bias, eps, layer.ffn.rescale, layer.ffn.shift, dtype, narrow
+            product, own.dense_bias, hidden, *norm, eps, ffn.rescales, ffn.shifts, dtype, narrow
         )
         assert rounded is not None  # there was a rescale
-        up = quantized_product(rounded, layer.ffn)
-        rounded = bias_gelu_rounded(up, ffn_bias, act, layer.ffn_output.rescale, layer.ffn_output.shift, dtype, wide)
-        down = quantized_product(rounded, layer.ffn_output)
-        next_qkv = None if is_last else layers[layer_indices[step + 1]].qkv
-        rescale, shift = (None, None) if next_qkv is None else (next_qkv.rescale, next_qkv.shift)
+        up = quantized_product(rounded, ffn)
+        rounded = bias_gelu_rounded(up, own.ffn_bias, act, ffn_output.rescales, ffn_output.shifts, dtype, wide)
+        down, norm = quantized_product(rounded, ffn_output), (own.full_norm_weight, own.full_norm_bias)
+        next_qkv = None if is_last else layers[layer_indices[step + 1]][1].qkv
+        rescale, shift = (None, None) if next_qkv is None else (next_qkv.rescales, next_qkv.shifts)
         hidden, rounded = add_layer_norm_rounded(
-            down, output_bias, attended, full_norm, full_norm_bias, eps, rescale, shift, dtype, narrow
+            down, own.ffn_output_bias, attended, *norm, eps, rescale, shift, dtype, narrow
         )
     return hidden

@@ -1,3 +1,5 @@
+"""Fixtures and settings that all tests share."""
+
 import os
 
 # Set before torch starts its threads: threads of several test processes would wait for each other's cores.

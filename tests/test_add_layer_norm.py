@@ -1,3 +1,5 @@
+"""add_layer_norm on every backend against plain torch, its dropout, and how it names bad input."""
+
 import pytest
 import torch
 from hypothesis import given, settings

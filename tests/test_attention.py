@@ -1,3 +1,5 @@
+"""attention on every backend against plain torch: unequal sequences, dropout, gradients, and where NaN stays."""
+
 from functools import partial
 
 import pytest

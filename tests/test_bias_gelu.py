@@ -1,3 +1,5 @@
+"""bias_gelu on every backend against plain torch: its activations at their limits, dropout, and bad input."""
+
 import pytest
 import torch
 from hypothesis import given, settings

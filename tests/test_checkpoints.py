@@ -17,7 +17,7 @@ from torch import Tensor
 import albert_fast
 from albert_fast.checkpoints import weights
 from albert_fast.models import reference
-from albert_fast.models.load_arguments import PRECISIONS
+from albert_fast.models.load_arguments import FLOAT_DTYPES
 from albert_fast.testing.model_pairs import NAMES, OUTPUTS, SMALL, drawn_inputs, model_pair
 
 MODULES = [pytest.param(reference, id="eager"), pytest.param(albert_fast, id="fast")]
@@ -214,7 +214,7 @@ def test_the_dtype_of_the_file(module: ModuleType, dtype: torch.dtype, saved: Pa
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_precision_of_the_eager_models(precision: str, saved: Path, tmp_path: Path) -> None:
-    dtype = PRECISIONS[precision]
+    dtype = FLOAT_DTYPES[precision]
     model = reference.ALBERTForPreTraining.from_pretrained(saved, precision=precision)
     exact = reference.ALBERTForPreTraining.from_pretrained(saved)
     assert_same_bits(model.state_dict(), {key: tensor.to(dtype) for key, tensor in exact.state_dict().items()})

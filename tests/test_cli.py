@@ -411,4 +411,4 @@ def test_train_defaults_are_the_recipes(monkeypatch: pytest.MonkeyPatch, run, la
     named = {"layers": "num_hidden_layers", "heads": "num_attention_heads"}
     for option in ("layers", "heads", "hidden-size", "embedding-size", "intermediate-size"):
         name = named.get(option, option.replace("-", "_"))
-        assert re.search(rf"--{option} [^-]*New model\. \[default: \({default[name]}\)", shown), option
+        assert re.search(rf"--{option} [^-]* of a new model\. \[default: \({default[name]}\)", shown), option

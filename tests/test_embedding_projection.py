@@ -1,3 +1,5 @@
+"""embedding_projection on every backend against plain torch, and how it names an id outside its table."""
+
 import contextlib
 
 import pytest

@@ -1,3 +1,5 @@
+"""All layers in one call, in C++ and as one Triton kernel: parity, the same bits in any batch, the barrier, the choice."""
+
 import importlib.util
 import inspect
 import itertools

@@ -17,6 +17,7 @@ import torch
 import albert_fast
 from albert_fast import ALBERTConfig
 from albert_fast.runtime.locking import LockedError
+from albert_fast.tasks.classify import TextClassifier
 from albert_fast.testing import require_data
 from albert_fast.text.tokenizer import load_tokenizer
 from albert_fast.training import Recipe, evaluate, fit
@@ -289,6 +290,22 @@ def test_shipped_model_is_small_and_knows_its_labels() -> None:
     with torch.no_grad():
         logits = model(**load_tokenizer(SHIPPED)(texts, return_tensors="pt")).logits
     assert logits.argmax(1).tolist() == [1, 0]
+
+
+def test_a_checkpoint_may_be_named_by_its_file_of_weights(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="the text extra is not installed")
+    weights, file = SHIPPED / "model.safetensors", tmp_path / "some.tsv"
+    texts = ["a charming and moving film", "a dull , lifeless mess", "[SEP] is text"]
+    file.write_text("".join(f"{text}\t{label}\n" for text, label in zip(texts, (1, 0, 1), strict=True)))
+    columns = {"text_column": 0, "label_column": 1, "device": "cpu", "progress": False}
+    assert evaluate(weights, file, **columns) == evaluate(SHIPPED, file, **columns)
+    assert TextClassifier(weights, device="cpu")(texts) == TextClassifier(SHIPPED, device="cpu")(texts)
+    recipe = Recipe(epochs=1, batch_size=3, max_length=16)
+    first, second = (
+        fit(file, tmp_path / name, init_from=start, recipe=recipe, **columns).history[-1]["train_loss"]
+        for name, start in (("from_file", weights), ("from_folder", SHIPPED))
+    )
+    assert first == second
 
 
 def test_shipped_model_is_as_accurate_as_its_card_says() -> None:

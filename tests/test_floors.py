@@ -182,7 +182,7 @@ class _Watched:
         signature = inspect.signature(self.kernel.fn)
         own = {name: value for name, value in kwargs.items() if name in signature.parameters}
         arguments = costs.by_name(signature.bind(*args, **own).arguments)
-        scratch = costs.ENCODER_BUFFERS if "encoder" in self.name else ()
+        scratch = costs.encoder_buffers() if "encoder" in self.name else ()
         apart = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in map(arguments.get, scratch)]
         touched = 0
         for size, found in self.addresses.items():

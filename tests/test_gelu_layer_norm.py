@@ -1,3 +1,5 @@
+"""gelu_layer_norm on every backend against plain torch, and how it names bad input."""
+
 import pytest
 import torch
 from hypothesis import given, settings

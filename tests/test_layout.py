@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -126,13 +127,29 @@ def test_kernels_import_torch_and_triton_alone():
 
 def test_triton_has_the_operators_numbers():
     pytest.importorskip("triton")
-    from albert_fast.kernels import _common, linear_cross_entropy
+    from albert_fast.kernels import _common, encoder, linear_cross_entropy
 
     from albert_fast.ops import _dropout
     from albert_fast.ops.linear_cross_entropy import IGNORED
 
     assert _common.HEAD_STRIDE.value == _dropout.HEAD_STRIDE
     assert linear_cross_entropy.IGNORED.value == IGNORED
+    assert encoder.MAX_HEAD_DIM == ops.MAX_KERNEL_HEAD_DIM
+
+
+@pytest.mark.parametrize(
+    ("op", "lists"), [("encoder", ["WEIGHTS"]), ("quantized_encoder", ["VECTORS", "PRODUCTS", "PRODUCT_TENSORS"])]
+)
+def test_a_triton_kernel_with_tensors_in_another_order_is_refused(op, lists, monkeypatch):
+    pytest.importorskip("triton")
+    kernel = importlib.import_module(f"albert_fast.kernels.{op}")
+    load = importlib.import_module(f"albert_fast.ops.{op}")._triton_kernel.__wrapped__
+    assert load() is kernel
+    for name in lists:
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, name, getattr(kernel, name)[::-1])
+            with pytest.raises(ImportError, match=rf"{kernel.__name__} has {name} = "):
+                load()
 
 
 # Folder of the package -> its floor. A file imports from floors below its own and from its own folder, and nothing else of
@@ -154,11 +171,53 @@ FLOORS = {
     "commands": 9,
     "cli": 9,
 }
-# Files at the top that give users the names of the rooms: no file of the package imports them.
-DOORS = {"info", "tokenization", "reference", "config", "weights", "dispatch"}
+# Top-level files that are public import paths: they re-export, and no file of the package imports them.
+PUBLIC_MODULES = {"info", "tokenization", "reference", "config", "weights", "dispatch"}
 # Every file at the top of the package; `albert_fast` is its __init__.py, from which no file imports.
-TOP_FILES = DOORS | {"cli", "albert_fast"}
-BESIDE = "testing"  # on no floor: only tests and benchmarks import it
+TOP_FILES = PUBLIC_MODULES | {"cli", "albert_fast"}
+TEST_ONLY = "testing"  # on no floor: only tests and benchmarks import it
+
+# Every file of the package, by folder, beside its __init__.py. A new file needs its name here, so that no file is added unseen.
+FILES = {
+    "albert_fast": "cli config dispatch info reference tokenization weights",
+    "albert_fast/checkpoints": "families hub saving sentence_modules weights",
+    "albert_fast/commands": (
+        "_compare _errors _lines _options _progress _sinks bench classify demo encode evaluate fill_mask info "
+        "quantize train"
+    ),
+    "albert_fast/execution": "capture graphs",
+    "albert_fast/inspect": "explain info profiling timing",
+    "albert_fast/layers": "adapters attention embeddings encoded inputs layer packing quantized run spec stack wanted",
+    "albert_fast/models": (
+        "albert config config_attributes config_checks execution head_model heads load_arguments losses model_methods "
+        "outputs pretrained"
+    ),
+    "albert_fast/models/reference": "albert heads losses",
+    "albert_fast/ops": (
+        "_columns _dropout _dtypes _encoder_call _graph_inputs _integers _reports _schema _stages _token_errors "
+        "_torch add_layer_norm attention bias_gelu embedding_projection encoder gelu_layer_norm linear_cross_entropy "
+        "linear_gelu quantized_encoder"
+    ),
+    "albert_fast/quantization": "calibration rounding",
+    "albert_fast/runtime": (
+        "derived devices dispatch files linear locking operands registration unused_gradients version"
+    ),
+    "albert_fast/tasks": "classify embed errors fill_mask loading quantize vector_files",
+    "albert_fast/testing": "case cases encoder_cases hostile model_pairs parity small_checkpoints tolerances",
+    "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
+    "albert_fast/text": (
+        "batching line_reader normalization text_files tokenizer vocabulary vocabulary_training windows"
+    ),
+    "albert_fast/training": (
+        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization recipe "
+        "run"
+    ),
+    "kernels": (
+        "_attention_tiles _capture _common _encoder_phases _graph_inputs _layer_norm _matmul _precision _rounding "
+        "_tuning _vocabulary add_layer_norm attention attention_bwd bias_gelu encoder gelu_layer_norm "
+        "linear_cross_entropy linear_gelu quantized_encoder"
+    ),
+}
 
 
 def package_imports(path: Path, modules: set[str]) -> Iterator[str]:
@@ -173,26 +232,39 @@ def package_modules() -> dict[str, Path]:
     return {module_name(path): path for path in python_files(*PACKAGE_FOLDERS)}
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     """The folder of a module, or the name of a file at the top."""
     return module.split(".")[1] if "." in module else module
 
 
-def test_every_file_of_the_package_is_in_a_room():
-    rooms = {room_of(module) for module in package_modules()}
-    assert rooms == set(FLOORS) - {"_C"} | TOP_FILES | {BESIDE}
+def test_every_folder_of_the_package_has_a_floor():
+    folders = {folder_of(module) for module in package_modules()}
+    assert folders == set(FLOORS) - {"_C"} | TOP_FILES | {TEST_ONLY}
+
+
+def test_every_file_of_the_package_is_listed():
+    found: dict[str, set[str]] = {}
+    for path in python_files(*PACKAGE_FOLDERS):
+        found.setdefault(str(path.parent.relative_to(ROOT)), set()).add(path.stem)
+    for folder in sorted({*found, *FILES}):
+        assert found.get(folder, set()) == {"__init__", *FILES.get(folder, "").split()}, f"FILES, of {folder}"
+
+
+def test_every_file_says_what_it_is_for():
+    paths = python_files(*PACKAGE_FOLDERS, "tests", "benchmarks")
+    assert [str(path) for path in paths if not ast.get_docstring(ast.parse(path.read_text()))] == []
 
 
 def test_files_import_from_floors_below():
     modules = package_modules()
     wrong = set()
     for module, path in modules.items():
-        room = room_of(module)
-        if room in DOORS or room in (BESIDE, "albert_fast"):
+        folder = folder_of(module)
+        if folder in PUBLIC_MODULES or folder in (TEST_ONLY, "albert_fast"):
             continue
         for name in package_imports(path, set(modules)):
-            target = room_of(name)
-            if target != room and FLOORS.get(target, len(FLOORS)) >= FLOORS[room]:
+            target = folder_of(name)
+            if target != folder and FLOORS.get(target, len(FLOORS)) >= FLOORS[folder]:
                 wrong.add(f"{module} imports {name}")
     assert sorted(wrong) == []
 
@@ -219,8 +291,8 @@ def test_no_file_imports_itself_in_a_circle():
 def test_only_operators_import_kernels():
     modules = package_modules()
     for module, path in modules.items():
-        if room_of(module) not in ("kernels", "ops", BESIDE):
-            wanted = {name for name in package_imports(path, set(modules)) if room_of(name) in ("kernels", "_C")}
+        if folder_of(module) not in ("kernels", "ops", TEST_ONLY):
+            wanted = {name for name in package_imports(path, set(modules)) if folder_of(name) in ("kernels", "_C")}
             assert wanted == set(), f"{module} imports {wanted}: ops/ is the way to kernels"
 
 
@@ -273,7 +345,7 @@ def test_files_stay_short():
 def test_pyproject_lists_every_package_that_users_need():
     folders = {path.parent for path in python_files(*PACKAGE_FOLDERS)}
     found = sorted(module_name(folder / "__init__.py") for folder in folders)
-    found = [name for name in found if not within(name, {f"albert_fast.{BESIDE}"})]
+    found = [name for name in found if not within(name, {f"albert_fast.{TEST_ONLY}"})]
     assert pyproject()["tool"]["setuptools"]["packages"] == found
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 

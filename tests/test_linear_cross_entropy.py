@@ -1,3 +1,5 @@
+"""linear_cross_entropy against plain torch and float64, without memory for the logits, and its ignored and extreme rows."""
+
 from pathlib import Path
 
 import pytest

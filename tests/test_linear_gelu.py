@@ -1,3 +1,5 @@
+"""linear_gelu on every backend against plain torch: strides, empty sums, the tiles of a GPU, and what runs without tuning."""
+
 import sys
 from dataclasses import replace
 from functools import partial

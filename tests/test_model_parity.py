@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
 from albert_fast.layers.packing import packed_already
+from albert_fast.layers.wanted import WantedTokens
 from albert_fast.models import reference
 from albert_fast.runtime import dispatch
 
@@ -178,6 +179,16 @@ def test_masked_lm_for_labelled_tokens_only():
 def test_wanted_tokens_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"wanted_tokens .* does not fit the batch of \(4, 19\)"):
         pair()[1](torch.zeros(4, 19, dtype=torch.long), wanted_tokens=torch.ones(shape, dtype=torch.bool))
+
+
+def test_wanted_tokens_refuse_what_no_model_computes():
+    mask = torch.ones(4, 19, dtype=torch.bool)
+    for which in ("frist", "", "ALL"):
+        with pytest.raises(ValueError, match=f'must be "all", "first" or "masked", got {which!r}'):
+            WantedTokens(which)
+    for which, its_mask in (("all", mask), ("first", mask), ("masked", None)):
+        with pytest.raises(ValueError, match='"masked" needs a mask, and only "masked" takes one'):
+            WantedTokens(which, its_mask)
 
 
 def test_an_unknown_argument_is_named():

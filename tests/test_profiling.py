@@ -1,3 +1,5 @@
+"""The stages of a forward on a CPU: they hold all of its work and all threads, and no other calls."""
+
 import threading
 
 import pytest

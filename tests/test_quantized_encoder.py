@@ -1,3 +1,5 @@
+"""quantized_encoder in C++ against its reference and a simulation, the same bits in any batch, and its rounding."""
+
 import itertools
 import os
 import subprocess

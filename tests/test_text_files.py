@@ -256,6 +256,22 @@ def test_many_lines_take_bounded_memory(tmp_path: Path, name: str) -> None:
     assert peak < 600_000 < len(content)
 
 
+def test_windows_are_whole_and_a_bad_row_comes_after_those_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(11)) + "no JSON\n")
+    for done in (0, 2, 4, 5):
+        seen: list[list[str]] = []
+        with Lines(str(path)) as lines:
+            lines.skip(done)
+            windows = ([record.text for record in window] for window in lines.windows(4, patience=None))
+            with pytest.raises(InputError, match="line 12: "):
+                seen.extend(windows)
+        whole = [[str(i) for i in range(begin, min(begin + 4, 11))] for begin in (0, 4, 8)]
+        assert seen == [rest for window in whole if (rest := [text for text in window if int(text) >= done])]
+    with Lines(str(path)) as lines:
+        assert len(next(lines.windows(4, patience=60))) == 4
+
+
 def test_a_long_json_line_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": "x" * LONGEST_LINE}) + "\n")

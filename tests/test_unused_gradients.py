@@ -1,3 +1,5 @@
+"""The advice to call a model without gradients: given once, and only where no backward follows."""
+
 import gc
 import warnings
 

@@ -64,8 +64,18 @@ def save_checkpoint(
     files.flush(directory)
 
 
-def config_path(directory: Path) -> Path:
-    """The path of a checkpoint's config.json, also where a save was killed just before it renamed that file."""
+def folder_of(checkpoint: Path) -> Path:
+    """The folder of a checkpoint that was named by its folder or by its file of weights."""
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
+
+def config_path(checkpoint: Path) -> Path:
+    """The path of config.json, also where a save was killed just before it renamed that file.
+
+    Args:
+        checkpoint: its folder, or its file of weights.
+    """
+    directory = folder_of(checkpoint)
     for folder in files.scratch_folders(directory / CHECKPOINT):
         if _is_committed(folder):
             return folder / "config.json"
@@ -89,7 +99,7 @@ def _finish(folder: Path) -> None:
 
 def missing_config(path: Path) -> FileNotFoundError:
     """The error for a checkpoint without config.json; it says what to do with a folder of transformers' Trainer."""
-    folder = (path if path.is_dir() else path.parent).resolve()
+    folder = folder_of(path).resolve()
     message = f"{path}: no config.json in {folder}, where a checkpoint has it"
     if any((folder / name).is_file() for name in _TRAINER_FILES):
         message += (

@@ -326,7 +326,8 @@ def load_into(
                 problem(key, f"has the shape {tuple(tensor.shape)}, expected {shape}")
             elif not _fits(tensor.dtype, expected[key].dtype) or tensor.layout != torch.strided or tensor.is_meta:
                 wanted = "floats" if expected[key].dtype in FLOATS else expected[key].dtype
-                problem(key, f"is no dense tensor of {wanted} but {tensor.dtype}")
+                found = tensor.layout if tensor.layout != torch.strided else tensor.dtype
+                problem(key, f"must be a dense tensor of {wanted}, got {found}{' on meta' if tensor.is_meta else ''}")
             elif (wrong := check(key, tensor)) is not None:
                 problem(key, wrong)
             complete[key] = tensor

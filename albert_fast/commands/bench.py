@@ -150,12 +150,12 @@ def _sides(
     """The sides by name, the reference first, and the float32 reference. Each returns the real tokens' states (T, H)."""
     from ..models import reference
     from ..models.albert import ALBERTModel
-    from ..models.load_arguments import PRECISIONS
+    from ..models.load_arguments import FLOAT_DTYPES
 
     device = batch["input_ids"].device
     real = batch["attention_mask"].bool()
     # The other sides have no integer formats and run in float32 instead.
-    plain = precision if precision in PRECISIONS else "fp32"
+    plain = precision if precision in FLOAT_DTYPES else "fp32"
 
     def side(network: Any) -> Callable[[], torch.Tensor]:
         return lambda: network(**batch).last_hidden_state[real]
@@ -174,7 +174,7 @@ def _sides(
         )
         theirs.load_state_dict(exact.state_dict())
         module: Any = theirs  # transformers types `to` for other arguments
-        sides[f"transformers sdpa, {plain}"] = side(module.to(device, PRECISIONS[plain]).eval())
+        sides[f"transformers sdpa, {plain}"] = side(module.to(device, FLOAT_DTYPES[plain]).eval())
     return sides, side(exact)
 
 

@@ -13,7 +13,7 @@ import typer
 
 from . import _options as options
 from ._errors import reports_errors
-from ._lines import InputError, Lines, Record
+from ._lines import Lines, Record
 from ._progress import Progress
 
 # Batches whose texts are sorted by length together. A pipe gives fewer at a time and is answered at once.
@@ -60,8 +60,8 @@ def command(
     """Label each line of a text, or each row of a table: one answer for each line, in order, for empty lines too.
 
     FILE is read by its ending: .csv, .tsv and .jsonl (also as .gz) are tables, as `train` takes them, with the text in
-    the column text, sentence or review and a second text in text_pair. Any other file is read as lines of text. If there
-    is no such file and the argument is words, the words are the text.
+    the column text, sentence or review and a second text in text_pair. Any other file is read as lines of text. If no
+    file has that name and the argument looks like text, the argument itself is classified.
 
     tsv: label TAB score; --all-scores adds label=score for every label, --with-text the text, --label-column
     expected=label. jsonl: {"label": "positive", "score": 0.93}; the options add "scores", "text" and "expected"; an "id"
@@ -86,21 +86,12 @@ def command(
             options.warn_of_rounding(model, compute.precision)
         classifier = TextClassifier(model, max_length=max_length, batch_size=batch_size, **compute.as_keywords())
         with Progress(lines, "classify", answers_on_stdout=True) as progress:
-            bad_line: InputError | None = None
-            while bad_line is None:
-                try:
-                    records = lines.window(batch_size * WINDOW)
-                except InputError as error:
-                    records, bad_line = error.before, error
-                if not records and bad_line is None:
-                    break
+            for records in lines.windows(batch_size * WINDOW):
                 found = classifier([(record.text, record.pair) for record in records])
                 for record, answer in zip(records, found, strict=True):
                     sys.stdout.write(answers.line(answer, record) + "\n")
                 sys.stdout.flush()
                 progress.update()
-            if bad_line is not None:
-                raise bad_line
 
 
 def _best(answer: dict[str, float]) -> tuple[str, float]:

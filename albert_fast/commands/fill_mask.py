@@ -57,5 +57,5 @@ def command(
             answer(given_text(text, f"text {position}"), f"text {position}")
         return
     with Lines("-", options.Input(options.InputFormat.text)) as lines:
-        while records := lines.window(1):
-            answer(records[0].text, f"standard input, line {records[0].line}")
+        for (record,) in lines.windows(1):
+            answer(record.text, f"standard input, line {record.line}")

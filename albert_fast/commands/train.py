@@ -27,7 +27,7 @@ class RecipeOptions:
             "--learning-rate",
             "--lr",
             min=0.0,
-            help="The highest rate.",
+            help="Peak learning rate.",
             show_default="5e-5 with --init-from, else 5e-4",
         ),
     ] = None
@@ -47,7 +47,7 @@ class RecipeOptions:
     )
     pretrain_epochs: Annotated[int, typer.Option(min=0, help="Masked language modelling on TRAIN first.")] = 0
     pretrain_batch_size: Annotated[int, typer.Option(min=1, help="Texts in a pre-training step.")] = 32
-    pretrain_learning_rate: Annotated[float, typer.Option(min=0.0, help="The highest rate of pre-training.")] = 5e-4
+    pretrain_learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate of pre-training.")] = 5e-4
     mask_probability: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of tokens to hide in pre-training.")
     ] = 0.15
@@ -68,14 +68,21 @@ class RecipeOptions:
 class NewModel:
     """Sizes of a model that starts from random weights."""
 
-    vocab_size: Annotated[int, typer.Option(min=10, help="New model: pieces of its vocabulary, at most.")] = 8000
-    layers: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None
-    hidden_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="256")] = None
-    heads: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="4")] = None
-    intermediate_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="1024")] = None
-    embedding_size: Annotated[int | None, typer.Option(min=1, help="New model.", show_default="128")] = None
+    vocab_size: Annotated[int, typer.Option(min=10, help="Pieces of a new model's vocabulary, at most.")] = 8000
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of a new model.", show_default="4")] = None
+    hidden_size: Annotated[int | None, typer.Option(min=1, help="Hidden size of a new model.", show_default="256")] = (
+        None
+    )
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a new model.", show_default="4")] = None
+    intermediate_size: Annotated[
+        int | None, typer.Option(min=1, help="Intermediate size of a new model.", show_default="1024")
+    ] = None
+    embedding_size: Annotated[
+        int | None, typer.Option(min=1, help="Embedding size of a new model.", show_default="128")
+    ] = None
     dropout: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="New model: in layers and attention.", show_default="0.1")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Dropout of a new model, in layers and attention.", show_default="0.1"),
     ] = None
 
     def config_fields(self) -> dict[str, Any]:

@@ -228,7 +228,7 @@ class GraphCache:
     def _avoidable(self, model: Encoder, snapshot: _Snapshot, device: torch.device) -> str | None:
         """Why a call that could be a graph is not one: the caller is told once."""
         if torch.is_grad_enabled():
-            return "a gradient may be asked for: torch.no_grad() says that it is not"
+            return "gradients are enabled; under torch.no_grad() calls replay graphs"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"
         if snapshot.hooked or self._modules is None or not self._modules.plain(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ..execution.graphs import Bucket
 from ..layers.layer import fuses_ffn
 from ..layers.packing import pack
 from ..models.execution import encoder_of
-from ..ops._schema import PRODUCTS, matrix_sizes
+from ..ops._schema import matrix_sizes
 from ..ops.linear_gelu import without_tiles
 from ..runtime import dispatch
 from ..runtime.linear import library as gemm_library
@@ -60,6 +61,163 @@ def _chosen(op: str, device_type: str, dtype: torch.dtype, backend: str) -> tupl
     return name, "first choice" if not missing else str(missing[0])
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The sizes and choices of a forward that its steps follow from.
+
+    shape: (B, S), padding included. tokens: the real ones; longest: those of the longest sequence. pairs: of a query and a
+    key. first_only: the last layer is computed only for the first token of each sequence.
+    """
+
+    encoder: Any
+    shape: tuple[int, int]
+    tokens: int
+    longest: int
+    pairs: float
+    first_only: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> _Call:
+        encoder = encoder_of(model)
+        if input_ids.dim() != 2:
+            raise ValueError(f"expected input_ids (B, S), got {tuple(input_ids.shape)}")
+        shape = (input_ids.shape[0], input_ids.shape[1])
+        lengths = pack(shape, attention_mask, input_ids.device).cu_seqlens.diff().double()
+        longest = int(lengths.max()) if shape[0] else 0
+        first_only = getattr(model, "wanted_tokens", "all") == "first"
+        return cls(encoder, shape, int(lengths.sum()), longest, float((lengths * lengths).sum()), first_only)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table of words, whose device and dtype are the model's."""
+        weight: Tensor = self.encoder.embeddings.word_embeddings.weight
+        return weight
+
+    @property
+    def device(self) -> str:
+        return self.weight.device.type
+
+    @property
+    def backend(self) -> str:
+        backend: str = self.encoder.execution_state.backend
+        return backend
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.encoder.config.hidden_size)
+
+    @property
+    def intermediate_size(self) -> int:
+        return int(self.encoder.config.intermediate_size)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.encoder.encoder.layer_indices)
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that the last layer is computed for."""
+        return min(self.shape[0], self.tokens) if self.first_only else self.tokens
+
+    def chosen(self, op: str) -> tuple[str, str]:
+        return _chosen(op, self.device, self.weight.dtype, self.backend)
+
+    def operator(self, op: str, times: int, rows: int, gflop: float = 0.0) -> Step:
+        backend, why = self.chosen(op)
+        return Step(op, times, rows, backend, gflop, why)
+
+    def product(self, name: str, times: int, rows: int, shape: tuple[int, int]) -> Step:
+        """A product with a matrix of this shape (N, K)."""
+        library = gemm_library(self.device, self.weight.dtype)
+        why = "weights packed once" if library == "cpp" else "torch's own GEMM"
+        return Step(name, times, rows, library, times * 2 * rows * shape[0] * shape[1] / 1e9, why)
+
+    def layer_product(self, name: str, product: str, times: int, rows: int) -> Step:
+        """One of a layer's `PRODUCTS`."""
+        return self.product(name, times, rows, matrix_sizes(product, self.hidden_size, self.intermediate_size))
+
+
+def _one_layer(call: _Call, projections: list[Step], times: int, rows: int, pairs: float) -> list[Step]:
+    """The steps of a layer that runs `times` times, from its products for query, key and value on."""
+    recomputed = torch.is_grad_enabled() and call.encoder.execution_state.recompute == "activations"
+    product = call.layer_product("FFN up", "ffn", times, rows)
+    if fuses_ffn(call.device) and not recomputed:
+        fused = call.operator("linear_gelu", times, rows, product.gflop)
+        up = [replace(fused, why=fused.why + without_tiles(fused.backend, call.intermediate_size))]
+    else:
+        up = [product, call.operator("bias_gelu", times, rows)]
+    return [
+        *projections,
+        call.operator("attention", times, rows, times * 4 * pairs * call.hidden_size / 1e9),
+        call.layer_product("attention output", "dense", times, rows),
+        call.operator("add_layer_norm", 2 * times, rows),
+        *up,
+        call.layer_product("FFN down", "ffn_output", times, rows),
+    ]
+
+
+def _layers_by_operator(call: _Call) -> list[Step]:
+    """The steps of all layers, operator by operator; of a last layer for few tokens apart."""
+    steps: list[Step] = []
+    if call.num_layers > 1 or not call.first_only:
+        times = call.num_layers - call.first_only
+        fused = call.layer_product("query, key, value product", "qkv", times, call.tokens)
+        steps += _one_layer(call, [fused], times, call.tokens, call.pairs)
+    if call.first_only:
+        width = call.hidden_size
+        apart = [
+            call.product("query product", 1, call.wanted, (width, width)),
+            call.product("key, value product", 1, call.tokens, (2 * width, width)),
+        ]
+        last = _one_layer(call, apart, 1, call.wanted, float(call.tokens))
+        steps += [replace(step, name=f"last layer: {step.name}") for step in last]
+    return steps
+
+
+def _layers(call: _Call) -> tuple[list[Step], str | None]:
+    """The steps of all layers; and why they do not run in one call, None where they do."""
+    by_operator, stack = _layers_by_operator(call), call.encoder.encoder
+    gflop = sum(step.gflop for step in by_operator)
+    if stack.quantized:
+        backend, _ = call.chosen("quantized_encoder")
+        by = dispatch.quantized_kernels(stack.quantized, call.device, backend)[1]
+        why = f"{stack.quantized} weights, {by}; softmax and norms in float32"
+        return [Step("quantized_encoder", 1, call.tokens, backend, gflop, why)], None
+    states = call.weight.detach()[:1].expand(call.tokens, -1)  # as many, on that device, in that dtype
+    if (reason := stack.why_not_one_call(states, call.backend)) is not None:
+        return by_operator, reason
+    return [Step("encoder", 1, call.tokens, call.chosen("encoder")[0], gflop, "all layers in one call")], None
+
+
+def _head(model: nn.Module, call: _Call) -> list[Step]:
+    """The steps after the layers: the head for masked tokens, the pooler, the Linear of a task."""
+    config, width, steps = call.encoder.config, call.hidden_size, []
+    if hasattr(model, "predictions"):
+        steps += [
+            call.product("head: dense", 1, call.tokens, (config.embedding_size, width)),
+            call.operator("gelu_layer_norm", 1, call.tokens),
+            call.product("head: decoder", 1, call.tokens, (config.vocab_size, config.embedding_size)),
+        ]
+    if call.encoder.pooler is not None:
+        steps.append(call.product("pooler", 1, call.shape[0], (width, width)))
+    for name in ("classifier", "qa_outputs"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            steps.append(call.product(f"head: {name}", 1, call.wanted, (head.out_features, width)))
+    return steps
+
+
+def _graphs(call: _Call, model: nn.Module, device: torch.device) -> str:
+    """What CUDA graphs will do for the call; nothing before `warmup`."""
+    graphs = call.encoder.execution_state.graphs
+    if graphs is None:
+        return ""
+    batch, columns = call.shape
+    wanted = getattr(model, "wanted_tokens", "all")
+    bucket = Bucket.of(call.tokens, batch, call.longest, wanted, call.backend)
+    return f"; {graphs.forecast(call.encoder, bucket, batch * columns if call.tokens else 0, device)}"
+
+
 def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Plan:
     """What `model(input_ids, attention_mask)` would run where, and why; after `warmup` also whether as a CUDA graph.
 
@@ -75,101 +233,21 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     Raises:
         TypeError: not one of our models. ValueError: shapes that do not fit.
     """
-    encoder = encoder_of(model)
-    if input_ids.dim() != 2:
-        raise ValueError(f"expected input_ids (B, S), got {tuple(input_ids.shape)}")
-    config, weight = encoder.config, encoder.embeddings.word_embeddings.weight
-    device, dtype, backend = weight.device.type, weight.dtype, encoder.execution_state.backend
-    batch, columns = input_ids.shape
-    packing = pack((batch, columns), attention_mask, input_ids.device)
-    lengths = packing.cu_seqlens.diff().double()
-    tokens, pairs = int(lengths.sum()), float((lengths * lengths).sum())
-    width, inner = config.hidden_size, config.intermediate_size
-    sizes = {name: matrix_sizes(name, width, inner) for name in PRODUCTS}
-    layers = len(encoder.encoder.layer_indices)
-    first_only = getattr(model, "wanted_tokens", "all") == "first"
-    last = min(batch, tokens) if first_only else tokens
-    last_pairs = float(lengths.sum()) if first_only else pairs
-
-    def product(name: str, times: int, rows: int, n: int, k: int) -> Step:
-        library = gemm_library(device, dtype)
-        why = "weights packed once" if library == "cpp" else "torch's own GEMM"
-        return Step(name, times, rows, library, times * 2 * rows * k * n / 1e9, why)
-
-    def operator(name: str, times: int, rows: int, gflop: float = 0.0) -> Step:
-        chosen, why = _chosen(name, device, dtype, backend)
-        return Step(name, times, rows, chosen, gflop, why)
-
-    def ffn_up(times: int, asked: int) -> list[Step]:
-        recomputed = torch.is_grad_enabled() and encoder.execution_state.recompute == "activations"
-        if fuses_ffn(device) and not recomputed:
-            fused = operator("linear_gelu", times, asked, times * 2 * asked * width * inner / 1e9)
-            return [replace(fused, why=fused.why + without_tiles(fused.backend, inner))]
-        return [product("FFN up", times, asked, *sizes["ffn"]), operator("bias_gelu", times, asked)]
-
-    def layer(projections: list[Step], times: int, asked: int, asked_pairs: float) -> list[Step]:
-        return [
-            *projections,
-            operator("attention", times, asked, times * 4 * asked_pairs * width / 1e9),
-            product("attention output", times, asked, *sizes["dense"]),
-            operator("add_layer_norm", 2 * times, asked),
-            *ffn_up(times, asked),
-            product("FFN down", times, asked, *sizes["ffn_output"]),
-        ]
-
-    projection = 2 * tokens * config.embedding_size * width / 1e9
-    steps = [operator("embedding_projection", 1, tokens, projection)]
-    by_layer: list[Step] = []
-    if layers > 1 or not first_only:
-        times = layers - first_only
-        fused = product("query, key, value product", times, tokens, *sizes["qkv"])
-        by_layer += layer([fused], times, tokens, pairs)
-    if first_only:
-        apart = [
-            product("query product", 1, last, width, width),
-            product("key, value product", 1, tokens, 2 * width, width),
-        ]
-        by_layer += [replace(s, name=f"last layer: {s.name}") for s in layer(apart, 1, last, last_pairs)]
-    quantized = encoder.encoder.quantized
-    states = weight.detach()[:1].expand(tokens, -1)  # as many, on that device, in that dtype
-    apart_because = None if quantized else encoder.encoder.why_not_one_call(states, backend)
-    gflop = sum(s.gflop for s in by_layer)
-    if quantized:
-        chosen, _ = _chosen("quantized_encoder", device, dtype, backend)
-        by = dispatch.quantized_kernels(quantized, device, chosen)[1]
-        why = f"{quantized} weights, {by}; softmax and norms in float32"
-        steps.append(Step("quantized_encoder", 1, tokens, chosen, gflop, why))
-    elif apart_because is None:
-        chosen, _ = _chosen("encoder", device, dtype, backend)
-        steps.append(Step("encoder", 1, tokens, chosen, gflop, "all layers in one call"))
-    else:
-        steps += by_layer
-    if hasattr(model, "predictions"):
-        steps += [
-            product("head: dense", 1, tokens, config.embedding_size, width),
-            operator("gelu_layer_norm", 1, tokens),
-            product("head: decoder", 1, tokens, config.vocab_size, config.embedding_size),
-        ]
-    if encoder.pooler is not None:
-        steps.append(product("pooler", 1, batch, width, width))
-    for name in ("classifier", "qa_outputs"):
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Linear):
-            steps.append(product(f"head: {name}", 1, last, head.out_features, width))
-    padding = 1 - tokens / (batch * columns) if batch * columns else 0.0
-    wanted = "the first token of each sequence" if first_only else "every token"
-    precision = f"{quantized} layers" if quantized else str(dtype).removeprefix("torch.")
-    graphs = ""
-    if encoder.execution_state.graphs is not None:
-        longest = int(lengths.max()) if batch else 0
-        bucket = Bucket.of(tokens, batch, longest, getattr(model, "wanted_tokens", "all"), backend)
-        graphs = f"; {encoder.execution_state.graphs.forecast(encoder, bucket, batch * columns if tokens else 0, input_ids.device)}"
+    call = _Call.of(model, input_ids, attention_mask)
+    config, (batch, columns) = call.encoder.config, call.shape
+    layers, apart_because = _layers(call)
+    projection = 2 * call.tokens * config.embedding_size * call.hidden_size / 1e9
+    steps = [call.operator("embedding_projection", 1, call.tokens, projection), *layers, *_head(model, call)]
+    padding = 1 - call.tokens / (batch * columns) if batch * columns else 0.0
+    wanted = "the first token of each sequence" if call.first_only else "every token"
+    quantized = call.encoder.encoder.quantized
+    precision = f"{quantized} layers" if quantized else str(call.weight.dtype).removeprefix("torch.")
     summary = (
-        f"{type(model).__name__}, {precision} on {device}, backend={backend!r}: {batch} x {columns} "
-        f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "
-        f"group(s), {config.num_attention_heads} heads of {config.head_dim}, the last one for {wanted}; "
-        f"{sum(s.gflop for s in steps):.2f} GFLOP"
+        f"{type(model).__name__}, {precision} on {call.device}, backend={call.backend!r}: {batch} x {columns} "
+        f"holds {call.tokens} real tokens ({padding:.0%} padding, not computed); {call.num_layers} layers in "
+        f"{config.num_hidden_groups} group(s), {config.num_attention_heads} heads of {config.head_dim}, the last one for "
+        f"{wanted}; {sum(step.gflop for step in steps):.2f} GFLOP"
         + (f"; layers operator by operator: {apart_because}" if apart_because else "")
-        + graphs
+        + _graphs(call, model, input_ids.device)
     )
     return Plan(summary, steps)

@@ -18,9 +18,19 @@ from torch import Tensor, nn
 from .. import ops
 from ..layers.packing import pack
 from ..models.execution import encoder_of
+from ..ops._schema import matrix_sizes
 from ..runtime import dispatch
 from ..runtime.dispatch import BackendUnavailableError
 from ..runtime.linear import linear
+
+# The stages that multiply by a layer's matrices, and the product of each.
+_PRODUCT_OF = {
+    "query, key, value": "qkv",
+    "attention output": "dense",
+    "FFN up, activation": "ffn",
+    "FFN down": "ffn_output",
+}
+_TRIES = 15  # of the measurement of a limit
 
 
 @dataclass(frozen=True)
@@ -78,15 +88,12 @@ def profile(
     medians = torch.stack(samples).median(0).values.tolist()
     lengths = packing.cu_seqlens.diff().double()
     tokens, pairs = float(lengths.sum()), float((lengths * lengths).sum())
-    width, middle = encoder.config.hidden_size, encoder.config.intermediate_size
-    layers = len(encoder.encoder.layer_indices)
-    operations = {
-        "query, key, value": 6 * tokens * width * width,
-        "attention": 4 * pairs * width,
-        "attention output": 2 * tokens * width * width,
-        "FFN up, activation": 2 * tokens * width * middle,
-        "FFN down": 2 * tokens * width * middle,
-    }
+    config, layers = encoder.config, len(encoder.encoder.layer_indices)
+    width = config.hidden_size
+    operations = {"attention": 4 * pairs * width}
+    for name, product in _PRODUCT_OF.items():
+        n, k = matrix_sizes(product, width, config.intermediate_size)
+        operations[name] = 2 * tokens * n * k
     # Two a layer, each reads the product and the residual and writes the sum's LayerNorm.
     moved = {"add, LayerNorm": 2 * 3 * 4 * tokens * width}
     memory = _add_rate(int(tokens), width)
@@ -124,10 +131,11 @@ def _add_rate(rows: int, columns: int) -> float:
     return 3 * 4 * a.numel() / _seconds(lambda: torch.add(a, b, out=out)) / 1e9
 
 
-def _seconds(call: Callable[[], object], rounds: int = 15) -> float:
+def _seconds(call: Callable[[], object]) -> float:
+    """The shortest time of a call, after two to warm up."""
     times = []
     with torch.inference_mode():
-        for _ in range(rounds + 2):
+        for _ in range(_TRIES + 2):
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)

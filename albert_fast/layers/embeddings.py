@@ -11,7 +11,8 @@ from .inputs import PackedInputs
 
 
 class FactorisedEmbeddings(nn.Module):
-    """Tables of width E and their LayerNorm, projected to width H by a Linear of the encoder's (section 3.1).
+    """Looks up and normalises token embeddings (T, E), then projects them to (T, H) with the encoder's
+    `embedding_hidden_mapping_in` (section 3.1).
 
     Args:
         rows: of the tables of words, positions and types.

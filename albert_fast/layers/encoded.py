@@ -38,13 +38,13 @@ class Encoded:
             raise TypeError(
                 f"the encoder returned no last_hidden_state (B, S, H): a hook made it {type(output).__name__}"
             )
-        if wanted.mask is None:
+        if wanted.which != "masked":
             hidden = packing.gather(hidden)
         return cls(packing, wanted, hidden, output.pooler_output, output.hidden_states, output.attentions)
 
     def scatter(self, per_token: Tensor, fill: float = 0.0) -> Tensor:
         """(T, ...) -> (B, S, ...), `fill` at padding; (N, ...) of masked tokens stays as it is."""
-        return per_token if self.wanted.mask is not None else self.packing.scatter(per_token, fill)
+        return per_token if self.wanted.which == "masked" else self.packing.scatter(per_token, fill)
 
     def labels(self, labels: Tensor) -> Tensor:
         """The labels, of (B, S), of the tokens in `hidden`.

@@ -1,4 +1,4 @@
-"""One encoder layer in operator names: attention, add_layer_norm, feed-forward network, add_layer_norm."""
+"""One encoder layer on packed tokens (T, H): self-attention, add_layer_norm, feed-forward network, add_layer_norm."""
 
 from __future__ import annotations
 

@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._integers import FORMATS, lay_out, unpack, unpack_channels
-
-# Elements of a row whose products int16 adds up in 32 bits: kRun steps of csrc/cpu/integer_gemm.h.
-RUN = 256
+from ..ops._integers import FORMATS, RUN, lay_out, unpack, unpack_channels
 
 
 class QuantizedLinear(nn.Module):

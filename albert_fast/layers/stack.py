@@ -22,8 +22,11 @@ from .run import Run
 from .spec import LayerSpec
 from .wanted import WantedRows, take
 
-_MAY_NEED_GRADIENT = "a gradient may be asked for: torch.no_grad() says that it is not"
-_NOT_FASTER = "one kernel was not measured faster: ALBERT_FAST_TUNE=1 measures, backend='triton' takes it"
+_MAY_NEED_GRADIENT = "gradients are enabled; under torch.no_grad() all layers run in one call"
+_NOT_FASTER = (
+    "the persistent kernel was not measured to be faster here; ALBERT_FAST_TUNE=1 measures it, backend='triton' uses it "
+    "without measuring"
+)
 
 
 class LayerStack(nn.Module):

@@ -30,11 +30,20 @@ class WantedTokens:
     """Which tokens a caller wants of the last layer; the last layer is computed for those alone.
 
     which: "all"; "first", the first real token of each sequence; or "masked", the real tokens where `mask` is True.
-    mask: (B, S) bool, or (T,) for packed input.
+    mask: (B, S) bool, or (T,) for packed input; given for "masked", and for nothing else.
+
+    Raises:
+        ValueError: any other `which`, "masked" without a mask, or a mask for another one.
     """
 
     which: str = "all"
     mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.which not in ("all", "first", "masked"):
+            raise ValueError(f'WantedTokens: which must be "all", "first" or "masked", got {self.which!r}')
+        if (self.which == "masked") != (self.mask is not None):
+            raise ValueError('WantedTokens: "masked" needs a mask, and only "masked" takes one')
 
     @classmethod
     def of(cls, wanted: WantedTokens | Tensor | str) -> WantedTokens:

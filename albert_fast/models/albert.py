@@ -194,7 +194,7 @@ class ALBERTModel(PretrainedMixin):
     def _replay(self, inputs: Inputs, wanted: WantedTokens) -> Encoded | None:
         """The forward as a CUDA graph, see `execution.graphs`; None where there is none. Arguments are checked as without."""
         graphs = self.execution_state.graphs  # read once: another thread may turn them off
-        if graphs is None or is_traced() or inputs.input_ids is None or wanted.mask is not None:
+        if graphs is None or is_traced() or inputs.input_ids is None or wanted.which == "masked":
             return None
         inputs.check_ids()
         if inputs.attention_mask is not None:
@@ -215,7 +215,7 @@ class ALBERTModel(PretrainedMixin):
         hidden = self.embed(packing, inputs)
         # Without a token in the whole batch there is nothing to want. A compiled graph knows that only without a mask.
         empty = (packing.is_dense or not is_traced()) and hidden.shape[0] == 0
-        rows = None if empty and wanted.mask is None else wanted.rows(packing, hidden.shape[0])
+        rows = None if empty and wanted.which != "masked" else wanted.rows(packing, hidden.shape[0])
         states: list[Tensor] | None = [] if output_hidden_states else None
         attentions: list[Tensor] | None = [] if output_attentions else None
         state = self.execution_state
@@ -224,7 +224,7 @@ class ALBERTModel(PretrainedMixin):
             packing,
             wanted,
             hidden,
-            None if wanted.mask is not None else self._pool(hidden, packing, rows, empty),
+            None if wanted.which == "masked" else self._pool(hidden, packing, rows, empty),
             None if states is None else tuple(packing.scatter(one) for one in states),
             None if attentions is None else tuple(attentions),
         )

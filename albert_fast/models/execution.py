@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..execution.graphs import GraphCache
 from ..layers.quantized import QuantizedLinear, wrong_in_rounded
 from ..layers.run import RECOMPUTE
+from ..ops._schema import PRODUCTS, matrix_sizes
 from ..quantization.calibration import Calibration, quantize
-from ..quantization.rounding import PRECISIONS as ROUNDED
+from ..quantization.rounding import ROUNDED
 from ..runtime import derived, dispatch
-from .load_arguments import PRECISIONS
+from .load_arguments import FLOAT_DTYPES
 
 
 def encoder_of(model: Any) -> Any:
@@ -52,17 +52,17 @@ class EagerExecution:
         """ValueError, with the reason, for a backend or precision that such a model does not have."""
         if backend not in ("auto", "reference"):
             raise ValueError(f"backend {backend!r}: this model is plain PyTorch; it takes 'auto' or 'reference'")
-        if precision not in PRECISIONS:
+        if precision not in FLOAT_DTYPES:
             raise ValueError(
-                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(PRECISIONS)}"
+                f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(FLOAT_DTYPES)}"
             )
 
     def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
-        """Nothing: plain PyTorch has no work to do ahead."""
+        """Does nothing: plain PyTorch needs no preparation."""
 
     def use(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Convert the model to `precision`, one of "fp32", "bf16" and "fp16"."""
-        self._model.to(PRECISIONS[precision])
+        self._model.to(FLOAT_DTYPES[precision])
 
     @property
     def quantized(self) -> str | None:
@@ -108,8 +108,8 @@ class Execution(EagerExecution):
     def check(cls, backend: str, precision: str) -> None:
         if backend not in ("auto", *dispatch.BACKENDS):
             raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
-        if precision not in (*PRECISIONS, *ROUNDED):
-            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*PRECISIONS, *ROUNDED))}")
+        if precision not in (*FLOAT_DTYPES, *ROUNDED):
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*FLOAT_DTYPES, *ROUNDED))}")
 
     def use(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Run on `backend` in `precision`, on the device where the model is.
@@ -124,7 +124,7 @@ class Execution(EagerExecution):
             dispatch.check_quantized(precision, device, backend)
             dtype = dispatch.quantized_dtype(precision, device.type)
         else:
-            dtype = PRECISIONS[precision]
+            dtype = FLOAT_DTYPES[precision]
         dispatch.check_backend(backend, device.type, dtype)
         if precision in ROUNDED:
             self._round(precision, backend, calibration)
@@ -146,11 +146,9 @@ class Execution(EagerExecution):
 
     def expect_quantized(self, precision: str) -> None:
         config = self._encoder.config
-        sizes = {"H": config.hidden_size, "3H": 3 * config.hidden_size, "I": config.intermediate_size}
+        sizes = {name: matrix_sizes(name, config.hidden_size, config.intermediate_size) for name in PRODUCTS}
         for layer in self._encoder.encoder.distinct():
-            layer.place_quantized(
-                [QuantizedLinear(name, (sizes[n], sizes[k]), precision) for name, (n, k) in ops.PRODUCTS.items()]
-            )
+            layer.place_quantized([QuantizedLinear(name, shape, precision) for name, shape in sizes.items()])
 
     def wrong_with(self, key: str, tensor: Tensor) -> str | None:
         return None if self.quantized is None else wrong_in_rounded(self.quantized, key, tensor)

@@ -103,8 +103,7 @@ class HeadModel(PretrainedMixin):
             wanted = WantedTokens()  # hooks see last_hidden_state
         given = {name: tensor for name, tensor in inputs._asdict().items() if name not in ("cu_seqlens", "max_seqlen")}
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        short = "all" if wanted.mask is None else wanted.mask
-        output = self.albert(**given, **asked, return_dict=True, wanted_tokens=short)
+        output = self.albert(**given, **asked, return_dict=True, wanted_tokens=wanted)
         packing = pack(inputs.shape(), inputs.for_all_rows().attention_mask, inputs.given().device)
         return Encoded.of(output, packing, wanted)
 

@@ -16,7 +16,7 @@ from ..checkpoints.weights import weights_names
 from .config import ALBERTConfig
 from .config_attributes import DEFAULTS, HUB_ARGUMENTS
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # These change nothing about the model, whatever their value.
 _HARMLESS = {
@@ -102,9 +102,9 @@ class LoadArguments:
             self.from_file = self.precision is None
             return
         named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-        wanted = next((precision for precision, known in PRECISIONS.items() if known == named), None)
+        wanted = next((precision for precision, known in FLOAT_DTYPES.items() if known == named), None)
         if wanted is None:
-            known = ", ".join(f"torch.{str(known).removeprefix('torch.')}" for known in PRECISIONS.values())
+            known = ", ".join(f"torch.{str(known).removeprefix('torch.')}" for known in FLOAT_DTYPES.values())
             raise ValueError(f"{name}={dtype!r}: models load in {known}, 'auto', or in a precision such as 'int8'")
         if self.precision not in (None, wanted):
             raise TypeError(f"{name}={dtype!r} and precision={self.precision!r} contradict each other: give one")
@@ -140,7 +140,7 @@ class LoadArguments:
         elif path is None:
             raise TypeError("from_pretrained(None) needs config= and state_dict=")
         else:
-            file = config_path(path if path.is_dir() else path.parent)
+            file = config_path(path)
             if not file.is_file():
                 raise missing_config(path)
             config = ALBERTConfig.from_json_file(file)
@@ -170,7 +170,7 @@ class LoadArguments:
             return "fp32"
         floats = (tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         dtype = config.dtype or next(floats, torch.float32)
-        return next((precision for precision, known in PRECISIONS.items() if known == dtype), "fp32")
+        return next((precision for precision, known in FLOAT_DTYPES.items() if known == dtype), "fp32")
 
 
 def as_config(config: Any) -> ALBERTConfig:

@@ -1,4 +1,4 @@
-"""The losses of the heads: Hugging Face's, except that a mean over nothing is 0 and labels at padding are ignored.
+"""The losses of the fast heads: Hugging Face's, except that a mean over nothing is 0 and labels at padding are ignored.
 
 They are computed in float32 or float64. B rows, S columns, N classes; labels of -100 are ignored by every cross-entropy.
 """
@@ -19,12 +19,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     labels = _with_shape(labels, logits.shape[:1]).long()
     total = F.cross_entropy(widened(logits), labels, ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
-
-
-def token_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, S, N) over the labels (B, S) at the real tokens of mask (B, S)."""
-    labels = _with_shape(labels, mask.shape).masked_fill(~mask, IGNORED)
-    return cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def row_loss(logits: Tensor, labels: Tensor, config: ALBERTConfig) -> Tensor:

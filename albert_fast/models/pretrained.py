@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import sentence_modules
-from ..checkpoints.saving import config_path, save_checkpoint
+from ..checkpoints.saving import config_path, folder_of, save_checkpoint
 from ..checkpoints.weights import load_checkpoint, load_into, rename_old_names, resolve, tied
 from ..quantization.calibration import Calibration
 from ..runtime import dispatch
@@ -67,7 +67,7 @@ class _Undrawn(TorchFunctionMode):
 
 
 class PretrainedMixin(ModelMethods):
-    """from_pretrained and save_pretrained, for every model of `reference.py` and `modeling.py`.
+    """Loads and saves every model of this library, fast or reference, in Hugging Face's layout.
 
     The encoder's parameters are named `prefix` + their name. A bare model (prefix "") takes `add_pooling_layer` as its second
     argument.
@@ -180,7 +180,7 @@ class PretrainedMixin(ModelMethods):
                 # Float32, whatever torch.set_default_dtype says.
                 model = cls(config, *(() if cls.prefix else (pools,))).float()
             except (RuntimeError, MemoryError, TypeError) as error:  # torch cannot allocate it, or count its elements
-                where = "config" if path is None else config_path(path if path.is_dir() else path.parent)
+                where = "config" if path is None else config_path(path)
                 raise ValueError(f"{where}: a model of these sizes cannot be made here: {error}") from error
         if held is not None:
             model.execution.expect_quantized(held)
@@ -237,7 +237,7 @@ class PretrainedMixin(ModelMethods):
 
 
 def _warn_of_pooling(path: Path) -> None:
-    modules = sentence_modules.describe(path if path.is_dir() else path.parent)
+    modules = sentence_modules.describe(folder_of(path))
     if modules is not None:
         warnings.warn(
             f"{path}: a sentence-transformers folder: {modules} of its modules.json are not applied; last_hidden_state is "

@@ -121,7 +121,7 @@ def run_cpp(
     call: EncoderCall,
     operands: list[Operand],
     table: list[int],
-    middle: int,
+    intermediate_size: int,
     *more: int,
 ) -> Tensor:
     """The result of a C++ encoder.
@@ -130,7 +130,7 @@ def run_cpp(
         function: of the extension; takes the fields of csrc/encoder_arguments.h, then `more`.
         operands: those of `check_call`.
         table: the addresses of the layers' tensors; the caller holds their memory.
-        middle: I, the columns of the FFN's middle.
+        intermediate_size: I, the columns of the FFN's middle.
     """
     memory = hold(op, call.hidden.device, operands)
     # Sizes from the operands, which were checked: another thread may have changed the tensors since.
@@ -151,7 +151,7 @@ def run_cpp(
         cu_wanted,
         wanted,
         width,
-        middle,
+        intermediate_size,
         call.num_heads,
         call.softmax_scale,
         call.eps,

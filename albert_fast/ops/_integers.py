@@ -57,8 +57,13 @@ FORMATS = {
 }
 # The largest integer of attention's values; sums of 64 products with a probability of 14 bits fit 32 bits.
 VALUE_LEVELS = 4095
+# Elements of a row whose products the C++ kernel adds up in 32 bits, for weights in int16.
+RUN = 256
 
-dispatch.expect(levels=(FORMATS["int8"].activation_levels, FORMATS["int16"].activation_levels, VALUE_LEVELS))
+dispatch.expect(
+    levels=(FORMATS["int8"].activation_levels, FORMATS["int16"].activation_levels, VALUE_LEVELS),
+    run=RUN,
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ csrc/layer_schema.h; `dispatch` compares them when it loads the extension, and r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal, NamedTuple, TypeVar
 
 from ..runtime import dispatch
@@ -79,15 +80,15 @@ VECTORS = {
 SLICE, PANEL = 768, 32
 
 
-def sizes_of(shape: str, hidden: int, middle: int) -> tuple[int, ...]:
-    """The sizes that the letters of a shape stand for: for "I H" these are middle and hidden."""
-    sizes = {"H": hidden, "3H": 3 * hidden, "I": middle}
+def sizes_of(shape: str, hidden: int, intermediate_size: int) -> tuple[int, ...]:
+    """The sizes that the letters of a shape stand for: for "I H" these are intermediate_size and hidden."""
+    sizes = {"H": hidden, "3H": 3 * hidden, "I": intermediate_size}
     return tuple(sizes[letter] for letter in shape.split())
 
 
-def matrix_sizes(product: str, hidden: int, middle: int) -> tuple[int, int]:
+def matrix_sizes(product: str, hidden: int, intermediate_size: int) -> tuple[int, int]:
     """N and K of a product's matrix."""
-    n, k = sizes_of(" ".join(PRODUCTS[product]), hidden, middle)
+    n, k = sizes_of(" ".join(PRODUCTS[product]), hidden, intermediate_size)
     return n, k
 
 
@@ -95,6 +96,18 @@ def split_layers(weights: Sequence[Item]) -> list[dict[str, Item]]:
     """The tensors of each distinct layer by name, from `encoder`'s list of weights."""
     count = len(WEIGHTS)
     return [dict(zip(WEIGHTS, weights[i : i + count], strict=True)) for i in range(0, len(weights), count)]
+
+
+def check_orders(kernel: ModuleType, **orders: tuple[str, ...]) -> ModuleType:
+    """`kernel`, a module of Triton kernels, once the lists of that name in it are found to be in the same order as here.
+
+    Raises:
+        ImportError: a list differs.
+    """
+    for name, order in orders.items():
+        if getattr(kernel, name) != order:
+            raise ImportError(f"{kernel.__name__} has {name} = {getattr(kernel, name)}, its operator passes {order}")
+    return kernel
 
 
 dispatch.expect(

@@ -19,7 +19,7 @@ from ..runtime.derived import Derived
 from ..runtime.operands import Operand, check, check_launch, head_size, hold, matrix
 from ..runtime.registration import forbid_derivative, is_traced, needs_dispatcher, register
 from ._encoder_call import CALL_SCHEMA, EncoderCall, check_call, check_content, run_cpp
-from ._schema import LAYER, WEIGHTS, sizes_of, split_layers
+from ._schema import LAYER, WEIGHTS, check_orders, sizes_of, split_layers
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import bias_gelu_ref
@@ -54,11 +54,11 @@ def encoder_ref(weights: Sequence[Tensor], call: EncoderCall) -> Tensor:
 
 
 def _pack(matrices: Sequence[Tensor]) -> Tensor:
-    extension, (middle, hidden) = dispatch.extension(), matrices[_MATRICES.index(_FFN)].shape
-    memory = torch.empty(extension.encoder_packed_size_cpu(hidden, middle), dtype=torch.float32)
+    extension, (intermediate_size, hidden) = dispatch.extension(), matrices[_MATRICES.index(_FFN)].shape
+    memory = torch.empty(extension.encoder_packed_size_cpu(hidden, intermediate_size), dtype=torch.float32)
     shapes = zip(_MATRICES, matrices, strict=True)
     held = hold("encoder", memory.device, [(_NAMES[i], m, tuple(m.shape), m.dtype) for i, m in shapes])
-    extension.encoder_pack_cpu(*held.addresses, memory.data_ptr(), hidden, middle, torch.get_num_threads())
+    extension.encoder_pack_cpu(*held.addresses, memory.data_ptr(), hidden, intermediate_size, torch.get_num_threads())
     return memory
 
 
@@ -75,9 +75,7 @@ def _triton_kernel() -> ModuleType:
     """kernels.encoder, once its arguments were found to be in the order of the schema."""
     from ..kernels import encoder as kernel
 
-    if kernel.WEIGHTS != _NAMES:
-        raise ImportError(f"the Triton kernel takes a layer's weights as {kernel.WEIGHTS}, ops/_schema.py has {_NAMES}")
-    return kernel
+    return check_orders(kernel, WEIGHTS=_NAMES)
 
 
 def kernels_are_compared() -> bool:
@@ -122,8 +120,8 @@ def _run(weights: Sequence[Tensor], call: EncoderCall, backend: str) -> Tensor:
         held = [hold("encoder", device, layer) for layer in layers]
         packed = [_packed(layer) for layer in layers]
         table = [at for own, matrices in zip(held, packed, strict=True) for at in (*own.addresses, matrices.data_ptr())]
-        middle = layers[0][_FFN][2][0]
-        return run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, middle)
+        intermediate_size = layers[0][_FFN][2][0]
+        return run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, intermediate_size)
     check_launch("encoder", backend, device, [*operands, *(operand for layer in layers for operand in layer)])
     check_content("encoder", call)
     if backend == "triton":
@@ -157,12 +155,12 @@ def _layer_operands(weights: Sequence[Tensor], hidden: Tensor) -> list[list[Oper
     width = matrix("encoder", "hidden", hidden)[1]
     if not weights or len(weights) % _PER_LAYER:
         raise ValueError(f"encoder: {len(weights)} weights do not make layers of {_PER_LAYER} each")
-    middle, _ = matrix("encoder", "ffn", weights[_FFN])
-    if width < 1 or middle < 1:
-        raise ValueError(f"encoder: expected H and I above 0, got {width} and {middle}")
+    intermediate_size, _ = matrix("encoder", "ffn", weights[_FFN])
+    if width < 1 or intermediate_size < 1:
+        raise ValueError(f"encoder: expected H and I above 0, got {width} and {intermediate_size}")
     # A tracer would warn that it looks through the cache; its symbolic sizes cannot be keys.
-    cached = not is_traced() and type(width) is int and type(middle) is int
-    shapes = (_shapes if cached else _shapes.__wrapped__)(width, middle)
+    cached = not is_traced() and type(width) is int and type(intermediate_size) is int
+    shapes = (_shapes if cached else _shapes.__wrapped__)(width, intermediate_size)
     return [
         [
             (name, t, shape, hidden.dtype)
@@ -173,9 +171,9 @@ def _layer_operands(weights: Sequence[Tensor], hidden: Tensor) -> list[list[Oper
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(width: int, middle: int) -> tuple[tuple[int, ...], ...]:
+def _shapes(width: int, intermediate_size: int) -> tuple[tuple[int, ...], ...]:
     """The shapes of a layer's weights, in the order of `WEIGHTS`."""
-    return tuple(sizes_of(shape, width, middle) for shape in WEIGHTS.values())
+    return tuple(sizes_of(shape, width, intermediate_size) for shape in WEIGHTS.values())
 
 
 def encoder(

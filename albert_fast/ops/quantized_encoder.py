@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from ._integers import (
     unpack,
     unpack_channels,
 )
-from ._schema import PRODUCTS, VECTORS, matrix_sizes, sizes_of
+from ._schema import PRODUCTS, VECTORS, check_orders, matrix_sizes, sizes_of
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import bias_gelu_ref
@@ -186,15 +187,24 @@ def _operands(
     width, panels = hidden.shape[1], layers.integers[0].dim() == 1
     all_operands: list[list[Operand]] = []
     for vectors, products in distinct:
-        middle = vectors["ffn_bias"]
-        if middle.dim() != 1 or not len(middle):
-            raise ValueError(f"{_OP}: expected ffn_bias of shape (I,), I above 0, got {tuple(middle.shape)}")
+        ffn_bias = vectors["ffn_bias"]
+        if ffn_bias.dim() != 1 or not len(ffn_bias):
+            raise ValueError(f"{_OP}: expected ffn_bias of shape (I,), I above 0, got {tuple(ffn_bias.shape)}")
         # A compiler's symbolic sizes cannot be keys of the cache.
-        expectation = _expected if type(width) is type(len(middle)) is int else _expected.__wrapped__
-        expected = expectation(width, len(middle), hidden.dtype, options.precision, panels)
+        expectation = _expected if type(width) is type(len(ffn_bias)) is int else _expected.__wrapped__
+        expected = expectation(width, len(ffn_bias), hidden.dtype, options.precision, panels)
         found = itertools.chain(vectors.values(), *products.values())
         all_operands.append([(name, t, shape, dtype) for (name, shape, dtype), t in zip(expected, found, strict=True)])
     return operands, all_operands
+
+
+@functools.cache
+def _triton_kernel() -> ModuleType:
+    """kernels.quantized_encoder, once its arguments were found to be in the order of the schema."""
+    from ..kernels import quantized_encoder as kernel
+
+    orders = {"VECTORS": tuple(VECTORS), "PRODUCTS": tuple(PRODUCTS), "PRODUCT_TENSORS": ProductTensors._fields}
+    return check_orders(kernel, **orders)
 
 
 def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor:
@@ -210,9 +220,7 @@ def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor
         found, expected = ("panels", "rows") if panels else ("rows", "panels")
         raise ValueError(f"{_OP}: the {backend} kernel reads integers in {expected}, not in {found}")
     if backend == "triton":
-        from ..kernels.quantized_encoder import quantized_encoder_fwd
-
-        return quantized_encoder_fwd(
+        out: Tensor = _triton_kernel().quantized_encoder_fwd(
             call.hidden,
             *layers,
             call.layer_indices,
@@ -227,10 +235,13 @@ def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor
             call.eps,
             call.act,
         )
+        return out
     held = [hold(_OP, device, layer) for layer in layer_operands]
     table = [address for layer in held for address in layer.addresses]
-    (middle,), bits = layer_operands[0][_FFN_BIAS][2], FORMATS[options.precision].dtype.itemsize * 8
-    return run_cpp(_OP, dispatch.extension().quantized_encoder_fwd_cpu, call, operands[:4], table, middle, bits)
+    (intermediate_size,), bits = layer_operands[0][_FFN_BIAS][2], FORMATS[options.precision].dtype.itemsize * 8
+    return run_cpp(
+        _OP, dispatch.extension().quantized_encoder_fwd_cpu, call, operands[:4], table, intermediate_size, bits
+    )
 
 
 _FFN_BIAS = tuple(VECTORS).index("ffn_bias")
@@ -325,15 +336,16 @@ def quantized_encoder(
 
 @functools.lru_cache(maxsize=64)
 def _expected(
-    width: int, middle: int, hidden: torch.dtype, precision: str, panels: bool
+    width: int, intermediate_size: int, hidden: torch.dtype, precision: str, panels: bool
 ) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
     """Name, shape and dtype of a layer's tensors: the vectors, then product by product its ProductTensors."""
     f32 = torch.float32
     expected = [
-        (name, sizes_of(shape, width, middle), hidden if "norm" in name else f32) for name, shape in VECTORS.items()
+        (name, sizes_of(shape, width, intermediate_size), hidden if "norm" in name else f32)
+        for name, shape in VECTORS.items()
     ]
     for name in PRODUCTS:
-        n, k = matrix_sizes(name, width, middle)
+        n, k = matrix_sizes(name, width, intermediate_size)
         shapes = {**expected_layout(name, (n, k), precision, panels), "rescales": (k,), "shifts": (k,)}
         for kind in ProductTensors._fields:
             dtype = FORMATS[precision].dtype if kind == "integers" else f32

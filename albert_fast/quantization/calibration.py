@@ -151,7 +151,7 @@ class Sample:
         listed = list(calibration_batches(batches))
         total = sum(ids.numel() if mask is None else int(mask.count_nonzero()) for ids, mask in listed)
         if total == 0:
-            raise ValueError("calibration: there is no token in it; leave it out to have none")
+            raise ValueError("calibration: the batches hold no real token; pass calibration=None to round without one")
         step, count = max(1, total // TRIAL_TOKENS), 0
         for ids, mask in listed:
             model.check_length(ids.shape[1])

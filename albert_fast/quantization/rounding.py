@@ -16,11 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.quantized import RUN, QuantizedLinear, run_sums
-from ..ops._integers import FORMATS, Format, product_ref, slices
+from ..layers.quantized import QuantizedLinear, run_sums
+from ..ops._integers import FORMATS, RUN, Format, product_ref, slices
 from ..ops._schema import SLICE
 
-PRECISIONS = ("int16", "int8", "fp8")
+ROUNDED = ("int16", "int8", "fp8")
+# gptq: the part of the Hessian's mean diagonal that is added to it, and the columns whose updates are gathered into a product.
+_DAMP, _BLOCK = 0.01, 128
+# rescaling: Adam's steps, and the rate of the first one.
+_ADAM_STEPS, _ADAM_RATE = 60, 0.05
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,7 @@ def balanced(weight: Tensor, inputs: Tensor) -> Tensor:
     return (_floored(weight.abs().amax(0)) / _floored(inputs.square().mean(0).sqrt())).sqrt()
 
 
-def rescaling(
-    weight: Tensor, inputs: Tensor, slices: list[slice], start: Tensor, steps: int = 60, rate: float = 0.05
-) -> Tensor:
+def rescaling(weight: Tensor, inputs: Tensor, slices: list[slice], start: Tensor) -> Tensor:
     """W (N, K), centred inputs (T, K) -> r (K,) where the noise of both roundings is least, by Adam on log r from `start`.
 
     Rounding errors count as uniform within a step. That of the activations is a row's range / 255 in every channel and is
@@ -126,7 +128,7 @@ def rescaling(
     weight_levels, activation_levels = FORMATS["int8"].weight_levels, FORMATS["int8"].activation_levels
     log_r = start.log().requires_grad_()
     mean, square = torch.zeros_like(start), torch.zeros_like(start)
-    for step in range(steps):
+    for step in range(_ADAM_STEPS):
         # The positions of the extremes are found without a gradient; only the extremes themselves are differentiated.
         r = log_r.detach().exp()
         largest = (magnitude / r).argmax(1)
@@ -147,7 +149,7 @@ def rescaling(
         mean.lerp_(gradient, 0.1)
         square.lerp_(gradient.square(), 0.001)
         update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-        log_r.data.sub_(update, alpha=rate * (1 - step / steps))
+        log_r.data.sub_(update, alpha=_ADAM_RATE * (1 - step / _ADAM_STEPS))
     r = log_r.detach().exp()
     return r if bool(r.isfinite().all()) else start
 
@@ -157,9 +159,7 @@ def _floored(x: Tensor) -> Tensor:
     return x.clamp(min=1e-5 * float(x.max()) + 1e-30)
 
 
-def gptq(
-    weight: Tensor, hessian: Tensor, scale: Tensor, form: Format = FORMATS["int8"], damp: float = 0.01, block: int = 128
-) -> Tensor:
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format = FORMATS["int8"]) -> Tensor:
     """W (N, K), X^T X (K, K), steps (N,) -> numbers of `form` (N, K), as floats: those near W / step for which W X errs least.
 
     Columns are rounded in the order of their energy. Columns that are still floats make up for a rounded column's error in the
@@ -168,7 +168,7 @@ def gptq(
     """
     levels, order = form.weight_levels, hessian.diagonal().argsort(descending=True, stable=True)
     h = hessian.double()[order][:, order]
-    h.diagonal().add_(damp * h.diagonal().mean() + 1e-30)
+    h.diagonal().add_(_DAMP * h.diagonal().mean() + 1e-30)
     # The upper R with R^T R = H^-1: H = U U^T with U upper, from the factor of H with its order reversed; R = U^-1.
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if failed or not lower.isfinite().all():
@@ -178,8 +178,8 @@ def gptq(
     ).float()
     left = (weight / scale[:, None]).t()[order]  # (K, N): a column of W is a row here, and contiguous
     integers = torch.empty_like(left)
-    for begin in range(0, len(left), block):
-        end = min(begin + block, len(left))
+    for begin in range(0, len(left), _BLOCK):
+        end = min(begin + _BLOCK, len(left))
         errors = left.new_empty(end - begin, left.shape[1])
         for i in range(begin, end):
             integers[i] = form.nearest(left[i].clamp(-levels, levels))

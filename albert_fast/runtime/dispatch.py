@@ -33,8 +33,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
 WHOLE_ENCODERS = ("encoder", "quantized_encoder")
 BACKENDS = ("cpp", "triton", "cuda", "reference")
 
-# The numbers by which the extension and the CUDA kernels know element types; Triton reads them from the tensors.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The numbers by which the extension and the CUDA kernels know element types (csrc/layer_schema.h); Triton reads them from the
+# tensors.
+DTYPE_CODES = {dtype: code for code, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16))}
 _DTYPES = {
     "cpp": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -59,7 +60,7 @@ def _one_thread() -> None:
 
 
 # What the extension's schema() must report: orders of tensors, and numbers that Python and C++ both rely on.
-_EXPECTED: dict[str, object] = {}
+_EXPECTED: dict[str, object] = {"dtypes": tuple(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)}
 # How reasons begin for which nothing falls back to another backend: the user's wish or the installation is wrong.
 _WRONG_ISA = "ALBERT_FAST_ISA="
 _STALE = "the C++ extension was built from other sources than this Python code"

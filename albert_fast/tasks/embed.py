@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from ..checkpoints import sentence_modules
+from ..checkpoints.saving import folder_of
 from ..checkpoints.weights import resolve
 from ..models.albert import ALBERTModel
 from ..text.batching import TextPair
 from ..text.text_files import Record
-from ..text.windows import InputError, RowWindows
+from ..text.windows import RowWindows
 from .errors import UsageError
 from .loading import TextModel
 
@@ -45,7 +46,7 @@ class TextEncoder(TextModel):
         if pooling is not None and pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r}: known are {', '.join(POOLINGS)}")
         folder = resolve(checkpoint)
-        modules = sentence_modules.describe(folder if folder.is_dir() else folder.parent)
+        modules = sentence_modules.describe(folder_of(folder))
         if pooling is None and modules is not None:
             raise UsageError(
                 f"{checkpoint}: a sentence-transformers folder whose modules.json asks for {modules}, which is not read: "
@@ -145,25 +146,13 @@ def encode_rows(
     """Encodes every remaining row of `rows` into `sink`, one window at a time.
 
     Args:
-        window: rows whose texts are sorted by length together. A resumed run has the same windows as an uninterrupted
-            one: the first window after an interruption fills the one that was cut short.
-        patience: as for `RowWindows.window`; None waits for a full window.
+        window: rows whose texts are sorted by length together.
+        patience: as for `RowWindows.windows`; None waits for full windows, the same ones after an interruption.
         after_window: called after each window, for a progress bar.
 
     Raises:
         InputError: a row that cannot be read; the rows before it are in `sink`.
     """
-    bad_row: InputError | None = None
-    while bad_row is None:
-        size = window - sink.rows % window if patience is None else window
-        try:
-            records = rows.window(size, patience=patience)
-        except InputError as error:
-            records, bad_row = error.before, error
-        if not records and bad_row is None:
-            break
-        if records:
-            sink.append(encoder.encode([(record.text, record.pair) for record in records]), records, rows.digest)
+    for records in rows.windows(window, patience):
+        sink.append(encoder.encode([(record.text, record.pair) for record in records]), records, rows.digest)
         after_window()
-    if bad_row is not None:
-        raise bad_row

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.saving import config_path
+from ..checkpoints.saving import config_path, folder_of
 from ..checkpoints.weights import resolve
 from ..models.config import ALBERTConfig
 from ..models.pretrained import PretrainedMixin, held_precision
 from ..runtime.devices import choose_device
-from ..text.batching import TextPair, padded_batches, tokenize
+from ..text.batching import TextPair, for_plain_text, padded_batches, tokenize
 from ..text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -49,7 +49,7 @@ class TextModel:
     ) -> None:
         self.folder, self.batch_size, self.backend = resolve(checkpoint), batch_size, backend
         self.device = choose_device(device)
-        self.tokenizer = untrusting_tokenizer(self.folder)
+        self.tokenizer = for_plain_text(load_tokenizer(folder_of(self.folder)))
         self.model: Any = model_class.from_pretrained(
             self.folder,
             backend=backend,
@@ -69,13 +69,6 @@ class TextModel:
             yield chosen, {key: tensor.to(self.device) for key, tensor in batch.items()}
 
 
-def untrusting_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, for texts from strangers: "[SEP]" or "<pad>" in a text is text, not a control token."""
-    tokenizer = load_tokenizer(folder)
-    tokenizer.split_special_tokens = True
-    return tokenizer
-
-
 def token_limit(tokenizer: Tokenizer, config: ALBERTConfig, max_length: int | None) -> int:
     """Tokens that a text is cut to. ValueError where `max_length` is more than the model has positions."""
     positions = config.max_position_embeddings
@@ -84,17 +77,17 @@ def token_limit(tokenizer: Tokenizer, config: ALBERTConfig, max_length: int | No
     return max_length or min(tokenizer.model_max_length, positions)
 
 
-def stated_precision(folder: Path, precision: str | None) -> str:
+def stated_precision(path: Path, precision: str | None) -> str:
     """The precision that was asked for; by default the one that config.json states, else float32."""
     if precision is not None:
         return precision
-    return held_precision(ALBERTConfig.from_pretrained(folder), folder) or "fp32"
+    return held_precision(ALBERTConfig.from_pretrained(folder_of(path)), path) or "fp32"
 
 
 def holds_floats(path: Path) -> bool:
     """Whether the weights of a checkpoint are floats. False where config.json cannot be read; loading reports that."""
     try:
-        config = ALBERTConfig.from_json_file(config_path(path if path.is_dir() else path.parent))
+        config = ALBERTConfig.from_json_file(config_path(path))
     except (OSError, ValueError):
         return False
     return config.extra.get("quantization_config") is None

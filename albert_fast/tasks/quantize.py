@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.families import ALBERT
-from ..checkpoints.saving import config_path, missing_config
+from ..checkpoints.saving import config_path, folder_of, missing_config
 from ..checkpoints.weights import resolve
 from ..models.albert import ALBERTModel
 from ..models.config import ALBERTConfig
@@ -28,7 +28,7 @@ from ..text.batching import TextPair, padded_batches, tokenize
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .loading import token_limit
 
-PRECISIONS = ("int8", "int16")
+STORABLE = ("int8", "int16")
 _MODELS: tuple[Any, ...] = (
     ALBERTModel,
     ALBERTForMaskedLM,
@@ -72,12 +72,12 @@ def quantize_checkpoint(
         ValueError: an unknown precision, weights that are rounded already, no text, an unknown architecture.
         FileNotFoundError: no checkpoint, or no vocabulary in it.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}: a checkpoint is stored in one of {', '.join(PRECISIONS)}")
+    if precision not in STORABLE:
+        raise ValueError(f"precision {precision!r}: a checkpoint is stored in one of {', '.join(STORABLE)}")
     output = Path(output)
     _check_output(output, overwrite)
     path = resolve(source)
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     if output.exists() and output.resolve() == folder.resolve():
         raise ValueError(f"{output}: the output is the source; name another folder")
     model_class, config = _model_class(folder)

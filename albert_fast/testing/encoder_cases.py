@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from ..ops._dropout import HEAD_STRIDE, keep_scale
 from ..ops._integers import FORMATS, lay_out, unpack, unpack_channels
 from ..ops._schema import PRODUCTS, SLICE, VECTORS, WEIGHTS, matrix_sizes, sizes_of, split_layers
 from ..ops.bias_gelu import act_ref
+from ..ops.quantized_encoder import ProductTensors, QuantizedLayers
 from ..quantization.rounding import rounded_linear
 from .case import EPS, Inputs, drawn_seed, randn
 
@@ -101,10 +103,10 @@ def attention_saved_bytes(inputs: Inputs) -> float:
 
 
 def encoder_inputs(shape, dtype, device="cpu", generator=None, act="gelu_tanh", wanted=False) -> Inputs:
-    lengths, hidden, heads, middle, distinct, steps = shape
+    lengths, hidden, heads, intermediate_size, distinct, steps = shape
     weights = []
     for name, letters in list(WEIGHTS.items()) * distinct:
-        size = sizes_of(letters, hidden, middle)
+        size = sizes_of(letters, hidden, intermediate_size)
         scale = size[-1] ** -0.5 if len(size) == 2 else 0.2
         drawn = randn(size, dtype, device, generator) * scale
         weights.append(drawn + 1 if name.endswith("norm_weight") else drawn)
@@ -165,7 +167,7 @@ def quantized_encoder_inputs(
     shape, dtype, device="cpu", generator=None, precision="int8", act="gelu_tanh", wanted=False
 ) -> Inputs:
     inputs = encoder_inputs(shape, dtype, device, generator, act, wanted)
-    lists: dict[str, list[Tensor]] = {name: [] for name in ("integers", "scales", "sums", "rescales", "shifts")}
+    lists: dict[str, list[Tensor]] = {name: [] for name in ProductTensors._fields}
     vectors: list[Tensor] = []
     for named in split_layers(inputs.pop("weights")):
         for kind in ("", "_bias"):
@@ -241,44 +243,50 @@ def quantized_encoder_eager(
 ):
     """Weights in panels belong to the C++ kernel, which rounds in slices and multiplies integers in attention; weights in rows
     belong to the Triton kernels."""
-    dtype, width, middle = hidden.dtype, hidden.shape[1], len(vectors[4])
+    dtype, sizes = hidden.dtype, (hidden.shape[1], _intermediate_size(vectors))
     panels, wide = integers[0].dim() == 1, torch.promote_types(dtype, torch.float32)
     attend = _rounded_attention if panels else _attention
-    shapes = {name: matrix_sizes(name, width, middle) for name in PRODUCTS}
-    matrices = []
-    for i, (packed, scale) in enumerate(zip(integers, scales, strict=True)):
-        name = list(PRODUCTS)[i % 4]
-        matrix = unpack(name, packed, shapes[name]).to(wide)
-        matrices.append(matrix * unpack_channels(name, scale, shapes[name][0])[:, None])
+    layers = list(QuantizedLayers(vectors, integers, scales, sums, rescales, shifts).layers())
 
-    def product(x: Tensor, at: int) -> Tensor:
-        x = x * rescales[at] + shifts[at]
-        parts = x.split(SLICE, dim=1) if at % 4 == 3 and panels else [x]
-        return torch.cat([_rounded(part, precision) for part in parts], dim=1) @ matrices[at].t()
+    def matrix(name: str, own: ProductTensors) -> Tensor:
+        shape = matrix_sizes(name, *sizes)
+        return unpack(name, own.integers, shape).to(wide) * unpack_channels(name, own.scales, shape[0])[:, None]
+
+    matrices = [{name: matrix(name, own) for name, own in products.items()} for _, products in layers]
+
+    def product(x: Tensor, layer: int, name: str) -> Tensor:
+        own = layers[layer][1][name]
+        x = x * own.rescales + own.shifts
+        parts = x.split(SLICE, dim=1) if name == "ffn_output" and panels else [x]
+        return torch.cat([_rounded(part, precision) for part in parts], dim=1) @ matrices[layer][name].t()
 
     def kept(x: Tensor) -> Tensor:
         return x.to(dtype).to(wide)
 
     hidden = hidden.to(wide)
     for step, number in enumerate(layer_indices):
-        own = [vector.to(wide) for vector in vectors[8 * number : 8 * number + 8]]
-        w, at = dict(zip(VECTORS, own, strict=True)), 4 * number
-        q, k, v = kept(product(hidden, at) + w["qkv_bias"]).chunk(3, dim=1)
+        w = {name: vector.to(wide) for name, vector in layers[number][0].items()}
+        q, k, v = kept(product(hidden, number, "qkv") + w["qkv_bias"]).chunk(3, dim=1)
         hidden = kept(hidden)
         cu_q = cu_seqlens
         if step + 1 == len(layer_indices) and wanted_rows is not None:
             q, hidden, cu_q = q[wanted_rows], hidden[wanted_rows], cu_wanted
         context = kept(attend(q, k, v, cu_q.tolist(), cu_seqlens.tolist(), num_heads, softmax_scale))
-        x = kept(product(context, at + 1)) + w["dense_bias"] + hidden
+        x = kept(product(context, number, "dense")) + w["dense_bias"] + hidden
         x = F.layer_norm(x, x.shape[1:], w["norm_weight"], w["norm_bias"], eps)
-        activated = act_ref(kept(product(x, at + 2)) + w["ffn_bias"], act)
-        y = kept(product(activated, at + 3)) + w["ffn_output_bias"] + kept(x)
+        activated = act_ref(kept(product(x, number, "ffn")) + w["ffn_bias"], act)
+        y = kept(product(activated, number, "ffn_output")) + w["ffn_output_bias"] + kept(x)
         hidden = F.layer_norm(y, y.shape[1:], w["full_norm_weight"], w["full_norm_bias"], eps)
     return hidden.to(dtype)
 
 
+def _intermediate_size(vectors: Sequence[Tensor]) -> int:
+    return len(vectors[list(VECTORS).index("ffn_bias")])
+
+
 def quantized_encoder_operations(inputs: Inputs) -> float:
-    tokens, width, middle = len(inputs["hidden"]), inputs["hidden"].shape[1], len(inputs["vectors"][4])
+    (tokens, width), intermediate_size = inputs["hidden"].shape, _intermediate_size(inputs["vectors"])
     pairs = float(inputs["cu_seqlens"].diff().double().square().sum())
-    products = 2.0 * tokens * (4 * width * width + 2 * width * middle)
+    matrices = [matrix_sizes(name, width, intermediate_size) for name in PRODUCTS]
+    products = 2.0 * tokens * sum(n * k for n, k in matrices)
     return len(inputs["layer_indices"]) * (products + 4.0 * pairs * width)

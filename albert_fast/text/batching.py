@@ -1,4 +1,4 @@
-"""Turns texts into padded batches of similar length, so that little of a batch is padding."""
+"""Turns texts into padded batches of similar length, so that little of a batch is padding; tasks and training share it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
 # A text, and the second text of a pair or None.
 TextPair = tuple[str, "str | None"]
+
+
+def for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, set to read "[SEP]" or "<pad>" in a text as text and not as a control token: strangers write the texts."""
+    tokenizer.split_special_tokens = True
+    return tokenizer
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from .line_reader import LineReader
@@ -90,6 +91,27 @@ class RowWindows:
             hint = self._encoding_hint if isinstance(error.__cause__, UnicodeDecodeError) else ""
             raise InputError(f"{error}{hint}", rows) from error
         return rows
+
+    def windows(self, size: int, patience: float | None = 0.02) -> Iterator[list[Record]]:
+        """Yields the remaining rows in windows of up to `size`.
+
+        Args:
+            patience: as for `window`. With None a window ends at every multiple of `size` rows of the input, so reading that
+                continues after an interruption gets the same windows as reading without one.
+
+        Raises:
+            InputError: a row that cannot be read; the rows before it were yielded.
+        """
+        while True:
+            try:
+                rows = self.window(size if patience is not None else size - self.count % size, patience)
+            except InputError as error:
+                if error.before:
+                    yield error.before
+                raise
+            if not rows:
+                return
+            yield rows
 
     def _count(self) -> None:
         self.count += 1

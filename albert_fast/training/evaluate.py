@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from ..checkpoints.saving import config_path
+from ..checkpoints.saving import config_path, folder_of
 from ..checkpoints.weights import resolve
 from ..models.config import ALBERTConfig
 from ..models.heads import ALBERTForSequenceClassification
+from ..text.batching import for_plain_text
 from ..text.tokenizer import load_tokenizer
 from .checks import check_device, check_length, check_vocabulary, read_split
 from .data import LengthBucketSampler, TextDataset
@@ -56,7 +57,7 @@ def evaluate(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures a checkpoint (folder or hub id) on a TSV, CSV or JSONL file.
+    """Measures a checkpoint (folder, file of weights or hub id) on a TSV, CSV or JSONL file.
 
     Args:
         metrics: as in `test`.
@@ -70,8 +71,8 @@ def evaluate(
             `from_pretrained`, come before the first text is computed.
     """
     device = check_device(device)
-    folder = resolve(checkpoint)
-    config = ALBERTConfig.from_json_file(config_path(folder))
+    path = resolve(checkpoint)
+    config = ALBERTConfig.from_json_file(config_path(path))
     if config.problem_type == "multi_label_classification":
         raise ValueError(
             f"{checkpoint}: gives several labels for a text; evaluate measures one class or number for a text"
@@ -83,10 +84,9 @@ def evaluate(
     examples = read_split(file, names, columns, for_metrics=bool(metrics))
     length = config.max_position_embeddings if max_length is None else max_length
     check_length(length, config)
-    tokenizer = load_tokenizer(folder)
-    tokenizer.split_special_tokens = True  # as `classify` reads texts
+    tokenizer = for_plain_text(load_tokenizer(folder_of(path)))
     check_vocabulary(tokenizer, config, checkpoint)
-    model = ALBERTForSequenceClassification.from_pretrained(folder, backend=backend, precision=precision, device=device)
+    model = ALBERTForSequenceClassification.from_pretrained(path, backend=backend, precision=precision, device=device)
     data = TextDataset(examples.texts, examples.labels, tokenizer, length)
     sampler = LengthBucketSampler(data.lengths, batch_size, shuffle=False)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate)

@@ -32,11 +32,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints.saving import config_path
+from ..checkpoints.saving import config_path, folder_of
 from ..checkpoints.weights import load_checkpoint, load_into, rename_old_names, resolve
 from ..models.albert import ALBERTModel
 from ..models.config import ALBERTConfig
 from ..models.heads import ALBERTForMaskedLM, ALBERTForSequenceClassification
+from ..text.batching import for_plain_text
 from ..text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from . import checks
 from .checkpointing import STATE_NAME, claimed
@@ -108,7 +109,8 @@ def fit(
         config: sizes of a new model; vocabulary, labels and special tokens are filled in. Default: `small_config`. Not
             with `init_from`.
         vocab_size: pieces of the new vocabulary, at most: a short text gives fewer. Not used with `init_from`.
-        init_from: a checkpoint folder or hub id whose weights and vocabulary are the start, such as a pre-trained ALBERT.
+        init_from: a checkpoint folder, file of weights or hub id; its weights and vocabulary are the start, such as those of
+            a pre-trained ALBERT.
         resume: continue the run in output_dir if there is one. Files and settings must be the same, except for the number
             of epochs: the learning rate of each later step is then that of a run planned with the new number.
         device: default: a GPU if there is one.
@@ -150,7 +152,7 @@ def fit(
         if test_file is not None:
             read_for_measuring(test_file)  # only for its errors: `evaluate` reads it at the end
         tokenizer, learnt = _tokenizer(folder, examples, vocab_size, init_from, recipe.seed, resume)
-        tokenizer.split_special_tokens = True  # as `classify` reads texts
+        tokenizer = for_plain_text(tokenizer)
         config = _complete(config, tokenizer, examples, init_from, recipe)
         task = _Task(config, tokenizer, examples, dev, init_from)
         if learnt:
@@ -250,7 +252,7 @@ def _tokenizer(
     if resume and (folder / STATE_NAME).exists():  # written after the tokenizer
         return load_tokenizer(folder), False
     if init_from is not None:
-        return load_tokenizer(resolve(init_from)), True
+        return load_tokenizer(folder_of(resolve(init_from))), True
     lines = {line for text in examples.texts for line in ([text] if isinstance(text, str) else text)}
     return train_tokenizer(sorted(lines), vocab_size, at_most=True, seed=seed), True
 

@@ -18,6 +18,7 @@ from ..ops.linear_cross_entropy import IGNORED
 Metric = Callable[[np.ndarray, np.ndarray], float]
 # An answer (start, end) is one number: start * SPAN_STRIDE + end. The stride is longer than any sequence.
 SPAN_STRIDE = 1 << 20
+_Z = 1.959964  # between -z and z are 95 % of a normal distribution
 
 
 def predictions_of(pairs: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
@@ -145,11 +146,11 @@ def compute_metrics(wanted: Sequence[str | Metric], labels: np.ndarray, predicti
     return result
 
 
-def confidence_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; 95 % for the default z. ValueError unless 0 <= correct <= total > 0."""
+def confidence_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, at 95 %. ValueError unless 0 <= correct <= total > 0."""
     if not 0 <= correct <= total or total <= 0:
         raise ValueError(f"cannot take a proportion of {correct} in {total}")
-    p, n = correct / total, total
+    p, n, z = correct / total, total, _Z
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
     return centre - half, centre + half

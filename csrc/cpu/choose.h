@@ -13,7 +13,7 @@ struct Flag {
 // body(float{}) or body(Bfloat16{}).
 template <class Body>
 static inline void with_dtype(int dtype, Body body) {
-    dtype == kBfloat16 ? body(Bfloat16{}) : body(float{});
+    dtype == DtypeCode::kBfloat16 ? body(Bfloat16{}) : body(float{});
 }
 
 template <class Body>

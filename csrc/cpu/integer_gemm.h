@@ -72,14 +72,14 @@ private:
 };
 
 // Activations and weights are signed 16-bit integers; activations use 14 bits. Sums move to float32 after every run of
-// kRun steps, 256 elements: weights are rounded so that the sum of a run fits 32 bits (`int16_scale` in
+// kRun steps, kIntegerRun elements: weights are rounded so that the sum of a run fits 32 bits (`int16_scale` in
 // albert_fast/quantization/rounding.py).
 struct Int16 {
     using Element = std::int16_t;
     using Weight = std::int16_t;
     static constexpr int kGroup = 2;
     static constexpr float kLevels = kInt16Levels;
-    static constexpr std::int64_t kRun = 128;
+    static constexpr std::int64_t kRun = kIntegerRun / kGroup;
     static constexpr bool kHasZero = false, kInRuns = true;
 
     static inline IntVec dot(IntVec sum, IntVec a, IntVec w) {

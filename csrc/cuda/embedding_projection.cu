@@ -171,9 +171,10 @@ Embeddings<Scalar> typed_embeddings(const std::int64_t* ids, const std::int64_t*
 // Calls run with a value of the element type, from which run takes the type.
 template <class Run>
 int with_dtype(int dtype, Run run) {
-    if (dtype == 0) return run(float());
-    if (dtype == 1) return run(__nv_bfloat16());
-    if (dtype == 2) return run(__half());
+    using Code = albert_fast::DtypeCode;
+    if (dtype == Code::kFloat32) return run(float());
+    if (dtype == Code::kBfloat16) return run(__nv_bfloat16());
+    if (dtype == Code::kFloat16) return run(__half());
     return cudaErrorInvalidValue;
 }
 

@@ -6,7 +6,7 @@
 // out (T,H) = dropout(LayerNorm((word[ids] + token_type[types]) + position[positions])) proj_weight^T + proj_bias.
 //
 // ids, types, positions: (T) int64 on the device. word (V,E), token_type (Y,E), position (P,E), ln_weight, ln_bias (E),
-// proj_weight (H,E), proj_bias (H), out (T,H): contiguous, of the dtype 0 float32, 1 bfloat16 or 2 float16. With ids
+// proj_weight (H,E), proj_bias (H), out (T,H): contiguous, of one dtype, a DtypeCode of ../layer_schema.h. With ids
 // null, `word` holds the rows (T,E) themselves and V is not used. Sums and statistics are float32; the normalised rows
 // are rounded to the dtype before the product. dropout_p in [0, 1), replayed from `seed`, rows and columns counted in
 // (T,E).

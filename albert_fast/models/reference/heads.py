@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ALBERTConfig
-from ..losses import cross_entropy, position_loss, row_loss, token_loss
 from ..outputs import BaseModelOutput, LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 from ..pretrained import PretrainedMixin
 from .albert import ACTIVATIONS, ALBERTModel, LayerNorm, token_mask
+from .losses import cross_entropy, position_loss, row_loss, token_loss
 
 
 class MLMHead(nn.Module):

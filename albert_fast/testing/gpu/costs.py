@@ -126,18 +126,11 @@ def _layer_norm_bwd_elements(a: Arguments) -> dict[str, int]:
     return {"means_ptr": 0} if a["WHOLE_ROWS"] else {}
 
 
-# The persistent encoder writes these and reads them again in one launch: they need not leave the L2 cache.
-ENCODER_BUFFERS = (
-    "qkv_ptr",
-    "context_ptr",
-    "attended_ptr",
-    "attended_statistics_ptr",
-    "middle_ptr",
-    "sums_ptr",
-    "sums_statistics_ptr",
-    "partials_ptr",
-    "state_ptr",
-)
+def encoder_buffers() -> tuple[str, ...]:
+    """What the persistent encoder writes and reads again in one launch: it need not leave the L2 cache."""
+    from ...kernels.encoder import Buffers
+
+    return Buffers._fields
 
 
 def _shared_ends(a: Arguments) -> dict[str, int]:
@@ -153,7 +146,7 @@ _TOUCHED: dict[str, Callable[[Arguments], dict[str, int]]] = {
     "_column_sums_kernel": _column_sums_elements,
     "_add_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
     "_gelu_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
-    "_encoder_fwd_kernel": lambda a: dict.fromkeys(ENCODER_BUFFERS, 0),
+    "_encoder_fwd_kernel": lambda a: dict.fromkeys(encoder_buffers(), 0),
     # float8 has no zero points, so the sums of the weights are not read.
     "_quantized_product_kernel": lambda a: {"sums_ptr": 0} if a["zeros_ptr"] is None else {},
     # Rows are padded to whole blocks. If every row is labelled, the gathering kernel alone writes the padding.
