@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from .runtime.version import __version__
 
 if TYPE_CHECKING:
+    from .accelerate.api import accelerate as accelerate
+    from .accelerate.api import restore as restore
     from .inspect.explain import explain as explain
     from .layers.packing import aligned_representation as aligned_representation
     from .layers.wanted import WantedTokens as WantedTokens
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
+    "accelerate": "accelerate.api",
+    "restore": "accelerate.api",
     "ALBERTConfig": "models.config",
     "ALBERTModel": "models.albert",
     "ALBERTForMaskedLM": "models.heads",

@@ -137,6 +137,7 @@ FLOORS = {
     "execution": 4,
     "quantization": 4,
     "models": 5,
+    "accelerate": 6,
     "inspect": 6,
     "tasks": 7,
     "training": 7,
