@@ -7,15 +7,18 @@ from functools import cache
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers.adapters import project
 from ..layers.packing import Packing, pack
 from ..layers.run import Run
+from ..runtime import dispatch
 from ..runtime.registration import is_traced
 from .calls import Call, read_call
 from .families import Family
 from .padded import PaddedQueries
+from .plans import Row, at_the_stack, caller_of, described
 from .structure import Structure
 from .view import StackView, Unsupported
 
@@ -70,11 +73,24 @@ class Accelerated(nn.Module):
         """As the original forward; zeros at padding unless it is kept."""
         if is_traced():
             return super().forward(*args, **kwargs)
-        answer = _fast_forward(self, dict(zip(_parameters(self._original_class), args, strict=False), **kwargs))
+        answer = _fast_forward(self, self._given(args, kwargs))
         if isinstance(answer, str):
             _warn(answer)
             return super().forward(*args, **kwargs)
         return answer
+
+    def explained(self, name: str, module: nn.Module, arguments: dict[str, Any]) -> Row:
+        """How a call of `module`, which holds this stack as `name`, would run its layers: a row for `inspect.explain`."""
+
+        def look(*args: Any, **kwargs: Any) -> Row:
+            return described(name, prepared(self, self.__dict__[STATE], self._given(args, kwargs)), self)
+
+        row: Row = at_the_stack(caller_of(module, self), self, arguments, look)
+        return row
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names that the original forward gives them."""
+        return dict(zip(_parameters(self._original_class), args, strict=False), **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: a pickle names the class that it is made from.
@@ -123,8 +139,16 @@ def _fast_forward(stack: Any, given: dict[str, Any]) -> Any:
     packed = packing.gather(call.hidden)
     if acceleration.family.first is not None:
         packed = project(getattr(stack, acceleration.family.first), packed)
-    out = packing.scatter(view(packed, packing, None, Run(recompute=recompute, states=states)))
-    return _output(acceleration.family, call, out, [packing.scatter(one) for one in states or ()], view)
+    dtype = _result_dtype(packed)
+    out = view(packed, packing, None, Run(recompute=recompute, states=states))
+    unpacked = [packing.scatter(one.to(dtype)) for one in (out, *(states or ()))]
+    return _output(acceleration.family, call, unpacked[0], unpacked[1:], view)
+
+
+def _result_dtype(hidden: Tensor) -> torch.dtype:
+    """dtype of transformers' result for layers that start from `hidden`: autocast on a GPU computes norms in float32, and on a
+    CPU they have their input's dtype."""
+    return torch.float32 if hidden.is_cuda and torch.is_autocast_enabled("cuda") else hidden.dtype
 
 
 def prepared(
@@ -143,6 +167,10 @@ def prepared(
     call = read_call(given, family, width, norm.weight.dtype, "flash" in implementation)
     if isinstance(call, str):
         return call
+    if (reason := _no_kernel(call.hidden.device.type, _arithmetic(call.hidden))) is not None:
+        return reason
+    if stack.training and view.modes.drops_all():
+        return "a dropout of 1 leaves nothing"
     packing = pack((call.hidden.shape[0], call.hidden.shape[1]), call.mask, call.hidden.device)
     if packing.indices is None or call.mask is None:
         return call, view, packing
@@ -151,6 +179,22 @@ def prepared(
         return call, view, packing.with_sequence_order()
     view = acceleration.view(stack, padded=True)
     return view if isinstance(view, str) else (call, view, PaddedQueries.of(packing))
+
+
+def _arithmetic(hidden: Tensor) -> torch.dtype:
+    """dtype in which the layers multiply."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+@cache
+def _no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes attention in this dtype, where torch's own operators are better than the reference."""
+    if device_type == "cpu" and not dispatch.has_extension() and dtype == torch.float32:
+        return None  # our form on torch's operators still leaves padding out
+    backends = [name for name in dispatch.TABLE["attention"].get(device_type, ()) if name != "reference"]
+    reasons = [dispatch.why_not("attention", device_type, name, dtype) for name in backends]
+    return None if None in reasons else next(iter(reasons), None) or f"no kernel runs on {device_type}"
 
 
 def _output(family: Family, call: Call, out: Tensor, states: list[Tensor], view: StackView) -> Any:

@@ -93,6 +93,10 @@ class Modes:
     def any_training(self) -> bool:
         return any(module is not None and module.training for dropouts in self._dropouts for module in dropouts)
 
+    def drops_all(self) -> bool:
+        """Whether a dropout leaves nothing; operators scale by 1 / (1 - p)."""
+        return any(probability >= 1 for one in self.probabilities() for probability in one)
+
     def probabilities(self) -> list[list[float]]:
         """For each layer, those of the dropouts in DROPOUTS that are to be applied."""
         return [
