@@ -7,8 +7,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..quantization.rounding import PRECISIONS as ROUNDED
+from ..runtime import dispatch
 from . import families
 from .families import Family
+from .reduced import FLOATS, PRECISIONS, ReducedLayers, float_layers
+from .samples import rounded_layers
 from .stacks import Accelerated, Acceleration, accelerate_stack, restore_stack
 from .structure import Structure
 from .view import StackView, Unsupported
@@ -39,6 +43,11 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
     Args:
         model: a model of transformers (Albert, Bert, Roberta, XLMRoberta, Camembert, DistilBert or Electra, with any head), or
             whatever holds one: a SentenceTransformer, a CrossEncoder, a peft model, a pipeline.
+        precision: of inference. "fp32": the model's own parameters, whatever their dtype. "bf16" or "fp16": a copy of the
+            layers. "int16", "int8" or "fp8": a rounded copy. Training, and calls that may ask for a gradient, take the
+            model's own.
+        calibration: texts, if `model` has a tokenizer, or batches as its tokenizer returns them, to fit the rounding to.
+            Without any, int8 is fitted to random ids.
         padding: what stands in the last hidden states at padding: "zeros", or "keep" for what transformers computes there.
 
     Returns:
@@ -46,10 +55,13 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
 
     Raises:
         TypeError: no model. ValueError: no encoder that is known, or one that our layers do not compute; names what is
-        known and why. The model is as it was.
+        known and why. BackendUnavailableError: a precision that this machine does not run. The model is as it was.
     """
-    if padding not in PADDING:
-        raise ValueError(f"padding must be one of {', '.join(PADDING)}, got {padding!r}")
+    for name, value, choices in (("padding", padding, PADDING), ("precision", precision, PRECISIONS)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if calibration is not None and precision not in ROUNDED:
+        raise ValueError(f"calibration is for {', '.join(ROUNDED)}; precision={precision!r} takes none")
     module = module_of(model)
     found = _stacks_in(module)
     if not found:
@@ -59,14 +71,34 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
         raise ValueError("; ".join(f"{type(model).__name__}: {name}: {reason}" for name, reason in refused.items()))
     for name, reason in refused.items():
         warnings.warn(f"albert_fast: {name} is left as it is: {reason}", stacklevel=2)
-    readers = _readers_of_padding(module)
+    readers, tokenizer = _readers_of_padding(module), getattr(model, "tokenizer", None)
+    made = []
     for name, stack, family in found:
-        if name in refused:
-            continue
+        if name not in refused:
+            reduced = _reduced(module, stack, family, precision, calibration, tokenizer)
+            made.append((stack, Acceleration(family, "keep" if stack in readers else padding, reduced)))
+    for stack, acceleration in made:  # only now, so that an error changes nothing
         if isinstance(stack, Accelerated):
             restore_stack(stack)
-        accelerate_stack(stack, Acceleration(family, "keep" if stack in readers else padding))
+        accelerate_stack(stack, acceleration)
     return model
+
+
+def _reduced(
+    module: nn.Module, stack: nn.Module, family: Family, precision: str, calibration: Any, tokenizer: Any
+) -> ReducedLayers | None:
+    """The layers of `stack` in `precision`; None for the model's own."""
+    if precision == "fp32":
+        return None
+    try:
+        if precision in FLOATS:
+            device = next(stack.parameters()).device
+            dispatch.check_backend("auto", device.type, FLOATS[precision])
+            return float_layers(stack, family, precision)
+        owner = next(inner for inner in module.modules() if stack in inner.children())
+        return rounded_layers(owner, stack, family, precision, calibration, tokenizer)
+    except Unsupported as error:
+        raise ValueError(f"precision={precision!r}: {error}") from None
 
 
 def restore(model: Model) -> Model:

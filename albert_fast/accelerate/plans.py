@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.packing import Packing
 from ..runtime import dispatch
 from .calls import Call
 from .padded import PaddedQueries
+from .view import StackView
 
 # What `inspect.explain.Step` has: name, times, rows, backend, GFLOP, why.
 Row = tuple[str, int, int, str, float, str]
+Layers = Callable[[StackView, Packing, Tensor], StackView | str | None]
 
 
 class _Reached(Exception):
@@ -54,29 +56,33 @@ def caller_of(module: nn.Module, stack: nn.Module) -> nn.Module:
     raise ValueError(f"{type(module).__name__} holds no model of transformers around its {type(stack).__name__}")
 
 
-def described(name: str, answer: tuple[Call, Any, Packing] | str, stack: nn.Module) -> Row:
-    """One row of the plan: how the layers of `stack` run."""
+def described(name: str, answer: tuple[Call, StackView, Packing] | str, stack: nn.Module, layers: Layers) -> Row:
+    """One row of the plan: how the layers of `stack` run.
+
+    Args:
+        layers: chooses what runs for a call: a view in fewer bits, or the reason for the model's own; None without either.
+    """
     if isinstance(answer, str):
         return name, 1, 0, "transformers", 0.0, f"original forward: {answer}"
     call, view, packing = answer
     tokens = call.hidden.shape[0] * call.hidden.shape[1] if packing.indices is None else len(packing.indices)
-    states = call.hidden.detach().new_empty((tokens, view.spec.hidden_size))
-    device, dtype = states.device.type, states.dtype
-    collects = call.wants_states or call.collector is not None
-    reason = "every layer's states are asked for" if collects else None
+    hidden = call.hidden[:1, :1, :1].expand(1, tokens, view.spec.hidden_size)[0]
+    chosen = layers(view, packing, call.hidden)
+    instead = f"in the model's own precision: {chosen}; " if isinstance(chosen, str) else ""
+    view.take_modes(stack.training)
+    runs = chosen if isinstance(chosen, StackView) else view
+    if runs is not view:
+        hidden = hidden.to(next(runs.parameters()).dtype)
+    reason = None if runs.quantized else runs.why_not_one_call(hidden, "auto")
+    if call.wants_states or call.collector is not None:
+        reason = "every layer's states are asked for"
     if isinstance(packing, PaddedQueries):
         reason = "padding is computed too: it is kept, or the first column has some"
-    quantized = view.quantized
-    op = "quantized_encoder" if quantized else "encoder"
-    if reason is None and not quantized:
-        view.take_modes(stack.training)
-        reason = view.why_not_one_call(states, "auto")
-    elif quantized:
-        reason = None
-    backend = dispatch.resolve("attention" if reason else op, device, dtype)
-    why = f"{quantized} weights, all layers in one call" if quantized else "all layers in one call"
-    why = f"operator by operator: {reason}" if reason else why
-    return name, len(view.layer_indices), tokens, backend, _gflop(view, packing, tokens), why
+    op = "quantized_encoder" if runs.quantized else "encoder" if reason is None else "attention"
+    backend = dispatch.resolve(op, hidden.device.type, hidden.dtype)
+    how = "all layers in one call" if reason is None or runs.quantized else f"operator by operator: {reason}"
+    bits = f"{runs.quantized} weights, " if runs.quantized else ""
+    return name, len(view.layer_indices), tokens, backend, _gflop(view, packing, tokens), instead + bits + how
 
 
 def _gflop(view: Any, packing: Packing, tokens: int) -> float:

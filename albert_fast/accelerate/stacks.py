@@ -19,6 +19,7 @@ from .calls import Call, read_call
 from .families import Family
 from .padded import PaddedQueries
 from .plans import Row, at_the_stack, caller_of, described
+from .reduced import ReducedLayers
 from .structure import Structure
 from .view import StackView, Unsupported
 
@@ -29,11 +30,12 @@ TRACED = "a compiler or tracer records the original forward"
 class Acceleration:
     """What an accelerated stack holds: how it runs, and views of its layers, which are made when they are needed.
 
-    padding: "zeros" or "keep", what stands in the result at padding.
+    padding: "zeros" or "keep", what stands in the result at padding. reduced: the layers in fewer bits, if inference takes
+    those.
     """
 
-    def __init__(self, family: Family, padding: str) -> None:
-        self.family, self.padding = family, padding
+    def __init__(self, family: Family, padding: str, reduced: ReducedLayers | None = None) -> None:
+        self.family, self.padding, self.reduced = family, padding, reduced
         self._forget()
 
     def _forget(self) -> None:
@@ -83,7 +85,14 @@ class Accelerated(nn.Module):
         """How a call of `module`, which holds this stack as `name`, would run its layers: a row for `inspect.explain`."""
 
         def look(*args: Any, **kwargs: Any) -> Row:
-            return described(name, prepared(self, self.__dict__[STATE], self._given(args, kwargs)), self)
+            return described(name, prepared(self, acceleration, self._given(args, kwargs)), self, layers)
+
+        acceleration: Acceleration = self.__dict__[STATE]
+
+        def layers(view: StackView, packing: Packing, hidden: Tensor) -> StackView | str | None:
+            if acceleration.reduced is None:
+                return None
+            return why_not_reduced(acceleration, self, view, packing, hidden) or acceleration.reduced.layers
 
         row: Row = at_the_stack(caller_of(module, self), self, arguments, look)
         return row
@@ -126,6 +135,13 @@ def _warn(reason: str) -> None:
     )
 
 
+@cache
+def _warn_of_floats(reason: str) -> None:
+    warnings.warn(
+        f"albert_fast: an accelerated model runs in its own precision, because {reason}. Said once.", stacklevel=5
+    )
+
+
 def _fast_forward(stack: Any, given: dict[str, Any]) -> Any:
     """The result on our kernels, or the reason why there is none."""
     acceleration: Acceleration = stack.__dict__[STATE]
@@ -133,16 +149,33 @@ def _fast_forward(stack: Any, given: dict[str, Any]) -> Any:
     if isinstance(read, str):
         return read
     call, view, packing = read
-    view.take_modes(stack.training)
     states: list[Tensor] | None = [] if call.wants_states or call.collector is not None else None
-    recompute = "layers" if view.training and view.modes.recomputes(stack) else "nothing"
     packed = packing.gather(call.hidden)
     if acceleration.family.first is not None:
         packed = project(getattr(stack, acceleration.family.first), packed)
     dtype = _result_dtype(packed)
-    out = view(packed, packing, None, Run(recompute=recompute, states=states))
+    reduced, reason = acceleration.reduced, None
+    if reduced is not None and (reason := why_not_reduced(acceleration, stack, view, packing, packed)) is None:
+        with torch.autocast(packed.device.type, enabled=False):
+            out = reduced.layers(packed.to(reduced.dtype), packing, None, Run(states=states))
+    else:
+        view.take_modes(stack.training)
+        if reason is not None and not view.training:
+            _warn_of_floats(reason)
+        recompute = "layers" if view.training and view.modes.recomputes(stack) else "nothing"
+        out = view(packed, packing, None, Run(recompute=recompute, states=states))
     unpacked = [packing.scatter(one.to(dtype)) for one in (out, *(states or ()))]
     return _output(acceleration.family, call, unpacked[0], unpacked[1:], view)
+
+
+def why_not_reduced(
+    acceleration: Acceleration, stack: nn.Module, view: StackView, packing: Packing, hidden: Tensor
+) -> str | None:
+    """Why the model's own parameters run instead of those in fewer bits; None where the latter do."""
+    assert acceleration.reduced is not None
+    if isinstance(packing, PaddedQueries):
+        return "padding is computed too"
+    return acceleration.reduced.why_not(stack, view, hidden)
 
 
 def _result_dtype(hidden: Tensor) -> torch.dtype:

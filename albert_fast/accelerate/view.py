@@ -90,6 +90,10 @@ class Modes:
             [at(layer, family.parts[name]) if name in family.parts else None for name in DROPOUTS] for layer in layers
         ]
 
+    def forget(self) -> None:
+        """Refer to no layer any more, for a view that only runs in eval mode."""
+        self._layers, self._dropouts = [], []
+
     def any_training(self) -> bool:
         return any(module is not None and module.training for dropouts in self._dropouts for module in dropouts)
 
