@@ -1,4 +1,4 @@
-"""Training an accelerated model: transformers' gradients, with dropout, autocast, checkpointing, Trainer and copies in processes."""
+"""Training an accelerated model: transformers' gradients, with dropout, autocast, checkpointing and Trainer."""
 
 from __future__ import annotations
 

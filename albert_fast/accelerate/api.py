@@ -57,13 +57,11 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
         TypeError: no model. ValueError: no encoder that is known, or one that our layers do not compute; names what is
         known and why. BackendUnavailableError: a precision that this machine does not run. The model is as it was.
     """
-    for name, value, choices in (("padding", padding, PADDING), ("precision", precision, PRECISIONS)):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    check_arguments(precision, padding)
     if calibration is not None and precision not in ROUNDED:
         raise ValueError(f"calibration is for {', '.join(ROUNDED)}; precision={precision!r} takes none")
     module = module_of(model)
-    found = _stacks_in(module)
+    found = stacks_in(module)
     if not found:
         raise ValueError(f"{type(model).__name__} holds no encoder that is known{_reason(module)}: {families.known()}")
     refused = {name: reason for name, stack, family in found if (reason := _why_not(stack, family)) is not None}
@@ -101,6 +99,13 @@ def _reduced(
         raise ValueError(f"precision={precision!r}: {error}") from None
 
 
+def check_arguments(precision: str, padding: str) -> None:
+    """ValueError for an argument of `accelerate` that is none of its choices."""
+    for name, value, choices in (("padding", padding, PADDING), ("precision", precision, PRECISIONS)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def restore(model: Model) -> Model:
     """Give the encoder layers of `model` their own forward back. Parameters were never changed.
 
@@ -128,7 +133,7 @@ def module_of(model: object) -> nn.Module:
     return held
 
 
-def _stacks_in(module: nn.Module) -> list[tuple[str, nn.Module, Family]]:
+def stacks_in(module: nn.Module) -> list[tuple[str, nn.Module, Family]]:
     """(name, stack, family) of every known stack."""
     found = ((name, inner, families.family_of(inner)) for name, inner in module.named_modules())
     return [(name, inner, family) for name, inner, family in found if family is not None]

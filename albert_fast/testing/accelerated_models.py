@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..accelerate.families import family_of
+
 # Family -> the prefix of its classes in transformers.
 PREFIXES = {
     "albert": "Albert",
@@ -89,9 +91,7 @@ def first_outputs(output: Any) -> dict[str, Tensor]:
 
 def stack_of(model: nn.Module) -> nn.Module:
     """The module inside `model` that holds the layers."""
-    names = ("Encoder", "AlbertTransformer")
     for module in model.modules():
-        name = type(module).__name__
-        if name.endswith(names) or name == "Transformer":
+        if family_of(module) is not None:
             return module
     raise LookupError(f"{type(model).__name__} holds no stack of layers")
