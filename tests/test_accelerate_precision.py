@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast.accelerate import stacks
+from albert_fast.accelerate import forward, stacks
 from albert_fast.runtime import dispatch
 from albert_fast.testing.accelerated_models import PREFIXES, stack_of, tiny_batch, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
@@ -28,7 +28,7 @@ BATCH = tiny_batch() | {"attention_mask": MASK}
 
 @pytest.fixture(autouse=True)
 def _warn_again():
-    stacks._warn_of_floats.cache_clear()
+    forward.warn_of_floats.cache_clear()
 
 
 def states(model, batch=BATCH):

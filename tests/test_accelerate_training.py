@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast.accelerate import stacks
+from albert_fast.accelerate import forward, stacks
 from albert_fast.testing.accelerated_models import PREFIXES, stack_of, tiny_batch, tiny_model
 from albert_fast.testing.model_pairs import assert_gradients_equal, drawn_mask
 
@@ -159,7 +159,7 @@ def test_models_of_other_types(dtype):
         albert_fast.accelerate(model)
         known = dtype == torch.bfloat16
         with nullcontext() if known else pytest.warns(UserWarning, match="original forward.*takes float32"):
-            stacks._warn.cache_clear()
+            forward.warn_of_original.cache_clear()
             fast = model(**batch).last_hidden_state[real]
     assert fast.dtype == dtype
     error, allowed = ((one.double() - exact).abs().max() for one in (fast, slow))

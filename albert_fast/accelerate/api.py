@@ -13,7 +13,8 @@ from . import families
 from .families import Family
 from .reduced import FLOATS, PRECISIONS, ReducedLayers, float_layers
 from .samples import rounded_layers
-from .stacks import Accelerated, Acceleration, accelerate_stack, restore_stack
+from .stacks import Accelerated, accelerate_stack, restore_stack
+from .state import Acceleration
 from .structure import Structure
 from .view import StackView, Unsupported
 

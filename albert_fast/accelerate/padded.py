@@ -42,9 +42,9 @@ class PaddedAttention(Attention):
     ) -> Tensor:
         """(B * S, H) -> (B * S, H)."""
         assert isinstance(packing, PaddedQueries)
-        assert packing.real is not None
-        assert packing.real.indices is not None
         real = packing.real
+        assert real is not None
+        assert real.indices is not None
         keys = hidden.index_select(0, real.indices)
         q, k, v = self.query_key_value(hidden, keys, self.fused() if fused is None else fused)
         p, seed = dropout(self, self.probs_dropout_p)

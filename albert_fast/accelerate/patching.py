@@ -1,8 +1,8 @@
 """Accelerates every model that transformers loads from now on.
 
-transformers 5 can also build other classes in place of its own (`register_patch_mapping`), but by the bare name of a class, and several
-architectures have a `BertEncoder` or a `Transformer` with other layers. What is wrapped here is the one function that all
-loading goes through, in every version.
+transformers 5 can also build other classes in place of its own (`register_patch_mapping`). It finds them by a pattern in the
+bare name of a class: a class for `BertEncoder` would replace MobileBERT's and BertGeneration's encoders too. So the one
+function that all loading goes through is wrapped here, in every version.
 """
 
 from __future__ import annotations

@@ -104,5 +104,5 @@ def _digest(weights: list[Tensor]) -> bytes:
     """Of every byte of the weights; the same on every device."""
     found = hashlib.blake2b()
     for weight in weights:
-        found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.digest()
