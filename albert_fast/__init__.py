@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 from .runtime.version import __version__
 
 if TYPE_CHECKING:
+    from .accelerate.api import accelerate as accelerate
+    from .accelerate.api import restore as restore
+    from .accelerate.patching import patch_transformers as patch_transformers
+    from .accelerate.patching import unpatch_transformers as unpatch_transformers
     from .inspect.explain import explain as explain
     from .layers.packing import aligned_representation as aligned_representation
     from .layers.wanted import WantedTokens as WantedTokens
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
+    "accelerate": "accelerate.api",
+    "restore": "accelerate.api",
+    "patch_transformers": "accelerate.patching",
+    "unpatch_transformers": "accelerate.patching",
     "ALBERTConfig": "models.config",
     "ALBERTModel": "models.albert",
     "ALBERTForMaskedLM": "models.heads",

@@ -165,6 +165,7 @@ FLOORS = {
     "execution": 4,
     "quantization": 4,
     "models": 5,
+    "accelerate": 6,
     "inspect": 6,
     "tasks": 7,
     "training": 7,
@@ -180,6 +181,9 @@ TEST_ONLY = "testing"  # on no floor: only tests and benchmarks import it
 # Every file of the package, by folder, beside its __init__.py. A new file needs its name here, so that no file is added unseen.
 FILES = {
     "albert_fast": "cli config dispatch info reference tokenization weights",
+    "albert_fast/accelerate": (
+        "api calls families forward masks padded patching plans reduced samples stacks state structure view"
+    ),
     "albert_fast/checkpoints": "families hub saving sentence_modules weights",
     "albert_fast/commands": (
         "_compare _errors _lines _options _progress _sinks bench classify demo encode evaluate fill_mask info "
@@ -203,7 +207,7 @@ FILES = {
         "derived devices dispatch files linear locking operands registration unused_gradients version"
     ),
     "albert_fast/tasks": "classify embed errors fill_mask loading quantize vector_files",
-    "albert_fast/testing": "case cases encoder_cases hostile model_pairs parity small_checkpoints tolerances",
+    "albert_fast/testing": "accelerated_models case cases covering encoder_cases hostile model_pairs parity small_checkpoints tolerances",
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
         "batching line_reader normalization text_files tokenizer vocabulary vocabulary_training windows"

@@ -218,14 +218,32 @@ def _graphs(call: _Call, model: nn.Module, device: torch.device) -> str:
     return f"; {graphs.forecast(call.encoder, bucket, batch * columns if call.tokens else 0, device)}"
 
 
-def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Plan:
+def _accelerated(model: Any) -> nn.Module | None:
+    """The module that `model` is or holds, if `albert_fast.accelerate` changed it; its stacks then have `explained`."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(module, nn.Module):
+        return None
+    return module if any(hasattr(inner, "explained") for inner in module.modules()) else None
+
+
+def _explain_accelerated(module: Any, arguments: dict[str, Any]) -> Plan:
+    stacks = [(name, inner) for name, inner in module.named_modules() if hasattr(inner, "explained")]
+    steps = [Step(*inner.explained(name, module, arguments)) for name, inner in stacks]
+    batch, columns = arguments["input_ids"].shape[-2:]
+    gflop = sum(step.gflop for step in steps)
+    summary = f"{type(module).__name__}, accelerated: {batch} x {columns}; {gflop:.2f} GFLOP in its layers"
+    return Plan(summary, steps)
+
+
+def explain(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **arguments: Any) -> Plan:
     """What `model(input_ids, attention_mask)` would run where, and why; after `warmup` also whether as a CUDA graph.
 
     That depends on the modes it is asked in: under torch.no_grad() as the call will be.
 
     Args:
-        model: an ALBERTModel or a model with a head.
-        input_ids: (B, S). attention_mask: (B, S), as in forward.
+        model: an ALBERTModel or a model with a head; or an accelerated model, and then the plan has a row for each stack of
+            layers.
+        input_ids: (B, S). attention_mask: (B, S), as in forward. arguments: others, for an accelerated model.
 
     Returns:
         Plan: `print` it for a table; `plan.steps` for the rows.
@@ -233,7 +251,12 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
     Raises:
         TypeError: not one of our models. ValueError: shapes that do not fit.
     """
+    if (accelerated := _accelerated(model)) is not None:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **arguments}
+        return _explain_accelerated(accelerated, given)
     call = _Call.of(model, input_ids, attention_mask)
+    if arguments:
+        raise TypeError(f"{type(model).__name__}: explain takes no {next(iter(arguments))}")
     config, (batch, columns) = call.encoder.config, call.shape
     layers, apart_because = _layers(call)
     projection = 2 * call.tokens * config.embedding_size * call.hidden_size / 1e9

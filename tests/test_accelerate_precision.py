@@ -1,0 +1,173 @@
+"""Accelerated models in fewer bits: a copy for inference, the model's own parameters for all else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import albert_fast
+from albert_fast.accelerate import forward, stacks
+from albert_fast.runtime import dispatch
+from albert_fast.testing.accelerated_models import PREFIXES, stack_of, tiny_batch, tiny_model
+from albert_fast.testing.model_pairs import drawn_mask
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("error:albert_fast"),
+    pytest.mark.filterwarnings("ignore:albert_fast. precision=.*runs without AVX512-VNNI"),
+]
+BITS = {"bf16": 3e-2, "int16": 3e-3, "int8": 0.2}
+MASK = drawn_mask("right", 4, 11, seed=0)
+BATCH = tiny_batch() | {"attention_mask": MASK}
+
+
+@pytest.fixture(autouse=True)
+def _warn_again():
+    forward.warn_of_floats.cache_clear()
+
+
+def states(model, batch=BATCH):
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    return hidden[MASK == 1] if batch is BATCH else hidden
+
+
+def plan(model):
+    with torch.no_grad():
+        (step,) = albert_fast.explain(model, **BATCH).steps
+    return step.why
+
+
+@pytest.mark.parametrize("precision", BITS)
+@pytest.mark.parametrize("family", PREFIXES)
+def test_close_to_float32(family, precision):
+    model = tiny_model(family)
+    expected, parameters = states(model), list(model.parameters())
+    before = [parameter.clone() for parameter in parameters]
+    fast = states(albert_fast.accelerate(model, precision))
+    error = (fast - expected).abs().mean()
+    assert 1e-7 < error < BITS[precision]
+    assert fast.dtype == torch.float32
+    assert precision == "bf16" or f"{precision} weights" in plan(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert torch.equal(states(albert_fast.restore(model)), expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert"])
+def test_calibration_on_batches_brings_int8_nearer(family):
+    """The text has few words, so that what fits it fits random ids less."""
+    model = tiny_model(family, num_hidden_layers=2)
+    texts = [{"input_ids": 5 + tiny_batch(rows=32, seed=seed)["input_ids"] % 4} for seed in range(4)]
+    expected = states(model, texts[0])
+    calibrated = states(albert_fast.accelerate(copy.deepcopy(model), "int8", texts[1:]), texts[0])
+    random = states(albert_fast.accelerate(model, "int8"), texts[0])
+    assert (calibrated - expected).square().mean() < 0.8 * (random - expected).square().mean()
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_training_and_gradients_take_the_own_parameters(precision):
+    model, other = tiny_model("bert"), tiny_model("bert")
+    albert_fast.accelerate(model, precision)
+    with pytest.warns(UserWarning, match="gradient may be asked"):
+        out = model(**BATCH).last_hidden_state
+    torch.testing.assert_close(out[MASK == 1], states(other), rtol=0, atol=2e-5)
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in stack_of(model).parameters())
+    model.train()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**BATCH)
+    assert "in the model's own precision: the model is in training mode" in plan(model)
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_changed_weights_are_never_served_from_the_copy(precision):
+    model = albert_fast.accelerate(tiny_model("bert"), precision)
+    with torch.no_grad():
+        stack_of(model).layer[1].output.dense.weight.mul_(1.5)
+    with pytest.warns(UserWarning, match="weights changed.*call accelerate again"):
+        changed = states(model)
+    torch.testing.assert_close(changed, states(albert_fast.restore(copy.deepcopy(model))), rtol=0, atol=2e-5)
+    assert "in the model's own precision" in plan(model)
+    again = states(albert_fast.accelerate(model, precision))
+    assert 1e-7 < (again - changed).abs().mean() < BITS[precision]
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_copies_and_moves_keep_the_precision(precision):
+    model = albert_fast.accelerate(tiny_model("albert"), precision)
+    expected = states(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double().float()):
+        assert torch.equal(states(other), expected)
+
+
+def test_padding_that_is_read_is_computed_in_float32():
+    model = tiny_model("bert", "ForQuestionAnswering")
+    with torch.no_grad():
+        expected = model(**BATCH).start_logits
+        albert_fast.accelerate(model, "int8")
+        with pytest.warns(UserWarning, match="padding is computed too"):
+            found = model(**BATCH).start_logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int16"])
+def test_hidden_states_of_rounded_layers(precision):
+    model = tiny_model("bert")
+    batch = BATCH | {"output_hidden_states": True}
+    with torch.no_grad():
+        slow = model(**batch).hidden_states
+        fast = albert_fast.accelerate(model, precision)(**batch).hidden_states
+    assert len(fast) == len(slow)
+    for ours, theirs in zip(fast, slow, strict=True):
+        assert (ours - theirs)[MASK == 1].abs().mean() < BITS[precision]
+
+
+def test_modes_survive_calibration():
+    model = tiny_model("bert").train()
+    model.pooler.eval()
+    modes = [module.training for module in model.modules()]
+    albert_fast.accelerate(model, "int8")
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"precision": "fp32", "calibration": [tiny_batch()]}, ValueError, "calibration is for"),
+        ({"precision": "int8", "calibration": "a text"}, TypeError, "list of texts"),
+        ({"precision": "int8", "calibration": ["a text"]}, TypeError, "no tokenizer"),
+        ({"precision": "int8", "calibration": []}, ValueError, "no token"),
+        ({"precision": "int8", "calibration": [tiny_batch(columns=41)]}, ValueError, "takes 40"),
+        ({"precision": "int8", "calibration": 3}, TypeError, "calibration"),
+        ({"precision": "fp8"}, dispatch.BackendUnavailableError, "float8"),
+    ],
+)
+def test_errors_change_nothing(arguments, error, message):
+    model = tiny_model("bert")
+    with pytest.raises(error, match=message):
+        albert_fast.accelerate(model, **arguments)
+    assert not isinstance(stack_of(model), stacks.Accelerated)
+
+
+def test_adapters_are_merged_before_rounding():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("bert"), peft.LoraConfig(target_modules=["query"], r=2))
+    with pytest.raises(ValueError, match="merge adapters"):
+        albert_fast.accelerate(model, "int8")
+    albert_fast.accelerate(model.merge_and_unload(), "int8")
+
+
+def test_an_adapter_that_comes_later_is_not_left_out():
+    peft = pytest.importorskip("peft")
+    model = albert_fast.accelerate(tiny_model("bert"), "int8")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)).eval()
+    with pytest.warns(UserWarning, match="Linear was replaced"):
+        fast = states(adapted)
+    torch.testing.assert_close(fast, states(albert_fast.restore(adapted)), rtol=0, atol=2e-5)
