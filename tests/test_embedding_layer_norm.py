@@ -47,7 +47,7 @@ def test_the_gradient_operator_follows_no_bad_id_either(backend):
     ids[0][2] = 11
     with pytest.raises(IndexError, match=r"input_ids\[2\] is 11"):
         torch.ops.albert_fast.embedding_layer_norm_bwd(
-            torch.ones(5, 8), ids[0], None, *ids[1:], *tables, weight, bias, *stats, -1, 0.0, None, backend
+            torch.ones(5, 8), ids[0], None, *ids[1:], *tables, weight, bias, *stats, -1, -1, 0.0, None, backend
         )
 
 
@@ -135,5 +135,5 @@ def test_registered_as_torch_wants_it(typed):
     tensors = [values["input_ids"], None, *(values[name] for name in names)]
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
     torch.library.opcheck(
-        torch.ops.albert_fast.embedding_layer_norm_fwd.default, (*leaves, 1e-12, 0, 0.0, None, "auto")
+        torch.ops.albert_fast.embedding_layer_norm_fwd.default, (*leaves, 1e-12, 0, 1, 0.0, None, "auto")
     )

@@ -115,8 +115,9 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
             product("FFN down", times, asked, inner, width),
         ]
 
-    projection = 2 * tokens * config.embedding_size * width / 1e9
-    steps = [operator("embedding_projection", 1, tokens, projection)]
+    narrow = config.word_embedding_size
+    projection = 2 * tokens * narrow * width / 1e9 if encoder.embeddings.operator == "embedding_projection" else 0.0
+    steps = [operator(encoder.embeddings.operator, 1, tokens, projection)]
     by_layer: list[Step] = []
     if layers > 1 or not first_only:
         times = layers - first_only
@@ -142,13 +143,13 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         steps.append(Step("encoder", 1, tokens, chosen, gflop, "all layers in one call"))
     else:
         steps += by_layer
-    if hasattr(model, "predictions"):
+    if hasattr(model, "lm_parts"):
         steps += [
-            product("head: dense", 1, tokens, width, config.embedding_size),
+            product("head: dense", 1, tokens, width, narrow),
             operator("gelu_layer_norm", 1, tokens),
-            product("head: decoder", 1, tokens, config.embedding_size, config.vocab_size),
+            product("head: decoder", 1, tokens, narrow, config.vocab_size),
         ]
-    if encoder.pooler is not None:
+    if encoder.pooling() is not None:
         steps.append(product("pooler", 1, batch, width, width))
     for name in ("classifier", "qa_outputs"):
         head = getattr(model, name, None)
@@ -164,7 +165,7 @@ def explain(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
         graphs = f"; {encoder.execution_state.graphs.forecast(encoder, bucket, batch * columns if tokens else 0, input_ids.device)}"
     summary = (
         f"{type(model).__name__}, {precision} on {device}, backend={backend!r}: {batch} x {columns} "
-        f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {config.num_hidden_groups} "
+        f"holds {tokens} real tokens ({padding:.0%} padding, not computed); {layers} layers in {len(encoder.encoder.groups())} "
         f"group(s), {config.num_attention_heads} heads of {config.head_dim}, the last one for {wanted}; "
         f"{sum(s.gflop for s in steps):.2f} GFLOP"
         + (f"; layers operator by operator: {apart_because}" if apart_because else "")

@@ -164,7 +164,7 @@ def gradients_ref(
 
 
 def finished(
-    gradients: list[Tensor], lookup: Lookup, padding_idx: int
+    gradients: list[Tensor], lookup: Lookup, padding_idx: int, position_padding_idx: int = -1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of inputs_embeds (empty where ids were given), word, token_type, position, ln_weight and ln_bias, in the
     tables' dtype, from those of `gradients_cpu`."""
@@ -173,6 +173,8 @@ def finished(
     dword = dwords if has_ids else torch.zeros(word.shape, dtype=torch.float32, device=word.device)
     if 0 <= padding_idx < len(dword):
         dword[padding_idx] = 0.0  # torch.nn.Embedding's padding_idx, as in Hugging Face
+    if 0 <= position_padding_idx < len(dposition):
+        dposition[position_padding_idx] = 0.0
     dinputs = dwords.new_empty(0, word.shape[1]) if has_ids else dwords
     found = (t.to(word.dtype) for t in (dinputs, dword, dtype_table, dposition, dln_weight, dln_bias))
     return next(found), next(found), next(found), next(found), next(found), next(found)

@@ -55,6 +55,7 @@ def embedding_layer_norm(
     ln_bias: Tensor,
     eps: float,
     padding_idx: int,
+    position_padding_idx: int = -1,
 ) -> Tensor:
     """The normalised embeddings (T, E); all ids lie in their tables. `inputs_embeds` (T, E) may replace input_ids."""
     row = padding_idx if 0 <= padding_idx < len(word) else None
@@ -62,14 +63,16 @@ def embedding_layer_norm(
     assert z is not None, "one of input_ids and inputs_embeds"
     if token_type_ids is not None and token_type is not None:
         z = z + F.embedding(token_type_ids, token_type)
-    return F.layer_norm(z + F.embedding(position_ids, position), z.shape[1:], ln_weight, ln_bias, eps)
+    row = position_padding_idx if 0 <= position_padding_idx < len(position) else None
+    z = z + F.embedding(position_ids, position, padding_idx=row)
+    return F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, eps)
 
 
 def embedding_projection(
     lookup: Sequence[Tensor | None], proj_weight: Tensor, proj_bias: Tensor, eps: float, padding_idx: int
 ) -> Tensor:
     """The projected embeddings (T, H); `lookup` has the tensors that `embedding_layer_norm` takes."""
-    normed = embedding_layer_norm(*lookup, eps, padding_idx)  # type: ignore[arg-type]
+    normed = embedding_layer_norm(*lookup, eps=eps, padding_idx=padding_idx)  # type: ignore[arg-type, misc]
     return linear(normed, proj_weight, proj_bias)
 
 

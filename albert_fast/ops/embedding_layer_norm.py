@@ -57,7 +57,7 @@ def _fwd_triton(lookup: Lookup, eps: float, dropout_p: float, seed: int) -> tupl
 
 
 def _fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lookup, (eps, _, dropout_p, seed, backend) = Lookup(*arguments[:COUNT]), arguments[COUNT:]
+    lookup, (eps, _, _, dropout_p, seed, backend) = Lookup(*arguments[:COUNT]), arguments[COUNT:]
     operands, device = lookup_operands(_OP, lookup), lookup.word.device
     backend = dispatch.resolve(_OP, device.type, lookup.word.dtype, backend)
     number = seed_value(seed, dropout_p)
@@ -72,7 +72,7 @@ def _fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _bwd(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of inputs_embeds (empty where ids were given), word, token_type (empty without types), position, ln_weight
     and ln_bias."""
-    lookup, (mean, rstd, padding_idx, dropout_p, seed, backend) = Lookup(*arguments[:COUNT]), arguments[COUNT:]
+    lookup, (mean, rstd, *padding, dropout_p, seed, backend) = Lookup(*arguments[:COUNT]), arguments[COUNT:]
     operands, word = lookup_operands(_OP, lookup), lookup.word
     (tokens,), width = operands[2][2], word.shape[1]
     backend = dispatch.resolve(_OP, word.device.type, word.dtype, backend)
@@ -80,22 +80,22 @@ def _bwd(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if backend == "cpp":
         check_launch(_OP, backend, word.device, operands[-1:])  # ln_bias, which no gradient depends on
         gradients = gradients_cpu(_OP, grad, lookup, operands, mean, rstd, dropout_p, number)
-        return finished(gradients, lookup, padding_idx)
+        return finished(gradients, lookup, *padding)
     more: list[Operand] = [("grad", grad, (tokens, width), word.dtype)]
     more += [(name, t, (tokens,), torch.float32) for name, t in (("mean", mean), ("rstd", rstd))]
     check_launch(_OP, backend, word.device, [*operands, *more])
     if backend == "reference" or word.device.type != "cuda":
         check_ids(lookup.ids, lookup.sizes)
     if backend == "reference":
-        return finished(gradients_ref(grad.float(), lookup, mean, rstd, dropout_p, number), lookup, padding_idx)
+        return finished(gradients_ref(grad.float(), lookup, mean, rstd, dropout_p, number), lookup, *padding)
     from ..kernels.embedding_layer_norm import embedding_layer_norm_bwd
 
     dz, rows, dln_weight, dln_bias = embedding_layer_norm_bwd(grad, *lookup[:-1], mean, rstd, dropout_p, number)
-    tables = zip(lookup.ids, rows, lookup.sizes, (padding_idx, -1, -1), strict=True)
+    tables = zip(lookup.ids, rows, lookup.sizes, (padding[0], -1, padding[1]), strict=True)
     # torch adds in an order that depends on the ids alone, without atomics and without waiting for the GPU.
     sums = [
-        dz.new_zeros((size, width)) if ids is None else _table_gradient(dz, own, size, padding)
-        for ids, own, size, padding in tables
+        dz.new_zeros((size, width)) if ids is None else _table_gradient(dz, own, size, row)
+        for ids, own, size, row in tables
     ]
     dinputs = dz if lookup.inputs_embeds is not None else dz.new_empty((0, width))
     return dinputs.to(word.dtype), *(t.to(word.dtype) for t in sums), dln_weight, dln_bias
@@ -122,7 +122,7 @@ def _bwd_fake(grad, *arguments):
     return dinputs, dword, dtypes, dposition, *norm
 
 
-_NUMBERS = "int padding_idx, float dropout_p, Tensor? seed, str backend"
+_NUMBERS = "int padding_idx, int position_padding_idx, float dropout_p, Tensor? seed, str backend"
 register(
     f"embedding_layer_norm_fwd({lookup_schema('Tensor?')}, float eps, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
     _fwd,
@@ -137,7 +137,7 @@ register(
 
 
 def _setup(ctx, inputs, output):
-    *tensors, _, ctx.padding_idx, ctx.dropout_p, seed, ctx.backend = inputs
+    *tensors, _, ctx.padding_idx, ctx.position_padding_idx, ctx.dropout_p, seed, ctx.backend = inputs
     _, mean, rstd = output
     ctx.save_for_backward(*tensors, mean, rstd, seed)
     ctx.mark_non_differentiable(mean, rstd)
@@ -146,11 +146,19 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad, _grad_mean, _grad_rstd):
     *tensors, mean, rstd, seed = ctx.saved_tensors
     dinputs, dword, dtypes, *others = torch.ops.albert_fast.embedding_layer_norm_bwd(
-        grad, *tensors, mean, rstd, ctx.padding_idx, ctx.dropout_p, seed, ctx.backend
+        grad,
+        *tensors,
+        mean,
+        rstd,
+        ctx.padding_idx,
+        ctx.position_padding_idx,
+        ctx.dropout_p,
+        seed,
+        ctx.backend,
     )
     dinputs = None if tensors[1] is None else dinputs
     dtypes = None if tensors[2] is None else dtypes
-    return None, dinputs, None, None, dword, dtypes, *others, None, None, None, None, None
+    return None, dinputs, None, None, dword, dtypes, *others, None, None, None, None, None, None
 
 
 register_autograd("embedding_layer_norm_fwd", _backward, _setup)
@@ -172,6 +180,7 @@ def embedding_layer_norm(
     seed: Tensor | None = None,
     *,
     inputs_embeds: Tensor | None = None,
+    position_padding_idx: int = -1,
     backend: str = "auto",
 ) -> Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
@@ -184,6 +193,7 @@ def embedding_layer_norm(
         eps: added to the variance.
         padding_idx: the row of `word` that gets no gradient, -1 for none.
         dropout_p, seed: replayable dropout; `seed` from `albert_fast.ops.draw_seed()`.
+        position_padding_idx: the same for `position`, RoBERTa's.
         inputs_embeds: (T, H), instead of looking up input_ids (then None).
         backend: "auto", or the name of one.
 
@@ -205,12 +215,12 @@ def embedding_layer_norm(
     if not dropout_p and dispatch.runs_on_torch(_OP, device, word.dtype, backend):
         check(_OP, word.device, lookup_operands(_OP, lookup))
         check_ids(lookup.ids, lookup.sizes)
-        return _torch.embedding_layer_norm(*lookup, eps, padding_idx)
+        return _torch.embedding_layer_norm(*lookup, eps, padding_idx, position_padding_idx)
     call: Any = _fwd
     if needs_dispatcher(inputs_embeds, word, token_type, position, *norm):
         call = torch.ops.albert_fast.embedding_layer_norm_fwd
     # A gradient that autocast rounded would not have the dtype that the schema promises.
     autocast = torch.is_autocast_enabled(device) or is_traced()
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        out: Tensor = call(*lookup, eps, padding_idx, dropout_p, seed, backend)[0]
+        out: Tensor = call(*lookup, eps, padding_idx, position_padding_idx, dropout_p, seed, backend)[0]
     return out

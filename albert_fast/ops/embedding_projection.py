@@ -190,7 +190,7 @@ def _bwd_fake(grad, *arguments):
     lookup, proj_weight = Lookup(*arguments[:COUNT]), arguments[COUNT]
     word, embeds = lookup.word, lookup.inputs_embeds
     dinputs = word.new_empty((0, word.shape[1]) if embeds is None else embeds.shape)
-    shaped = (*lookup[4:], proj_weight)
+    shaped = [t for t in (*lookup[4:], proj_weight) if t is not None]
     return dinputs, *(word.new_empty(t.shape) for t in shaped), word.new_empty(proj_weight.shape[0])
 
 

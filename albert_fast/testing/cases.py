@@ -107,7 +107,7 @@ def _gelu_layer_norm_eager(x, bias, weight, ln_bias, eps, act):
 
 
 def _embedding_layer_norm_inputs(
-    shape, dtype, device="cpu", generator=None, dropout_p=0.0, padding_idx=-1, from_embeds=False, typed=True
+    shape, dtype, device="cpu", generator=None, dropout_p=0.0, padding=(-1, -1), from_embeds=False, typed=True
 ) -> Inputs:
     tokens, embedding, vocabulary, positions, types = shape
     weight, ln_bias = norm_weights(embedding, dtype, device, generator)
@@ -125,7 +125,8 @@ def _embedding_layer_norm_inputs(
         "ln_weight": weight,
         "ln_bias": ln_bias,
         "eps": EPS,
-        "padding_idx": padding_idx,
+        "padding_idx": padding[0],
+        "position_padding_idx": padding[1],
         "dropout_p": dropout_p,
         "seed": drawn_seed(dropout_p, generator),
     }
@@ -147,12 +148,13 @@ def _embedding_layer_norm_eager(
     padding_idx,
     dropout_p,
     seed,
+    position_padding_idx=-1,
     inputs_embeds=None,
 ):
     if inputs_embeds is None:
         inputs_embeds = F.embedding(input_ids, word, None if padding_idx < 0 else padding_idx)
     z = inputs_embeds if token_type is None else inputs_embeds + token_type[token_type_ids]
-    z = z + position[position_ids]
+    z = z + F.embedding(position_ids, position, None if position_padding_idx < 0 else position_padding_idx)
     return dropped(F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, eps), dropout_p, seed)
 
 
@@ -164,9 +166,11 @@ def _embedding_layer_norm_extra(inputs: Inputs) -> int:
 # embedding_projection: shapes are (tokens, E, H, vocabulary, positions, types) ----------------------------------------------
 
 
-def _embedding_projection_inputs(shape, dtype, device="cpu", generator=None, **options) -> Inputs:
+def _embedding_projection_inputs(shape, dtype, device="cpu", generator=None, padding_idx=-1, **options) -> Inputs:
     tokens, embedding, hidden, *tables = shape
+    options["padding"] = (padding_idx, -1)
     inputs = _embedding_layer_norm_inputs((tokens, embedding, *tables), dtype, device, generator, **options)
+    del inputs["position_padding_idx"]
     return {
         **inputs,
         "proj_weight": randn((hidden, embedding), dtype, device, generator) * embedding**-0.5,
@@ -251,7 +255,7 @@ ALL_CASES: dict[str, OpCase] = {
             ),
             small_shapes=((1, 1, 1, 1, 1), (0, 16, 5, 7, 2), (37, 31, 11, 7, 2), (5, 312, 17, 9, 3)),
             bench_shapes=((128, 768, 30522, 512, 2), (1024, 768, 30522, 512, 2)),
-            options=({}, {"dropout_p": 0.2}, {"padding_idx": 0}, {"from_embeds": True}, {"typed": False}),
+            options=({}, {"dropout_p": 0.2}, {"padding": (0, 0)}, {"from_embeds": True}, {"typed": False}),
             gradients=("word", "token_type", "position", "ln_weight", "ln_bias", "inputs_embeds"),
             operations=lambda i: 10.0 * len(i["position_ids"]) * i["word"].shape[1],
             backward_extra=_embedding_layer_norm_extra,

@@ -50,6 +50,7 @@ _DEFAULTS = {
     "sequence_order": None,
     "inputs_embeds": None,
     "padding_idx": -1,
+    "position_padding_idx": -1,
     "wanted_rows": None,
     "cu_wanted": None,
     "max_seqlen": 64,

@@ -151,8 +151,8 @@ def _embedding_layer_norm(shape: Any) -> Runs:
     from ...kernels.embedding_layer_norm import embedding_layer_norm_bwd, embedding_layer_norm_fwd
 
     i = counted_inputs("embedding_layer_norm", shape)
-    names = ("token_type_ids", "position_ids", "word", "token_type", "position", "ln_weight")
-    tables = (i["input_ids"], None, *(i[name] for name in names))
+    ids = (i["input_ids"], None, i["token_type_ids"], i["position_ids"])
+    tables = (*ids, i["word"], i["token_type"], i["position"], i["ln_weight"])
     stats = torch.empty(shape[0], device="meta")
     grad = torch.empty(shape[:2], dtype=i["word"].dtype, device="meta")
     return (

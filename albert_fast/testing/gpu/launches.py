@@ -108,8 +108,8 @@ def _embedding_layer_norm_launches() -> Iterator[Case]:
             word, types, positions, vector = (
                 _empty(*shape, dtype=dtype) for shape in ((30522, n), (2, n), (512, n), (n,))
             )
-            words = (ids, None) if from_ids else (None, _empty(_ROWS, n, dtype=dtype))
-            tables = (*words, ids if typed else None, ids, word, types if typed else None, positions)
+            given, embeds = (ids, None) if from_ids else (None, _empty(_ROWS, n, dtype=dtype))
+            tables = (given, embeds, ids if typed else None, ids, word, types if typed else None, positions)
             label = f"{name} N{n}" + (" dropout" if p else "") + ("" if typed else " no types")
             label += "" if from_ids else " embeds"
             grad = _empty(_ROWS, n, dtype=dtype)
