@@ -49,6 +49,7 @@ GRID = [(size, kind) for size in ("small", "odd") for kind in MASKS] + [
 TOKENS, LENGTHS = (4099, (512, 509, 1, 128, 31, 512, 77)) if ON_GPU else (41, (17, 1, 23))
 REAL_SHAPES = {
     "embedding_projection": (TOKENS, 128, 768, 30000, 512, 2),
+    "embedding_layer_norm": (TOKENS, 768, 30522, 512, 2),
     "attention": (LENGTHS, None, 12, 64),
     "bias_gelu": (TOKENS, 3072),
     "linear_gelu": (TOKENS, 768, 3072),

@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_FOLDERS = ("albert_fast", "kernels")
 MAX_LINES = 450
 OPERATORS = sorted(dispatch.TABLE)
-# On a CPU a library multiplies and bias_gelu activates, so this operator has no C++ source.
-WITHOUT_CPP_SOURCE = {"linear_gelu"}
+# Operators that are made of others on a CPU, and so have no C++ source: a library multiplies and bias_gelu activates;
+# embedding_layer_norm looks up and linear multiplies.
+WITHOUT_CPP_SOURCE = {"linear_gelu", "embedding_projection"}
 # The only libraries that modules import when they are loaded.
 BASE_LIBRARIES = {"torch", "numpy", "safetensors"}
 
@@ -191,35 +192,40 @@ FILES = {
     ),
     "albert_fast/execution": "capture graphs",
     "albert_fast/inspect": "explain info profiling timing",
-    "albert_fast/layers": "adapters attention embeddings encoded inputs layer packing quantized run spec stack wanted",
+    "albert_fast/layers": (
+        "adapters attention embeddings encoded inputs layer packing quantized run single_layers spec stack wanted"
+    ),
     "albert_fast/models": (
-        "albert config config_attributes config_checks execution head_model heads load_arguments losses model_methods "
-        "outputs pretrained"
+        "albert auto bert config config_attributes config_checks distilbert electra encoder_config encoder_model "
+        "execution head_model heads load_arguments losses model_methods outputs pretrained roberta task_models"
     ),
     "albert_fast/models/reference": "albert heads losses",
     "albert_fast/ops": (
-        "_columns _dropout _dtypes _encoder_call _graph_inputs _integers _reports _schema _stages _token_errors "
-        "_torch add_layer_norm attention bias_gelu embedding_projection encoder gelu_layer_norm linear_cross_entropy "
-        "linear_gelu quantized_encoder"
+        "_columns _dropout _dtypes _encoder_call _graph_inputs _integers _lookup _reports _schema _stages "
+        "_token_errors _torch add_layer_norm attention bias_gelu embedding_layer_norm embedding_projection encoder "
+        "gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
     ),
     "albert_fast/quantization": "calibration rounding",
     "albert_fast/runtime": (
         "derived devices dispatch files linear locking operands registration unused_gradients version"
     ),
     "albert_fast/tasks": "classify embed errors fill_mask loading quantize vector_files",
-    "albert_fast/testing": "accelerated_models case cases covering encoder_cases hostile model_pairs parity small_checkpoints tolerances",
+    "albert_fast/testing": (
+        "accelerated_models case cases covering encoder_cases family_pairs hostile model_pairs parity "
+        "small_checkpoints tolerances"
+    ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
         "batching line_reader normalization text_files tokenizer vocabulary vocabulary_training windows"
     ),
     "albert_fast/training": (
-        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization recipe "
-        "run"
+        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization "
+        "recipe run"
     ),
     "kernels": (
         "_attention_tiles _capture _common _encoder_phases _graph_inputs _layer_norm _matmul _precision _rounding "
-        "_tuning _vocabulary add_layer_norm attention attention_bwd bias_gelu encoder gelu_layer_norm "
-        "linear_cross_entropy linear_gelu quantized_encoder"
+        "_tuning _vocabulary add_layer_norm attention attention_bwd bias_gelu embedding_layer_norm encoder "
+        "gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
     ),
 }
 

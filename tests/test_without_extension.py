@@ -18,7 +18,15 @@ from albert_fast.testing.parity import check_backward, check_forward, parity_gri
 
 REASON = "the C++ extension is not built: install a C++17 compiler, then `pip install -e .` (or `pip install .`) again"
 CACHES = (dispatch.resolve, dispatch._why_not, dispatch._say_no_extension)
-ON_TORCH = ("embedding_projection", "attention", "bias_gelu", "linear_gelu", "add_layer_norm", "gelu_layer_norm")
+ON_TORCH = (
+    "embedding_layer_norm",
+    "embedding_projection",
+    "attention",
+    "bias_gelu",
+    "linear_gelu",
+    "add_layer_norm",
+    "gelu_layer_norm",
+)
 CONFIG = ALBERTConfig(
     vocab_size=61, embedding_size=12, hidden_size=40, num_attention_heads=4, intermediate_size=56, num_hidden_layers=3
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class Family:
     buffers: names of buffers that old versions of transformers wrote; they follow from the configuration.
     old_names: patterns of names in old checkpoints, and their replacements today.
     tied: second name -> first name of the parameters that a masked-language head shares.
+    lm_head: the module of the masked-language head, "" for the model itself, and the name of the decoder in it.
+    pooler: a tensor that only a checkpoint with a pooler has, as an encoder alone names it; "" where the family has no pooler.
+    module: the module of `models/` that holds the family's classes.
     """
 
     model_type: str
@@ -29,6 +32,9 @@ class Family:
     buffers: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
     old_names: tuple[tuple[str, str], ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
+    lm_head: tuple[str, str] = ("", "")
+    pooler: str = ""
+    module: str = ""
 
     @property
     def attribute(self) -> str:
@@ -63,5 +69,82 @@ ALBERT = Family(
         "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
         "predictions.decoder.bias": "predictions.bias",
     },
+    lm_head=("predictions", "decoder"),
+    pooler="pooler.weight",
+    module="heads",
 )
-FAMILIES = {family.model_type: family for family in (ALBERT,)}
+
+BERT = Family(
+    model_type="bert",
+    prefix="bert.",
+    class_name="BERT",
+    hf_class_name="Bert",
+    heads=("pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."),
+    old_names=_OLD_NAMES,
+    tied={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    lm_head=("cls.predictions", "decoder"),
+    pooler="pooler.dense.weight",
+    module="bert",
+)
+# XLM-RoBERTa and CamemBERT are RoBERTa with other vocabularies; only what config.json calls them differs.
+ROBERTA = Family(
+    model_type="roberta",
+    prefix="roberta.",
+    class_name="RoBERTa",
+    hf_class_name="Roberta",
+    heads=("pooler.", "lm_head.", "classifier.", "qa_outputs."),
+    old_names=_OLD_NAMES,
+    tied={
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    },
+    lm_head=("lm_head", "decoder"),
+    pooler="pooler.dense.weight",
+    module="roberta",
+)
+XLM_ROBERTA = replace(ROBERTA, model_type="xlm-roberta", hf_class_name="XLMRoberta")
+CAMEMBERT = replace(ROBERTA, model_type="camembert", hf_class_name="Camembert")
+DISTILBERT = Family(
+    model_type="distilbert",
+    prefix="distilbert.",
+    class_name="DistilBERT",
+    hf_class_name="DistilBert",
+    body=("embeddings.", "transformer."),
+    heads=(
+        "vocab_transform.",
+        "vocab_layer_norm.",
+        "vocab_projector.",
+        "pre_classifier.",
+        "classifier.",
+        "qa_outputs.",
+    ),
+    old_names=_OLD_NAMES,
+    tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
+    lm_head=("", "vocab_projector"),
+    module="distilbert",
+)
+ELECTRA = Family(
+    model_type="electra",
+    prefix="electra.",
+    class_name="ELECTRA",
+    hf_class_name="Electra",
+    body=("embeddings.", "embeddings_project.", "encoder."),
+    heads=(
+        "discriminator_predictions.",
+        "generator_predictions.",
+        "generator_lm_head.",
+        "sequence_summary.",
+        "classifier.",
+        "qa_outputs.",
+    ),
+    old_names=_OLD_NAMES,
+    tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    lm_head=("", "generator_lm_head"),
+    module="electra",
+)
+FAMILIES = {
+    family.model_type: family for family in (ALBERT, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA)
+}

@@ -281,6 +281,7 @@ def load_into(
     allow_missing_head: bool = False,
     ignore_mismatched_sizes: bool = False,
     check: Callable[[str, Tensor], str | None] = lambda key, tensor: None,
+    share: bool = False,
 ) -> dict[str, Any]:
     """Copies `state` into the parameters of `model`, in their dtypes: all of it or, after an error, nothing.
 
@@ -293,6 +294,7 @@ def load_into(
         allow_missing_head: a head that `state` lacks entirely keeps its random weights, with a warning.
         ignore_mismatched_sizes: a tensor of another shape keeps its random weights, with a warning.
         check: returns what is wrong with a tensor of the right shape and dtype, or None.
+        share: the tensors of `state` become the model's parameters, and are not copied.
 
     Returns:
         missing_keys, unexpected_keys, mismatched_keys and error_msgs, as transformers returns them.
@@ -365,7 +367,7 @@ def load_into(
     if resize_sop:
         head_model, old = model.get_submodule("sop_classifier"), model.get_parameter(f"{SOP}.weight")
         head_model.classifier = nn.Linear(old.shape[1], 2, device=old.device, dtype=old.dtype)
-    model.load_state_dict(complete, strict=True)
+    model.load_state_dict(complete, strict=True, assign=share)
     return {
         "missing_keys": missing,
         "unexpected_keys": unexpected,

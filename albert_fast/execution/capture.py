@@ -16,8 +16,8 @@ from ..layers.stack import LayerStack
 from ..layers.wanted import WantedTokens
 from ..runtime import dispatch
 
-# The operators of a forward whose references would wait for the GPU, to look at lengths and ids.
-_OPERATORS = ("embedding_projection", "attention", "linear_gelu", "add_layer_norm")
+# The operators of a forward, after the embeddings, whose references would wait for the GPU, to look at lengths and ids.
+_OPERATORS = ("attention", "linear_gelu", "add_layer_norm")
 
 
 class Encoder(Protocol):
@@ -62,7 +62,8 @@ class CUDACapture:
     def why_not(self, model: Encoder) -> str | None:
         """Why the model's operators cannot be captured."""
         dtype = model.embeddings.word_embeddings.weight.dtype
-        for op in ("quantized_encoder", *_OPERATORS) if model.encoder.quantized else _OPERATORS:
+        operators = (model.embeddings.operator, *_OPERATORS)
+        for op in ("quantized_encoder", *operators) if model.encoder.quantized else operators:
             if dispatch.resolve(op, self.device_type, dtype, model.execution_state.backend) == "reference":
                 return f"{op} runs on backend 'reference', which waits for the GPU"
         return None

@@ -324,9 +324,7 @@ class GraphCache:
         return Encoded(packing, result.wanted, hidden, pooled)
 
     def _describe(self, model: Encoder, packing: Packing, inputs: Inputs) -> ops.Describe:
-        embeddings = model.embeddings
-        tables = (embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings)
-        sizes = tuple(table.num_embeddings for table in tables)
+        sizes = model.embeddings.sizes()
 
         def describe(code: int) -> Exception:
             given = inputs.input_ids, inputs.token_type_ids, inputs.position_ids

@@ -189,16 +189,24 @@ def _layers(call: _Call) -> tuple[list[Step], str | None]:
     return [Step("encoder", 1, call.tokens, call.chosen("encoder")[0], gflop, "all layers in one call")], None
 
 
+def _embedding(call: _Call) -> Step:
+    """The step before the layers."""
+    operator, narrow = call.encoder.embeddings.operator, call.encoder.config.word_embedding_size
+    projection = 2 * call.tokens * narrow * call.hidden_size / 1e9 if operator == "embedding_projection" else 0.0
+    return call.operator(operator, 1, call.tokens, projection)
+
+
 def _head(model: nn.Module, call: _Call) -> list[Step]:
     """The steps after the layers: the head for masked tokens, the pooler, the Linear of a task."""
     config, width, steps = call.encoder.config, call.hidden_size, []
-    if hasattr(model, "predictions"):
+    narrow = config.word_embedding_size
+    if hasattr(model, "lm_parts"):
         steps += [
-            call.product("head: dense", 1, call.tokens, (config.embedding_size, width)),
+            call.product("head: dense", 1, call.tokens, (narrow, width)),
             call.operator("gelu_layer_norm", 1, call.tokens),
-            call.product("head: decoder", 1, call.tokens, (config.vocab_size, config.embedding_size)),
+            call.product("head: decoder", 1, call.tokens, (config.vocab_size, narrow)),
         ]
-    if call.encoder.pooler is not None:
+    if call.encoder.pooling() is not None:
         steps.append(call.product("pooler", 1, call.shape[0], (width, width)))
     for name in ("classifier", "qa_outputs"):
         head = getattr(model, name, None)
@@ -259,8 +267,7 @@ def explain(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None,
         raise TypeError(f"{type(model).__name__}: explain takes no {next(iter(arguments))}")
     config, (batch, columns) = call.encoder.config, call.shape
     layers, apart_because = _layers(call)
-    projection = 2 * call.tokens * config.embedding_size * call.hidden_size / 1e9
-    steps = [call.operator("embedding_projection", 1, call.tokens, projection), *layers, *_head(model, call)]
+    steps = [_embedding(call), *layers, *_head(model, call)]
     padding = 1 - call.tokens / (batch * columns) if batch * columns else 0.0
     wanted = "the first token of each sequence" if call.first_only else "every token"
     quantized = call.encoder.encoder.quantized
@@ -268,7 +275,7 @@ def explain(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None,
     summary = (
         f"{type(model).__name__}, {precision} on {call.device}, backend={call.backend!r}: {batch} x {columns} "
         f"holds {call.tokens} real tokens ({padding:.0%} padding, not computed); {call.num_layers} layers in "
-        f"{config.num_hidden_groups} group(s), {config.num_attention_heads} heads of {config.head_dim}, the last one for "
+        f"{len(call.encoder.encoder.groups())} group(s), {config.num_attention_heads} heads of {config.head_dim}, the last one for "
         f"{wanted}; {sum(step.gflop for step in steps):.2f} GFLOP"
         + (f"; layers operator by operator: {apart_because}" if apart_because else "")
         + _graphs(call, model, input_ids.device)

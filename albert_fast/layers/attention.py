@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +31,32 @@ _FUSED = Derived(_concatenated)
 
 
 class Attention(nn.Module):
-    """Attention of every token to all tokens of its sequence, the output projection, and LayerNorm of the sum with the input."""
+    """Attention of every token to all tokens of its sequence, the output projection, and LayerNorm of the sum with the input.
+
+    The names of modules are those of Hugging Face's ALBERT. A subclass of another family builds them in `build`, and has
+    properties of these names.
+    """
+
+    query: Any  # Linears, or their replacements
+    key: Any
+    value: Any
+    dense: Any
+    LayerNorm: Any  # absent where the layer holds it
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        width = spec.hidden_size
         self.num_heads = spec.num_heads
         self.scale = spec.head_dim**-0.5
+        self.probs_dropout_p = spec.attention_dropout
+        self.dropout_p = spec.hidden_dropout
+        self.build(spec)
+
+    def build(self, spec: LayerSpec) -> None:
+        """Make the modules."""
+        width = spec.hidden_size
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.dense = nn.Linear(width, width)
         self.LayerNorm = nn.LayerNorm(width, eps=spec.layer_norm_eps)
-        self.probs_dropout_p = spec.attention_dropout
-        self.dropout_p = spec.hidden_dropout
 
     def fused(self) -> FusedQKV | None:
         """Weight (3H, H) and bias (3H,) of query, key and value, one below the other, in autocast's dtype where it is on.
@@ -91,9 +106,16 @@ class Attention(nn.Module):
         return q, *ops.split_columns(linear(hidden, weight[width:], bias[width:]), width)
 
     def forward(
-        self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run, fused: FusedQKV | None = None
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        wanted: WantedRows | None,
+        run: Run,
+        fused: FusedQKV | None = None,
+        norm: nn.LayerNorm | None = None,
     ) -> Tensor:
-        """(T, H) -> (T, H), or (Tq, H) for the rows that are wanted. `fused` is the result of `self.fused()`, if known."""
+        """(T, H) -> (T, H), or (Tq, H) for the rows that are wanted. `fused` is the result of `self.fused()`, if known; `norm` is
+        given where the layer holds the LayerNorm."""
         residual, cu_seqlens_q, max_seqlen_q = hidden, packing.cu_seqlens, packing.max_seqlen
         if wanted is not None:
             residual, cu_seqlens_q, max_seqlen_q = take(hidden, wanted.rows), wanted.cu_seqlens, wanted.max_seqlen
@@ -119,7 +141,7 @@ class Attention(nn.Module):
         if run.listen is not None:
             run.listen(self, hidden)
             run.listen(self.dense, context)
-        return add_norm(product(self.dense, context), residual, self.LayerNorm, self, run)
+        return add_norm(product(self.dense, context), residual, self.LayerNorm if norm is None else norm, self, run)
 
 
 def add_norm(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,86 +22,131 @@ from .wanted import WantedRows
 class Layer(nn.Module):
     """Every bias is added by the fused operator that follows its product, or by the product itself.
 
-    The names of modules are those of Hugging Face's ALBERT.
+    The names of modules are those of Hugging Face's ALBERT. A subclass of a family that names or nests them otherwise builds
+    them in `build`, and says where they are with the properties `up`, `down`, `norm` and `attention_norm`.
     """
+
+    plain_types: ClassVar[tuple[type[nn.Module], ...]] = ()  # of all modules of a layer without replaced parts
+    attention: Any  # an Attention, or a QuantizedAttention: see `place_quantized`
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.full_layer_layer_norm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
-        self.attention: Any = Attention(spec)  # or a QuantizedAttention: see `place_quantized`
-        self.ffn = nn.Linear(spec.hidden_size, spec.intermediate_size)
-        self.ffn_output = nn.Linear(spec.intermediate_size, spec.hidden_size)
         self.act = spec.activation
         self.dropout_p = spec.ffn_dropout
+        self.build(spec)
+
+    ffn: Any
+    ffn_output: Any
+
+    def build(self, spec: LayerSpec) -> None:
+        """Make the modules."""
+        self.full_layer_layer_norm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+        self.attention = Attention(spec)
+        self.ffn = nn.Linear(spec.hidden_size, spec.intermediate_size)
+        self.ffn_output = nn.Linear(spec.intermediate_size, spec.hidden_size)
+
+    @property
+    def up(self) -> Any:
+        """The first product of the feed-forward network, H -> I: a Linear or a QuantizedLinear."""
+        return self.ffn
+
+    @property
+    def down(self) -> Any:
+        """The second product of the feed-forward network, I -> H."""
+        return self.ffn_output
+
+    @property
+    def norm(self) -> Any:
+        """The LayerNorm at the layer's end."""
+        return self.full_layer_layer_norm
+
+    @property
+    def attention_norm(self) -> Any:
+        """The LayerNorm after the attention."""
+        return self.attention.LayerNorm
+
+    def attend(
+        self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run, fused: FusedQKV | None
+    ) -> Tensor:
+        """The attention with its LayerNorm, (T, H) -> (T, H) or (Tq, H)."""
+        attended: Tensor = self.attention(hidden, packing, wanted, run, fused)
+        return attended
 
     def forward(
         self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run, fused: FusedQKV | None = None
     ) -> Tensor:
         """(T, H) -> (T, H), or (Tq, H) for the rows that are wanted. `fused` is the attention's `fused()`, if known."""
-        attended = self.attention(hidden, packing, wanted, run, fused)
+        attended, ffn = self.attend(hidden, packing, wanted, run, fused), self.up
         if run.recompute == "activations":
-            up = product(self.ffn, attended)
+            up = product(ffn, attended)
             # A replaced Linear may draw random numbers; our own dropout replays the seeds that it was given.
-            draws = not is_linear(self.ffn_output)
+            draws = not is_linear(self.down)
             down = checkpoint(self._down, *up, run, use_reentrant=False, preserve_rng_state=draws)
-        elif fuses_ffn(hidden.device.type) and is_linear(self.ffn) and self.ffn.bias is not None:
-            middle = ops.linear_gelu(attended, self.ffn.weight, self.ffn.bias, self.act, backend=run.backend)
-            down = product(self.ffn_output, middle)
+        elif fuses_ffn(hidden.device.type) and is_linear(ffn) and ffn.bias is not None:
+            middle = ops.linear_gelu(attended, ffn.weight, ffn.bias, self.act, backend=run.backend)
+            down = product(self.down, middle)
         else:
-            down = self._down(*product(self.ffn, attended), run)
+            down = self._down(*product(ffn, attended), run)
         if run.listen is not None:
-            run.listen(self.ffn, attended)
-        return add_norm(down, attended, self.full_layer_layer_norm, self, run)
+            run.listen(ffn, attended)
+        return add_norm(down, attended, self.norm, self, run)
 
     def _down(self, up: Tensor, bias: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """The activation and the second product (T, H), with the bias (H,) that is still to be added."""
         middle = ops.bias_gelu(up, bias, self.act, backend=run.backend)
         if run.listen is not None:
-            run.listen(self.ffn_output, middle)
-        return product(self.ffn_output, middle)
+            run.listen(self.down, middle)
+        return product(self.down, middle)
 
     def weights(self) -> list[Tensor]:
         """The tensors that `ops.encoder` reads, in its order."""
-        a, norm = self.attention, self.full_layer_layer_norm
-        modules = (a.query, a.key, a.value, a.dense, a.LayerNorm, self.ffn, self.ffn_output, norm)
+        a = self.attention
+        modules = (a.query, a.key, a.value, a.dense, self.attention_norm, self.up, self.down, self.norm)
         return [parameter for module in modules for parameter in (module.weight, module.bias)]
 
     def numbers(self) -> tuple[int, float, float, str]:
         """num_heads, softmax_scale, eps and activation, as the encoder operators take them."""
-        return self.attention.num_heads, self.attention.scale, self.full_layer_layer_norm.eps, self.act
+        return self.attention.num_heads, self.attention.scale, self.norm.eps, self.act
 
     def products(self) -> list[Any]:
         """The four products in the order of `ops.PRODUCTS`: QuantizedLinears, or Linears to round."""
         a = self.attention
-        return [a.qkv if isinstance(a, QuantizedAttention) else a.as_one_linear(), a.dense, self.ffn, self.ffn_output]
+        return [a.qkv if isinstance(a, QuantizedAttention) else a.as_one_linear(), a.dense, self.up, self.down]
 
     def product_modules(self) -> list[nn.Module]:
         """The modules under which `Run.listen` hears the inputs of `products`."""
-        return [self.attention, self.attention.dense, self.ffn, self.ffn_output]
+        return [self.attention, self.attention.dense, self.up, self.down]
 
     def vectors(self) -> list[Tensor]:
         """The tensors that `ops.quantized_encoder` reads beside the products, in its order."""
-        a, norm = self.attention, self.full_layer_layer_norm
-        biases = a.qkv.bias, a.dense.bias, self.ffn.bias, self.ffn_output.bias
-        return [*biases[:2], a.LayerNorm.weight, a.LayerNorm.bias, *biases[2:], norm.weight, norm.bias]
+        a, inner, norm = self.attention, self.attention_norm, self.norm
+        biases = a.qkv.bias, a.dense.bias, self.up.bias, self.down.bias
+        return [*biases[:2], inner.weight, inner.bias, *biases[2:], norm.weight, norm.bias]
 
     def place_quantized(self, linears: Sequence[QuantizedLinear]) -> None:
         """Replace the four products by these, in the order of `ops.PRODUCTS`."""
         # In the layer's mode: a new module is in training mode, which CUDA graphs refuse.
-        qkv, dense, self.ffn, self.ffn_output = (linear.train(self.training) for linear in linears)  # type: ignore[assignment]
+        qkv, dense, up, down = (linear.train(self.training) for linear in linears)
+        self.place_ffn(up, down)
         self.attention = QuantizedAttention(self.attention, qkv, dense)
+
+    def place_ffn(self, up: nn.Module, down: nn.Module) -> None:
+        """Replace the two products of the feed-forward network."""
+        self.ffn, self.ffn_output = up, down
 
     def is_plain(self) -> bool:
         """Whether the layer computes exactly what the encoder operators do: nothing hooked, replaced or parametrised."""
         return all(
-            type(module) in _PLAIN
+            type(module) in self.plain_types
             and not is_hooked(module)
             and all(parameter is not None for parameter in module._parameters.values())
             for module in self.modules()
         )
 
 
-_PLAIN = (Layer, Attention, QuantizedAttention, nn.Linear, QuantizedLinear, nn.LayerNorm)
+# The modules whose computation the operators know: those of a layer that is nothing but itself.
+PLAIN_PARTS = (QuantizedAttention, nn.Linear, QuantizedLinear, nn.LayerNorm)
+Layer.plain_types = (Layer, Attention, *PLAIN_PARTS)
 
 
 def fuses_ffn(device_type: str) -> bool:
@@ -113,9 +158,15 @@ def fuses_ffn(device_type: str) -> bool:
     return device_type == "cuda" and not torch.is_autocast_enabled(device_type)
 
 
-def fused_ahead(layer: nn.Module) -> FusedQKV | None:
+def fused_ahead(layer: Any) -> FusedQKV | None:
     """The attention's `fused()` for all steps of a forward that run this layer. None where each step must find out itself: a
     wrapper (FSDP) or a hook may put weights into the layer only while it is called."""
-    if type(layer) is not Layer or type(layer.attention) is not Attention:
+    plain = getattr(layer, "plain_types", ())  # a wrapper passes on what it wraps, but is of none of the types
+    if (
+        type(layer) not in plain
+        or type(layer.attention) not in plain
+        or isinstance(layer.attention, QuantizedAttention)
+    ):
         return None
-    return None if is_hooked(layer) or is_hooked(layer.attention) else layer.attention.fused()
+    attention: Attention = layer.attention
+    return None if is_hooked(layer) or is_hooked(attention) else attention.fused()

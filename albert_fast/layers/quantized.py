@@ -129,7 +129,8 @@ class QuantizedAttention(nn.Module):
 
     def __init__(self, attention: Any, qkv: QuantizedLinear, dense: QuantizedLinear) -> None:
         super().__init__()
-        self.num_heads, self.scale, self.LayerNorm = attention.num_heads, attention.scale, attention.LayerNorm
+        self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.LayerNorm = getattr(attention, "LayerNorm", None)  # None where the layer holds it
         self.qkv, self.dense = qkv, dense
         self.train(attention.training)
 

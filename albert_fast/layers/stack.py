@@ -153,7 +153,7 @@ class LayerStack(nn.Module):
     @property
     def quantized(self) -> str | None:
         """The precision that the layers' weights were rounded to, "int8" say; None where they are floats."""
-        first: Any = self.groups()[0].layers()[0].ffn
+        first: Any = self.groups()[0].layers()[0].up
         return first.precision if isinstance(first, QuantizedLinear) else None
 
     def is_plain(self) -> bool:

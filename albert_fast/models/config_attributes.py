@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ..checkpoints.families import ALBERT
 from ..runtime.files import replacing
 
 Config = TypeVar("Config", bound=type)
@@ -35,33 +34,48 @@ def keeps_other_keys(cls: Config) -> Config:
 
     @functools.wraps(init)
     def constructor(self: Any, *args: Any, **values: Any) -> None:
+        values = {self.attribute_map.get(name, name): value for name, value in values.items()}
         others = {name: values.pop(name) for name in list(values) if name not in names}
-        self.check_model_type(others.pop("model_type", self.model_type))
+        model_type = others.pop("model_type", self.model_type)
+        self.check_model_type(model_type)
+        self.__dict__["model_type"] = model_type  # of several that one class serves
         init(self, *args, **values)
         for name, value in others.items():
             if close := difflib.get_close_matches(name, names, 1, 0.85):
                 warnings.warn(f"config: {name!r} is kept but not read; did you mean {close[0]!r}?", stacklevel=2)
             self.extra[name] = _plain(name, value)
+        self.check_others()
 
     cls.__init__ = constructor  # type: ignore[misc]
     return cls
 
 
 class ConfigAttributes:
-    """Base of `ALBERTConfig`: other keys of config.json as attributes, and the methods of transformers' PreTrainedConfig."""
+    """Base of `EncoderConfig`: other keys of config.json as attributes, and the methods of transformers' PreTrainedConfig.
 
-    model_type: ClassVar[str] = ALBERT.model_type
+    model_type: as config.json states it; `other_model_types` are served by the same class. attribute_map: other names of fields,
+    for reading, writing and as keywords.
+    """
+
+    model_type: ClassVar[str] = ""
+    other_model_types: ClassVar[tuple[str, ...]] = ()
     attribute_map: ClassVar[dict[str, str]] = {}
     sub_configs: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def check_model_type(cls, model_type: Any) -> None:
         """ValueError where a configuration is of another architecture."""
-        if model_type != cls.model_type:
-            raise ValueError(f"config: model_type is {model_type!r}, expected {cls.model_type!r}")
+        if model_type not in (cls.model_type, *cls.other_model_types):
+            expected = " or ".join(map(repr, (cls.model_type, *cls.other_model_types)))
+            raise ValueError(f"config: model_type is {model_type!r}, expected {expected}")
+
+    def check_others(self) -> None:
+        """ValueError for a key beside the fields that asks for what the family's models here cannot do."""
 
     def __getattr__(self, name: str) -> Any:  # called only for names that are not fields, methods or properties
         extra = self.__dict__.get("extra", {})
+        if name in self.attribute_map:
+            return getattr(self, self.attribute_map[name])
         if name in ("dtype", "torch_dtype"):
             import torch
 
@@ -74,6 +88,7 @@ class ConfigAttributes:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        name = self.attribute_map.get(name, name)
         known = name == "extra" or name in self.__dataclass_fields__ or hasattr(type(self), name)
         if not known and "extra" in self.__dict__:
             self.extra["dtype" if name == "torch_dtype" else name] = _plain(name, value)
@@ -85,7 +100,7 @@ class ConfigAttributes:
             self._name_labels(value)
 
     def has_field(self, name: str) -> bool:
-        return name in self.__dataclass_fields__ and name != "extra"
+        return self.attribute_map.get(name, name) in self.__dataclass_fields__ and name != "extra"
 
     def has_key(self, name: str) -> bool:
         """Whether `name`, which is not a field, can be read and set: a key of config.json, or one with a default."""
@@ -137,7 +152,7 @@ class ConfigAttributes:
         Raises:
             ValueError: values that do not fit together; nothing is set then.
         """
-        self.replace(**{name: value for name, value in values.items() if name in self.__dataclass_fields__})
+        self.replace(**{name: value for name, value in values.items() if self.has_field(name)})
         for name, value in values.items():
             setattr(self, name, value)
 
@@ -174,7 +189,7 @@ class ConfigAttributes:
             changes: the hub's arguments (`HUB_ARGUMENTS`), fields and attributes to override.
 
         Raises:
-            FileNotFoundError: no such configuration. ValueError: one that is not ALBERT's, or does not fit together.
+            FileNotFoundError: no such configuration. ValueError: one of another family, or does not fit together.
         """
         from ..checkpoints.saving import config_path
         from ..checkpoints.weights import resolve

@@ -9,8 +9,13 @@ from typing import Any
 SIZES = (
     "vocab_size", "embedding_size", "hidden_size", "num_hidden_layers", "num_hidden_groups", "num_attention_heads",
     "intermediate_size", "inner_group_num", "max_position_embeddings", "type_vocab_size", "num_labels",
+    "dim", "hidden_dim", "n_layers", "n_heads",
 )  # fmt: skip
-PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
+PROBABILITIES = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob", "classifier_dropout",
+    "dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout", "summary_last_dropout",
+)  # fmt: skip
+MAY_BE_ABSENT = ("classifier_dropout_prob", "classifier_dropout")
 # Far above every model that was trained; a file that asks for more is damaged or hostile.
 LARGEST_SIZE = 2**31 - 1
 MOST_LABELS = 1_000_000
@@ -19,32 +24,38 @@ MOST_LAYERS_HELD = 1_000  # num_hidden_groups x inner_group_num
 
 
 def check(config: Any) -> None:
-    """Check an ALBERTConfig: a ValueError names the first field that cannot be used as it is, and its value."""
-    for name in SIZES:
+    """Check an EncoderConfig: a ValueError names the first field that cannot be used as it is, and its value."""
+    fields = config.__dataclass_fields__
+    for name in filter(fields.__contains__, SIZES):
         value = getattr(config, name)
         if not is_integer(value) or value < 1:
             raise ValueError(f"config: {name} must be a positive integer, got {_shown(value)}")
         largest = MOST_LABELS if name == "num_labels" else LARGEST_SIZE
         if value > largest:
             raise ValueError(f"config: {name} may be at most {largest}, got {_shown(value)}")
-    for name, most in (("num_hidden_layers", MOST_LAYERS_RUN), ("num_hidden_groups", MOST_LAYERS_HELD)):
-        count = getattr(config, name) * config.inner_group_num
-        if count > most:
-            raise ValueError(f"config: {name} x inner_group_num may be at most {most}, got {count}")
+    if "num_hidden_groups" in fields:
+        for name, most in (("num_hidden_layers", MOST_LAYERS_RUN), ("num_hidden_groups", MOST_LAYERS_HELD)):
+            count = getattr(config, name) * config.inner_group_num
+            if count > most:
+                raise ValueError(f"config: {name} x inner_group_num may be at most {most}, got {count}")
+    elif config.num_hidden_layers > MOST_LAYERS_HELD:
+        name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        raise ValueError(f"config: {name} may be at most {MOST_LAYERS_HELD}, got {config.num_hidden_layers}")
     if config.hidden_size % config.num_attention_heads:
+        width, heads = (config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads"))
         raise ValueError(
-            f"config: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
+            f"config: {width} {config.hidden_size} is not a multiple of {heads} {config.num_attention_heads}"
         )
-    for name in PROBABILITIES:
+    for name in filter(fields.__contains__, PROBABILITIES):
         value = getattr(config, name)
-        absent = value is None and name == "classifier_dropout_prob"
+        absent = value is None and name in MAY_BE_ABSENT
         if not absent and not (_is_number(value) and 0 <= value < 1):
             raise ValueError(f"config: {name} must be a number in [0, 1), got {_shown(value)}")
-    for name in ("initializer_range", "layer_norm_eps"):
+    for name in filter(fields.__contains__, ("initializer_range", "layer_norm_eps")):
         value = getattr(config, name)
         if not _is_number(value) or value < 0:
             raise ValueError(f"config: {name} must be a finite number, 0 or more, got {_shown(value)}")
-    for name in ("tie_word_embeddings", "ffn_output_dropout"):
+    for name in filter(fields.__contains__, ("tie_word_embeddings", "ffn_output_dropout")):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"config: {name} must be true or false, got {_shown(getattr(config, name))}")
     for name in ("output_hidden_states", "output_attentions", "return_dict"):

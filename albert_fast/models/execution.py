@@ -57,6 +57,14 @@ class EagerExecution:
                 f"precision {precision!r}: this model is plain PyTorch; it takes one of {', '.join(FLOAT_DTYPES)}"
             )
 
+    def set_backend(self, backend: str) -> None:
+        """Run on `backend`, in the precision that the weights have.
+
+        Raises:
+            ValueError: a backend that this model does not have. BackendUnavailableError: it cannot run here; says why.
+        """
+        self.check(backend, "fp32")
+
     def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
         """Does nothing: plain PyTorch needs no preparation."""
 
@@ -110,6 +118,11 @@ class Execution(EagerExecution):
             raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
         if precision not in (*FLOAT_DTYPES, *ROUNDED):
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join((*FLOAT_DTYPES, *ROUNDED))}")
+
+    def set_backend(self, backend: str) -> None:
+        super().set_backend(backend)
+        dispatch.check_backend(backend, self._device.type, self._model.dtype)
+        self._state.backend = backend
 
     def use(self, backend: str, precision: str, calibration: Calibration | None = None) -> None:
         """Run on `backend` in `precision`, on the device where the model is.

@@ -1,12 +1,12 @@
-"""Base classes of the models with a head: the encoder in `albert`, the masked-language head, hidden states and losses."""
+"""Base classes of the models with a head, of every family: the encoder, the masked-language head, hidden states and losses."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -16,71 +16,79 @@ from ..layers.inputs import Inputs
 from ..layers.packing import pack
 from ..layers.wanted import WantedTokens
 from ..runtime.registration import is_traced
-from .albert import ALBERTModel
-from .config import ALBERTConfig
 from .execution import Execution
 from .losses import cross_entropy
 from .pretrained import PretrainedMixin
 
 
-class MLMHead(nn.Module):
-    """(N, H) -> dense and gelu_layer_norm (N, E) -> decoder, tied to the word embeddings: scores (N, V)."""
+class LMParts(NamedTuple):
+    """A masked-language head: (N, H) -> dense and gelu_layer_norm (N, E) -> decoder: scores (N, V).
 
-    def __init__(self, config: ALBERTConfig, word_embeddings: nn.Embedding) -> None:
-        super().__init__()
-        self.LayerNorm = nn.LayerNorm(config.embedding_size, eps=config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.dense = nn.Linear(config.hidden_size, config.embedding_size)
-        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
-        self.act = config.activation
-        if config.tie_word_embeddings:
-            self.decoder.weight, self.decoder.bias = word_embeddings.weight, self.bias
+    name: of the head's module, for messages; "" where the model itself holds the parts.
+    """
 
-    def forward(self, hidden: Tensor, backend: str) -> Tensor:
+    dense: Any
+    norm: Any
+    decoder: Any
+    act: str
+    name: str
+
+    def scores(self, hidden: Tensor, backend: str) -> Tensor:
+        """(N, H) -> (N, V)."""
         return project(self.decoder, self.transform(hidden, backend))
 
     def transform(self, hidden: Tensor, backend: str) -> Tensor:
         """(N, H) -> (N, E), the decoder's input."""
-        norm = self.LayerNorm
-        check_read(norm, nn.LayerNorm, "predictions.LayerNorm")
+        norm = self.norm
+        check_read(norm, nn.LayerNorm, f"{self.name}.LayerNorm")
         x, bias = product(self.dense, hidden)
         return ops.gelu_layer_norm(x, bias, norm.weight, norm.bias, norm.eps, self.act, backend=backend)
 
     def loss(self, hidden: Tensor, labels: Tensor, backend: str) -> Tensor:
         """Cross-entropy of the scores of `hidden` (N, H) with labels (N,), computed without the scores in memory."""
-        check_heard(self, "predictions, with output_logits=False,")
-        check_read(self.decoder, nn.Linear, "predictions.decoder")
+        check_read(self.decoder, nn.Linear, f"{self.name}.decoder")
         x, decoder = self.transform(hidden, backend), self.decoder
         return ops.linear_cross_entropy(x, decoder.weight, decoder.bias, labels, backend=backend)
 
 
-class SOPHead(nn.Module):
-    """(B, H) -> sentence order scores (B, num_labels); Google's releases have two."""
-
-    def __init__(self, config: ALBERTConfig) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return project(self.classifier, self.dropout(pooled))
-
-
 class HeadModel(PretrainedMixin):
-    """An encoder in `albert`. A subclass has `forward`, whose docstring says what it takes."""
+    """An encoder, in the attribute that the family names, and a head. A task's class has `forward`, whose docstring says what
+    it takes; a family's class has `encoder_class`.
+
+    pools: whether the head reads pooled tokens. pools_first: whether it has a classifier of its own for each sequence's first
+    token, and no use for a pooler.
+    """
 
     execution_class = Execution
     wanted_tokens = "all"
     accepts_loss_kwargs = False  # transformers' Trainer asks: the loss is the batch's own mean
+    encoder_class: ClassVar[Any]
+    pools: ClassVar[bool] = True
+    pools_first: ClassVar[bool] = False
+    classifier: Any
 
-    def __init__(self, config: ALBERTConfig, add_pooling_layer: bool, backend: str) -> None:
+    def __init__(self, config: Any, *, backend: str = "auto") -> None:
         super().__init__(config)
-        self.albert = ALBERTModel(config, add_pooling_layer, backend=backend)
+        encoder = self.encoder_class(config, self.pools and not self.pools_first, backend=backend)
+        encoder.keeps_first = self.pools and self.pools_first
+        setattr(self, self.base_model_prefix, encoder)
+        self.add_head(config)
+        self.init_weights()
+
+    def add_head(self, config: Any) -> None:
+        """Make the head's modules; the encoder is made already."""
+        raise NotImplementedError
+
+    def add_classifier(self, config: Any, classes: int) -> None:
+        """A dropout and a Linear H -> classes, as most heads have them."""
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, classes)
 
     @property
     def backend(self) -> str:
         """The backend of the head's operators: the encoder's."""
-        return self.albert.execution_state.backend
+        backend: str = self.base_model.execution_state.backend
+        return backend
 
     def loss_function(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
         """The loss that `forward` computes from logits (..., N) and class labels (...); -100 is ignored."""
@@ -93,19 +101,24 @@ class HeadModel(PretrainedMixin):
         output_attentions: bool | None,
         wanted_tokens: WantedTokens | Tensor | str | None = None,
     ) -> Encoded:
-        """The encoder's result, still packed. Where `albert` has hooks it is called, so that they run."""
+        """The encoder's result, still packed. Where the encoder has hooks it is called, so that they run."""
+        encoder = self.base_model
         wanted = WantedTokens.of(self.wanted_tokens if wanted_tokens is None else wanted_tokens)
-        if not is_hooked(self.albert):
-            return self.albert.encode(inputs, wanted, output_hidden_states, output_attentions)
-        if self.albert._backward_hooks or self.albert._backward_pre_hooks:
-            _warn_of_backward_hooks()
+        if not is_hooked(encoder):
+            encoded: Encoded = encoder.encode(inputs, wanted, output_hidden_states, output_attentions)
+            return encoded
+        if encoder._backward_hooks or encoder._backward_pre_hooks:
+            _warn_of_backward_hooks(self.base_model_prefix)
         if wanted.which == "first":
             wanted = WantedTokens()  # hooks see last_hidden_state
         given = {name: tensor for name, tensor in inputs._asdict().items() if name not in ("cu_seqlens", "max_seqlen")}
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        output = self.albert(**given, **asked, return_dict=True, wanted_tokens=wanted)
+        output = encoder(**given, **asked, return_dict=True, wanted_tokens=wanted)
         packing = pack(inputs.shape(), inputs.for_all_rows().attention_mask, inputs.given().device)
-        return Encoded.of(output, packing, wanted)
+        encoded = Encoded.of(output, packing, wanted)
+        if encoder.keeps_first:
+            encoded = replace(encoded, pooled=encoder.first_states(encoded.hidden, packing, not len(encoded.hidden)))
+        return encoded
 
     def finish(self, output: Any, encoded: Encoded, return_dict: bool | None) -> Any:
         """`output` with the encoder's states; as a tuple of its set fields where the caller asked for one."""
@@ -114,26 +127,39 @@ class HeadModel(PretrainedMixin):
 
 
 class MLMModel(HeadModel):
-    """Base of the two models with a masked-language head: `predictions`, tied to the word embeddings."""
+    """Base of the models with a masked-language head, tied to the word embeddings."""
 
-    predictions: MLMHead
+    def lm_parts(self) -> LMParts:
+        """The parts of the head. Its module has the method `parts`, where it has a module of its own."""
+        parts: LMParts = self.find_lm_head().parts()
+        return parts
+
+    def lm_scores(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V). A head's own module is called, so that its hooks run."""
+        scores: Tensor = self.find_lm_head()(hidden, self.backend)
+        return scores
 
     def scores_and_loss(
         self, encoded: Encoded, labels: Tensor | None, output_logits: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Scores (N, V) of the tokens in `encoded`, if asked for, and the loss of labels (B, S), if given."""
-        head, hidden = self.predictions, encoded.hidden
+        hidden = encoded.hidden
         if self.config.tie_word_embeddings and not is_traced():
             self._check_tied()
-        scores = head(hidden, self.backend) if output_logits else None
+        scores = self.lm_scores(hidden) if output_logits else None
         if labels is None:
             return scores, None
         labels = encoded.labels(labels)
-        return scores, head.loss(hidden, labels, self.backend) if scores is None else cross_entropy(scores, labels)
+        if scores is not None:
+            return scores, cross_entropy(scores, labels)
+        head, parts = self.find_lm_head(), self.lm_parts()
+        if head is not self:
+            check_heard(head, f"{parts.name}, with output_logits=False,")
+        return None, parts.loss(hidden, labels, self.backend)
 
     def _check_tied(self) -> None:
         """ValueError where the table was replaced by one of another size; a warning where the size is the same."""
-        words, decoder = self.albert.embeddings.word_embeddings, self.predictions.decoder
+        words, decoder = self.base_model.embeddings.word_embeddings, self.lm_parts().decoder
         if type(words) is not nn.Embedding or type(decoder) is not nn.Linear or decoder.weight is words.weight:
             return
         if decoder.weight.shape[0] != words.weight.shape[0]:
@@ -154,9 +180,9 @@ def _warn_of_untied() -> None:
 
 
 @cache
-def _warn_of_backward_hooks() -> None:
+def _warn_of_backward_hooks(name: str) -> None:
     warnings.warn(
-        "albert_fast: backward hooks on albert do not run: torch runs those of a module that returns tensors, not an "
-        "output with fields; register them on albert.encoder or on tensors",
+        f"albert_fast: backward hooks on {name} do not run: torch runs those of a module that returns tensors, not an "
+        f"output with fields; register them on {name}.encoder or on tensors",
         stacklevel=3,
     )

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checkpoints.saving import config_path, missing_config
 from ..checkpoints.weights import weights_names
-from .config import ALBERTConfig
 from .config_attributes import DEFAULTS, HUB_ARGUMENTS
+from .encoder_config import EncoderConfig
 
 FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,10 +35,10 @@ _ELSEWHERE = {
     "gguf_file": "convert the checkpoint to safetensors first",
     "adapter_kwargs": "load the adapter with peft, around the model",
     "generation_config": "this model does not generate text",
-    "tp_plan": "an ALBERT runs on one device",
-    "tp_size": "an ALBERT runs on one device",
-    "device_mesh": "an ALBERT runs on one device",
-    "distributed_config": "an ALBERT runs on one device",
+    "tp_plan": "a model runs on one device",
+    "tp_size": "a model runs on one device",
+    "device_mesh": "a model runs on one device",
+    "distributed_config": "a model runs on one device",
     "use_kernels": "take backend='auto'",
     "kernel_config": "take backend='auto'",
     "fusion_config": "take backend='auto'",
@@ -87,7 +87,7 @@ class LoadArguments:
         arguments.names = weights_names(given.pop("use_safetensors", None), given.pop("variant", None))
         if "add_pooling_layer" in given:
             if not bare:
-                raise TypeError("add_pooling_layer is for ALBERTModel: a head decides itself whether it pools")
+                raise TypeError("add_pooling_layer is for an encoder: a head decides itself whether it pools")
             arguments.add_pooling_layer = given.pop("add_pooling_layer")
         for name in ("config", "state_dict", "key_mapping", "ignore_mismatched_sizes", "output_loading_info"):
             if (value := given.pop(name, None)) is not None:
@@ -117,9 +117,7 @@ class LoadArguments:
         if isinstance(device_map, Mapping):
             places = list(dict.fromkeys(map(str, device_map.values())))
             if len(places) != 1 or places[0] == "disk":
-                raise ValueError(
-                    f"device_map={device_map!r}: an ALBERT runs on one device: device_map={{'': 'cuda:0'}}"
-                )
+                raise ValueError(f"device_map={device_map!r}: a model runs on one device: device_map={{'': 'cuda:0'}}")
             device = next(iter(device_map.values()))
         if device in ("auto", "balanced", "balanced_low_0", "sequential"):
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,21 +127,21 @@ class LoadArguments:
             raise TypeError(f"device_map={device_map!r} and device={self.device!r} contradict each other: give one")
         self.device = torch.device(device)
 
-    def configuration(self, path: Path | None) -> ALBERTConfig:
-        """The configuration of the model: `config` if one was given, else that of the checkpoint, with `changes`.
+    def configuration(self, path: Path | None, kind: type[EncoderConfig]) -> EncoderConfig:
+        """The configuration of the model, of the class `kind`: `config` if one was given, else the checkpoint's, with `changes`.
 
         Raises:
             FileNotFoundError: there is none. TypeError: a change that is no field; suggests the closest one.
         """
         if self.config is not None:
-            config = as_config(self.config)
+            config = as_config(self.config, kind)
         elif path is None:
             raise TypeError("from_pretrained(None) needs config= and state_dict=")
         else:
             file = config_path(path)
             if not file.is_file():
                 raise missing_config(path)
-            config = ALBERTConfig.from_json_file(file)
+            config = kind.from_json_file(file)
         known = {
             *_HARMLESS,
             *_ELSEWHERE,
@@ -160,7 +158,7 @@ class LoadArguments:
                 raise TypeError(f"from_pretrained takes no {name!r}; did you mean {close[0]!r}?")
         return config.replace(**self.changes)
 
-    def chosen_precision(self, config: ALBERTConfig, state: Mapping[str, Tensor], held: str | None) -> str:
+    def chosen_precision(self, config: EncoderConfig, state: Mapping[str, Tensor], held: str | None) -> str:
         """The precision to load in: the one asked for, else that of a checkpoint of integers, else float32."""
         if self.precision is not None:
             return self.precision
@@ -173,15 +171,15 @@ class LoadArguments:
         return next((precision for precision, known in FLOAT_DTYPES.items() if known == dtype), "fp32")
 
 
-def as_config(config: Any) -> ALBERTConfig:
-    """An ALBERTConfig from one, from transformers' AlbertConfig, a dictionary, or the path of a folder or config.json."""
-    if isinstance(config, ALBERTConfig):
+def as_config(config: Any, kind: type[EncoderConfig]) -> EncoderConfig:
+    """A configuration of the class `kind` from one, from transformers', a dictionary, or the path of a folder or config.json."""
+    if isinstance(config, kind):
         return config.replace()
     if isinstance(config, (str, Path)):
-        loaded: ALBERTConfig = ALBERTConfig.from_pretrained(config)
+        loaded: EncoderConfig = kind.from_pretrained(config)
         return loaded
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, Mapping):
-        raise TypeError(f"config must be an ALBERTConfig, a dictionary or a path, got {type(config).__name__}")
-    return ALBERTConfig.from_dict(config)
+        raise TypeError(f"config must be an {kind.__name__}, a dictionary or a path, got {type(config).__name__}")
+    return kind.from_dict(config)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops._dtypes import widened
 from ..ops.linear_cross_entropy import IGNORED
-from .config import ALBERTConfig
+from .encoder_config import EncoderConfig
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -21,7 +21,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-def row_loss(logits: Tensor, labels: Tensor, config: ALBERTConfig) -> Tensor:
+def binary_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits (T,), labels (T,) of 0 and 1 -> the mean binary cross-entropy, 0 without a token."""
+    predicted = widened(logits)
+    labels = _with_shape(labels, logits.shape).to(predicted.dtype)
+    total = F.binary_cross_entropy_with_logits(predicted, labels, reduction="sum")
+    return total / max(labels.numel(), 1)
+
+
+def row_loss(logits: Tensor, labels: Tensor, config: EncoderConfig) -> Tensor:
     """logits (B, N); labels by `config.problem_type`: (B,) classes, (B,) or (B, N) numbers, or (B, N) zeros and ones.
 
     Without a problem_type one label means regression, integer labels one class of N, others any of N.

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.families import ALBERT, Family
+from ..checkpoints.families import ALBERT, FAMILIES, Family
 from .config import ALBERTConfig
+from .encoder_config import EncoderConfig
 from .load_arguments import LoadArguments, as_config
 
 # Variance of new rows around the mean of the old ones, as a part of the old rows' covariance; transformers' value.
@@ -18,10 +19,13 @@ _NEW_ROWS_VARIANCE = 1e-9
 
 
 class ModelMethods(nn.Module):
-    """Base of `PretrainedMixin`. The encoder is `albert` in a model with a head, else the model itself."""
+    """Base of `PretrainedMixin`. The encoder is an attribute in a model with a head (`albert`), else the model itself.
 
-    config: ALBERTConfig
-    config_class: ClassVar[type] = ALBERTConfig
+    A family's classes set the class variables `family`, `config_class` and `base_model_prefix`.
+    """
+
+    config: Any  # of the class config_class
+    config_class: ClassVar[type[EncoderConfig]] = ALBERTConfig
     family: ClassVar[Family] = ALBERT
     base_model_prefix: ClassVar[str] = ALBERT.attribute
     main_input_name: ClassVar[str] = "input_ids"
@@ -51,8 +55,25 @@ class ModelMethods(nn.Module):
 
     @property
     def base_model(self) -> Any:
-        """The encoder: `albert` of a model with a head, else the model itself."""
+        """The encoder: that attribute of a model with a head, else the model itself."""
         return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def own_family(self) -> Family:
+        """The names of the model's family, as its configuration states it."""
+        return FAMILIES.get(self.config.model_type, self.family)
+
+    def find_lm_head(self) -> Any:
+        """The masked-language head: the module that holds the decoder; None for a model without one."""
+        path, decoder = self.family.lm_head
+        try:
+            head: Any = self.get_submodule(path)
+        except AttributeError:
+            return None
+        return head if isinstance(getattr(head, decoder, None), nn.Module) else None
+
+    def _decoder(self) -> Any:
+        return getattr(self.find_lm_head(), self.family.lm_head[1])
 
     @property
     def name_or_path(self) -> str:
@@ -62,7 +83,7 @@ class ModelMethods(nn.Module):
     @property
     def _tied_weights_keys(self) -> dict[str, str] | None:
         """As transformers 5 lists them; None where the model has no masked-language head."""
-        return dict(self.family.tied) if hasattr(self, "predictions") else None
+        return None if self.find_lm_head() is None else dict(self.family.tied)
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
@@ -86,15 +107,15 @@ class ModelMethods(nn.Module):
         Raises:
             ValueError: a table of another width than embedding_size.
         """
-        width = getattr(value, "embedding_dim", self.config.embedding_size)
-        if width != self.config.embedding_size:
-            raise ValueError(f"the table has rows of {width}, embedding_size is {self.config.embedding_size}")
+        expected = self.config.word_embedding_size
+        width = getattr(value, "embedding_dim", expected)
+        if width != expected:
+            raise ValueError(f"the table has rows of {width}, embedding_size is {expected}")
         self.base_model.embeddings.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The decoder (V, E) of a masked-language head; None for other models."""
-        head = getattr(self, "predictions", None)
-        return None if head is None else head.decoder
+        return None if self.find_lm_head() is None else self._decoder()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put a Linear (E, V') in the place of the decoder; its bias becomes the head's.
@@ -102,11 +123,11 @@ class ModelMethods(nn.Module):
         Raises:
             ValueError: the model has no masked-language head.
         """
-        head: Any = getattr(self, "predictions", None)
+        head = self.find_lm_head()
         if head is None:
             raise ValueError(f"{type(self).__name__} has no decoder")
-        head.decoder = new_embeddings
-        if isinstance(bias := getattr(new_embeddings, "bias", None), nn.Parameter):
+        setattr(head, self.family.lm_head[1], new_embeddings)
+        if hasattr(head, "bias") and isinstance(bias := getattr(new_embeddings, "bias", None), nn.Parameter):
             head.bias = bias
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
@@ -114,16 +135,17 @@ class ModelMethods(nn.Module):
 
         The bias is cut to the number of rows, or continued with zeros.
         """
-        head: Any = getattr(self, "predictions", None)
+        head = self.find_lm_head()
         if head is None or not self.config.tie_word_embeddings:
             return
-        weight = self.get_input_embeddings().weight
-        head.decoder.weight = weight
-        head.decoder.out_features = len(weight)
-        if len(head.bias) != len(weight):
-            padded = nn.functional.pad(head.bias.detach(), (0, len(weight) - len(head.bias)))
-            head.bias = nn.Parameter(padded, requires_grad=head.bias.requires_grad)
-        head.decoder.bias = head.bias
+        weight, decoder = self.get_input_embeddings().weight, self._decoder()
+        decoder.weight = weight
+        decoder.out_features = len(weight)
+        owner = head if hasattr(head, "bias") else decoder  # some families' decoders have the only bias
+        if len(owner.bias) != len(weight):
+            padded = nn.functional.pad(owner.bias.detach(), (0, len(weight) - len(owner.bias)))
+            owner.bias = nn.Parameter(padded, requires_grad=owner.bias.requires_grad)
+        decoder.bias = owner.bias
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
@@ -159,17 +181,19 @@ class ModelMethods(nn.Module):
         words.num_embeddings = rows
         if words.padding_idx is not None and words.padding_idx >= rows:
             words.padding_idx = None
-        head: Any = getattr(self, "predictions", None)
+        head = self.find_lm_head()
         if head is not None:
-            tied_bias = head.decoder.bias is head.bias
-            head.bias = _resized(head.bias, rows, None if mean_resizing else 0.0)
+            decoder = self._decoder()
+            owner = head if hasattr(head, "bias") else decoder
+            tied_bias = decoder.bias is owner.bias
+            owner.bias = _resized(owner.bias, rows, None if mean_resizing else 0.0)
             if not self.config.tie_word_embeddings:
-                head.decoder.weight = _resized(head.decoder.weight, rows, std)
-                head.decoder.out_features = rows
+                decoder.weight = _resized(decoder.weight, rows, std)
+                decoder.out_features = rows
                 if tied_bias:
-                    head.decoder.bias = head.bias
-                elif head.decoder.bias is not None:
-                    head.decoder.bias = _resized(head.decoder.bias, rows, None if mean_resizing else 0.0)
+                    decoder.bias = owner.bias
+                elif decoder.bias is not None:
+                    decoder.bias = _resized(decoder.bias, rows, None if mean_resizing else 0.0)
         self.config.vocab_size = rows
         if self.base_model.config is not self.config:
             self.base_model.config.vocab_size = rows
@@ -202,13 +226,13 @@ class ModelMethods(nn.Module):
 
     @classmethod
     def from_config(cls, config: Any, **arguments: Any) -> Any:
-        """A model with random weights: from an ALBERTConfig, transformers' AlbertConfig or a dictionary.
+        """A model with random weights: from a configuration, transformers' or this library's, or a dictionary.
 
         `dtype` (or `torch_dtype`) is obeyed, `attn_implementation` ignored; others are fields of the configuration.
         """
         bare = cls.base_model_prefix not in getattr(cls, "prefix", "")
         read = LoadArguments.sorted(bare, None, None, arguments | {"config": config})
-        config = as_config(config).replace(**read.changes)
+        config = as_config(config, cls.config_class).replace(**read.changes)
         pooling = () if read.add_pooling_layer is None else (read.add_pooling_layer,)
         model: Any = cls(config, *pooling)  # type: ignore[call-arg]
         return model.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(read.precision)))

@@ -133,6 +133,17 @@ class PreTrainingOutput(ModelOutput):
 
 
 @dataclass
+class BERTPreTrainingOutput(ModelOutput):
+    """loss (); prediction_logits (B, S, V); seq_relationship_logits (B, 2)."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class QuestionAnsweringOutput(ModelOutput):
     """loss (); start_logits and end_logits (B, S), the dtype's lowest value at padded positions."""
 
@@ -157,7 +168,14 @@ def _register(kind: type[ModelOutput]) -> None:
     )
 
 
-for _output in (BaseModelOutput, LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput):
+for _output in (BaseModelOutput, LogitsOutput, PreTrainingOutput, BERTPreTrainingOutput, QuestionAnsweringOutput):
     _register(_output)
 
-__all__ = ["BaseModelOutput", "LogitsOutput", "ModelOutput", "PreTrainingOutput", "QuestionAnsweringOutput"]
+__all__ = [
+    "BERTPreTrainingOutput",
+    "BaseModelOutput",
+    "LogitsOutput",
+    "ModelOutput",
+    "PreTrainingOutput",
+    "QuestionAnsweringOutput",
+]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..checkpoints import sentence_modules
@@ -17,9 +17,9 @@ from ..checkpoints.saving import config_path, folder_of, save_checkpoint
 from ..checkpoints.weights import load_checkpoint, load_into, rename_old_names, resolve, tied
 from ..quantization.calibration import Calibration
 from ..runtime import dispatch
-from .config import ALBERTConfig
+from .encoder_config import EncoderConfig
 from .execution import EagerExecution
-from .load_arguments import LoadArguments
+from .load_arguments import LoadArguments, as_config
 from .model_methods import ModelMethods
 
 # How config.json names checkpoints with integer layers, which only this library reads.
@@ -40,10 +40,10 @@ def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
         values["quantization_config"] = {"quant_method": QUANT_METHOD, **_QUANTIZED[quantized]}
     values["vocab_size"] = model.get_input_embeddings().weight.shape[0]  # of a table that was replaced by hand
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {**values, "architectures": [model.family.hf_name(type(model).__name__)], "dtype": dtype}
+    return {**values, "architectures": [model.own_family.hf_name(type(model).__name__)], "dtype": dtype}
 
 
-def held_precision(config: ALBERTConfig, path: Path) -> str | None:
+def held_precision(config: EncoderConfig, path: Path) -> str | None:
     """The precision of a checkpoint whose weights this library rounded; None for another checkpoint."""
     values = config.extra.get("quantization_config")
     if values is None:
@@ -76,13 +76,12 @@ class PretrainedMixin(ModelMethods):
     prefix: ClassVar[str] = ModelMethods.family.prefix
     execution_class: ClassVar[type[EagerExecution]] = EagerExecution
 
-    def __init__(self, config: ALBERTConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        if not isinstance(config, ALBERTConfig):
+        wanted = self.config_class.__name__
+        if not isinstance(config, self.config_class):
             kind = type(config).__name__
-            raise TypeError(
-                f"config must be an ALBERTConfig, got {kind}: ALBERTConfig.from_dict(config.to_dict()) is one"
-            )
+            raise TypeError(f"config must be an {wanted}, got {kind}: {wanted}.from_dict(config.to_dict()) is one")
         self.config = config
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **options: Any) -> Any:
@@ -145,7 +144,7 @@ class PretrainedMixin(ModelMethods):
             ignore_mismatched_sizes: tensors of other shapes start from random weights, with a warning.
             key_mapping: pattern -> replacement, for the names in the checkpoint.
             output_loading_info: return (model, {"missing_keys": ..., "unexpected_keys": ..., "mismatched_keys": ...}).
-            fields of ALBERTConfig, such as num_labels, id2label and output_hidden_states.
+            fields of the configuration, such as num_labels, id2label and output_hidden_states.
         attn_implementation, low_cpu_mem_usage, trust_remote_code and the like change nothing here.
 
         Raises:
@@ -158,7 +157,7 @@ class PretrainedMixin(ModelMethods):
         cls.execution_class.check(backend, read.precision or "fp32")
         dispatch.check_device(read.device)
         path = None if path_or_hub_id is None else resolve(path_or_hub_id, names=read.names, **read.hub)
-        config = read.configuration(path)
+        config = read.configuration(path, cls.config_class)
         config.name_or_path = "" if path_or_hub_id is None else path_or_hub_id
         held = held_precision(config, path or Path("config"))
         if path is None and read.state_dict is None:
@@ -172,7 +171,7 @@ class PretrainedMixin(ModelMethods):
             raise ValueError(f"calibration is for precision='int8', 'int16' and 'fp8', not for {precision!r}")
         if held is not None and calibration is not None:
             raise ValueError(f"{path}: holds {held} weights, which were rounded already: there is nothing to calibrate")
-        pools = "pooler.weight" in state if read.add_pooling_layer is None else read.add_pooling_layer
+        pools = cls.family.pooler in state if read.add_pooling_layer is None else read.add_pooling_layer
         # Tensors that the checkpoint may lack start from random weights; so all of the model is drawn at first.
         partial = allow_missing_head or read.ignore_mismatched_sizes
         with contextlib.nullcontext() if partial else _Undrawn():
@@ -197,6 +196,54 @@ class PretrainedMixin(ModelMethods):
         if not cls.prefix and path is not None:
             _warn_of_pooling(path)
         return (model.eval(), info) if read.output_loading_info else model.eval()
+
+    @classmethod
+    def from_model(
+        cls: type[Model],
+        model: Any,
+        *,
+        share: bool = False,
+        backend: str = "auto",
+        precision: str | None = None,
+        device: str | torch.device | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """A model with the configuration and the weights of `model`, which is already in memory, in eval mode.
+
+        Args:
+            model: a model of transformers, or of this library, of the same family, with a head or without.
+            share: False copies the weights. True takes the very Parameters of `model`, so that nothing is copied and training one
+                model trains both; `precision`, `device` and `calibration` are then as they are, and cannot be given.
+            backend, precision, device, arguments: as `from_pretrained` takes them; precision and device are by default the
+                model's own.
+
+        Raises:
+            TypeError: an object that has no configuration or no state_dict; an argument that `share` has no use for.
+            ValueError: a model of another family, or whose tensors do not fit.
+        """
+        if getattr(model, "config", None) is None or not isinstance(model, nn.Module):
+            raise TypeError(f"expected a model with a configuration, got {type(model).__name__}")
+        if not share:
+            if precision is None and "dtype" not in arguments and "torch_dtype" not in arguments:
+                arguments["dtype"] = next(p.dtype for p in model.parameters() if p.is_floating_point())
+            where = next(model.parameters()).device if device is None else device
+            state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+            loading = {"backend": backend, "precision": precision, "device": where, **arguments}
+            return cls.from_pretrained(None, config=model.config, state_dict=state, **loading)
+        for name in ("precision", "device"):
+            if {"precision": precision, "device": device}[name] is not None:
+                raise TypeError(f"share=True keeps the weights as they are: leave {name} out, or share")
+        if arguments:
+            raise TypeError(f"share=True takes no {next(iter(arguments))!r}")
+        config = as_config(model.config, cls.config_class)
+        state = rename_old_names(model.state_dict(keep_vars=True), cls.family, cls.prefix)
+        with torch.device("meta"), _Undrawn():
+            made = cls(config, *(() if cls.prefix else (cls.family.pooler in state,)))
+        for name, parameter in made.named_parameters():  # frozen ones stay frozen
+            parameter.requires_grad_(name not in state or state[name].requires_grad)
+        load_into(made, state, cls.family, share=True)
+        made.execution.set_backend(backend)
+        return made.eval()
 
     def save_pretrained(
         self,

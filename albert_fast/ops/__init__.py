@@ -15,6 +15,7 @@ from ._token_errors import TokenIndexError, index_error
 from .add_layer_norm import add_layer_norm, add_layer_norm_ref
 from .attention import attention, attention_ref
 from .bias_gelu import bias_gelu, bias_gelu_ref
+from .embedding_layer_norm import embedding_layer_norm, embedding_layer_norm_ref
 from .embedding_projection import embedding_projection, embedding_projection_ref
 from .encoder import (
     MAX_KERNEL_HEAD_DIM,
@@ -48,6 +49,8 @@ __all__ = [
     "bias_gelu",
     "bias_gelu_ref",
     "draw_seed",
+    "embedding_layer_norm",
+    "embedding_layer_norm_ref",
     "embedding_projection",
     "embedding_projection_ref",
     "encoder",

@@ -7,6 +7,7 @@ are those of the public functions; there is no dropout here.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,27 +43,37 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
     return activation(linear(x, weight, bias), act)
 
 
-def embedding_projection(
+def embedding_layer_norm(
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
-    token_type_ids: Tensor,
+    token_type_ids: Tensor | None,
     position_ids: Tensor,
     word: Tensor,
-    token_type: Tensor,
+    token_type: Tensor | None,
     position: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
     eps: float,
     padding_idx: int,
+    position_padding_idx: int = -1,
 ) -> Tensor:
-    """The projected embeddings (T, H); all ids lie in their tables. `inputs_embeds` (T, E) may replace input_ids."""
+    """The normalised embeddings (T, E); all ids lie in their tables. `inputs_embeds` (T, E) may replace input_ids."""
     row = padding_idx if 0 <= padding_idx < len(word) else None
-    words = inputs_embeds if input_ids is None else F.embedding(input_ids, word, padding_idx=row)
-    assert words is not None, "one of input_ids and inputs_embeds"
-    z = (words + F.embedding(token_type_ids, token_type)) + F.embedding(position_ids, position)
-    return linear(F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, eps), proj_weight, proj_bias)
+    z = inputs_embeds if input_ids is None else F.embedding(input_ids, word, padding_idx=row)
+    assert z is not None, "one of input_ids and inputs_embeds"
+    if token_type_ids is not None and token_type is not None:
+        z = z + F.embedding(token_type_ids, token_type)
+    row = position_padding_idx if 0 <= position_padding_idx < len(position) else None
+    z = z + F.embedding(position_ids, position, padding_idx=row)
+    return F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, eps)
+
+
+def embedding_projection(
+    lookup: Sequence[Tensor | None], proj_weight: Tensor, proj_bias: Tensor, eps: float, padding_idx: int
+) -> Tensor:
+    """The projected embeddings (T, H); `lookup` has the tensors that `embedding_layer_norm` takes."""
+    normed = embedding_layer_norm(*lookup, eps=eps, padding_idx=padding_idx)  # type: ignore[arg-type, misc]
+    return linear(normed, proj_weight, proj_bias)
 
 
 def attention(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime.linear import linear, weight_gradient
-from ..runtime.operands import Operand, check, check_launch, hold, matrix
+from ..runtime.operands import Operand, check, check_launch, matrix
 from ..runtime.registration import (
     as_dtype,
     forbid_second_derivative,
@@ -27,58 +27,15 @@ from ..runtime.registration import (
 )
 from . import _reports, _torch
 from ._dropout import keep_scale_2d, seed_value
-from ._token_errors import TABLES, check_ids, index_error
-from .add_layer_norm import layer_norm_bwd_ref, layer_norm_stats_ref
+from ._lookup import COUNT, Lookup, finished, gradients_cpu, gradients_ref, lookup_operands, lookup_schema, normed_cpu
+from ._token_errors import check_ids, index_error
+from .add_layer_norm import layer_norm_stats_ref
 
 # Sizes of the CUDA functions' buffers (csrc/layer_schema.h): columns are padded to a multiple of PAD_COLUMNS; a
 # partial sum is over SUM_TOKENS tokens, or over SUM_PAIRS pairs of a token and a table.
 PAD_COLUMNS, SUM_TOKENS, SUM_PAIRS = 8, 64, 32
 
 dispatch.expect(cuda_buffers=(PAD_COLUMNS, SUM_TOKENS, SUM_PAIRS))
-
-
-class Lookup(NamedTuple):
-    """What the normalised embeddings are computed from. _LOOKUP_SCHEMA has the fields as the operators take them."""
-
-    input_ids: Tensor | None  # (T,) int64, or None with inputs_embeds
-    inputs_embeds: Tensor | None  # (T, E)
-    token_type_ids: Tensor  # (T,) int64
-    position_ids: Tensor  # (T,) int64
-    word: Tensor  # (V, E)
-    token_type: Tensor  # (Y, E)
-    position: Tensor  # (P, E)
-    ln_weight: Tensor  # (E,)
-    ln_bias: Tensor  # (E,)
-
-    @property
-    def ids(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The indices into the three tables, in the order of `TABLES`."""
-        return self.input_ids, self.token_type_ids, self.position_ids
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """V, Y and P."""
-        return len(self.word), len(self.token_type), len(self.position)
-
-    def dense(self) -> Lookup:
-        return Lookup._make(None if t is None else t.contiguous() for t in self)
-
-    def kernel_tensors(self) -> tuple[Tensor | None, ...]:
-        """The tensors in the order of the C++ and CUDA functions; inputs_embeds take the place of `word`."""
-        rows = self.word if self.inputs_embeds is None else self.inputs_embeds
-        return *self.ids, rows, self.token_type, self.position, self.ln_weight, self.ln_bias
-
-    def sums_ref(self) -> Tensor:
-        """(T, E) float32: (word + type) + position, in the order of Hugging Face's sum."""
-        words = self.word[self.input_ids] if self.inputs_embeds is None else self.inputs_embeds
-        return words.float() + self.token_type.float()[self.token_type_ids] + self.position.float()[self.position_ids]
-
-
-_LOOKUP_SCHEMA = (
-    "Tensor? input_ids, Tensor? inputs_embeds, Tensor token_type_ids, Tensor position_ids, Tensor word, Tensor token_type, "
-    "Tensor position, Tensor ln_weight, Tensor ln_bias"
-)
-_COUNT = len(Lookup._fields)
 
 
 def embedding_projection_ref(
@@ -98,56 +55,11 @@ def embedding_projection_ref(
     return torch.nn.functional.linear(normed, proj_weight.float(), proj_bias.float()).to(lookup.word.dtype)
 
 
-def _operands(lookup: Lookup) -> list[Operand]:
-    """The operands of LayerNorm of the summed embeddings, in the order of `Lookup.kernel_tensors`."""
-    input_ids, inputs_embeds, dtype = lookup.input_ids, lookup.inputs_embeds, lookup.word.dtype
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("embedding_projection: give exactly one of input_ids and inputs_embeds")
-    named = (("word", lookup.word), ("token_type", lookup.token_type), ("position", lookup.position))
-    sizes = [matrix("embedding_projection", name, t, "embedding size") for name, t in named]
-    first, width = lookup.token_type_ids if input_ids is None else input_ids, sizes[0][1]
-    if first.dim() != 1:
-        raise ValueError(f"embedding_projection: ids must have the shape (T,), got {tuple(first.shape)}")
-    tokens = first.shape[0]
-    ids: list[Operand] = []
-    for name, values in zip(TABLES, lookup.ids, strict=True):
-        if values is not None and values.dtype != torch.int64:
-            raise TypeError(f"embedding_projection: {name} must be int64, got {values.dtype}")
-        ids.append((name, values, (tokens,), torch.int64))
-    words: Operand = ("word", lookup.word, sizes[0], dtype)
-    return [
-        *ids,
-        words if inputs_embeds is None else ("inputs_embeds", inputs_embeds, (tokens, width), dtype),
-        ("token_type", lookup.token_type, (sizes[1][0], width), dtype),
-        ("position", lookup.position, (sizes[2][0], width), dtype),
-        ("ln_weight", lookup.ln_weight, (width,), dtype),
-        ("ln_bias", lookup.ln_bias, (width,), dtype),
-    ]
-
-
 def _projection(word: Tensor, proj_weight: Tensor, proj_bias: Tensor | None = None) -> list[Operand]:
     """The product's operands beside the embeddings."""
     size, _ = matrix("embedding_projection", "proj_weight", proj_weight, "embedding size")
     shape = (size, word.shape[1])
     return [("proj_weight", proj_weight, shape, word.dtype), ("proj_bias", proj_bias, (size,), word.dtype)]
-
-
-def _normed_cpu(
-    lookup: Lookup, operands: list[Operand], eps: float, dropout_p: float, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of the summed embeddings (T, E), after dropout, and its statistics, by the C++ kernel."""
-    ids, sizes = tuple(tensor for _, tensor, _, _ in operands[: len(TABLES)]), lookup.sizes
-    (tokens,), (_, _, (width,), dtype) = operands[1][2], operands[-1]
-    memory = hold("embedding_projection", torch.device("cpu"), operands)
-    out = torch.empty((tokens, width), dtype=dtype)
-    mean, rstd = (torch.empty(tokens, dtype=torch.float32) for _ in range(2))
-    results = [t.data_ptr() for t in (out, mean, rstd)]
-    numbers = eps, dropout_p, seed, dispatch.DTYPE_CODES[dtype], torch.get_num_threads()
-    function = dispatch.extension().embedding_layer_norm_fwd_cpu
-    bad = function(*memory.addresses, *results, tokens, width, *sizes, *numbers)
-    if bad >= 0:
-        raise index_error(ids, sizes)(bad)
-    return out, mean, rstd
 
 
 def _launch(function: str, *arguments: Tensor | int | float | None) -> None:
@@ -165,8 +77,8 @@ def _fwd_cuda(
     word, code = lookup.word, dispatch.DTYPE_CODES[lookup.word.dtype]
     with torch.cuda.device(word.device):
         _reports.raise_pending(word.device)
-        out = word.new_empty((len(lookup.token_type_ids), len(proj_weight)))
-        first_bad = lookup.token_type_ids.new_full((), _reports.NOTHING)
+        out = word.new_empty((len(lookup.position_ids), len(proj_weight)))
+        first_bad = lookup.position_ids.new_full((), _reports.NOTHING)
         tensors = *lookup.kernel_tensors(), proj_weight, proj_bias, out, first_bad
         shape = len(out), word.shape[1], out.shape[1], *lookup.sizes
         _launch("embedding_projection_fwd_cuda", *tensors, *shape, eps, dropout_p, seed, code)
@@ -196,7 +108,7 @@ def _bwd_cuda(
         written = normed, dembeds, dz, sums, keys, dln_weight, dln_bias
         numbers = tokens, width, *sizes, eps, dropout_p, seed, *codes
         _launch("embedding_projection_bwd_rows_cuda", dnormed, *lookup.kernel_tensors(), *written, *numbers)
-        dword, dtype_table, dposition = (torch.zeros_like(t) for t in (word, lookup.token_type, lookup.position))
+        dword, dtype_table, dposition = (word.new_zeros((rows, width)) for rows in sizes)
         keys, places = torch.sort(keys, stable=True)
         sums = scratch((-(-pairs // SUM_PAIRS), 2, padded))
         tables = dword if has_ids else None, dtype_table, dposition
@@ -206,13 +118,13 @@ def _bwd_cuda(
 
 
 def _fwd(*arguments: Any) -> Tensor:
-    lookup, (proj_weight, proj_bias, eps, _, dropout_p, seed, backend) = Lookup(*arguments[:_COUNT]), arguments[_COUNT:]
-    operands, device = _operands(lookup), lookup.word.device
+    lookup, (proj_weight, proj_bias, eps, _, dropout_p, seed, backend) = Lookup(*arguments[:COUNT]), arguments[COUNT:]
+    operands, device = lookup_operands("embedding_projection", lookup), lookup.word.device
     backend = dispatch.resolve("embedding_projection", device.type, lookup.word.dtype, backend)
     projection = _projection(lookup.word, proj_weight, proj_bias)
     if backend == "cpp":
         check_launch("embedding_projection", backend, device, projection)
-        normed, _, _ = _normed_cpu(lookup, operands, eps, dropout_p, seed_value(seed, dropout_p))
+        normed, _, _ = normed_cpu("embedding_projection", lookup, operands, eps, dropout_p, seed_value(seed, dropout_p))
         return linear(normed, proj_weight, proj_bias)
     check_launch("embedding_projection", backend, device, [*operands, *projection])
     if backend == "cuda":
@@ -225,18 +137,9 @@ def _bwd_cpp(
     grad: Tensor, lookup: Lookup, operands: list[Operand], proj_weight: Tensor, eps: float, dropout_p: float, seed: int
 ) -> list[Tensor]:
     """normed (T, E), and in float32 the gradients of `word` or inputs_embeds, token_type, position, ln_weight, ln_bias."""
-    normed, mean, rstd = _normed_cpu(lookup, operands, eps, dropout_p, seed)
+    normed, mean, rstd = normed_cpu("embedding_projection", lookup, operands, eps, dropout_p, seed)
     dnormed = linear(grad, proj_weight.t()).contiguous()
-    memory = hold("embedding_projection", lookup.word.device, operands[:-1])
-    gradients = [
-        torch.zeros(t.shape, dtype=torch.float32) for t in lookup.kernel_tensors()[len(TABLES) :] if t is not None
-    ]
-    addresses = [t.data_ptr() for t in (mean, rstd, *gradients)]
-    shape = len(normed), lookup.word.shape[1], *lookup.sizes
-    numbers = dropout_p, seed, dispatch.DTYPE_CODES[lookup.word.dtype], torch.get_num_threads()
-    function = dispatch.extension().embedding_layer_norm_bwd_cpu
-    function(dnormed.data_ptr(), *memory.addresses, *addresses, *shape, *numbers)
-    return [normed, *gradients]
+    return [normed, *gradients_cpu("embedding_projection", dnormed, lookup, operands, mean, rstd, dropout_p, seed)]
 
 
 def _bwd_ref(
@@ -247,21 +150,15 @@ def _bwd_ref(
     keep = keep_scale_2d(seed, z.shape, dropout_p, z.device) if dropout_p else 1.0
     mean, rstd = layer_norm_stats_ref(z, eps)
     normed = ((z - mean[:, None]) * rstd[:, None] * lookup.ln_weight.float() + lookup.ln_bias.float()) * keep
-    dnormed = (grad.float() @ proj_weight.float()) * keep
-    dz, dln_weight, dln_bias = layer_norm_bwd_ref(dnormed, z, lookup.ln_weight.float(), mean, rstd)
-    tables = zip(lookup.ids, (lookup.word, lookup.token_type, lookup.position), strict=True)
-    gradients = [
-        dz if ids is None else torch.zeros(t.shape, dtype=torch.float32, device=z.device).index_add_(0, ids, dz)
-        for ids, t in tables
-    ]
-    return [normed, *gradients, dln_weight, dln_bias]
+    dnormed = grad.float() @ proj_weight.float()
+    return [normed, *gradients_ref(dnormed, lookup, mean, rstd, dropout_p, seed)]
 
 
 def _bwd(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of inputs_embeds (empty where ids were given), word, token_type, position, ln_weight, ln_bias,
     proj_weight and proj_bias. The embeddings are computed again: that costs little beside keeping T x E numbers."""
-    lookup, (proj_weight, eps, padding_idx, dropout_p, seed, backend) = Lookup(*arguments[:_COUNT]), arguments[_COUNT:]
-    operands, word = _operands(lookup), lookup.word
+    lookup, (proj_weight, eps, padding_idx, dropout_p, seed, backend) = Lookup(*arguments[:COUNT]), arguments[COUNT:]
+    operands, word = lookup_operands("embedding_projection", lookup), lookup.word
     tokens, size = operands[1][2][0], proj_weight.shape[0]
     projection = [("grad", grad, (tokens, size), word.dtype), *_projection(word, proj_weight)]
     check_launch("embedding_projection", backend, word.device, projection)
@@ -276,40 +173,35 @@ def _bwd(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         dproj_bias = grad.sum(0, dtype=f32).to(word.dtype)
         return dinputs, *tables, weight_gradient(grad, normed), dproj_bias
     compute = _bwd_cpp if backend == "cpp" else _bwd_ref
-    normed, dwords, *others = compute(grad, lookup, operands, proj_weight, eps, dropout_p, number)
-    has_ids = lookup.input_ids is not None
-    dword = dwords if has_ids else torch.zeros(word.shape, dtype=f32, device=word.device)
-    if 0 <= padding_idx < len(dword):
-        dword[padding_idx] = 0.0  # torch.nn.Embedding's padding_idx, as in Hugging Face
-    dproj_weight = weight_gradient(grad, normed.to(grad.dtype))
-    dinputs = dwords.new_empty(0, word.shape[1]) if has_ids else dwords
-    gradients = dinputs, dword, *others, dproj_weight, grad.sum(0, dtype=f32)
-    return tuple(g.to(word.dtype) for g in gradients)
+    normed, *gradients = compute(grad, lookup, operands, proj_weight, eps, dropout_p, number)
+    dproj_weight, dproj_bias = weight_gradient(grad, normed.to(grad.dtype)), grad.sum(0, dtype=f32)
+    return *finished(gradients, lookup, padding_idx), dproj_weight.to(word.dtype), dproj_bias.to(word.dtype)
 
 
 def _fwd_fake(*arguments):
-    lookup, (proj_weight, proj_bias, *_) = Lookup(*arguments[:_COUNT]), arguments[_COUNT:]
+    lookup, (proj_weight, proj_bias, *_) = Lookup(*arguments[:COUNT]), arguments[COUNT:]
     word = lookup.word
-    check("embedding_projection", word.device, [*_operands(lookup), *_projection(word, proj_weight, proj_bias)])
-    return word.new_empty((lookup.token_type_ids.shape[0], proj_weight.shape[0]))
+    operands = [*lookup_operands("embedding_projection", lookup), *_projection(word, proj_weight, proj_bias)]
+    check("embedding_projection", word.device, operands)
+    return word.new_empty((lookup.position_ids.shape[0], proj_weight.shape[0]))
 
 
 def _bwd_fake(grad, *arguments):
-    lookup, proj_weight = Lookup(*arguments[:_COUNT]), arguments[_COUNT]
+    lookup, proj_weight = Lookup(*arguments[:COUNT]), arguments[COUNT]
     word, embeds = lookup.word, lookup.inputs_embeds
     dinputs = word.new_empty((0, word.shape[1]) if embeds is None else embeds.shape)
-    shaped = (*lookup[4:], proj_weight)
+    shaped = [t for t in (*lookup[4:], proj_weight) if t is not None]
     return dinputs, *(word.new_empty(t.shape) for t in shaped), word.new_empty(proj_weight.shape[0])
 
 
 _NUMBERS = "float eps, int padding_idx, float dropout_p, Tensor? seed, str backend"
 register(
-    f"embedding_projection_fwd({_LOOKUP_SCHEMA}, Tensor proj_weight, Tensor proj_bias, {_NUMBERS}) -> Tensor",
+    f"embedding_projection_fwd({lookup_schema()}, Tensor proj_weight, Tensor proj_bias, {_NUMBERS}) -> Tensor",
     _fwd,
     _fwd_fake,
 )
 register(
-    f"embedding_projection_bwd(Tensor grad, {_LOOKUP_SCHEMA}, Tensor proj_weight, {_NUMBERS})"
+    f"embedding_projection_bwd(Tensor grad, {lookup_schema()}, Tensor proj_weight, {_NUMBERS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
@@ -379,9 +271,13 @@ def embedding_projection(
     ids, norm = (token_type_ids, position_ids), (ln_weight, ln_bias)
     lookup, device = Lookup(input_ids, inputs_embeds, *ids, word, token_type, position, *norm), word.device.type
     if not dropout_p and dispatch.runs_on_torch("embedding_projection", device, word.dtype, backend):
-        check("embedding_projection", word.device, [*_operands(lookup), *_projection(word, *projection)])
+        check(
+            "embedding_projection",
+            word.device,
+            [*lookup_operands("embedding_projection", lookup), *_projection(word, *projection)],
+        )
         check_ids(lookup.ids, lookup.sizes)
-        return _torch.embedding_projection(*lookup, proj_weight, proj_bias, eps, padding_idx)
+        return _torch.embedding_projection(lookup, proj_weight, proj_bias, eps, padding_idx)
     tensors = inputs_embeds, word, token_type, position, *norm, *projection
     call: Any = torch.ops.albert_fast.embedding_projection_fwd if needs_dispatcher(*tensors) else _fwd
     # Under autocast the product inside would change the dtype that the schema promises.

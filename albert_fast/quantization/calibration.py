@@ -48,6 +48,9 @@ class Encoder(Protocol):
     def embed(self, packing: Packing, inputs: Inputs) -> Tensor:
         """The first layer's input (T, H)."""
 
+    def positions(self, inputs: Inputs) -> Tensor:
+        """The position (B, S) of every token."""
+
     def check_length(self, columns: int) -> None:
         """ValueError for a sequence that is too long."""
 
@@ -78,7 +81,7 @@ def quantize(model: Encoder, precision: str, calibration: Calibration | None = N
             stacklevel=2,
         )
         given = None
-    random = random_batches(model.config.vocab_size, model.config.max_position_embeddings)
+    random = random_batches(model.config.vocab_size, model.config.longest)
     samples = [(Sample(model, random), False)] if precision == "int8" else []
     samples += [] if given is None else [(given, True)]
     nearest: Rounded = [_rounded(layer, precision, NEAREST) for layer in distinct]
@@ -184,8 +187,8 @@ class Sample:
     ) -> tuple[Tensor, Packing, Tensor]:
         """The first layer's input (T, H), how it is packed, and the last layer's result, computed without dropout."""
         packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
-        positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
-        embedded = self._model.embed(packing, Inputs(ids, position_ids=positions))
+        inputs = Inputs(ids)
+        embedded = self._model.embed(packing, inputs._replace(position_ids=self._model.positions(inputs)))
         encoder = self._model.encoder
         training = [module for module in encoder.modules() if module.training]
         encoder.eval()

@@ -19,6 +19,7 @@ from .registration import is_traced
 
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "embedding_projection": {"cpu": ("cpp", "reference"), "cuda": ("cuda", "reference")},
+    "embedding_layer_norm": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "attention": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "bias_gelu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
     "linear_gelu": {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},

@@ -69,7 +69,7 @@ class OpCase:
         gathered = inputs.get("input_ids")
         read = sum(t.numel() * t.element_size() for t in tensors)
         if gathered is not None:  # only the rows of a table that are looked up are read
-            tables = [inputs[name] for name in ("word", "token_type", "position")]
+            tables = [inputs[name] for name in ("word", "token_type", "position") if inputs[name] is not None]
             read += sum((len(gathered) - len(t)) * t.shape[1] * t.element_size() for t in tables)
         return read + self.output_like(inputs).numel() * self.output_like(inputs).element_size()
 
@@ -91,6 +91,9 @@ class OpCase:
             return torch.empty(
                 (len(inputs["token_type_ids"]), len(inputs["proj_weight"])), dtype=inputs["word"].dtype, device="meta"
             )
+        if self.name == "embedding_layer_norm":
+            shape = len(inputs["position_ids"]), inputs["word"].shape[1]
+            return torch.empty(shape, dtype=inputs["word"].dtype, device="meta")
         if self.name == "linear_cross_entropy":
             return torch.empty((), device="meta")
         if self.name == "linear_gelu":

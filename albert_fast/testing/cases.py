@@ -103,13 +103,13 @@ def _gelu_layer_norm_eager(x, bias, weight, ln_bias, eps, act):
     return F.layer_norm(act_ref(x + bias, act), x.shape[1:], weight, ln_bias, eps)
 
 
-# embedding_projection: shapes are (tokens, E, H, vocabulary, positions, types) ----------------------------------------------
+# embedding_layer_norm: shapes are (tokens, H, vocabulary, positions, types) ---------------------------------------------------
 
 
-def _embedding_projection_inputs(
-    shape, dtype, device="cpu", generator=None, dropout_p=0.0, padding_idx=-1, from_embeds=False
+def _embedding_layer_norm_inputs(
+    shape, dtype, device="cpu", generator=None, dropout_p=0.0, padding=(-1, -1), from_embeds=False, typed=True
 ) -> Inputs:
-    tokens, embedding, hidden, vocabulary, positions, types = shape
+    tokens, embedding, vocabulary, positions, types = shape
     weight, ln_bias = norm_weights(embedding, dtype, device, generator)
     ids = [torch.randint(0, size, (tokens,), generator=generator).to(device) for size in (vocabulary, types, positions)]
     word, token_type, position = (
@@ -117,17 +117,16 @@ def _embedding_projection_inputs(
     )
     inputs = {
         "input_ids": None if from_embeds else ids[0],
-        "token_type_ids": ids[1],
+        "token_type_ids": ids[1] if typed else None,
         "position_ids": ids[2],
         "word": word,
-        "token_type": token_type,
+        "token_type": token_type if typed else None,
         "position": position,
         "ln_weight": weight,
         "ln_bias": ln_bias,
-        "proj_weight": randn((hidden, embedding), dtype, device, generator) * embedding**-0.5,
-        "proj_bias": randn((hidden,), dtype, device, generator),
         "eps": EPS,
-        "padding_idx": padding_idx,
+        "padding_idx": padding[0],
+        "position_padding_idx": padding[1],
         "dropout_p": dropout_p,
         "seed": drawn_seed(dropout_p, generator),
     }
@@ -136,7 +135,7 @@ def _embedding_projection_inputs(
     return inputs
 
 
-def _embedding_projection_eager(
+def _embedding_layer_norm_eager(
     input_ids,
     token_type_ids,
     position_ids,
@@ -145,20 +144,42 @@ def _embedding_projection_eager(
     position,
     ln_weight,
     ln_bias,
-    proj_weight,
-    proj_bias,
     eps,
     padding_idx,
     dropout_p,
     seed,
+    position_padding_idx=-1,
     inputs_embeds=None,
 ):
     if inputs_embeds is None:
         inputs_embeds = F.embedding(input_ids, word, None if padding_idx < 0 else padding_idx)
-    z = inputs_embeds + token_type[token_type_ids] + position[position_ids]
-    return F.linear(
-        dropped(F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, eps), dropout_p, seed), proj_weight, proj_bias
-    )
+    z = inputs_embeds if token_type is None else inputs_embeds + token_type[token_type_ids]
+    z = z + F.embedding(position_ids, position, None if position_padding_idx < 0 else position_padding_idx)
+    return dropped(F.layer_norm(z, z.shape[1:], ln_weight, ln_bias, eps), dropout_p, seed)
+
+
+def _embedding_layer_norm_extra(inputs: Inputs) -> int:
+    """The gradient of the sums in float32, written and read again, and the statistics that the forward keeps."""
+    return len(inputs["position_ids"]) * (8 * inputs["word"].shape[1] + 8)
+
+
+# embedding_projection: shapes are (tokens, E, H, vocabulary, positions, types) ----------------------------------------------
+
+
+def _embedding_projection_inputs(shape, dtype, device="cpu", generator=None, padding_idx=-1, **options) -> Inputs:
+    tokens, embedding, hidden, *tables = shape
+    options["padding"] = (padding_idx, -1)
+    inputs = _embedding_layer_norm_inputs((tokens, embedding, *tables), dtype, device, generator, **options)
+    del inputs["position_padding_idx"]
+    return {
+        **inputs,
+        "proj_weight": randn((hidden, embedding), dtype, device, generator) * embedding**-0.5,
+        "proj_bias": randn((hidden,), dtype, device, generator),
+    }
+
+
+def _embedding_projection_eager(proj_weight, proj_bias, **inputs):
+    return F.linear(_embedding_layer_norm_eager(**inputs), proj_weight, proj_bias)
 
 
 def _statistics(inputs: Inputs) -> int:
@@ -219,6 +240,25 @@ ALL_CASES: dict[str, OpCase] = {
                 "inputs_embeds",
             ),
             operations=lambda i: 2.0 * len(i["token_type_ids"]) * i["proj_weight"].numel(),
+        ),
+        OpCase(
+            name="embedding_layer_norm",
+            function=ops.embedding_layer_norm,
+            eager=_embedding_layer_norm_eager,
+            make_inputs=_embedding_layer_norm_inputs,
+            shapes=(
+                (1, 1, 1, 1, 1),
+                (0, 16, 5, 7, 2),
+                (1, 768, 100, 512, 2),
+                (7, 13, 11, 17, 3),
+                (513, 64, 300, 128, 2),
+            ),
+            small_shapes=((1, 1, 1, 1, 1), (0, 16, 5, 7, 2), (37, 31, 11, 7, 2), (5, 312, 17, 9, 3)),
+            bench_shapes=((128, 768, 30522, 512, 2), (1024, 768, 30522, 512, 2)),
+            options=({}, {"dropout_p": 0.2}, {"padding": (0, 0)}, {"from_embeds": True}, {"typed": False}),
+            gradients=("word", "token_type", "position", "ln_weight", "ln_bias", "inputs_embeds"),
+            operations=lambda i: 10.0 * len(i["position_ids"]) * i["word"].shape[1],
+            backward_extra=_embedding_layer_norm_extra,
         ),
         OpCase(
             name="attention",

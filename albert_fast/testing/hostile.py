@@ -28,6 +28,7 @@ _SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "add_layer_norm": ((6, 19), {"dropout_p": 0.2}),
     "gelu_layer_norm": ((6, 19), {}),
     "linear_cross_entropy": ((6, 12, 150), {"labelled": 0.7}),
+    "embedding_layer_norm": ((7, 19, 30, 9, 2), {"dropout_p": 0.1}),
     "embedding_projection": ((7, 12, 19, 30, 9, 2), {"dropout_p": 0.1}),
     "attention": (((3, 0, 5, 2), (3, 4, 5, 0), 2, 12), {}),
     "encoder": (((3, 5, 0, 2), 24, 2, 40, 2, 3), {"wanted": True}),
@@ -37,6 +38,7 @@ _SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 _SAVED = {
     "add_layer_norm": {"mean": 1, "rstd": 2},
     "gelu_layer_norm": {"mean": 1, "rstd": 2},
+    "embedding_layer_norm": {"mean": 1, "rstd": 2},
     "attention": {"lse": 1},
     "linear_cross_entropy": {"row_max": 1, "row_sum": 2},
     "linear_gelu": {"sums": 1},
@@ -48,6 +50,7 @@ _DEFAULTS = {
     "sequence_order": None,
     "inputs_embeds": None,
     "padding_idx": -1,
+    "position_padding_idx": -1,
     "wanted_rows": None,
     "cu_wanted": None,
     "max_seqlen": 64,

@@ -134,7 +134,7 @@ def _condition(case: OpCase, inputs: Inputs, cotangent: Tensor, exact: dict[str,
 
 def _gradients(case: OpCase, inputs: Inputs, cotangent: Tensor, run: Any) -> dict[str, Tensor]:
     names = [name for name in case.gradients if isinstance(inputs.get(name), Tensor)]
-    if case.name == "embedding_projection" and inputs.get("inputs_embeds") is not None:
+    if case.name.startswith("embedding_") and inputs.get("inputs_embeds") is not None:
         names.remove("word")  # the embeddings are given, so no row is looked up
     leaves = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in names}}
     output = run(leaves)

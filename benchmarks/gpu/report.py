@@ -20,7 +20,7 @@ _LATENCIES = (
     "answered",
     "device",
 )  # of a call: until it returns, until its answer, and the GPU's work alone
-MEMORY_BOUND = ("bias_gelu", "add_layer_norm", "gelu_layer_norm", "embedding_projection")
+MEMORY_BOUND = ("bias_gelu", "add_layer_norm", "gelu_layer_norm", "embedding_layer_norm", "embedding_projection")
 
 Row = Mapping[str, Any]
 Target = tuple[str, str, str, str, str, bool]  # what, ours, the best peer or limit, ratio, target, met

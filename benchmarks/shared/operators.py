@@ -18,6 +18,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # What fills a GPU: 64 sequences of 512 tokens of ALBERT-base.
 GPU_SHAPES: dict[str, Any] = {
     "embedding_projection": (32768, 128, 768, 30000, 512, 2),
+    "embedding_layer_norm": (32768, 768, 30522, 512, 2),
     "attention": ((512,) * 64, None, 12, 64),
     "bias_gelu": (32768, 3072),
     "linear_gelu": (32768, 768, 3072),

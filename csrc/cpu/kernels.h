@@ -13,8 +13,8 @@ namespace albert_fast::ALBERT_FAST_ISA {
 
 // out (T,E) = dropout(LayerNorm(word[ids] + type[types] + position[positions])); ids, types, positions (T) int64; word
 // (V,E), type (Y,E), position (P,E); ln_w, ln_b (E); mean, rstd (T) f32. ids = 0: word holds (T,E) rows, V is not used.
-// Returns -1, or token * 3 + table (0 word, 1 type, 2 position) of the first id outside its table; then nothing is
-// written.
+// types = 0: there are no token types. Returns -1, or token * 3 + table (0 word, 1 type, 2 position) of the first id
+// outside its table; then nothing is written.
 std::int64_t embedding_layer_norm_fwd_cpu(Address ids, Address types, Address positions, Address word, Address type,
                                           Address position, Address ln_w, Address ln_b, Address out, Address mean,
                                           Address rstd, std::int64_t T, std::int64_t E, std::int64_t V, std::int64_t Y,
@@ -22,12 +22,14 @@ std::int64_t embedding_layer_norm_fwd_cpu(Address ids, Address types, Address po
                                           int num_threads);
 
 // grad (T,E) is the gradient of out. Adds to dword (V,E; (T,E) for ids = 0), dtype_table (Y,E), dposition (P,E), all
-// f32 and zeroed by the caller; writes dln_w, dln_b (E) f32. The ids are those that the forward accepted.
-void embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address types, Address positions, Address word,
-                                  Address type, Address position, Address ln_w, Address mean, Address rstd,
-                                  Address dword, Address dtype_table, Address dposition, Address dln_w, Address dln_b,
-                                  std::int64_t T, std::int64_t E, std::int64_t V, std::int64_t Y, std::int64_t P,
-                                  double dropout_p, std::int64_t seed, int dtype, int num_threads);
+// f32 and zeroed by the caller; writes dln_w, dln_b (E) f32. types = 0 leaves dtype_table alone. Returns as the
+// forward.
+std::int64_t embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address types, Address positions, Address word,
+                                          Address type, Address position, Address ln_w, Address mean, Address rstd,
+                                          Address dword, Address dtype_table, Address dposition, Address dln_w,
+                                          Address dln_b, std::int64_t T, std::int64_t E, std::int64_t V, std::int64_t Y,
+                                          std::int64_t P, double dropout_p, std::int64_t seed, int dtype,
+                                          int num_threads);
 
 // out (Tq,H) = dropout(softmax(scale * q k^T)) v for every sequence and head, H = num_heads * head_dim; q (Tq,H), k and
 // v (T,H); cu_q, cu_k (B+1) int32; lse (num_heads,Tq) f32 = log of the sum of exp(scale * q k^T). A sequence without

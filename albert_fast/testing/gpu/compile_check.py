@@ -43,6 +43,7 @@ OPERATORS = (
     "bias_gelu",
     "linear_gelu",
     "gelu_layer_norm",
+    "embedding_layer_norm",
     "linear_cross_entropy",
     "encoder",
     "quantized_encoder",

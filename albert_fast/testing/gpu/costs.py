@@ -122,6 +122,16 @@ def _column_sums_elements(a: Arguments) -> dict[str, int]:
     return {name: a["n_cols"] * (sums > number) for number, name in enumerate(("first_ptr", "second_ptr", "third_ptr"))}
 
 
+def _embedding_elements(a: Arguments) -> dict[str, int]:
+    """Upper bound: every token reads a row of each table; a row that several tokens share is counted for each of them."""
+    rows = len(a["positions_ptr"]) * a["n_cols"]
+    return {name: rows for name in ("word_ptr", "type_ptr", "position_ptr") if a[name] is not None}
+
+
+def _embedding_bwd_elements(a: Arguments) -> dict[str, int]:
+    return _embedding_elements(a) | _layer_norm_bwd_elements(a)
+
+
 def _layer_norm_bwd_elements(a: Arguments) -> dict[str, int]:
     return {"means_ptr": 0} if a["WHOLE_ROWS"] else {}
 
@@ -146,6 +156,10 @@ _TOUCHED: dict[str, Callable[[Arguments], dict[str, int]]] = {
     "_column_sums_kernel": _column_sums_elements,
     "_add_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
     "_gelu_layer_norm_bwd_kernel": _layer_norm_bwd_elements,
+    # Written only for a bad id.
+    "_embedding_layer_norm_fwd_kernel": lambda a: _embedding_elements(a) | {"first_bad_ptr": 0},
+    "_embedding_layer_norm_bwd_means_kernel": _embedding_elements,
+    "_embedding_layer_norm_bwd_kernel": _embedding_bwd_elements,
     "_encoder_fwd_kernel": lambda a: dict.fromkeys(encoder_buffers(), 0),
     # float8 has no zero points, so the sums of the weights are not read.
     "_quantized_product_kernel": lambda a: {"sums_ptr": 0} if a["zeros_ptr"] is None else {},
@@ -225,6 +239,9 @@ _OPERATIONS: dict[str, Callable[[Arguments], float]] = {
     "_gelu_layer_norm_fwd_kernel": _each(18),
     "_gelu_layer_norm_bwd_means_kernel": _each(18),
     "_gelu_layer_norm_bwd_kernel": _each(36),
+    "_embedding_layer_norm_fwd_kernel": lambda a: 10.0 * a["n_rows"] * a["n_cols"],
+    "_embedding_layer_norm_bwd_means_kernel": lambda a: 10.0 * a["n_rows"] * a["n_cols"],
+    "_embedding_layer_norm_bwd_kernel": lambda a: 20.0 * a["n_rows"] * a["n_cols"],
     "_round_rows_kernel": _each(10),
     "_add_layer_norm_rounded_kernel": _each(20),
     "_bias_gelu_rounded_kernel": _each(20),

@@ -42,6 +42,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bias_gelu": {"base 32768x3072": (32768, 3072), "large 32768x4096": (32768, 4096)},
     "linear_gelu": {"base 32768x768x3072": (32768, 768, 3072), "large 32768x1024x4096": (32768, 1024, 4096)},
     "gelu_layer_norm": {"base, large 32768x128": (32768, 128)},
+    "embedding_layer_norm": {
+        "base 32768x768": (32768, 768, 30522, 512, 2),
+        "large 32768x1024": (32768, 1024, 30522, 512, 2),
+    },
     "linear_cross_entropy": {"base, large 4915x128x30000": (4915, 128, 30000)},  # 15 % of the tokens
     "encoder": {
         f"base {batch}x{length}": ((length,) * batch, 768, 12, 3072, 1, 12)
@@ -143,6 +147,20 @@ def _gelu_layer_norm(shape: Any) -> Runs:
     )
 
 
+def _embedding_layer_norm(shape: Any) -> Runs:
+    from ...kernels.embedding_layer_norm import embedding_layer_norm_bwd, embedding_layer_norm_fwd
+
+    i = counted_inputs("embedding_layer_norm", shape)
+    ids = (i["input_ids"], None, i["token_type_ids"], i["position_ids"])
+    tables = (*ids, i["word"], i["token_type"], i["position"], i["ln_weight"])
+    stats = torch.empty(shape[0], device="meta")
+    grad = torch.empty(shape[:2], dtype=i["word"].dtype, device="meta")
+    return (
+        lambda: embedding_layer_norm_fwd(*tables, i["ln_bias"], EPS),
+        lambda: embedding_layer_norm_bwd(grad, *tables, stats, stats),
+    )
+
+
 def _bias_gelu(shape: Any) -> Runs:
     from ...kernels.bias_gelu import bias_gelu_bwd, bias_gelu_fwd
 
@@ -234,6 +252,7 @@ _RUNS: dict[str, Callable[[Any], Runs]] = {
     "bias_gelu": _bias_gelu,
     "linear_gelu": _linear_gelu,
     "gelu_layer_norm": _gelu_layer_norm,
+    "embedding_layer_norm": _embedding_layer_norm,
     "linear_cross_entropy": _linear_cross_entropy,
     "encoder": _encoder,
     "quantized_encoder": _quantized_encoder,

@@ -24,6 +24,7 @@ _ROW_WIDTHS = (128, 200, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # Calls of the released models, which the short check compiles for every chip.
 _EVERY_CHIP = {
     "add_layer_norm": {"bf16 N768", "bf16 N1024 dropout"},
+    "embedding_layer_norm": {"bf16 N768", "bf16 N1024 dropout"},
     "bias_gelu": {"bf16 N3072 gelu_tanh", "bf16 N3072 gelu_tanh dropout"},
     "linear_gelu": {"bf16 K768 gelu_tanh"},
 }
@@ -93,6 +94,27 @@ def _gelu_layer_norm_launches() -> Iterator[Case]:
             x, vector, stats = _empty(_ROWS, n, dtype=dtype), _empty(n, dtype=dtype), _empty(_ROWS)
             yield f"{name} N{n} {act}", partial(gelu_layer_norm_fwd, x, vector, vector, vector, 1e-12, act), False
             yield f"{name} N{n} {act}", partial(gelu_layer_norm_bwd, x, x, vector, vector, stats, stats, act), False
+
+
+def _embedding_layer_norm_launches() -> Iterator[Case]:
+    from ...kernels.embedding_layer_norm import embedding_layer_norm_bwd, embedding_layer_norm_fwd
+
+    ids, stats = _empty(_ROWS, dtype=torch.int64), _empty(_ROWS)
+    # Dropout takes the most registers, so every tile is compiled with it. The tables are BERT's.
+    cases = [(n, 0.1, True, True) for n in _ROW_WIDTHS] + [(768, 0.0, True, True), (768, 0.0, False, True)]
+    cases += [(768, 0.1, True, False), (384, 0.0, True, True)]
+    for name, dtype in DTYPES.items():
+        for n, p, typed, from_ids in cases if name != "f16" else [(768, 0.0, True, True)]:
+            word, types, positions, vector = (
+                _empty(*shape, dtype=dtype) for shape in ((30522, n), (2, n), (512, n), (n,))
+            )
+            given, embeds = (ids, None) if from_ids else (None, _empty(_ROWS, n, dtype=dtype))
+            tables = (given, embeds, ids if typed else None, ids, word, types if typed else None, positions)
+            label = f"{name} N{n}" + (" dropout" if p else "") + ("" if typed else " no types")
+            label += "" if from_ids else " embeds"
+            grad = _empty(_ROWS, n, dtype=dtype)
+            yield label, partial(embedding_layer_norm_fwd, *tables, vector, vector, 1e-12, p, 1), False
+            yield label, partial(embedding_layer_norm_bwd, grad, *tables, vector, stats, stats, p, 1), False
 
 
 def _bias_gelu_launches() -> Iterator[Case]:
@@ -230,6 +252,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": _attention_launches,
     "add_layer_norm": _add_layer_norm_launches,
     "gelu_layer_norm": _gelu_layer_norm_launches,
+    "embedding_layer_norm": _embedding_layer_norm_launches,
     "bias_gelu": _bias_gelu_launches,
     "linear_gelu": _linear_gelu_launches,
     "linear_cross_entropy": _linear_cross_entropy_launches,
