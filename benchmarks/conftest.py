@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops: an operator against its eager and compiled form")
     config.addinivalue_line("markers", "model: the whole model against other ways to run it in PyTorch")
+    config.addinivalue_line("markers", "hosts: libraries as they are, accelerated, and on their other engines")
     config.addinivalue_line("markers", "cpu_peers: the whole model against engines on CPUs, in every precision")
     config.stash[_RECORDS] = []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,12 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 # The libraries whose versions decide a comparison.
-_COMPARED = ("torch", "transformers", "triton", "onnxruntime", "openvino", "nncf")
+_COMPARED = ("torch", "transformers", "sentence_transformers", "triton", "onnxruntime", "openvino", "nncf")
 # op -> heading and suffix of the plot's file, table, plot; every other op is an operator
 _MODELS: dict[str, tuple[str, Callable[..., str], Callable[..., None] | None]] = {
     "model": ("model", model_table, plot_model),
     "cpu_peers": ("peers", peers_table, plot_model),
+    "hosts": ("hosts", peers_table, partial(plot_model, heading="Libraries on real text")),
     "load": ("loading", load_table, None),
 }
 _OPERATORS = ("operators", operator_table, plot_operators)

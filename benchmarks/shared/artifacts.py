@@ -50,6 +50,18 @@ def checkpoint(config: ALBERTConfig, state: Mapping[str, Tensor]) -> Path:
     return _made_once(f"{digest.hexdigest()[:16]}-checkpoint", write)
 
 
+def saved(encoder: nn.Module) -> Path:
+    """The folder of an encoder of transformers, as its save_pretrained writes it."""
+
+    def write(folder: Path) -> None:
+        encoder.save_pretrained(folder)  # type: ignore[operator]
+
+    digest = hashlib.sha256(encoder.config.to_json_string().encode())  # type: ignore[union-attr,operator]
+    for key, tensor in encoder.state_dict().items():
+        digest.update(key.encode() + tensor.numpy().tobytes())
+    return _made_once(f"{digest.hexdigest()[:16]}-saved", write)
+
+
 def export(folder: Path) -> Path:
     """Hugging Face's model with eager attention as an ONNX graph, batch and length left open.
 
@@ -99,7 +111,7 @@ def share_initializers(path: Path) -> None:
     onnx.save(model, path)
 
 
-def fuse(graph: Path, config: ALBERTConfig) -> Path:
+def fuse(graph: Path, config: Any) -> Path:
     """The exported graph after ONNX Runtime's transformer optimizer: Attention, SkipLayerNormalization, FastGelu."""
 
     def write(target: Path) -> None:

@@ -25,8 +25,8 @@ _SMALL = 4096
 _IMPORTS = {
     "albert_fast": "albert_fast.models.albert",
     "reference": "albert_fast.models.reference",
-    "hf": "transformers.models.albert.modeling_albert",
-    "torch": "transformers.models.albert.modeling_albert",
+    "hf": "transformers",
+    "torch": "transformers",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
 }
@@ -134,10 +134,10 @@ def maskless_sdpa() -> str:
 
 
 def hugging_face(path: Path, attention: str, dtype: Any) -> Any:
-    """transformers' AlbertModel, without a pooler, in eval mode."""
-    from transformers import AlbertModel
+    """transformers' encoder, without a pooler, in eval mode."""
+    from transformers import AutoModel
 
-    model = AlbertModel.from_pretrained(path, attn_implementation=attention, dtype=dtype, add_pooling_layer=False)
+    model = AutoModel.from_pretrained(path, attn_implementation=attention, dtype=dtype, add_pooling_layer=False)
     return model.eval()
 
 

@@ -29,12 +29,13 @@ def _sst2(folder: Path, split: str = "test") -> list[str]:
         return [row[0] for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)][1:]
 
 
-def _imdb(folder: Path) -> list[str]:
-    with gzip.open(folder / "aclImdb/test.tsv.gz", "rt", encoding="utf-8") as file:
+def reviews(split: str = "test") -> list[str]:
+    """The film reviews of aclImdb in the folder of data."""
+    with gzip.open(data_dir() / f"aclImdb/{split}.tsv.gz", "rt", encoding="utf-8") as file:
         return [line.rstrip("\n").split("\t")[3] for line in file]
 
 
-_TEXTS: dict[str, Callable[[Path], list[str]]] = {"sst2": _sst2, "imdb": _imdb}
+_TEXTS: dict[str, Callable[[Path], list[str]]] = {"sst2": _sst2, "imdb": lambda folder: reviews()}
 # Batch -> the number of texts from each source.
 BATCHES = {"sst2-32": {"sst2": 32}, "imdb-32": {"imdb": 32}, "mixed-32": {"sst2": 24, "imdb": 8}}
 

@@ -19,13 +19,13 @@ _BAR_INCHES, _PANEL_INCHES = 0.24, 3.3
 _GAP = 0.7  # between the bars of two precisions, in bars
 
 
-def plot_model(groups: Sequence[Sequence[Record]], path: Path, machine: str) -> None:
+def plot_model(groups: Sequence[Sequence[Record]], path: Path, machine: str, heading: str = "ALBERT") -> None:
     """A panel for each batch; a bar for each side whose answers are right, those of one precision together."""
     groups = [right for group in groups if (right := [record for record in group if record.right])]
     columns = min(4, len(groups))
     cells: list[Sequence[Record] | None] = [*groups, *[None] * (-len(groups) % columns)]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    _plot(rows, lambda record: record.shape, "ALBERT", path, machine)
+    _plot(rows, lambda record: record.shape, heading, path, machine)
 
 
 def plot_operators(groups: Sequence[Sequence[Record]], path: Path, machine: str) -> None:

@@ -1,0 +1,87 @@
+"""On CPUs: libraries that people run BERT's family with, as they are, accelerated by one line, and on their other engines.
+
+Ids are `hosts/fwd/float32/<host>-<texts>/<side>`: `hf` is the library on PyTorch, as it is; hosts.py says what a host is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from shared import sides
+from shared.harness import CallGroup, Group, Options, Row, allowed_error
+from shared.shapes import model_operations
+from torch import Tensor
+
+from albert_fast.inspect.timing import Side
+from cpu.hosts import Host, TrainingStep, all_hosts, sizes_of
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="measured on CPUs only: hide the GPU from torch"),
+]
+
+_NEEDS = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+
+
+class HostGroup(CallGroup):
+    """One host on its texts, by every engine that it can run on."""
+
+    bytes_moved = None
+    pause = True
+    flushes = 1
+    warmup = 1
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, host: Host, options: Options) -> None:
+        self.host, self.threads = host, options.threads
+        direction = "bwd" if isinstance(host, TrainingStep) else "fwd"
+        self.key = f"hosts/{direction}/float32/{host.name}"
+
+    @property
+    def operations(self) -> float:
+        """Of the forward."""
+        return model_operations(sizes_of(self.host.config), self.host.tokens())
+
+    def sides(self) -> tuple[str, ...]:
+        return self.host.engines
+
+    def why_not(self, side: str) -> str | None:
+        needs = _NEEDS.get(sides.engine(side), ())
+        if side == "openvino-int8":
+            needs = (*needs, "nncf")
+        missing = [module for module in needs if importlib.util.find_spec(module) is None]
+        if missing:
+            return f"{' and '.join(missing)} not installed: pip install 'albert-fast[bench]'"
+        return self.host.missing()
+
+    def ours(self, side: str) -> str:
+        return sides.ours(side)
+
+    def allowed(self, side: str) -> float:
+        return allowed_error(side, self.dtype)
+
+    def build(self, side: str) -> Side:
+        return Side(self.host.call(self.host.model(side, self.threads)))
+
+    def expected(self) -> tuple[Tensor, ...]:
+        """The library's own answer."""
+        return self.host.answer(self.build("hf").call())
+
+    def comparable(self, output: Any) -> tuple[Tensor, ...]:
+        return self.host.answer(output)
+
+    def close(self) -> None:
+        pass
+
+
+def groups(options: Options) -> Iterator[Group]:
+    for host in all_hosts(options.quick):
+        yield HostGroup(host, options)
+
+
+def test_hosts(row: Row, record: Any) -> None:
+    record(row)
