@@ -137,7 +137,7 @@ class TestArchives:
     def test_sdist_holds_what_a_build_and_a_test_run_need(self, sdist):
         with tarfile.open(sdist) as archive:
             inside = {member.name.partition("/")[2] for member in archive if member.isfile()}
-        folders = ("albert_fast", "kernels", "csrc", "tests", "benchmarks")
+        folders = ("albert_fast", "kernels", "csrc", "tests", "benchmarks", "examples")
         kinds = (".py", ".cpp", ".h", ".cu", ".cuh", ".json", ".safetensors", ".typed")
         files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
         wanted = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapters import project
-from ..layers.inputs import Inputs
 from ..layers.packing import Packing
 from ..quantization.calibration import quantize
 from ..runtime import dispatch
@@ -34,20 +33,20 @@ class _Embedder:
         # Roberta counts positions from behind the pad token.
         padding = getattr(getattr(owner, "embeddings", None), "padding_idx", None)
         self._longest = config.max_position_embeddings - (0 if padding is None else padding + 1)
-        self.config = SimpleNamespace(vocab_size=config.vocab_size, max_position_embeddings=self._longest)
+        self.config = SimpleNamespace(vocab_size=config.vocab_size, longest=self._longest)
 
     def check_length(self, columns: int) -> None:
         """ValueError for a sequence that is too long."""
         if columns > self._longest:
             raise ValueError(f"calibration: a sequence of {columns} tokens, the model takes {self._longest}: cut it")
 
-    def embed(self, packing: Packing, inputs: Inputs) -> Tensor:
-        """The first layer's input (T, H)."""
+    def embed_ids(self, packing: Packing, ids: Tensor) -> Tensor:
+        """The first layer's input (T, H) for ids (B, S)."""
 
         def look(*args: Any, **kwargs: Any) -> Any:
             return args[0] if args else next(kwargs[name] for name in self._family.hidden_names if name in kwargs)
 
-        packed = packing.gather(at_the_stack(self._owner, self._stack, {"input_ids": inputs.input_ids}, look))
+        packed = packing.gather(at_the_stack(self._owner, self._stack, {"input_ids": ids}, look))
         return packed if self._family.first is None else project(getattr(self._stack, self._family.first), packed)
 
 
@@ -92,7 +91,7 @@ def _batches(calibration: Any, tokenizer: Any, embedder: _Embedder) -> Any:
         return listed
     if tokenizer is None:
         raise TypeError("calibration: this model has no tokenizer for texts: give a list of what its tokenizer returns")
-    longest = min(embedder.config.max_position_embeddings, getattr(tokenizer, "model_max_length", None) or 10**9)
+    longest = min(embedder.config.longest, getattr(tokenizer, "model_max_length", None) or 10**9)
     return [
         dict(tokenizer(listed[i : i + _BATCH], padding=True, truncation=True, max_length=longest, return_tensors="pt"))
         for i in range(0, len(listed), _BATCH)

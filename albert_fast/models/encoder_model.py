@@ -235,6 +235,11 @@ class EncoderModel(PretrainedMixin):
         with nullcontext() if is_traced() else ops.placing(packing.locate):
             return self.embedded(tokens, types)
 
+    def embed_ids(self, packing: Packing, ids: Tensor) -> Tensor:
+        """`embed` for ids (B, S) at their usual positions."""
+        inputs = Inputs(ids)
+        return self.embed(packing, inputs._replace(position_ids=self.positions(inputs)))
+
     def _pool(self, hidden: Tensor, packing: Packing, rows: WantedRows | None, empty: bool) -> Tensor | None:
         """(B, H): the pooler's result for each sequence's first token, zeros for a sequence without one."""
         pooling = self.pooling()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..layers.inputs import Inputs
 from ..layers.layer import Layer
 from ..layers.packing import Packing, pack
 from ..layers.quantized import QuantizedLinear
@@ -45,11 +44,8 @@ class Encoder(Protocol):
     def encoder(self) -> LayerStack:
         """The layers."""
 
-    def embed(self, packing: Packing, inputs: Inputs) -> Tensor:
-        """The first layer's input (T, H)."""
-
-    def positions(self, inputs: Inputs) -> Tensor:
-        """The position (B, S) of every token."""
+    def embed_ids(self, packing: Packing, ids: Tensor) -> Tensor:
+        """The first layer's input (T, H) for ids (B, S)."""
 
     def check_length(self, columns: int) -> None:
         """ValueError for a sequence that is too long."""
@@ -187,8 +183,7 @@ class Sample:
     ) -> tuple[Tensor, Packing, Tensor]:
         """The first layer's input (T, H), how it is packed, and the last layer's result, computed without dropout."""
         packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
-        inputs = Inputs(ids)
-        embedded = self._model.embed(packing, inputs._replace(position_ids=self._model.positions(inputs)))
+        embedded = self._model.embed_ids(packing, ids)
         encoder = self._model.encoder
         training = [module for module in encoder.modules() if module.training]
         encoder.eval()
