@@ -143,7 +143,7 @@ def test_modes_survive_calibration():
         ({"precision": "fp32", "calibration": [tiny_batch()]}, ValueError, "calibration is for"),
         ({"precision": "int8", "calibration": "a text"}, TypeError, "list of texts"),
         ({"precision": "int8", "calibration": ["a text"]}, TypeError, "no tokenizer"),
-        ({"precision": "int8", "calibration": []}, ValueError, "no token"),
+        ({"precision": "int8", "calibration": []}, ValueError, "no real token"),
         ({"precision": "int8", "calibration": [tiny_batch(columns=41)]}, ValueError, "takes 40"),
         ({"precision": "int8", "calibration": 3}, TypeError, "calibration"),
         ({"precision": "fp8"}, dispatch.BackendUnavailableError, "float8"),
