@@ -245,6 +245,14 @@ def test_other_architectures_are_named(name, reason):
         albert_fast.accelerate(model)
 
 
+def test_models_of_this_library_are_told_apart():
+    from albert_fast import ALBERTConfig, ALBERTModel
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "embedding_size": 8, "vocab_size": 9}
+    with pytest.raises(ValueError, match="runs on kernels as it is"):
+        albert_fast.accelerate(ALBERTModel(ALBERTConfig(num_hidden_layers=1, **sizes)))
+
+
 @pytest.mark.parametrize("what", [None, "bert-base-uncased", 3, object()])
 def test_what_is_no_model_is_refused(what):
     for function in (albert_fast.accelerate, albert_fast.restore):

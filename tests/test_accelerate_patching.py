@@ -39,9 +39,9 @@ def test_everything_that_is_loaded_is_accelerated(patch, tmp_path):
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert is_fast(model)
     assert not info["missing_keys"]
-    patch("int8", padding="keep")
+    patch("int16", padding="keep")
     state = stack_of(transformers.AutoModel.from_pretrained(tmp_path)).__dict__[stacks.STATE]
-    assert (state.padding, state.reduced.precision) == ("keep", "int8")
+    assert (state.padding, state.reduced.precision) == ("keep", "int16")
     albert_fast.unpatch_transformers()
     albert_fast.unpatch_transformers()
     assert not is_fast(transformers.AutoModel.from_pretrained(tmp_path))

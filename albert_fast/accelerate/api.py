@@ -63,6 +63,8 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
         raise ValueError(f"calibration is for {', '.join(ROUNDED)}; precision={precision!r} takes none")
     module = module_of(model)
     found = stacks_in(module)
+    if not found and any(hasattr(inner, "execution_state") for inner in module.modules()):
+        raise ValueError(f"{type(model).__name__} is a model of albert_fast: it runs on kernels as it is")
     if not found:
         raise ValueError(f"{type(model).__name__} holds no encoder that is known{_reason(module)}: {families.known()}")
     refused = {name: reason for name, stack, family in found if (reason := _why_not(stack, family)) is not None}
