@@ -185,6 +185,15 @@ def test_the_encoder_of_two_is_accelerated():
     torch.testing.assert_close(run(model, batch).logits, slow, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query"])
+def test_relative_positions_are_refused(kind):
+    model = tiny_model("bert", position_embedding_type=kind)
+    if not hasattr(stack_of(model).layer[0].attention.self, "position_embedding_type"):
+        pytest.skip("this version has absolute positions alone")
+    with pytest.raises(ValueError, match=f"position_embedding_type='{kind}'"):
+        albert_fast.accelerate(model)
+
+
 class OtherForward(torch.nn.Module):
     def forward(self, x):
         return x

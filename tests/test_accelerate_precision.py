@@ -119,7 +119,8 @@ def test_padding_that_is_read_is_computed_in_float32():
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
-def test_hidden_states_of_rounded_layers(precision="int16"):
+def test_hidden_states_of_rounded_layers():
+    precision = "int16"
     model = tiny_model("bert")
     batch = BATCH | {"output_hidden_states": True}
     with torch.no_grad():

@@ -79,8 +79,9 @@ def _parameters(original: Any) -> tuple[str, ...]:
 
 def accelerate_stack(stack: nn.Module, acceleration: Acceleration) -> None:
     """Give `stack` the accelerated class."""
+    original: Any = type(stack)
     stack.__dict__[STATE] = acceleration
-    stack.__class__ = accelerated_class(type(stack))
+    stack.__class__ = accelerated_class(original)
 
 
 def restore_stack(stack: Accelerated) -> None:
