@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 
 import pytest
@@ -16,6 +17,8 @@ from albert_fast.testing.model_pairs import drawn_mask
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 OLD = transformers.__version__.startswith("4.")
+# transformers 5.0 replaces the forward of every layer while it collects states: such a call is the original's.
+COLLECTS = OLD or importlib.util.find_spec("transformers.utils.output_capturing") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +111,8 @@ def test_hooks_outside_the_layers_run_with_the_kernels():
 @pytest.mark.parametrize("family", ["albert", "bert", "distilbert", "electra"])
 @pytest.mark.parametrize("padding", ["zeros", "keep"])
 def test_hidden_states_come_from_the_kernels(family, padding):
+    if not COLLECTS:
+        pytest.skip("this version collects states in a way that only the original forward serves")
     model, batch = tiny_model(family, inner_group_num=2) if family == "albert" else tiny_model(family), tiny_batch()
     batch |= {"attention_mask": drawn_mask("right", 4, 11, seed=0), "output_hidden_states": True}
     slow = run(model, batch)
@@ -124,7 +129,7 @@ def test_hidden_states_come_from_the_kernels(family, padding):
 
 @pytest.mark.filterwarnings("error:albert_fast")
 def test_chosen_hidden_states():
-    if OLD:
+    if OLD or not COLLECTS:
         pytest.skip("this version returns all hidden states")
     model, batch = tiny_model("bert"), tiny_batch() | {"output_hidden_states": [1, -1]}
     slow, fast = run(model, batch).hidden_states, run(albert_fast.accelerate(model), batch).hidden_states

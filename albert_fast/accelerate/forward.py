@@ -88,6 +88,8 @@ def prepared(
         return "torch.func or a forward-mode derivative transforms it"
     if stack.__dict__.get("_is_replica"):
         return "torch.nn.DataParallel copies layers in each call: take DistributedDataParallel"
+    if given.get("output_attentions"):
+        return "attention probabilities are asked for"
     view = acceleration.view(stack)
     if isinstance(view, str):
         return view
