@@ -82,14 +82,18 @@ def test_the_original_forward_runs(family, change):
 
 
 @pytest.mark.parametrize("where", ["layer.0.attention.self.query", "layer.1", "layer.2.output.dropout"])
-def test_hooks_inside_run(where):
-    model, batch = albert_fast.accelerate(tiny_model("bert")), tiny_batch()
+@pytest.mark.parametrize("accelerated_first", [True, False])
+def test_hooks_inside_run(where, accelerated_first):
+    model, batch = tiny_model("bert"), tiny_batch()
+    if accelerated_first:
+        albert_fast.accelerate(model)
     shapes = []
 
     def hook(module, args, output):
         shapes.append((output[0] if isinstance(output, tuple) else output).shape)
 
     handle = stack_of(model).get_submodule(where).register_forward_hook(hook)
+    albert_fast.accelerate(model)
     with pytest.warns(UserWarning, match=f"hook hangs on {where}"):
         run(model, batch)
     assert shapes == [(4, 11, 32)]

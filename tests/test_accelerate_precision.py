@@ -148,6 +148,7 @@ def test_modes_survive_calibration():
         ({"precision": "int8", "calibration": []}, ValueError, "no token"),
         ({"precision": "int8", "calibration": [tiny_batch(columns=41)]}, ValueError, "takes 40"),
         ({"precision": "int8", "calibration": 3}, TypeError, "calibration"),
+        ({"precision": "fp16"}, dispatch.BackendUnavailableError, "not float16"),
         ({"precision": "fp8"}, dispatch.BackendUnavailableError, "float8"),
     ],
 )

@@ -11,11 +11,11 @@ from ..quantization.rounding import PRECISIONS as ROUNDED
 from ..runtime import dispatch
 from . import families
 from .families import Family
+from .forward import no_kernel
 from .reduced import FLOATS, PRECISIONS, ReducedLayers, float_layers
 from .samples import rounded_layers
 from .stacks import Accelerated, accelerate_stack, restore_stack
 from .state import Acceleration
-from .structure import Structure
 from .view import StackView, Unsupported
 
 Model = TypeVar("Model")
@@ -93,8 +93,8 @@ def _reduced(
         return None
     try:
         if precision in FLOATS:
-            device = next(stack.parameters()).device
-            dispatch.check_backend("auto", device.type, FLOATS[precision])
+            if (reason := no_kernel(next(stack.parameters()).device.type, FLOATS[precision])) is not None:
+                raise dispatch.BackendUnavailableError(f"precision={precision!r} cannot run here: {reason}")
             return float_layers(stack, family, precision)
         owner = next(inner for inner in module.modules() if stack in inner.children())
         return rounded_layers(owner, stack, family, precision, calibration, tokenizer)
@@ -156,7 +156,7 @@ def _why_not(stack: nn.Module, family: Family) -> str | None:
         StackView(stack, family)
     except Unsupported as error:
         return str(error)
-    return Structure(stack).hooked()
+    return None
 
 
 def _readers_of_padding(module: nn.Module) -> set[nn.Module]:

@@ -100,7 +100,7 @@ def prepared(
     call = read_call(given, family, width, norm.weight.dtype, "flash" in implementation)
     if isinstance(call, str):
         return call
-    if (reason := _no_kernel(call.hidden.device.type, _arithmetic(call.hidden))) is not None:
+    if (reason := no_kernel(call.hidden.device.type, _arithmetic(call.hidden))) is not None:
         return reason
     if stack.training and view.modes.drops_all():
         return "a dropout of 1 leaves nothing"
@@ -121,7 +121,7 @@ def _arithmetic(hidden: Tensor) -> torch.dtype:
 
 
 @cache
-def _no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
+def no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
     """Why no kernel computes attention in this dtype, where torch's own operators are better than the reference."""
     if device_type == "cpu" and not dispatch.has_extension() and dtype == torch.float32:
         return None  # our form on torch's operators still leaves padding out
