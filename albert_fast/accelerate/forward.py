@@ -31,6 +31,12 @@ def warn_of_original(reason: str) -> None:
     )
 
 
+@torch.compiler.assume_constant_result  # a compiler runs it while it traces, and records nothing
+def say_traced() -> None:
+    """Warn once that a compiler or a tracer records the original forward."""
+    warn_of_original("a compiler or tracer records it")
+
+
 @cache
 def warn_of_floats(reason: str) -> None:
     warnings.warn(
