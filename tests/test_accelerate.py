@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,7 +20,16 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 MASKS = ["none", "right", "left", "holes"]
 # Heads whose outputs have a value for every column.
-PER_TOKEN = {"last_hidden_state", "logits", "start_logits", "end_logits"}
+PER_TOKEN = {"last_hidden_state", "logits", "start_logits", "end_logits", "prediction_logits"}
+# Heads whose `logits` have one row a text.
+PER_TEXT = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+OTHER_HEADS = [
+    ("albert", "ForPreTraining"),
+    ("bert", "ForPreTraining"),
+    ("bert", "ForNextSentencePrediction"),
+    ("electra", "ForPreTraining"),
+    ("roberta", "ForCausalLM"),
+]
 
 
 def every_family_and_head():
@@ -34,7 +44,7 @@ def assert_same(fast, slow, exact, mask, head):
     found, expected, reference = map(first_outputs, (fast, slow, exact))
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        per_token = name in PER_TOKEN and head not in ("ForSequenceClassification", "ForMultipleChoice")
+        per_token = name in PER_TOKEN and head not in PER_TEXT
         keep = slice(None)
         if per_token and mask is not None and head != "ForQuestionAnswering":
             keep = mask.bool()
@@ -48,7 +58,8 @@ def run(model, batch):
 
 @pytest.mark.parametrize(("family", "head", "kind"), every_family_and_head())
 def test_same_numbers_as_transformers(family, head, kind):
-    model, batch = tiny_model(family, head), tiny_batch(head)
+    fields = {"num_labels": 2} if (family, head) in OTHER_HEADS else {}
+    model, batch = tiny_model(family, head, **fields), tiny_batch(head)
     shape = batch["input_ids"].shape
     mask = drawn_mask(kind, shape[0] * (shape[1] if len(shape) == 3 else 1), shape[-1], seed=3)
     if mask is not None:
@@ -207,3 +218,68 @@ def test_inference_mode_and_no_grad_take_one_call(monkeypatch):
         model(**tiny_batch())
     run(model, tiny_batch())
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("heads", "width"), [(1, 7), (3, 21), (2, 300)])
+@pytest.mark.parametrize("act", ["relu", "gelu", "gelu_new"])
+def test_heads_of_any_size_and_every_activation(heads, width, act):
+    model = tiny_model("bert", num_attention_heads=heads, hidden_size=width, hidden_act=act)
+    batch = tiny_batch() | {"attention_mask": drawn_mask("holes", 4, 11, seed=0)}
+    slow, exact = run(model, batch), run(copy.deepcopy(model).double(), batch)
+    assert_same(run(albert_fast.accelerate(model), batch), slow, exact, batch["attention_mask"], "Model")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 0)])
+def test_empty_batches(shape):
+    model, ids = albert_fast.accelerate(tiny_model("bert")), torch.zeros(shape, dtype=torch.int64)
+    model.pooler = None  # it reads the first column
+    assert run(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).last_hidden_state.shape == (
+        *shape,
+        32,
+    )
+
+
+def test_threads_share_a_model():
+    model = albert_fast.accelerate(tiny_model("bert"))
+    batches = [tiny_batch(seed=seed, columns=3 + seed) for seed in range(16)]
+    expected = [run(model, batch).last_hidden_state for batch in batches]
+    other = albert_fast.accelerate(tiny_model("bert"))  # its view is made by several threads at once
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda batch: run(other, batch).last_hidden_state, batches)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class OtherLinear(torch.nn.Linear):
+    """As libraries of quantised layers write them: a Linear with another forward."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def doubled(model):
+    for layer in stack_of(model).layer:
+        layer.output.dense.__class__ = OtherLinear
+    return model
+
+
+def parametrised(model):
+    for layer in stack_of(model).layer:
+        torch.nn.utils.parametrizations.spectral_norm(layer.intermediate.dense)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def int8_of_torch(model):
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize("change", [doubled, parametrised, int8_of_torch])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_replaced_linears_are_called(change, first):
+    model, batch = tiny_model("bert"), tiny_batch()
+    model = change(albert_fast.accelerate(model)) if first else albert_fast.accelerate(change(model))
+    fast = run(model, batch).last_hidden_state
+    slow = run(albert_fast.restore(model), batch).last_hidden_state
+    # The integers of torch follow the range of a whole batch, so they are not exact either.
+    torch.testing.assert_close(fast, slow, rtol=0, atol=5e-2 if change is int8_of_torch else 5e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,11 @@ from albert_fast.testing.accelerated_models import stack_of, tiny_batch, tiny_mo
 from albert_fast.testing.model_pairs import drawn_mask
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error:albert_fast")]
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("error:albert_fast"),
+    pytest.mark.filterwarnings("ignore:albert_fast. precision=.*runs without AVX512-VNNI"),
+]
 
 TEXTS = [
     "A man is playing a guitar.",
@@ -55,6 +60,37 @@ def test_sentence_transformer_encodes_the_same(sentence_transformer):
     other = copy.deepcopy(model)
     assert np.array_equal(other.encode(TEXTS), fast)
     assert np.array_equal(albert_fast.restore(model).encode(TEXTS), slow)
+
+
+def test_sentence_transformer_in_int16(sentence_transformer):
+    model = sentence_transformer
+    slow = model.encode(TEXTS)
+    fast = albert_fast.accelerate(model, "int16").encode(TEXTS)
+    assert cosines(fast, slow).min() > 0.999
+    assert np.abs(fast - slow).max() > 1e-7  # rounded indeed
+
+
+def test_texts_calibrate_what_has_a_tokenizer(minilm):
+    words = transformers.AutoTokenizer.from_pretrained(minilm)
+    model = tiny_model("bert", vocab_size=len(words), num_hidden_layers=1)
+    pipe = transformers.pipeline("feature-extraction", model=model, tokenizer=words, device="cpu")
+    slow = [np.array(one) for one in pipe(TEXTS)]
+    albert_fast.accelerate(pipe, "int8", [text * 30 for text in TEXTS])  # longer than the model's 40 tokens: cut
+    for ours, theirs in zip(pipe(TEXTS), slow, strict=True):
+        assert 0 < np.abs(np.array(ours) - theirs).mean() < 0.1
+
+
+def test_explain_looks_inside(sentence_transformer, minilm):
+    ids = torch.tensor([[101, 2023, 2003, 102, 0], [101, 2003, 2023, 2003, 102]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    pipe = transformers.pipeline("feature-extraction", model=minilm, tokenizer=minilm, device="cpu")
+    for holder in (sentence_transformer, pipe):
+        albert_fast.accelerate(holder)
+        with torch.inference_mode():
+            (step,) = albert_fast.explain(holder, **batch).steps
+        assert step.why == "all layers in one call"
+        assert (step.times, step.rows) == (6, 9)
+        assert step.gflop == pytest.approx(6 * (9 * 2 * 12 * 384**2 + 4 * (16 + 25) * 384) / 1e9)
 
 
 def test_sentence_transformer_saves_and_loads(sentence_transformer, tmp_path):
@@ -134,3 +170,25 @@ def test_adapters_are_called_or_merged(family, first, merged):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+class KokoroAlbert(transformers.AlbertModel):
+    """As Kokoro, a speech model, holds its text encoder: forward returns the hidden states alone."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).last_hidden_state
+
+
+def test_text_encoder_of_a_speech_model():
+    folder = Path(os.environ.get("ALBERT_FAST_DATA", "")) / "plbert"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("the real PL-BERT is not in ALBERT_FAST_DATA")
+    model = KokoroAlbert.from_pretrained(folder, add_pooling_layer=False).eval()
+    lengths = torch.tensor([30, 12, 21])
+    mask = (torch.arange(30) < lengths[:, None]).int()
+    ids = torch.randint(1, 170, (3, 30)) * mask
+    with torch.no_grad():
+        slow = model(ids, attention_mask=mask)
+        fast = albert_fast.accelerate(model)(ids, attention_mask=mask)
+    real = mask == 1
+    assert (fast - slow)[real].abs().max() < 2e-5 * slow[real].abs().max()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast.accelerate import stacks
+from albert_fast.accelerate import forward, stacks
 from albert_fast.testing.accelerated_models import stack_of, tiny_batch, tiny_config, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
 
@@ -39,9 +39,9 @@ def test_everything_that_is_loaded_is_accelerated(patch, tmp_path):
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert is_fast(model)
     assert not info["missing_keys"]
-    patch("int8", padding="keep")
+    patch("int16", padding="keep")
     state = stack_of(transformers.AutoModel.from_pretrained(tmp_path)).__dict__[stacks.STATE]
-    assert (state.padding, state.reduced.precision) == ("keep", "int8")
+    assert (state.padding, state.reduced.precision) == ("keep", "int16")
     albert_fast.unpatch_transformers()
     albert_fast.unpatch_transformers()
     assert not is_fast(transformers.AutoModel.from_pretrained(tmp_path))
@@ -110,6 +110,12 @@ class Hidden(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
+def told():
+    """A tracer's call is named, once."""
+    forward.warn_of_original.cache_clear()
+    return pytest.warns(UserWarning, match="original forward, because a compiler or tracer records it")
+
+
 FULL, PADDED = torch.ones(4, 11, dtype=torch.int64), drawn_mask("right", 4, 11, seed=0)
 
 
@@ -119,28 +125,30 @@ def test_a_trace_of_a_full_mask_serves_a_padded_one(family):
     with torch.no_grad():
         slow = model(ids, PADDED)
         albert_fast.accelerate(model)
-        traced = torch.jit.trace(model, (ids, FULL), check_trace=False)
+        with told():
+            traced = torch.jit.trace(model, (ids, FULL), check_trace=False)
         real = PADDED == 1
         torch.testing.assert_close(traced(ids, PADDED)[real], slow[real], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["albert", "bert", "distilbert"])
+@pytest.mark.parametrize("family", ["albert", "bert"])
 def test_export(family):
     model, ids = Hidden(tiny_model(family)).eval(), tiny_batch()["input_ids"]
     with torch.no_grad():
         slow = model(ids, PADDED)
         albert_fast.accelerate(model)
-        exported = torch.export.export(model, (ids, FULL)).module()
+        with told():
+            exported = torch.export.export(model, (ids, FULL)).module()
         real = PADDED == 1
         torch.testing.assert_close(exported(ids, PADDED)[real], slow[real], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["albert", "bert", "distilbert"])
-def test_compile(family):
-    model, ids = Hidden(tiny_model(family)).eval(), tiny_batch()["input_ids"]
+def test_compile():
+    model, ids = Hidden(tiny_model("distilbert", num_hidden_layers=1)).eval(), tiny_batch()["input_ids"]
     with torch.no_grad():
         slow = model(ids, PADDED)
-        compiled = torch.compile(albert_fast.accelerate(model), backend="aot_eager")
-        fast = compiled(ids, PADDED)
+        compiled = torch.compile(albert_fast.accelerate(model), backend="eager")
+        with told():
+            fast = compiled(ids, PADDED)
     real = PADDED == 1
     torch.testing.assert_close(fast[real], slow[real], rtol=0, atol=2e-5)

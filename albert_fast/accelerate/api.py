@@ -11,11 +11,11 @@ from ..quantization.rounding import ROUNDED
 from ..runtime import dispatch
 from . import families
 from .families import Family
+from .forward import no_kernel
 from .reduced import FLOATS, PRECISIONS, ReducedLayers, float_layers
 from .samples import rounded_layers
 from .stacks import Accelerated, accelerate_stack, restore_stack
 from .state import Acceleration
-from .structure import Structure
 from .view import StackView, Unsupported
 
 Model = TypeVar("Model")
@@ -63,6 +63,8 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
         raise ValueError(f"calibration is for {', '.join(ROUNDED)}; precision={precision!r} takes none")
     module = module_of(model)
     found = stacks_in(module)
+    if not found and any(hasattr(inner, "execution_state") for inner in module.modules()):
+        raise ValueError(f"{type(model).__name__} is a model of albert_fast: it runs on kernels as it is")
     if not found:
         raise ValueError(f"{type(model).__name__} holds no encoder that is known{_reason(module)}: {families.known()}")
     refused = {name: reason for name, stack, family in found if (reason := _why_not(stack, family)) is not None}
@@ -91,8 +93,8 @@ def _reduced(
         return None
     try:
         if precision in FLOATS:
-            device = next(stack.parameters()).device
-            dispatch.check_backend("auto", device.type, FLOATS[precision])
+            if (reason := no_kernel(next(stack.parameters()).device.type, FLOATS[precision])) is not None:
+                raise dispatch.BackendUnavailableError(f"precision={precision!r} cannot run here: {reason}")
             return float_layers(stack, family, precision)
         owner = next(inner for inner in module.modules() if stack in inner.children())
         return rounded_layers(owner, stack, family, precision, calibration, tokenizer)
@@ -154,7 +156,7 @@ def _why_not(stack: nn.Module, family: Family) -> str | None:
         StackView(stack, family)
     except Unsupported as error:
         return str(error)
-    return Structure(stack).hooked()
+    return None
 
 
 def _readers_of_padding(module: nn.Module) -> set[nn.Module]:

@@ -45,8 +45,6 @@ def read_call(given: dict[str, Any], family: Family, width: int, dtype: torch.dt
             hidden = value
         elif name in family.mask_names:
             mask = value
-        elif name == "output_attentions" and value:
-            return "attention probabilities are asked for"
         elif value is None or value is False or name in _HARMLESS or _is_empty(value):
             continue
         else:

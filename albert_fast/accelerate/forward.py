@@ -31,6 +31,12 @@ def warn_of_original(reason: str) -> None:
     )
 
 
+@torch.compiler.assume_constant_result  # a compiler runs it while it traces, and records nothing
+def say_traced() -> None:
+    """Warn once that a compiler or a tracer records the original forward."""
+    warn_of_original("a compiler or tracer records it")
+
+
 @cache
 def warn_of_floats(reason: str) -> None:
     warnings.warn(
@@ -88,6 +94,8 @@ def prepared(
         return "torch.func or a forward-mode derivative transforms it"
     if stack.__dict__.get("_is_replica"):
         return "torch.nn.DataParallel copies layers in each call: take DistributedDataParallel"
+    if given.get("output_attentions"):
+        return "attention probabilities are asked for"
     view = acceleration.view(stack)
     if isinstance(view, str):
         return view
@@ -98,7 +106,7 @@ def prepared(
     call = read_call(given, family, width, norm.weight.dtype, "flash" in implementation)
     if isinstance(call, str):
         return call
-    if (reason := _no_kernel(call.hidden.device.type, _arithmetic(call.hidden))) is not None:
+    if (reason := no_kernel(call.hidden.device.type, _arithmetic(call.hidden))) is not None:
         return reason
     if stack.training and view.modes.drops_all():
         return "a dropout of 1 leaves nothing"
@@ -119,7 +127,7 @@ def _arithmetic(hidden: Tensor) -> torch.dtype:
 
 
 @cache
-def _no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
+def no_kernel(device_type: str, dtype: torch.dtype) -> str | None:
     """Why no kernel computes attention in this dtype, where torch's own operators are better than the reference."""
     if device_type == "cpu" and not dispatch.has_extension() and dtype == torch.float32:
         return None  # our form on torch's operators still leaves padding out

@@ -37,6 +37,8 @@ def at_the_stack(model: nn.Module, stack: nn.Module, arguments: Mapping[str, Any
             found.append(look(*args, **kwargs))
             raise _Reached
 
+    # transformers 5.0 sets the forward of every layer while it collects states, and an exception would leave it there.
+    own = [(module.__dict__, module.__dict__.get("forward")) for module in model.modules()]
     handle = stack.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         model(**arguments)
@@ -44,6 +46,9 @@ def at_the_stack(model: nn.Module, stack: nn.Module, arguments: Mapping[str, Any
         return found[0]
     finally:
         handle.remove()
+        for attributes, forward in own:
+            if attributes.get("forward") is not forward:
+                attributes.pop("forward") if forward is None else attributes.update(forward=forward)
     raise RuntimeError(f"{type(model).__name__} was called and did not reach its {type(stack).__name__}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.packing import Packing
 from ..runtime.registration import is_traced
-from .forward import fast_forward, prepared, warn_of_original, why_not_reduced
+from .forward import fast_forward, prepared, say_traced, warn_of_original, why_not_reduced
 from .plans import Row, at_the_stack, caller_of, described
 from .state import STATE, Acceleration
 from .view import StackView
@@ -24,6 +24,7 @@ class Accelerated(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original forward; zeros at padding unless it is kept."""
         if is_traced():
+            say_traced()
             return super().forward(*args, **kwargs)
         answer = fast_forward(self, self._given(args, kwargs))
         if isinstance(answer, str):
@@ -79,8 +80,9 @@ def _parameters(original: Any) -> tuple[str, ...]:
 
 def accelerate_stack(stack: nn.Module, acceleration: Acceleration) -> None:
     """Give `stack` the accelerated class."""
+    original: Any = type(stack)
     stack.__dict__[STATE] = acceleration
-    stack.__class__ = accelerated_class(type(stack))
+    stack.__class__ = accelerated_class(original)
 
 
 def restore_stack(stack: Accelerated) -> None:

@@ -40,6 +40,12 @@ class Structure:
                 if any(getattr(hook, "__module__", None) != _CAPTURE for hook in hooks.values()):
                     return f"a hook hangs on {self._names[number // len(_HOOKS)]}"
         if any(map(dict.__contains__, self._attributes, repeat("forward"))):
-            found = next(i for i, attributes in enumerate(self._attributes) if "forward" in attributes)
-            return f"{self._names[found]} has a forward of its own"
+            for number, attributes in enumerate(self._attributes):
+                if "forward" in attributes and not _is_own(attributes["forward"], self._modules[number + 1]):
+                    return f"{self._names[number]} has a forward of its own"
         return None
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward set on an object is the one of its class: transformers 5.0 puts it there when it has collected states."""
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward

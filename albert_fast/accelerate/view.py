@@ -142,11 +142,11 @@ def _spec(layer: nn.Module, family: Family) -> LayerSpec:
     if getattr(layer, "is_decoder", False) or hasattr(layer, "crossattention"):
         raise Unsupported("it is a decoder (config.is_decoder): its attention is causal, or reads other states")
     for path, names in _children(family).items():
-        _check_wrapper(at(layer, path) if path else layer, names, path or "a layer", family)
-    attention = at(layer, family.heads.rpartition(".")[0])
-    kind = getattr(attention, "position_embedding_type", None) or "absolute"
-    if kind != "absolute":
-        raise Unsupported(f"position_embedding_type={kind!r} adds to the scores")
+        module = at(layer, path) if path else layer
+        kind = getattr(module, "position_embedding_type", None) or "absolute"
+        if kind != "absolute":
+            raise Unsupported(f"position_embedding_type={kind!r} adds to the attention scores")
+        _check_wrapper(module, names, path or "a layer", family)
     parts = {name: at(layer, family.parts[name]) for name in (*PRODUCTS, *NORMS)}
     for name in PRODUCTS:
         if not all(isinstance(getattr(parts[name], size, None), int) for size in ("in_features", "out_features")):
