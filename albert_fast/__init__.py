@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .models.roberta import RoBERTaForTokenClassification as RoBERTaForTokenClassification
     from .models.roberta import RoBERTaModel as RoBERTaModel
     from .ops import synchronize as synchronize
+    from .tasks.embed import TextEncoder as TextEncoder
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
@@ -114,6 +115,7 @@ _HOME = {
     "AutoModelForMultipleChoice": "models.auto",
     "aligned_representation": "layers.packing",
     "WantedTokens": "layers.wanted",
+    "TextEncoder": "tasks.embed",
     "explain": "inspect.explain",
     "load_tokenizer": "text.tokenizer",
     "synchronize": "ops",
