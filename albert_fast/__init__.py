@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .models.roberta import RoBERTaModel as RoBERTaModel
     from .ops import synchronize as synchronize
     from .tasks.embed import TextEncoder as TextEncoder
+    from .tasks.score import TextScorer as TextScorer
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
@@ -116,6 +117,7 @@ _HOME = {
     "aligned_representation": "layers.packing",
     "WantedTokens": "layers.wanted",
     "TextEncoder": "tasks.embed",
+    "TextScorer": "tasks.score",
     "explain": "inspect.explain",
     "load_tokenizer": "text.tokenizer",
     "synchronize": "ops",

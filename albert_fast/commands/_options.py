@@ -46,6 +46,15 @@ ClassifierModel = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Texts computed at a time.")]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        min=1,
+        help="Tokens computed at a time, without padding.",
+        show_default="what suits the device",
+    ),
+]
 MaxLength = Annotated[
     int | None,
     typer.Option("--max-length", min=3, help="Cut texts to this many tokens.", show_default="what the model takes"),

@@ -6,13 +6,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import _options as options
 from ._errors import UsageError, reports_errors, warn
-from ._lines import InputError, Lines
+from ._lines import InputError, Lines, given_text
 from ._progress import Progress
 from ._sinks import JsonlForm, NpyForm, ResumableFile, StandardOutput, State, output_lock, state_of
 
@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     from ..tasks.embed import TextEncoder
 
 
+# What --window counts in where there is no --batch-size.
+TEXTS = 32
+
+
 class Pooling(str, Enum):
     mean = "mean"
     cls = "cls"
     pooler = "pooler"
+    max = "max"
+    mean_sqrt_len_tokens = "mean_sqrt_len_tokens"
+    weightedmean = "weightedmean"
+    lasttoken = "lasttoken"
 
 
 class VectorType(str, Enum):
@@ -36,6 +44,40 @@ class Columns(options.TableColumns):
     label_column: Annotated[
         str | None, typer.Option("--label-column", help="Add the label that the table has; JSON lines only.")
     ] = None
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Which vector a text gets."""
+
+    pooling: Annotated[
+        Pooling | None,
+        typer.Option(
+            help="mean of all tokens; cls: the first token's vector; pooler: the trained pooler's; and others. It replaces "
+            "what the modules.json of MODEL asks for.",
+            show_default="what MODEL asks for, else mean",
+        ),
+    ] = None
+    prompt_name: Annotated[
+        str | None,
+        typer.Option("--prompt-name", help="Put MODEL's prompt of this name, such as query, before each text."),
+    ] = None
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Put this before each text.")] = None
+    truncate_dim: Annotated[
+        int | None,
+        typer.Option("--truncate-dim", min=1, help="Keep this many numbers of a vector.", show_default="all"),
+    ] = None
+
+    def as_keywords(self) -> dict[str, Any]:
+        """The arguments of TextEncoder."""
+        if self.prompt is not None and self.prompt_name is not None:
+            raise UsageError("--prompt is the text itself, --prompt-name the name of one; give one of them")
+        return {
+            "pooling": None if self.pooling is None else self.pooling.value,
+            "prompt_name": self.prompt_name,
+            "prompt": None if self.prompt is None else given_text(self.prompt, "--prompt"),
+            "truncate_dim": self.truncate_dim,
+        }
 
 
 @dataclass(frozen=True)
@@ -91,17 +133,18 @@ def command(
     model: options.Model,
     *,
     output: Output,
-    pooling: Annotated[
-        Pooling | None,
+    vectors: Vectors,
+    max_length: options.MaxLength = None,
+    batch_tokens: options.BatchTokens = None,
+    batch_size: Annotated[
+        int | None,
         typer.Option(
-            help="mean of all tokens; cls: the first token's vector; pooler: the trained pooler's.", show_default="mean"
+            "--batch-size", "-b", min=1, help="Most texts at a time.", show_default="as many as --batch-tokens allows"
         ),
     ] = None,
-    max_length: options.MaxLength = None,
-    batch_size: options.BatchSize = 32,
     window: Annotated[
-        int, typer.Option(min=1, help="Batches whose texts are sorted by length together, and saved together.")
-    ] = 16,
+        int, typer.Option(min=1, help=f"Save after this many batches of --batch-size texts, or of {TEXTS} without it.")
+    ] = 64,
     columns: Columns,
     input: options.Input,
     compute: options.Compute,
@@ -109,6 +152,9 @@ def command(
     """Turn lines of text, or rows of a table, into vectors: one for each line, in order, for empty lines too.
 
     FILE is read by its ending, as `classify` reads it. It may be of any length: memory does not grow with it.
+
+    A sentence-transformers folder is obeyed: its pooling, Dense and Normalize, length, prompts and truncate_dim. Any other
+    MODEL gives the mean of a text's tokens.
 
     OUTPUT appears when it is complete; until then the rows are in OUTPUT.partial. After an interruption --resume continues
     after the last saved window and gives the same bytes as an uninterrupted run. A line that cannot be read ends the work
@@ -118,6 +164,7 @@ def command(
     Examples:
       albert-fast encode reviews.txt -m my-albert -o reviews.npy
       albert-fast encode reviews.txt -m my-albert -o reviews.npy --resume
+      albert-fast encode questions.txt -m my-sentence-model --prompt-name query --truncate-dim 256 -o questions.npy
       albert-fast encode reviews.csv.gz -m my-albert -o reviews.jsonl --text-column body --label-column stars
       tail -f log.jsonl | albert-fast encode - --input-format jsonl -m my-albert --pooling cls > vectors.jsonl
     """
@@ -133,12 +180,14 @@ def command(
             options.warn_of_rounding(model, compute.precision)
             encoder = TextEncoder(
                 model,
-                pooling=None if pooling is None else pooling.value,
+                **vectors.as_keywords(),
                 max_length=max_length,
+                batch_tokens=batch_tokens,
                 batch_size=batch_size,
                 **compute.as_keywords(),
             )
-            _encode(lines, encoder, output.sink(encoder, lines, columns, window, state), batch_size * window)
+            rows = (batch_size or TEXTS) * window
+            _encode(lines, encoder, output.sink(encoder, lines, columns, window, state), rows)
 
 
 def _encode(lines: Lines, encoder: TextEncoder, sink: Sink, window: int) -> None:

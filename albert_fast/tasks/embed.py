@@ -45,7 +45,7 @@ class TextEncoder(TextModel):
         pooling: one of POOLINGS: "mean" of all tokens, "cls" (the first token's vector), "pooler" (the trained pooler's
             output), "max", "mean_sqrt_len_tokens" (the sum over the root of the count), "weightedmean" (by position) or
             "lasttoken". It replaces everything that a folder's modules.json names after the encoder.
-        prompt_name, prompt, truncate_dim: what `encode` does by default.
+        prompt_name, prompt, truncate_dim, batch_tokens: what `encode` does by default.
         batch_size: most texts of a batch; None: as many as its tokens allow.
         loading: max_length, backend, precision and device; see `TextModel`.
 
@@ -65,6 +65,7 @@ class TextEncoder(TextModel):
         prompt_name: str | None = None,
         prompt: str | None = None,
         truncate_dim: int | None = None,
+        batch_tokens: int | None = None,
         batch_size: int | None = None,
         **loading: Any,
     ) -> None:
@@ -89,6 +90,7 @@ class TextEncoder(TextModel):
         if self.pooling == "pooler" and self.model.pooler is None:
             raise UsageError(f"{checkpoint} has no pooler; --pooling mean or cls (pooling=) needs none")
         self.prompts = {} if asked is None else dict(asked.prompts)
+        self.batch_tokens = default_batch_tokens(self.device) if batch_tokens is None else batch_tokens
         given = prompt is not None or prompt_name is not None
         default = None if asked is None or given else asked.default_prompt
         self.prompt = self._prompt_text(prompt_name if given else default, prompt) or ""
@@ -152,7 +154,7 @@ class TextEncoder(TextModel):
         skip = 0 if self.include_prompt or not before else self._prompt_tokens(before)
         if before:
             pairs = [(before + text, pair) for text, pair in pairs]
-        most = default_batch_tokens(self.device) if batch_tokens is None else batch_tokens
+        most = self.batch_tokens if batch_tokens is None else batch_tokens
         steps = self.steps[:-1] if normalize is False and self.steps and _normalizes(self.steps[-1]) else self.steps
         width = self._cut_width(truncate_dim)
         out = np.empty((len(pairs), width), dtype=np.float32)
@@ -192,7 +194,7 @@ class TextEncoder(TextModel):
         if text is None and name is not None:
             if name not in self.prompts:
                 known = ", ".join(map(repr, self.prompts)) or "none"
-                raise ValueError(f"prompt_name {name!r:.100}: the folder has no such prompt; known: {known}")
+                raise UsageError(f"prompt_name {name!r:.100}: the folder has no such prompt; known: {known}")
             return self.prompts[name]
         if text is not None and not isinstance(text, str):
             raise TypeError(f"prompt must be a str, not {type(text).__name__}")
@@ -217,6 +219,7 @@ class TextEncoder(TextModel):
             "prompt": self.prompt,
             "truncate_dim": self.truncate_dim,
             "max_length": self.max_length,
+            "batch_tokens": self.batch_tokens,
             "batch_size": self.batch_size,
             "precision": self.precision,
             "backend": self.backend,

@@ -116,8 +116,8 @@ def _is_second(text: Any) -> bool:
 
 
 @contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
-    """Gives a function that counts done texts in a bar on standard error, in texts per second.
+def progress_bar(total: int, shown: bool, unit: str = " texts") -> Iterator[Callable[[int], object]]:
+    """Gives a function that counts done texts, or other units, in a bar on standard error that shows them per second.
 
     Raises:
         ImportError: it is to be shown, and tqdm is not installed.
@@ -129,7 +129,7 @@ def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("show_progress needs tqdm: pip install 'albert-fast[cli]'") from error
-    with tqdm(total=total, unit=" texts") as bar:
+    with tqdm(total=total, unit=unit) as bar:
         yield bar.update
 
 

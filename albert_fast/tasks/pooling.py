@@ -6,6 +6,7 @@ Source: `sentence_transformers.models.Pooling`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +33,14 @@ def modes_of(module: SentenceModule) -> tuple[tuple[str, ...], bool]:
     """
     given = module.settings
     flags = [name for name in given if name.startswith("pooling_mode_") and given[name] is True]
-    modes = given.get("pooling_mode")
-    if modes is None:
+    stated: Any = given.get("pooling_mode")
+    unknown: list[Any]
+    if stated is None:
         unknown = [name for name in flags if name not in _FLAGS]
         modes = [mode for flag, mode in _FLAGS.items() if flag in flags] or ["mean"]
     else:
-        modes = [modes] if isinstance(modes, str) else modes
-        known = isinstance(modes, list) and modes and all(isinstance(mode, str) for mode in modes)
-        unknown = [mode for mode in modes if mode not in MODES] if known else [modes]
+        modes = stated if isinstance(stated, list) and stated else [stated]
+        unknown = [mode for mode in modes if mode not in MODES]
     if unknown:
         raise ValueError(f"{module.name}: pooling mode {unknown[0]!r:.100}; known: {', '.join(MODES)}")
     include_prompt = given.get("include_prompt", True)

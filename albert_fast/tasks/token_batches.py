@@ -23,7 +23,8 @@ from ..text.tokenizer import Tokenizer
 _CHARACTERS = 16
 # What an empty text counts for, so that a window of empty texts ends too: its special tokens.
 _LEAST = 8
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def default_batch_tokens(device: torch.device) -> int:
