@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from albert_fast import TextEncoder, TextScorer, load_tokenizer
+from albert_fast.tasks.classify import TextClassifier
 
 tokenizers = pytest.importorskip("tokenizers", reason="the text extra is not installed")
 transformers = pytest.importorskip("transformers")
@@ -123,6 +124,9 @@ def test_scores_of_every_family(family: str, tmp_path: Path) -> None:
     firsts, seconds = map(list, zip(*PAIRS, strict=True))
     batch = tokenizer(firsts, seconds, padding=True, truncation=True, max_length=30, return_tensors="pt")
     with torch.no_grad():
-        expected = model(**batch).logits.sigmoid()[:, 0].numpy()
+        logits = model(**batch).logits[:, 0]
+    expected = logits.sigmoid().numpy()
     scores = TextScorer(tmp_path, device="cpu", max_length=30).score(PAIRS, batch_tokens=90)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=2e-5)
+    values = [answer["LABEL_0"] for answer in TextClassifier(tmp_path, device="cpu", max_length=30)(PAIRS)]
+    np.testing.assert_allclose(values, logits.numpy(), rtol=1e-4, atol=5e-5)  # one label: a regression

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from albert_fast import TextEncoder, load_tokenizer
 from albert_fast.checkpoints import sentence_modules
+from albert_fast.cli import build_app
 from albert_fast.tasks.errors import UsageError
 from albert_fast.tasks.pooling import MODES, pool
 
@@ -333,3 +335,36 @@ def test_what_a_hub_is_asked_for(saved: Any, tmp_path: Path) -> None:
     sentence_modules.fetch(get)
     assert_same(TextEncoder(copy, device="cpu").encode(TEXTS), TextEncoder(folder, device="cpu").encode(TEXTS))
     assert load_tokenizer(copy).vocab_size == load_tokenizer(folder).vocab_size
+
+
+def test_the_command_obeys_the_folder(saved: Any, tmp_path: Path) -> None:
+    prompts = {"query": "query : "}
+    model, folder = saved(pooling("mean"), dense(24, torch.nn.Tanh()), prompts=prompts)
+    source, output = tmp_path / "in.txt", tmp_path / "out.npy"
+    source.write_text("\n".join(TEXTS) + "\n")
+
+    def encode(*more: object, code: int = 0) -> str:
+        arguments = ["encode", source, "-m", folder, "-o", output, "--overwrite", *more]
+        result = CliRunner().invoke(build_app(), [str(argument) for argument in arguments])
+        assert result.exit_code == code, (result.stderr, result.exception)
+        return result.stderr
+
+    for more, how in (
+        ([], {}),
+        (["--prompt-name", "query", "--truncate-dim", 10], {"prompt_name": "query", "truncate_dim": 10}),
+        (["--prompt", "a film", "--batch-tokens", 50, "-b", 3, "--window", 2], {"prompt": "a film"}),
+    ):
+        encode(*more)
+        assert_same(np.load(output), model.encode(TEXTS, **how))
+    assert "the folder has no such prompt" in encode("--prompt-name", "title", code=2)
+    assert "give one of them" in encode("--prompt-name", "query", "--prompt", "a", code=2)
+    # Unfinished work is not continued with another prompt.
+    output.unlink()
+    source.write_bytes(source.read_bytes() + b"\xff\n")
+    encode("--prompt-name", "query", "-b", 2, "--window", 1, code=1)
+    result = CliRunner().invoke(
+        build_app(),
+        ["encode", str(source), "-m", str(folder), "-o", str(output), "-b", "2", "--window", "1", "--resume"],
+    )
+    assert result.exit_code == 2
+    assert "was made with prompt query : , not " in result.stderr
