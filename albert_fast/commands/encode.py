@@ -14,7 +14,7 @@ from . import _options as options
 from ._errors import UsageError, reports_errors, warn
 from ._lines import InputError, Lines, given_text
 from ._progress import Progress
-from ._sinks import JsonlForm, NpyForm, ResumableFile, StandardOutput, State, output_lock, state_of
+from ._sinks import Form, JsonlForm, NpyForm, ParquetForm, ResumableFile, StandardOutput, State, output_lock, state_of
 
 if TYPE_CHECKING:
     from ..tasks.embed import TextEncoder
@@ -42,7 +42,7 @@ class VectorType(str, Enum):
 @dataclass(frozen=True)
 class Columns(options.TableColumns):
     label_column: Annotated[
-        str | None, typer.Option("--label-column", help="Add the label that the table has; JSON lines only.")
+        str | None, typer.Option("--label-column", help="Add the label that the table has; not in .npy.")
     ] = None
 
 
@@ -86,7 +86,9 @@ class Output:
 
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="FILE.npy or FILE.jsonl.", show_default="JSON lines on standard output"),
+        typer.Option(
+            "--output", "-o", help="FILE.npy, FILE.jsonl or FILE.parquet.", show_default="JSON lines on standard output"
+        ),
     ] = None
     dtype: Annotated[VectorType, typer.Option(help="Number format of the vectors.")] = VectorType.float32
     resume: Annotated[
@@ -100,16 +102,18 @@ class Output:
             raise UsageError("--resume and --overwrite need --output")
         if self.resume and self.overwrite:
             raise UsageError("--resume continues, --overwrite starts again; give one of them")
-        if output is not None and output.suffix not in (".npy", ".jsonl"):
-            raise UsageError(f"--output {output}: expected a name that ends in .npy or .jsonl")
-        if label_column is not None and output is not None and output.suffix != ".jsonl":
-            raise UsageError(f"--label-column: {output} has no place for labels; JSON lines have")
+        if output is not None and output.suffix not in (".npy", ".jsonl", ".parquet"):
+            raise UsageError(f"--output {output}: expected a name that ends in .npy, .jsonl or .parquet")
+        if label_column is not None and output is not None and output.suffix == ".npy":
+            raise UsageError(f"--label-column: {output} has no place for labels; JSON lines and Parquet have")
 
     def sink(self, encoder: TextEncoder, lines: Lines, columns: Columns, window: int, state: State) -> Sink:
         if self.output is None:
             return StandardOutput(JsonlForm(self.dtype.value))
-        is_npy = self.output.suffix == ".npy"
-        form = NpyForm(encoder.width, self.dtype.value) if is_npy else JsonlForm(self.dtype.value)
+        form: Form = JsonlForm(self.dtype.value)
+        if self.output.suffix != ".jsonl":
+            kind = NpyForm if self.output.suffix == ".npy" else ParquetForm
+            form = kind(encoder.width, self.dtype.value)
         names = columns.as_columns()
         settings = {
             **encoder.settings(),
