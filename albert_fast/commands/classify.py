@@ -59,7 +59,7 @@ def command(
 ) -> None:
     """Label each line of a text, or each row of a table: one answer for each line, in order, for empty lines too.
 
-    FILE is read by its ending: .csv, .tsv and .jsonl (also as .gz) are tables, as `train` takes them, with the text in
+    FILE is read by its ending: .csv, .tsv, .jsonl (also as .gz) and .parquet are tables, as `train` takes them, with the text in
     the column text, sentence or review and a second text in text_pair. Any other file is read as lines of text. If there
     is no such file and the argument is words, the words are the text.
 

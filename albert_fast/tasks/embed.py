@@ -150,16 +150,14 @@ class TextEncoder(TextModel):
         """
         given = prompt is not None or prompt_name is not None
         before = (self._prompt_text(prompt_name, prompt) or "") if given else self.prompt
-        pairs = checked_texts(texts)
+        checked = checked_texts(texts)
         skip = 0 if self.include_prompt or not before else self._prompt_tokens(before)
-        if before:
-            pairs = [(before + text, pair) for text, pair in pairs]
         most = self.batch_tokens if batch_tokens is None else batch_tokens
         steps = self.steps[:-1] if normalize is False and self.steps and _normalizes(self.steps[-1]) else self.steps
         width = self._cut_width(truncate_dim)
-        out = np.empty((len(pairs), width), dtype=np.float32)
-        with torch.inference_mode(), progress_bar(len(pairs), show_progress) as done:
-            for batch in self.token_batches(pairs, most):
+        out = np.empty((len(checked), width), dtype=np.float32)
+        with torch.inference_mode(), progress_bar(len(checked), show_progress) as done:
+            for batch in self.token_batches(checked, most, before):
                 vectors = self._pooled(batch, skip)
                 for step in steps:
                     vectors = step(vectors)

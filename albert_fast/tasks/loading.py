@@ -80,39 +80,41 @@ class TextModel:
         for chosen, batch in padded_batches(self.tokenizer, rows, self.batch_size or 32):
             yield chosen, {key: tensor.to(self.device) for key, tensor in batch.items()}
 
-    def token_batches(self, texts: Sequence[TextPair], batch_tokens: int) -> Iterator[TokenBatch]:
+    def token_batches(
+        self, texts: Sequence[str | TextPair], batch_tokens: int, before: str = ""
+    ) -> Iterator[TokenBatch]:
         """Batches of about `batch_tokens` tokens, on the CPU, without padding; tokenising runs ahead of the caller.
 
+        Args:
+            before: what stands before every text.
+
         Raises:
-            ValueError: batch_tokens below 1.
+            ValueError: batch_tokens below 1; later half of a surrogate pair in a text.
         """
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
-        how = Batching(self.tokenizer, self.max_length, batch_tokens, self.batch_size, self.takes_types)
+        how = Batching(self.tokenizer, self.max_length, batch_tokens, self.batch_size, self.takes_types, before)
         return how.batches(texts)
 
 
-def checked_texts(texts: Sequence[str | TextPair]) -> list[TextPair]:
-    """Texts, or (text, second text or None), as pairs.
+def checked_texts(texts: Sequence[str | TextPair]) -> Sequence[str | TextPair]:
+    """`texts`, or a list of them where they are no sequence, when every one is a str or (str, str or None).
 
     Raises:
         TypeError: a text that is not a str, or one str in place of a list; names its place.
     """
     if isinstance(texts, (str, bytes)):
         raise TypeError(f"texts must be a list of str; it is a {type(texts).__name__}: put it in a list")
-    pairs: list[TextPair] = []
+    texts = texts if isinstance(texts, (list, tuple)) else list(texts)
     for index, text in enumerate(texts):
-        if isinstance(text, str):
-            pairs.append((text, None))
-        elif isinstance(text, (tuple, list)) and len(text) == 2 and isinstance(text[0], str) and _is_second(text[1]):
-            pairs.append((text[0], text[1]))
-        else:
+        if not isinstance(text, str) and not _is_pair(text):
             raise TypeError(f"text {index} is {reprlib.repr(text)}; expected a str, or two of them")
-    return pairs
+    return texts
 
 
-def _is_second(text: Any) -> bool:
-    return text is None or isinstance(text, str)
+def _is_pair(text: Any) -> bool:
+    is_two = isinstance(text, (tuple, list)) and len(text) == 2
+    return is_two and isinstance(text[0], str) and (text[1] is None or isinstance(text[1], str))
 
 
 @contextmanager

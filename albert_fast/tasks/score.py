@@ -80,7 +80,8 @@ class TextScorer(TextModel):
             TypeError: an element that is not two str. ValueError: batch_tokens below 1; half of a surrogate pair in a text.
         """
         checked = checked_texts(pairs)
-        if (alone := next((index for index, (_, second) in enumerate(checked) if second is None), None)) is not None:
+        single = (index for index, pair in enumerate(checked) if isinstance(pair, str) or pair[1] is None)
+        if (alone := next(single, None)) is not None:
             raise TypeError(f"pair {alone} is one text; expected two of them")
         most = default_batch_tokens(self.device) if batch_tokens is None else batch_tokens
         out = np.empty((len(checked), len(self.labels)), dtype=np.float32)

@@ -8,7 +8,7 @@ tokenizers library releases the interpreter's lock.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -66,7 +66,8 @@ class Batching:
     """How texts become batches.
 
     max_length: tokens that a text is cut to. batch_tokens: a batch ends before it has more; a longer text is a batch of its
-    own. batch_size: the same for its texts; None: no limit. types: whether the model takes token types.
+    own. batch_size: the same for its texts; None: no limit. types: whether the model takes token types. before: what stands
+    before every text.
     """
 
     tokenizer: Tokenizer
@@ -74,24 +75,31 @@ class Batching:
     batch_tokens: int
     batch_size: int | None = None
     types: bool = True
+    before: str = ""
 
-    def batches(self, texts: Sequence[TextPair]) -> Iterator[TokenBatch]:
+    def batches(self, texts: Sequence[str | TextPair]) -> Iterator[TokenBatch]:
         """The batches of all texts, window by window."""
-        windows = self._windows(texts)
-        for batches in _ahead(lambda window: self._window(texts, window), windows):
+        for batches in _ahead(lambda window: self._window(texts, window), self._windows(texts)):
             yield from batches
 
-    def _windows(self, texts: Sequence[TextPair]) -> list[range]:
-        windows, begin, size = [], 0, 0
-        for index, (text, pair) in enumerate(texts):
-            size += len(text) + len(pair or "") + _LEAST
+    def _windows(self, texts: Sequence[str | TextPair]) -> Iterator[range]:
+        begin, size = 0, 0
+        for index, text in enumerate(texts):
+            first, second = _pair(text)
+            size += len(self.before) + len(first) + len(second or "") + _LEAST
             if size >= _CHARACTERS * self.batch_tokens:
-                windows.append(range(begin, index + 1))
+                yield range(begin, index + 1)
                 begin, size = index + 1, 0
-        return [*windows, range(begin, len(texts))] if begin < len(texts) else windows
+        if begin < len(texts):
+            yield range(begin, len(texts))
 
-    def _window(self, texts: Sequence[TextPair], window: range) -> list[TokenBatch]:
-        rows = tokenize(self.tokenizer, [texts[index] for index in window], self.max_length)
+    def _window(self, texts: Sequence[str | TextPair], window: range) -> list[TokenBatch]:
+        pairs = [_pair(texts[index]) for index in window]
+        try:
+            rows = tokenize(self.tokenizer, [(self.before + first, second) for first, second in pairs], self.max_length)
+        except ValueError:
+            _find_surrogate(pairs, window.start)
+            raise
         ids, types = rows["input_ids"], rows["token_type_ids"]
         batches = []
         for chosen in _by_tokens([len(row) for row in ids], self.batch_tokens, self.batch_size):
@@ -100,6 +108,20 @@ class Batching:
             indices = [window[row] for row in chosen]
             batches.append(TokenBatch(indices, _flat([ids[row] for row in chosen]), flat_types, lengths))
         return batches
+
+
+def _pair(text: str | TextPair) -> TextPair:
+    return (text, None) if isinstance(text, str) else (text[0], text[1])
+
+
+def _find_surrogate(pairs: Sequence[TextPair], first: int) -> None:
+    """ValueError for the first text with half of a surrogate pair; the tokenizer would count from the window's begin."""
+    for index, pair in enumerate(pairs, first):
+        try:
+            "".join(text for text in pair if text is not None).encode()
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise ValueError(f"text {index} holds half a surrogate pair, U+{code:04X}, which is no character") from None
 
 
 def _by_tokens(lengths: Sequence[int], most: int, size: int | None) -> Iterator[list[int]]:
@@ -120,14 +142,16 @@ def _flat(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
 
 
-def _ahead(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """work(item) for each item in order, where the next item's runs in a background thread meanwhile."""
-    if len(items) < 2:  # a thread would only cost time
-        yield from map(work, items)
+    left = iter(items)
+    first = list(itertools.islice(left, 2))
+    if len(first) < 2:  # a thread would only cost time
+        yield from map(work, first)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="albert_fast-tokenize") as pool:
-        coming = pool.submit(work, items[0])
-        for item in items[1:]:
+        coming = pool.submit(work, first[0])
+        for item in itertools.chain(first[1:], left):
             done, coming = coming.result(), pool.submit(work, item)
             yield done
         yield coming.result()
