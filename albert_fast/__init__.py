@@ -68,6 +68,8 @@ if TYPE_CHECKING:
     from .models.roberta import RoBERTaForTokenClassification as RoBERTaForTokenClassification
     from .models.roberta import RoBERTaModel as RoBERTaModel
     from .ops import synchronize as synchronize
+    from .tasks.embed import TextEncoder as TextEncoder
+    from .tasks.score import TextScorer as TextScorer
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
@@ -122,6 +124,8 @@ _HOME = {
     "AutoModelForMultipleChoice": "models.auto",
     "aligned_representation": "layers.packing",
     "WantedTokens": "layers.wanted",
+    "TextEncoder": "tasks.embed",
+    "TextScorer": "tasks.score",
     "explain": "inspect.explain",
     "load_tokenizer": "text.tokenizer",
     "synchronize": "ops",

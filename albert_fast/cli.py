@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SUBCOMMANDS = {
     "classify": "Label each line of a text.",
     "encode": "Turn lines of text into vectors.",
+    "rerank": "Sort lines of text by how well they answer a query.",
     "fill_mask": "Complete [MASK] in a text.",
     "train": "Train a classifier on labelled text.",
     "evaluate": "Measure a classifier on labelled text.",
@@ -56,7 +57,7 @@ def build_app() -> typer.Typer:
 
     @app.callback()
     def root(version: bool = version) -> None:
-        """ALBERT with custom kernels: classify, encode, complete, train and measure."""
+        """ALBERT with custom kernels: classify, encode, rerank, complete, train and measure."""
 
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f".commands.{name}", __package__)

@@ -95,7 +95,7 @@ def test_wrong_usage(run, models, tmp_path) -> None:
         (["classify", "x", "--format", "xml"], "xml"),
         (["classify", "x", "--batch-size", "0"], "batch-size"),
         (["encode", "x"], "--model"),
-        (["encode", "x", "-m", "y", "-o", "out.csv"], "out.csv: expected a name that ends in .npy or .jsonl"),
+        (["encode", "x", "-m", "y", "-o", "out.csv"], "out.csv: expected a name that ends in .npy, .jsonl or .parquet"),
         (["encode", "x", "-m", "y", "--resume"], "--resume and --overwrite need --output"),
         (["encode", "x", "-m", "y", "-o", "o.npy", "--resume", "--overwrite"], "give one of them"),
         (["demo", "a text", "--file", "x"], "not both"),

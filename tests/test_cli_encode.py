@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -358,20 +357,25 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-def test_a_sentence_transformers_folder_asks_for_a_pooling(source: Path, model: Path, tmp_path: Path) -> None:
+def test_a_sentence_transformers_folder_is_obeyed(source: Path, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "st"
     shutil.copytree(model, folder)
-    types = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    types = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in types.items()]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
-    said = encode(source, folder, tmp_path / "out.npy", code=2)
-    assert re.search(r"modules.json asks for Pooling \(cls_token\), Dense, which is not read: name the --pooling", said)
-    assert not (tmp_path / "out.npy").exists()
+    encode(source, folder, tmp_path / "obeyed.npy")
     encode(source, folder, tmp_path / "out.npy", "--pooling", "cls")
     encode(source, model, tmp_path / "plain.npy", "--pooling", "cls")
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "plain.npy").read_bytes()
+    plain = np.load(tmp_path / "plain.npy")
+    expected = plain / np.linalg.norm(plain, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.load(tmp_path / "obeyed.npy"), expected, rtol=1e-6, atol=1e-7)
+    (folder / "modules.json").write_text(
+        json.dumps([*modules, {"path": "3_CNN", "type": f"{modules[0]['type'][:29]}CNN"}])
+    )
+    assert "CNN is not applied here" in encode(source, folder, tmp_path / "no.npy", code=1)
 
 
 @pytest.mark.parametrize("precision", ["int16", "int8"])

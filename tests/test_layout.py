@@ -188,7 +188,7 @@ FILES = {
     "albert_fast/checkpoints": "families hub saving sentence_modules weights",
     "albert_fast/commands": (
         "_compare _errors _lines _options _progress _sinks bench classify demo encode evaluate fill_mask info "
-        "quantize train"
+        "quantize rerank train"
     ),
     "albert_fast/execution": "capture graphs",
     "albert_fast/inspect": "explain info profiling timing",
@@ -209,14 +209,17 @@ FILES = {
     "albert_fast/runtime": (
         "derived devices dispatch files linear locking operands registration unused_gradients version"
     ),
-    "albert_fast/tasks": "classify embed errors fill_mask loading quantize vector_files",
+    "albert_fast/tasks": (
+        "classify embed errors fill_mask loading parquet_vectors pooling quantize score sentence_steps "
+        "token_batches vector_files"
+    ),
     "albert_fast/testing": (
         "accelerated_models case cases covering encoder_cases family_pairs hostile model_pairs parity "
         "small_checkpoints tolerances"
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
-        "batching line_reader normalization text_files tokenizer vocabulary vocabulary_training windows"
+        "batching line_reader normalization parquet_files text_files tokenizer vocabulary vocabulary_training windows"
     ),
     "albert_fast/training": (
         "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization "

@@ -86,8 +86,10 @@ def resolve(
     if config is None:
         raise repository.missing("config.json")
     # The tokenizer's files too: a hub name works for texts as well.
-    for file in (*vocabulary.FILES, *vocabulary.SETTINGS, *sentence_modules.FILES) if weights else ():
+    for file in (*vocabulary.FILES, *vocabulary.SETTINGS) if weights else ():
         repository.fetch(file)
+    if weights:
+        sentence_modules.fetch(repository.fetch)
     for file in names if weights else ():
         found = repository.fetch(file)
         if found is None:

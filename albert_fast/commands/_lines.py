@@ -7,8 +7,8 @@ import io
 import os
 from pathlib import PurePath
 
-from ..text.line_reader import LineReader, open_lines
-from ..text.text_files import Columns, Format, Record, table_format
+from ..text.line_reader import LineReader
+from ..text.text_files import Columns, Format, Record, open_table, table_format
 from ..text.windows import InputError, RowWindows
 from ._errors import UsageError, warn
 from ._options import Input, InputFormat
@@ -43,7 +43,7 @@ class Lines(RowWindows):
         if format is Format.text and columns != Columns():
             raise UsageError(
                 f"{'standard input' if path == '-' else path} is read as lines of text, which have no columns; "
-                "--input-format csv, tsv or jsonl reads a table"
+                "--input-format csv, tsv, jsonl or parquet reads a table"
             )
         errors = "replace" if input.replace_bad_bytes else "strict"
         hint = "" if is_given else "; --encoding names another encoding, --replace-bad-bytes reads on"
@@ -52,7 +52,7 @@ class Lines(RowWindows):
                 warn(f"there is no file {path}; it is read as text")
             lines = LineReader(io.BytesIO(os.fsencode(path)), "the text", errors=errors)
         else:
-            lines = open_lines(path, encoding, errors)
+            lines, format = open_table(path, format, columns, encoding, errors)
         try:
             super().__init__(lines, format, columns, hint)
         except ValueError as error:

@@ -32,10 +32,13 @@ class InputFormat(str, Enum):
     csv = "csv"
     tsv = "tsv"
     jsonl = "jsonl"
+    parquet = "parquet"
 
 
-INPUT_HELP = "Lines of text, or a table (.csv, .tsv, .jsonl), also as .gz; - is standard input; or the text itself."
-TABLE_HELP = "A table with text and label: .tsv, .csv or .jsonl, also as .gz."
+INPUT_HELP = (
+    "Lines of text, or a table (.csv, .tsv, .jsonl, also as .gz; .parquet); - is standard input; or the text itself."
+)
+TABLE_HELP = "A table with text and label: .tsv, .csv or .jsonl, also as .gz, or .parquet."
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder of a checkpoint, or its name on the Hugging Face hub.")
 ]
@@ -46,6 +49,15 @@ ClassifierModel = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Texts computed at a time.")]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-tokens",
+        min=1,
+        help="Tokens computed at a time, without padding.",
+        show_default="what suits the device",
+    ),
+]
 MaxLength = Annotated[
     int | None,
     typer.Option("--max-length", min=3, help="Cut texts to this many tokens.", show_default="what the model takes"),

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from ._lines import Lines
 
 
 class Progress:
-    """Shows how many bytes of a file are done; where the size is not known, how many lines."""
+    """Shows how many bytes of a file are done, and texts per second; where the size is not known, texts alone."""
 
     def __init__(self, lines: Lines, label: str, answers_on_stdout: bool) -> None:
         from tqdm import tqdm
 
         self._lines = lines
-        unit: dict[str, Any] = {"unit": " lines"} if lines.size is None else {"unit": "B", "unit_scale": True}
+        unit: dict[str, Any] = {"unit": " texts"} if lines.size is None else {"unit": "B", "unit_scale": True}
         hidden = True if answers_on_stdout and sys.stdout.isatty() else None  # None: only on a terminal
+        self._before, self._start = lines.count, time.monotonic()
         self._bar = tqdm(total=lines.size, desc=label, file=sys.stderr, disable=hidden, initial=self._done(), **unit)
 
     def __enter__(self) -> Progress:
@@ -28,7 +30,8 @@ class Progress:
     def update(self) -> None:
         self._bar.update(self._done() - self._bar.n)
         if self._lines.size is not None:
-            self._bar.set_postfix_str(f"{self._lines.count} lines")
+            rate = (self._lines.count - self._before) / max(time.monotonic() - self._start, 1e-3)
+            self._bar.set_postfix_str(f"{self._lines.count} texts, {rate:.{0 if rate >= 10 else 1}f} texts/s")
 
     def _done(self) -> int:
         if self._lines.size is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from ..tasks.parquet_vectors import ParquetForm
 from ..tasks.vector_files import Form, JsonlForm, NpyForm, ResumableFile, State, output_lock, state_of
 from ._lines import Record
 
@@ -30,4 +31,14 @@ class StandardOutput:
         pass
 
 
-__all__ = ["JsonlForm", "NpyForm", "ResumableFile", "StandardOutput", "State", "output_lock", "state_of"]
+__all__ = [
+    "Form",
+    "JsonlForm",
+    "NpyForm",
+    "ParquetForm",
+    "ResumableFile",
+    "StandardOutput",
+    "State",
+    "output_lock",
+    "state_of",
+]

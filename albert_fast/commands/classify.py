@@ -59,9 +59,9 @@ def command(
 ) -> None:
     """Label each line of a text, or each row of a table: one answer for each line, in order, for empty lines too.
 
-    FILE is read by its ending: .csv, .tsv and .jsonl (also as .gz) are tables, as `train` takes them, with the text in
-    the column text, sentence or review and a second text in text_pair. Any other file is read as lines of text. If no
-    file has that name and the argument looks like text, the argument itself is classified.
+    FILE is read by its ending: .csv, .tsv, .jsonl (also as .gz) and .parquet are tables, as `train` takes them, with the text in
+    the column text, sentence or review and a second text in text_pair. Any other file is read as lines of text. If no file
+    has that name and the argument looks like text, the argument itself is classified.
 
     tsv: label TAB score; --all-scores adds label=score for every label, --with-text the text, --label-column
     expected=label. jsonl: {"label": "positive", "score": 0.93}; the options add "scores", "text" and "expected"; an "id"

@@ -288,6 +288,6 @@ def _warn_of_pooling(path: Path) -> None:
     if modules is not None:
         warnings.warn(
             f"{path}: a sentence-transformers folder: {modules} of its modules.json are not applied; last_hidden_state is "
-            "the encoder's alone, and pooler_output is not the sentence's vector",
+            "the encoder's alone, and pooler_output is not the sentence's vector; albert_fast.TextEncoder applies them",
             stacklevel=3,
         )

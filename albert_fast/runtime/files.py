@@ -32,6 +32,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ValueError: the file holds something else, or an object with two values for one key; the message names the file.
         OSError: the file cannot be read.
     """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def read_json(path: Path) -> Any:
+    """Reads any JSON value; otherwise as `read_json_object`."""
     size = path.stat().st_size
     if size > LARGEST_JSON:
         raise ValueError(
@@ -43,14 +51,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path}: not valid JSON: it is UTF-16, save it as UTF-8")
     try:
-        values = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_contradiction)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_contradiction)
     except RecursionError:
         raise ValueError(f"{path}: not valid JSON: it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _without_contradiction(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.weights import shipped_model
-from ..models.heads import ALBERTForSequenceClassification
+from ..models.auto import AutoModelForSequenceClassification
 from ..text.batching import TextPair
 from .loading import TextModel
 
@@ -29,7 +29,7 @@ class TextClassifier(TextModel):
     """
 
     def __init__(self, checkpoint: str | Path | None = None, **loading: Any) -> None:
-        super().__init__(ALBERTForSequenceClassification, checkpoint or shipped_model(), **loading)
+        super().__init__(AutoModelForSequenceClassification, checkpoint or shipped_model(), **loading)
         self.labels: list[str] = [self.model.config.label(index) for index in range(self.model.config.num_labels)]
 
     def __call__(self, texts: Sequence[str | TextPair]) -> list[dict[str, float]]:

@@ -1,97 +1,224 @@
 """Turns texts into vectors: `TextEncoder` for a list of texts, `encode_rows` for a file of any length.
 
-TextEncoder("my-albert").encode(["A fine film.", "Dull."])  # numpy (2, hidden_size)
+TextEncoder("my-encoder").encode(["A fine film.", "Dull."])  # numpy (2, width)
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ..checkpoints import sentence_modules
 from ..checkpoints.saving import folder_of
 from ..checkpoints.weights import resolve
-from ..models.albert import ALBERTModel
+from ..models.auto import AutoModel
 from ..text.batching import TextPair
+from ..text.normalization import lower_first
 from ..text.text_files import Record
 from ..text.windows import RowWindows
 from .errors import UsageError
-from .loading import TextModel
+from .loading import TextModel, checked_texts, progress_bar
+from .pooling import MODES, modes_of, pool
+from .sentence_steps import Normalize, build
+from .token_batches import TokenBatch, default_batch_tokens
 
-POOLINGS = ("mean", "cls", "pooler")
+POOLINGS = (*MODES, "pooler")
 # The files of a checkpoint that the vectors depend on.
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt")
 
 
 class TextEncoder(TextModel):
-    """Turns texts into vectors of hidden_size numbers.
+    """Turns texts into vectors, as the checkpoint's folder says.
+
+    A sentence-transformers folder is obeyed: its pooling, Dense, LayerNorm and Normalize, max_seq_length, do_lower_case,
+    prompts and truncate_dim. Any other checkpoint is an encoder alone, and its vectors are the means of its tokens.
+    Neither sentence-transformers nor transformers is needed.
 
     Args:
         checkpoint: a folder or a name on the Hugging Face hub.
-        pooling: "mean" of all tokens, "cls" (the first token's vector) or "pooler" (the trained pooler's output).
-            Default: "mean".
-        loading: max_length, batch_size, backend, precision and device; see `TextModel`.
+        pooling: one of POOLINGS: "mean" of all tokens, "cls" (the first token's vector), "pooler" (the trained pooler's
+            output), "max", "mean_sqrt_len_tokens" (the sum over the root of the count), "weightedmean" (by position) or
+            "lasttoken". It replaces everything that a folder's modules.json names after the encoder.
+        prompt_name, prompt, truncate_dim, batch_tokens: what `encode` does by default.
+        batch_size: most texts of a batch; None: as many as its tokens allow.
+        loading: max_length, backend, precision and device; see `TextModel`.
+
+    Attributes:
+        prompts: the folder's prompts by name.
 
     Raises:
-        UsageError: "pooler" for a model without a pooler; no pooling for a sentence-transformers folder, whose
-            modules.json is not read.
+        UsageError: "pooler" for a model without a pooler; the folder of another kind of model, such as a cross-encoder.
+        ValueError: a module of the folder that is not applied here, or settings or weights that do not fit; names it.
     """
 
-    def __init__(self, checkpoint: str | Path, *, pooling: str | None = None, **loading: Any) -> None:
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        pooling: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        batch_tokens: int | None = None,
+        batch_size: int | None = None,
+        **loading: Any,
+    ) -> None:
         if pooling is not None and pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r}: known are {', '.join(POOLINGS)}")
         folder = resolve(checkpoint)
-        modules = sentence_modules.describe(folder_of(folder))
-        if pooling is None and modules is not None:
-            raise UsageError(
-                f"{checkpoint}: a sentence-transformers folder whose modules.json asks for {modules}, which is not read: "
-                "name the --pooling to use (pooling=; a Dense layer or normalising is not applied)"
-            )
-        super().__init__(ALBERTModel, folder, **loading)
-        self.pooling = pooling or "mean"
+        asked = sentence_modules.read(folder_of(folder))
+        if asked is not None and asked.kind != "SentenceTransformer":
+            hint = ": TextScorer (albert-fast rerank) scores with it" if asked.kind == "CrossEncoder" else ""
+            raise UsageError(f"{checkpoint} is a {asked.kind}, which gives no vectors of texts{hint}")
+        self.root = folder if asked is None or not folder.is_dir() else asked.root
+        with warnings.catch_warnings():
+            # The modules that this warning names are applied here.
+            warnings.filterwarnings("ignore", message=r"[^\n]*: a sentence-transformers folder: ")
+            place = folder if asked is None or not folder.is_dir() else asked.encoder
+            super().__init__(AutoModel, place, batch_size=batch_size, **loading)
+        if asked is not None and asked.max_length is not None and loading.get("max_length") is None:
+            self.max_length = min(asked.max_length, self.model.config.longest)
+        if asked is not None and asked.lower_case:
+            lower_first(self.tokenizer.backend)
+        self.pooling, self.modes, self.include_prompt, self.steps, self._full_width = self._plan(asked, pooling)
         if self.pooling == "pooler" and self.model.pooler is None:
             raise UsageError(f"{checkpoint} has no pooler; --pooling mean or cls (pooling=) needs none")
+        self.prompts = {} if asked is None else dict(asked.prompts)
+        self.batch_tokens = default_batch_tokens(self.device) if batch_tokens is None else batch_tokens
+        given = prompt is not None or prompt_name is not None
+        default = None if asked is None or given else asked.default_prompt
+        self.prompt = self._prompt_text(prompt_name if given else default, prompt) or ""
+        self.truncate_dim = truncate_dim if truncate_dim is not None or asked is None else asked.truncate_dim
+        self.width = self._cut_width(None)
 
-    @property
-    def width(self) -> int:
-        """Numbers in a vector."""
-        return int(self.model.config.hidden_size)
+    def _plan(
+        self, asked: sentence_modules.SentenceFolder | None, pooling: str | None
+    ) -> tuple[str, tuple[str, ...], bool, list[nn.Module], int]:
+        """The pooling's name, its modes, whether prompts take part in it, the steps after it, and the vectors' width."""
+        width = int(self.model.config.hidden_size)
+        if pooling is not None or asked is None or not asked.modules:
+            name = pooling or "mean"
+            return name, () if name == "pooler" else (name,), True, [], width
+        first, *later = asked.modules
+        if first.kind != "Pooling":
+            raise ValueError(f"{first.name}: {first.kind} follows the encoder; only Pooling does here")
+        modes, include_prompt = modes_of(first)
+        stated = first.settings.get("embedding_dimension", first.settings.get("word_embedding_dimension", width))
+        if stated != width:
+            raise ValueError(f"{first.name}: is for {stated!r:.100} columns; the encoder's hidden_size is {width}")
+        width *= len(modes)
+        steps = []
+        for module in later:
+            step, width = build(module, width)
+            steps.append(step.to(self.device))
+        return "+".join(modes), modes, include_prompt, steps, width
 
-    def encode(self, texts: Sequence[str | TextPair]) -> np.ndarray:
-        """Texts, or (text, second text or None) -> float32 (N, width), in the order of the texts."""
-        pairs = [(text, None) if isinstance(text, str) else text for text in texts]
-        out = np.empty((len(pairs), self.width), dtype=np.float32)
-        with torch.inference_mode():
-            for chosen, batch in self.batches(pairs):
-                out[chosen] = self._pool(batch).float().cpu().numpy()
+    def encode(
+        self,
+        texts: Sequence[str | TextPair],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *,
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
+        normalize: bool | None = None,
+        truncate_dim: int | None = None,
+    ) -> np.ndarray:
+        """Texts -> vectors, float32 (N, width), in the order of the texts; (0, width) for no texts.
+
+        Memory beside the result does not grow with N. The next texts are tokenised while the model computes.
+
+        Args:
+            texts: a list of str, or of (text, second text or None).
+            prompt_name: which of `prompts` stands before every text. prompt: the same as a text; it goes first. Default:
+                the folder's default_prompt_name, if it has one.
+            batch_tokens: tokens that are computed at a time, without padding. Default: what suits the device.
+            show_progress: a bar on standard error, in texts per second; it needs tqdm.
+            normalize: True: vectors of length 1, after truncate_dim. False: without a Normalize at the end of the folder's
+                modules. None: as the folder says.
+            truncate_dim: keep this many of a vector's first numbers. Default: the folder's.
+
+        Raises:
+            TypeError: a text that is not a str, or one str in place of a list. ValueError: a prompt's name that the folder
+            does not have; batch_tokens or truncate_dim below 1; half of a surrogate pair in a text.
+        """
+        given = prompt is not None or prompt_name is not None
+        before = (self._prompt_text(prompt_name, prompt) or "") if given else self.prompt
+        checked = checked_texts(texts)
+        skip = 0 if self.include_prompt or not before else self._prompt_tokens(before)
+        most = self.batch_tokens if batch_tokens is None else batch_tokens
+        steps = self.steps[:-1] if normalize is False and self.steps and _normalizes(self.steps[-1]) else self.steps
+        width = self._cut_width(truncate_dim)
+        out = np.empty((len(checked), width), dtype=np.float32)
+        with torch.inference_mode(), progress_bar(len(checked), show_progress) as done:
+            for batch in self.token_batches(checked, most, before):
+                vectors = self._pooled(batch, skip)
+                for step in steps:
+                    vectors = step(vectors)
+                vectors = vectors[:, :width]
+                if normalize:
+                    vectors = nn.functional.normalize(vectors, dim=-1)
+                out[batch.indices] = vectors.cpu().numpy()
+                done(len(batch.indices))
         return out
 
-    def _pool(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A padded batch (B, S) -> vectors (B, width)."""
+    def _pooled(self, batch: TokenBatch, skip: int) -> Tensor:
+        """T tokens of B texts -> (B, columns), float32."""
+        ids = batch.ids.to(self.device)
+        types = None if batch.types is None else batch.types.to(self.device)
+        seqlens, longest = batch.cu_seqlens, max(batch.lengths)
         if self.pooling == "pooler":
-            pooled: torch.Tensor = self.model(**batch, wanted_tokens="first").pooler_output
-            return pooled
-        mask = batch["attention_mask"]
-        if self.pooling == "cls":
-            first = torch.zeros_like(mask, dtype=torch.bool)
-            first[:, 0] = True
-            states: torch.Tensor = self.model(**batch, wanted_tokens=first).last_hidden_state
-            return states
-        hidden = self.model(**batch).last_hidden_state.float()
-        # Row by row: the order of a sum over padded rows depends on the longest text of the batch.
-        return torch.stack([row[:length].mean(0) for row, length in zip(hidden, mask.sum(1).tolist(), strict=True)])
+            pooler: Tensor = self.model.forward_packed(
+                ids, seqlens, longest, types, wanted_tokens="first"
+            ).pooler_output
+            return pooler.float()
+        if self.modes == ("lasttoken",) or (self.modes == ("cls",) and not skip):
+            wanted = torch.zeros(len(ids), dtype=torch.bool)
+            wanted[(seqlens[1:] - 1 if self.modes == ("lasttoken",) else seqlens[:-1]).long()] = True
+            states: Tensor = self.model.forward_packed(
+                ids, seqlens, longest, types, wanted_tokens=wanted.to(self.device)
+            ).last_hidden_state
+            return states.float()
+        states = self.model.forward_packed(ids, seqlens, longest, types).last_hidden_state
+        return pool(states, batch.lengths, self.modes, skip)
+
+    def _prompt_text(self, name: str | None, text: str | None) -> str | None:
+        if text is None and name is not None:
+            if name not in self.prompts:
+                known = ", ".join(map(repr, self.prompts)) or "none"
+                raise UsageError(f"prompt_name {name!r:.100}: the folder has no such prompt; known: {known}")
+            return self.prompts[name]
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"prompt must be a str, not {type(text).__name__}")
+        return text
+
+    def _prompt_tokens(self, prompt: str) -> int:
+        """Tokens that `prompt` takes at the beginning of a text, with the special tokens before it."""
+        ids = self.tokenizer(prompt, max_length=self.max_length)["input_ids"]
+        return len(ids) - (ids[-1] in self.tokenizer.all_special_ids)
+
+    def _cut_width(self, truncate_dim: int | None) -> int:
+        limit = self.truncate_dim if truncate_dim is None else truncate_dim
+        if limit is not None and limit < 1:
+            raise ValueError(f"truncate_dim is {limit}; expected at least 1")
+        return self._full_width if limit is None else min(limit, self._full_width)
 
     def settings(self) -> dict[str, Any]:
         """Everything that the vectors depend on, so that interrupted work is not continued with another model."""
         return {
             "model": self._digest(),
             "pooling": self.pooling,
+            "prompt": self.prompt,
+            "truncate_dim": self.truncate_dim,
             "max_length": self.max_length,
+            "batch_tokens": self.batch_tokens,
             "batch_size": self.batch_size,
             "precision": self.precision,
             "backend": self.backend,
@@ -101,7 +228,7 @@ class TextEncoder(TextModel):
     def _digest(self) -> str:
         """Checksum of the checkpoint's files."""
         digest = hashlib.blake2b(digest_size=16)
-        files = [path for path in self.folder.iterdir() if path.is_file()] if self.folder.is_dir() else [self.folder]
+        files = [path for path in self.root.rglob("*") if path.is_file()] if self.root.is_dir() else [self.root]
         for path in sorted(files):
             if path.suffix in _MODEL_FILES:
                 digest.update(path.name.encode())
@@ -109,6 +236,10 @@ class TextEncoder(TextModel):
                     while block := content.read(1 << 20):
                         digest.update(block)
         return digest.hexdigest()
+
+
+def _normalizes(step: nn.Module) -> bool:
+    return isinstance(step, Normalize)
 
 
 class Sink(Protocol):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,22 @@ import torch
 from ..checkpoints.saving import config_path, folder_of
 from ..checkpoints.weights import resolve
 from ..models.config import ALBERTConfig
-from ..models.pretrained import PretrainedMixin, held_precision
+from ..models.encoder_config import EncoderConfig
+from ..models.pretrained import held_precision
 from ..runtime.devices import choose_device
 from ..text.batching import TextPair, for_plain_text, padded_batches, tokenize
 from ..text.tokenizer import Tokenizer, load_tokenizer
+from .token_batches import Batching, TokenBatch
 
 
 class TextModel:
     """A model and its tokenizer; the base class of the tasks.
 
     Args:
-        model_class: the class of the model, such as ALBERTForMaskedLM.
+        model_class: the class of the model, such as ALBERTForMaskedLM or AutoModel.
         checkpoint: a folder or a name on the Hugging Face hub.
         max_length: texts are cut to this many tokens; default: as many as the model takes.
-        batch_size: texts that are computed at a time.
+        batch_size: most texts that are computed at a time; None where only the number of their tokens matters.
         backend, precision: as for `from_pretrained`.
         device: default: a GPU if there is one.
 
@@ -38,11 +42,11 @@ class TextModel:
 
     def __init__(
         self,
-        model_class: type[PretrainedMixin],
+        model_class: Any,
         checkpoint: str | Path,
         *,
         max_length: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = 32,
         backend: str = "auto",
         precision: str | None = None,
         device: str | torch.device | None = None,
@@ -62,16 +66,78 @@ class TextModel:
         self.precision: str = self.model.execution.quantized or precision or "fp32"
         self.max_length = token_limit(self.tokenizer, self.model.config, max_length)
 
+    @property
+    def takes_types(self) -> bool:
+        """Whether token types make a difference to the model."""
+        encoder = self.model.base_model
+        return bool(encoder.has_token_types) and getattr(encoder.config, "type_vocab_size", 1) > 1
+
     def batches(self, texts: Sequence[TextPair]) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
         """Padded batches of similar length on the model's device: (indices of the texts, tensors (B, S) by name)."""
         rows = tokenize(self.tokenizer, texts, self.max_length)
-        for chosen, batch in padded_batches(self.tokenizer, rows, self.batch_size):
+        if not self.takes_types:
+            rows.pop("token_type_ids", None)
+        for chosen, batch in padded_batches(self.tokenizer, rows, self.batch_size or 32):
             yield chosen, {key: tensor.to(self.device) for key, tensor in batch.items()}
 
+    def token_batches(
+        self, texts: Sequence[str | TextPair], batch_tokens: int, before: str = ""
+    ) -> Iterator[TokenBatch]:
+        """Batches of about `batch_tokens` tokens, on the CPU, without padding; tokenising runs ahead of the caller.
 
-def token_limit(tokenizer: Tokenizer, config: ALBERTConfig, max_length: int | None) -> int:
+        Args:
+            before: what stands before every text.
+
+        Raises:
+            ValueError: batch_tokens below 1; later half of a surrogate pair in a text.
+        """
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
+        how = Batching(self.tokenizer, self.max_length, batch_tokens, self.batch_size, self.takes_types, before)
+        return how.batches(texts)
+
+
+def checked_texts(texts: Sequence[str | TextPair]) -> Sequence[str | TextPair]:
+    """`texts`, or a list of them where they are no sequence, when every one is a str or (str, str or None).
+
+    Raises:
+        TypeError: a text that is not a str, or one str in place of a list; names its place.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"texts must be a list of str; it is a {type(texts).__name__}: put it in a list")
+    texts = texts if isinstance(texts, (list, tuple)) else list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str) and not _is_pair(text):
+            raise TypeError(f"text {index} is {reprlib.repr(text)}; expected a str, or two of them")
+    return texts
+
+
+def _is_pair(text: Any) -> bool:
+    is_two = isinstance(text, (tuple, list)) and len(text) == 2
+    return is_two and isinstance(text[0], str) and (text[1] is None or isinstance(text[1], str))
+
+
+@contextmanager
+def progress_bar(total: int, shown: bool, unit: str = " texts") -> Iterator[Callable[[int], object]]:
+    """Gives a function that counts done texts, or other units, in a bar on standard error that shows them per second.
+
+    Raises:
+        ImportError: it is to be shown, and tqdm is not installed.
+    """
+    if not shown:
+        yield lambda count: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("show_progress needs tqdm: pip install 'albert-fast[cli]'") from error
+    with tqdm(total=total, unit=unit) as bar:
+        yield bar.update
+
+
+def token_limit(tokenizer: Tokenizer, config: EncoderConfig, max_length: int | None) -> int:
     """Tokens that a text is cut to. ValueError where `max_length` is more than the model has positions."""
-    positions = config.max_position_embeddings
+    positions = config.longest
     if max_length is not None and max_length > positions:
         raise ValueError(f"max_length {max_length} is more than the model's {positions} positions")
     return max_length or min(tokenizer.model_max_length, positions)

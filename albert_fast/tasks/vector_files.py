@@ -29,15 +29,30 @@ if TYPE_CHECKING:
 class Form(Protocol):
     """The bytes of a file format: `body` for each window of rows, after a `head`, which is rewritten with the final count.
 
-    A head has the same length for every count.
+    A head has the same length for every count. Where `converts` is True these bytes are not the file yet: `convert` makes it
+    of them when all rows are there.
     """
+
+    converts: bool
 
     def head(self, rows: int) -> bytes: ...
 
     def body(self, vectors: np.ndarray, records: list[Record]) -> bytes: ...
 
+    def convert(self, rows: BinaryIO, out: BinaryIO) -> None: ...
 
-class NpyForm:
+
+class PlainForm:
+    """A form whose bytes are the file."""
+
+    converts = False
+
+    def convert(self, rows: BinaryIO, out: BinaryIO) -> None:
+        """Never called."""
+        raise NotImplementedError
+
+
+class NpyForm(PlainForm):
     """A .npy file (format 1.0): a header of fixed length, then the vectors (rows, width)."""
 
     def __init__(self, width: int, dtype: str) -> None:
@@ -57,7 +72,7 @@ class NpyForm:
         return vectors.astype(self.dtype, copy=False).tobytes()
 
 
-class JsonlForm:
+class JsonlForm(PlainForm):
     """A .jsonl file: {"embedding": [...]} for each row, with the input's "id" and "label" where it has them."""
 
     def __init__(self, dtype: str) -> None:
@@ -160,7 +175,7 @@ class ResumableFile:
         try:
             if state is not State.unfinished:
                 self.progress.unlink(missing_ok=True)  # before the rows that it counts are gone
-            self._file = self.partial.open("r+b" if state is State.unfinished else "wb")
+            self._file = self.partial.open("r+b" if state is State.unfinished else "w+b")
             position = self._read_progress() if state is State.unfinished else self._file.write(form.head(0))
             self._file.truncate(position)  # rows after the last note may be incomplete
             self._file.seek(position)
@@ -197,12 +212,17 @@ class ResumableFile:
         self.rows = rows
 
     def finish(self) -> None:
-        """Renames OUT.partial to OUT."""
+        """Renames OUT.partial to OUT, or makes OUT of it where the form asks for that."""
         assert self._file is not None
-        self._file.seek(0)
-        self._file.write(self.form.head(self.rows))
-        self._file.flush()
-        commit(self.partial, self.output)
+        if self.form.converts:
+            with replacing(self.output) as out:
+                self.form.convert(self._file, out)
+            self.partial.unlink()
+        else:
+            self._file.seek(0)
+            self._file.write(self.form.head(self.rows))
+            self._file.flush()
+            commit(self.partial, self.output)
         self.progress.unlink(missing_ok=True)
         self._release()
 

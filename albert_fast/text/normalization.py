@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import json
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -107,10 +108,18 @@ def obey(normalizer: Mapping[str, Any] | None, given: Mapping[str, Any], model: 
     return _joined([{**step, **stated} if step["type"] == "BertNormalizer" else step for step in steps])
 
 
+def lower_first(backend: Any) -> None:
+    """Makes a pipeline of the `tokenizers` library lower texts first, where its normalizer does not lower them already."""
+    from tokenizers import normalizers
+
+    steps = [] if backend.normalizer is None else _flat(json.loads(backend.normalizer.__getstate__()))
+    if not any(step["type"] == "Lowercase" or step.get("lowercase") is True for step in steps):
+        old = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *old])
+
+
 def contracted(normalizer: bytes | None) -> list[str]:
     """The strings that a normalizer (given as serialised JSON) replaces by fewer characters."""
-    import json
-
     steps = _flat(json.loads(normalizer)) if normalizer else []
     strings = ((step["pattern"].get("String", ""), step["content"]) for step in steps if step["type"] == "Replace")
     return [string for string, content in strings if len(string) > len(content) > 0]

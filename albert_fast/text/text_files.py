@@ -1,4 +1,4 @@
-"""Reads texts, with their labels and ids, from plain lines, CSV, TSV and JSON lines, also as .gz.
+"""Reads texts, with their labels and ids, from plain lines, CSV, TSV and JSON lines, also as .gz, and from Parquet.
 
 `read_table("train.csv", Columns(label="label"))` yields a `Record` for each row. Training, evaluation and the command
 line use the same rules:
@@ -8,6 +8,7 @@ line use the same rules:
 | csv | comma-separated, quoted with "; a quoted text may hold line ends | named in the first row, or numbered from 0 |
 | tsv | tab-separated, no quoting | the same |
 | jsonl | an object on each line | its keys |
+| parquet | a row | its columns; line n of an error is row n |
 | text | a line | none: the line is the text |
 
 A row that cannot be read raises a ValueError that names file, line and column, after the rows before it were returned.
@@ -25,7 +26,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .line_reader import LineReader, open_lines
+from .line_reader import LONGEST_LINE, LineReader, open_lines
+from .parquet_files import open_parquet
 
 TEXT_COLUMNS = ("text", "sentence", "review")
 PAIR_COLUMN = "text_pair"
@@ -45,9 +47,16 @@ class Format(str, Enum):
     csv = "csv"
     tsv = "tsv"
     jsonl = "jsonl"
+    parquet = "parquet"
 
 
-_ENDINGS = {".csv": Format.csv, ".tsv": Format.tsv, ".jsonl": Format.jsonl, ".ndjson": Format.jsonl}
+_ENDINGS = {
+    ".csv": Format.csv,
+    ".tsv": Format.tsv,
+    ".jsonl": Format.jsonl,
+    ".ndjson": Format.jsonl,
+    ".parquet": Format.parquet,
+}
 
 
 @dataclass(frozen=True)
@@ -84,15 +93,42 @@ class Record:
 
 def table_format(path: str | Path) -> Format | None:
     """The format that the ending of a name stands for, without .gz; None if it is not a table's."""
+    if str(path).lower().endswith(".parquet.gz"):  # Parquet packs its columns itself, and is not read from a stream
+        return None
     return _ENDINGS.get(Path(str(path).lower().removesuffix(".gz")).suffix)
+
+
+def open_table(
+    path: str | Path,
+    format: Format,
+    columns: Columns,
+    encoding: str = "utf-8",
+    errors: str = "strict",
+    longest: int = LONGEST_LINE,
+) -> tuple[LineReader, Format]:
+    """Opens a file in a format; returns its lines and the format that these have: a Parquet file's rows come as JSON lines.
+
+    Raises:
+        OSError: see `open`. ValueError, ImportError: see `open_parquet`.
+    """
+    if format is not Format.parquet:
+        return open_lines(path, encoding, errors, longest), format
+    given = (columns.text, columns.pair, columns.label)
+    if number := next((name for name in given if isinstance(name, int)), None):
+        raise ValueError(f"{path}: column {number} is a number; the columns of a Parquet file have names")
+    wanted = [str(name) for name in given if name is not None]
+    texts = () if columns.text is not None else TEXT_COLUMNS
+    return open_parquet(path, wanted, texts, (PAIR_COLUMN, KEY_COLUMN), longest), Format.jsonl
 
 
 def read_table(path: str | Path, columns: Columns) -> Iterator[Record]:
     """Yields every row of a table, without blank lines. ValueError: see the top of this file. OSError: see `open`."""
     format = table_format(path)
     if format is None:
-        raise ValueError(f"{path}: cannot tell the format from the name; expected .tsv, .csv or .jsonl (also with .gz)")
-    lines = open_lines(path, longest=LONGEST_ROW)
+        raise ValueError(
+            f"{path}: cannot tell the format from the name; expected .tsv, .csv or .jsonl (also with .gz), or .parquet"
+        )
+    lines, format = open_table(path, format, columns, longest=LONGEST_ROW)
     try:
         reader = RowReader(lines, format, columns, skip_blank=True)
         while (row := reader.read()) is not None:

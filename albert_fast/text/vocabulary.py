@@ -218,6 +218,8 @@ def _read_pipeline(file: Path, given: dict[str, Any]) -> tuple[tokenizers.Tokeni
         backend.no_padding()
         backend.no_truncation()
         names = dict(WORDPIECE_TOKENS if backend.token_to_id("[PAD]") is not None else _UNIGRAM_TOKENS)
+        if backend.token_to_id(names["mask_token"]) is None:
+            names["mask_token"] = "<mask>"  # RoBERTa's and its kin's
         template = backend.encode("").ids
         if len(template) == 2:  # names that no file states are those of the template
             names["cls_token"], names["sep_token"] = map(backend.id_to_token, template)
