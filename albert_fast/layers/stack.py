@@ -17,6 +17,7 @@ from .adapters import is_hooked
 from .attention import FusedQKV
 from .layer import Layer, fused_ahead
 from .packing import Packing
+from .prepared import Prepared
 from .quantized import QuantizedLinear
 from .run import Run
 from .spec import LayerSpec
@@ -42,6 +43,7 @@ class LayerStack(nn.Module):
         super().__init__()
         self.spec = spec
         self.group_indices = tuple(group_indices)
+        self._prepared = Prepared()
         self.layer_indices = [g * group_size + inner for g in self.group_indices for inner in range(group_size)]
 
     def groups(self) -> Sequence[LayerGroup]:
@@ -89,13 +91,12 @@ class LayerStack(nn.Module):
         return hidden if wanted is None or last_wanted is not None else take(hidden, wanted.rows)
 
     def _one_call(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, backend: str) -> Tensor:
-        """All layers as the operator `encoder`."""
+        """All layers as the operator `encoder`; `why_not_one_call` has just found them plain."""
         wanted_rows, cu_wanted = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
         distinct = self.distinct()
-        weights = [weight for layer in distinct for weight in layer.weights()]
         return ops.encoder(
             hidden,
-            weights,
+            self._prepared.weights(),
             self.layer_indices,
             packing.cu_seqlens,
             wanted_rows,
@@ -155,7 +156,14 @@ class LayerStack(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether the layers compute exactly what the encoder operators do: see `Layer.is_plain`; no group has hooks."""
-        return not any(map(is_hooked, self.groups())) and all(layer.is_plain() for layer in self.distinct())
+        return self.prepared(self.distinct()).plain
+
+    def prepared(self, distinct: Sequence[Layer]) -> Prepared:
+        """What is known of the `distinct` layers, found out again where one of them or a group changed."""
+        prepared = self._prepared
+        if not prepared.is_current(distinct):
+            prepared = self._prepared = Prepared(distinct, self.groups())
+        return prepared
 
     def why_not_one_call(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None = None) -> str | None:
         """Why the `encoder` operator does not run all layers on states (T, H) such as `hidden`; None where it does.

@@ -20,6 +20,7 @@ from .embedding_projection import embedding_projection, embedding_projection_ref
 from .encoder import (
     MAX_KERNEL_HEAD_DIM,
     MAX_KERNEL_TOKENS,
+    EncoderWeights,
     encoder,
     encoder_ref,
     kernel_is_faster,
@@ -40,6 +41,7 @@ __all__ = [
     "WEIGHTS",
     "CapturedReports",
     "Describe",
+    "EncoderWeights",
     "GraphInputs",
     "TokenIndexError",
     "add_layer_norm",

@@ -7,9 +7,10 @@ again when they change. The Triton kernel reads the weights as they are.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,17 +114,78 @@ def kernel_is_faster(
     return winner is not None and winner["ONE_KERNEL"] == 1
 
 
+class EncoderWeights(list[Tensor]):
+    """The weights of `encoder`, which a caller keeps from call to call: then C++ checks them all at once, many times faster.
+
+    The first call checks every tensor as `hold` does. Later ones compare what may change in a tensor: address, size of its
+    memory, shape, strides, dtype and sign. Only where one differs are they checked one by one again. Between calls it keeps
+    no memory alive. The tensors are Tensors or Parameters, of no subclass.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__(weights)
+        self._checked: _Checked | None = None
+
+    def held(self, call: EncoderCall) -> tuple[list[Any], _Checked]:
+        """The storages of all weights, to be referenced while their addresses are in use, and what was found out about them.
+
+        Raises:
+            As `hold`.
+        """
+        hidden, checked = call.hidden, self._checked
+        storages, state = _state(self, hidden)
+        if checked is None or state is None or checked.state != state:
+            layers = _layer_operands(self, hidden)
+            memories = [hold("encoder", hidden.device, layer) for layer in layers]
+            addresses = [memory.addresses for memory in memories]
+            checked = _Checked(state, layers, addresses)
+            # Addresses of dense copies, which `hold` makes of others, are for this call alone.
+            own = state is not None and [at for layer in addresses for at in layer] == state[0]
+            self._checked = checked if own else None
+            return memories, checked
+        return storages, checked
+
+
+class _Checked(NamedTuple):
+    """Weights that fit: their state then, each layer's operands, and their addresses."""
+
+    state: tuple[Any, ...] | None
+    layers: list[list[Operand]]
+    addresses: list[list[int]]
+
+
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
+
+
+def _state(weights: list[Tensor], hidden: Tensor) -> tuple[list[Any], tuple[Any, ...] | None]:
+    """The storages of the weights, and all that can change in a tensor apart from its numbers; None where it has none."""
+    try:
+        storages = list(map(Tensor.untyped_storage, weights))
+        return storages, (
+            list(map(Tensor.data_ptr, weights)),
+            list(map(torch.UntypedStorage.nbytes, storages)),
+            list(map(_SHAPE, weights)),
+            list(map(Tensor.stride, weights)),
+            list(map(_DTYPE, weights)),
+            list(map(Tensor.is_neg, weights)),
+            (hidden.dtype, hidden.device, hidden.shape[1:]),
+        )
+    except (AttributeError, RuntimeError):  # a nested or sparse tensor: `hold` names it
+        return [], None
+
+
 def _run(weights: Sequence[Tensor], call: EncoderCall, backend: str) -> Tensor:
+    if isinstance(weights, EncoderWeights) and not is_traced():
+        chosen = dispatch.resolve("encoder", call.hidden.device.type, call.hidden.dtype, backend)
+        if chosen == "cpp":
+            return _run_cpp(*weights.held(call), call)
     layers = _layer_operands(weights, call.hidden)
     operands = check_call("encoder", call, len(layers))
     device = call.hidden.device
     backend = dispatch.resolve("encoder", device.type, call.hidden.dtype, backend)
     if backend == "cpp":
-        held = [hold("encoder", device, layer) for layer in layers]
-        packed = [_packed(layer) for layer in layers]
-        table = [at for own, matrices in zip(held, packed, strict=True) for at in (*own.addresses, matrices.data_ptr())]
-        middle = layers[0][_FFN][2][0]
-        return run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, middle)
+        memories = [hold("encoder", device, layer) for layer in layers]
+        return _run_cpp(memories, _Checked(None, layers, [memory.addresses for memory in memories]), call)
     check_launch("encoder", backend, device, [*operands, *(operand for layer in layers for operand in layer)])
     check_content("encoder", call)
     if backend == "triton":
@@ -131,6 +193,18 @@ def _run(weights: Sequence[Tensor], call: EncoderCall, backend: str) -> Tensor:
         out: Tensor = _triton_kernel().encoder_fwd(hidden, weights, *others)
         return out
     return encoder_ref(weights, call)
+
+
+def _run_cpp(held: list[Any], checked: _Checked, call: EncoderCall) -> Tensor:
+    """The call in C++; `held` keeps the memory behind the addresses alive until it has returned."""
+    operands = check_call("encoder", call, len(checked.layers))
+    packed = [_packed(layer) for layer in checked.layers]
+    rows = zip(checked.addresses, packed, strict=True)
+    table = [at for addresses, matrices in rows for at in (*addresses, matrices.data_ptr())]
+    middle = checked.layers[0][_FFN][2][0]
+    out = run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, middle)
+    del held
+    return out
 
 
 def _fwd(weights: list[Tensor], *arguments: Any) -> Tensor:
@@ -199,7 +273,8 @@ def encoder(
 
     Args:
         hidden: (T, H), packed tokens.
-        weights: for each distinct layer in turn, the tensors that `WEIGHTS` names, in its order.
+        weights: for each distinct layer in turn, the tensors that `WEIGHTS` names, in its order; as EncoderWeights where the
+            caller keeps them.
         layer_indices: which distinct layer runs at each step.
         cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end.
         wanted_rows, cu_wanted: the rows (Tq,) int64 of the packed batch that the last layer is computed for, sequence by
@@ -224,7 +299,8 @@ def encoder(
     call = EncoderCall(
         hidden, list(layer_indices), cu_seqlens, wanted_rows, cu_wanted, num_heads, softmax_scale, eps, act
     )
-    if needs_dispatcher(hidden, *weights):
+    kept = isinstance(weights, EncoderWeights)  # of no subclass; without gradients nothing else is asked of them
+    if needs_dispatcher(hidden, *(() if kept and not torch.is_grad_enabled() else weights)):
         out: Tensor = torch.ops.albert_fast.encoder_fwd(list(weights), *call, backend)
         return out
-    return _run(list(weights), call, backend)
+    return _run(weights if kept else list(weights), call, backend)
