@@ -20,7 +20,7 @@ from ..runtime.derived import Derived
 from ..runtime.operands import Operand, check, check_launch, head_size, hold, matrix
 from ..runtime.registration import forbid_derivative, is_traced, needs_dispatcher, register
 from ._encoder_call import CALL_SCHEMA, EncoderCall, check_call, check_content, run_cpp
-from ._schema import LAYER, WEIGHTS, sizes_of, split_layers
+from ._schema import LAYER, SLICE, WEIGHTS, sizes_of, split_layers
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import bias_gelu_ref
@@ -54,7 +54,12 @@ def encoder_ref(weights: Sequence[Tensor], call: EncoderCall) -> Tensor:
     return hidden
 
 
-def _pack(matrices: Sequence[Tensor]) -> Tensor:
+def pack_matrices(matrices: Sequence[Tensor]) -> Tensor:
+    """A layer's six matrices, in the order of the schema, in one piece of memory as the C++ kernel reads them.
+
+    Raises:
+        BackendUnavailableError: there is no C++ extension.
+    """
     extension, (middle, hidden) = dispatch.extension(), matrices[_MATRICES.index(_FFN)].shape
     memory = torch.empty(extension.encoder_packed_size_cpu(hidden, middle), dtype=torch.float32)
     shapes = zip(_MATRICES, matrices, strict=True)
@@ -63,12 +68,35 @@ def _pack(matrices: Sequence[Tensor]) -> Tensor:
     return memory
 
 
-_PACKED = Derived(_pack)
+_PACKED = Derived(pack_matrices)
 
 
 def _packed(layer: Sequence[Operand]) -> Tensor:
     """One layer's packed matrices: packed now, unless they are already and have not changed since."""
     return _PACKED([layer[i][1].contiguous() for i in _MATRICES])  # type: ignore[union-attr]
+
+
+def panel_columns() -> int:
+    """The columns of a panel of packed matrices, which depend on the instruction set that the extension runs on."""
+    return int(dispatch.extension().encoder_packed_size_cpu(1, 1)) // len(_MATRICES)
+
+
+def unpack_matrix(packed: Tensor, number: int, hidden: int, middle: int) -> Tensor:
+    """Matrix `number` of a layer again, bit for bit, from what `pack_matrices` made of six; `hidden` and `middle` are H and I."""
+    # Panels of columns follow one another; the last product's inner dimension is cut into slices, each with its panels.
+    panel = panel_columns()
+    shapes = [sizes_of(LAYER[i].shape, hidden, middle) for i in _MATRICES]
+    begin = sum(-(-n // panel) * panel * k for n, k in shapes[:number])
+    n, k = shapes[number]
+    panels, slices = -(-n // panel), [k]
+    if number == len(shapes) - 1:
+        slices = [min(SLICE, k - first) for first in range(0, k, SLICE)]
+    parts = []
+    for columns in slices:
+        region = packed[begin : begin + panels * panel * columns].view(panels, columns, panel)
+        parts.append(region.transpose(1, 2).reshape(panels * panel, columns)[:n])
+        begin += region.numel()
+    return torch.cat(parts, dim=1)
 
 
 @functools.cache
@@ -250,6 +278,38 @@ def _layer_operands(weights: Sequence[Tensor], hidden: Tensor) -> list[list[Oper
 def _shapes(width: int, middle: int) -> tuple[tuple[int, ...], ...]:
     """The shapes of a layer's weights, in the order of `WEIGHTS`."""
     return tuple(sizes_of(shape, width, middle) for shape in WEIGHTS.values())
+
+
+def packed_encoder(
+    vectors: Sequence[Sequence[Tensor]], packed: Sequence[Tensor], middle: int, call: EncoderCall
+) -> Tensor:
+    """`encoder` in C++ for layers of which only the packed matrices are kept.
+
+    Args:
+        vectors: of each distinct layer, the ten tensors of the schema that are no matrices, in its order.
+        packed: of each distinct layer, what `pack_matrices` made of its matrices.
+        middle: I.
+
+    Raises:
+        As `encoder`.
+    """
+    hidden = call.hidden
+    shapes = _shapes(matrix("encoder", "hidden", hidden)[1], middle)
+    operands = check_call("encoder", call, len(packed))
+    size = dispatch.extension().encoder_packed_size_cpu(hidden.shape[1], middle)
+    places = [i for i in range(_PER_LAYER) if i not in _MATRICES]
+    memories, table = [], []
+    for own, matrices in zip(vectors, packed, strict=True):
+        listed: list[Operand] = [(_NAMES[i], t, shapes[i], torch.float32) for i, t in zip(places, own, strict=True)]
+        memory = hold("encoder", hidden.device, [*listed, ("packed", matrices, (size,), torch.float32)])
+        row = [0] * (_PER_LAYER + 1)
+        for place, address in zip((*places, _PER_LAYER), memory.addresses, strict=True):
+            row[place] = address
+        memories.append(memory)
+        table += row
+    out = run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, middle)
+    del memories
+    return out
 
 
 def encoder(
