@@ -164,8 +164,9 @@ class LayerStack(nn.Module):
         self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, layer_indices: list[int]
     ) -> Tensor:
         distinct = self.distinct()
-        rows = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
-        call = ops.EncoderCall(hidden, layer_indices, packing.cu_seqlens, *rows, *distinct[0].numbers())
+        wanted_rows, cu_wanted = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
+        numbers = distinct[0].numbers()
+        call = ops.EncoderCall(hidden, layer_indices, packing.cu_seqlens, wanted_rows, cu_wanted, *numbers)
         vectors, packed = [layer.packed_vectors() for layer in distinct], [layer.up.packed for layer in distinct]
         return ops.packed_encoder(vectors, packed, self.spec.intermediate_size, call)
 
