@@ -437,14 +437,12 @@ def encoder_fwd(
     runs = [(number, len(list(equal))) for number, equal in itertools.groupby(layer_indices)]
     if len(hidden) == 0 or (wanted_rows is not None and len(wanted_rows) == 0):
         return torch.empty((0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
-    shared = DistinctLayers(None, None)
     distinct = distinct_layers(weights, layer_indices) if len(runs) > 1 else None
-    numbers = (num_heads, softmax_scale, eps, act, step_programs)
     if distinct is not None:
-        wanted, steps = (wanted_rows, cu_wanted), len(layer_indices)
-        return _run(hidden, weights[: len(WEIGHTS)], distinct, steps, cu_seqlens, *wanted, *numbers)
+        runs = [(0, len(layer_indices))]
     for i, (number, n_layers) in enumerate(runs):
-        wanted = (wanted_rows, cu_wanted) if i == len(runs) - 1 else (None, None)
+        rows, ends = (wanted_rows, cu_wanted) if i == len(runs) - 1 else (None, None)
         layer = weights[len(WEIGHTS) * number : len(WEIGHTS) * (number + 1)]
-        hidden = _run(hidden, layer, shared, n_layers, cu_seqlens, *wanted, *numbers)
+        own, numbers = distinct or DistinctLayers(None, None), (num_heads, softmax_scale, eps, act, step_programs)
+        hidden = _run(hidden, layer, own, n_layers, cu_seqlens, rows, ends, *numbers)
     return hidden

@@ -43,9 +43,10 @@ class ModelMethods(nn.Module):
         if "forward" in vars(cls) or not all(part.__module__.startswith(f"{root}.") for part in (cls, forward)):
             return
         code = forward.__code__, forward.__globals__, "forward", forward.__defaults__, forward.__closure__
-        named = functools.update_wrapper(types.FunctionType(*code), forward)
+        named: Any = functools.update_wrapper(types.FunctionType(*code), forward)
         named.__qualname__ = f"{cls.__qualname__}.forward"
-        del named.__wrapped__  # type: ignore[attr-defined]
+        named.__kwdefaults__ = forward.__kwdefaults__
+        del named.__wrapped__
         cls.forward = named
 
     def __init__(self) -> None:

@@ -103,9 +103,10 @@ def unpack_matrix(packed: Tensor, number: int, hidden: int, middle: int) -> Tens
 def _triton_kernel() -> ModuleType:
     """kernels.encoder, once its arguments were found to be in the order of the schema."""
     from ..kernels import encoder as kernel
+    from ..kernels._encoder_weights import WEIGHTS as taken
 
-    if kernel.WEIGHTS != _NAMES:
-        raise ImportError(f"the Triton kernel takes a layer's weights as {kernel.WEIGHTS}, ops/_schema.py has {_NAMES}")
+    if taken != _NAMES:
+        raise ImportError(f"the Triton kernel takes a layer's weights as {taken}, ops/_schema.py has {_NAMES}")
     return kernel
 
 
