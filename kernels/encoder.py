@@ -58,6 +58,7 @@ from ._encoder_phases import (
     norm_phase,
     product_phase,
 )
+from ._encoder_weights import WEIGHTS, DistinctLayers, LayerWeights, distinct_layers, layer_weight
 from ._precision import multiplies_tf32
 from ._tuning import Tiles
 from .attention import LOG2_E, HeadTile
@@ -70,31 +71,6 @@ _MIN_STEPS = 3
 _PHASES = 5
 # The barrier's counter has a cache line of its own; each split tile's count of programs follows it.
 _ARRIVALS_AT = tl.constexpr(32)
-
-
-class LayerWeights(NamedTuple):
-    """The weights of one layer; one argument of the kernel."""
-
-    query_ptr: Any  # (H, H)
-    query_bias_ptr: Any  # (H,)
-    key_ptr: Any  # (H, H)
-    key_bias_ptr: Any  # (H,)
-    value_ptr: Any  # (H, H)
-    value_bias_ptr: Any  # (H,)
-    dense_ptr: Any  # (H, H)
-    dense_bias_ptr: Any  # (H,)
-    norm_weight_ptr: Any  # (H,)
-    norm_bias_ptr: Any  # (H,)
-    ffn_ptr: Any  # (I, H)
-    ffn_bias_ptr: Any  # (I,)
-    ffn_output_ptr: Any  # (H, I)
-    ffn_output_bias_ptr: Any  # (H,)
-    full_norm_weight_ptr: Any  # (H,)
-    full_norm_bias_ptr: Any  # (H,)
-
-
-# The order of a layer's weights, by name; ops/encoder.py compares it with the schema.
-WEIGHTS = tuple(name.removesuffix("_ptr") for name in LayerWeights._fields)
 
 
 class Buffers(NamedTuple):
@@ -119,7 +95,8 @@ class Buffers(NamedTuple):
 )
 def _encoder_fwd_kernel(
     hidden_ptr,  # (T, H)
-    weights,  # LayerWeights
+    weights,  # LayerWeights, of the first layer
+    distinct,  # DistinctLayers
     cu_seqlens_ptr,  # (B + 1,) int32
     wanted_rows_ptr,  # (Tq,) int64, or None for all tokens
     cu_wanted_ptr,  # (B + 1,) int32, or None
@@ -155,8 +132,6 @@ def _encoder_fwd_kernel(
     # Every program takes part in every phase.
     TILE: tl.constexpr = ProductTile(BLOCK_M, BLOCK_N, BLOCK_K, BLOCKS, TF32)
     HEAD_TILE: tl.constexpr = HeadTile(HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_S, CHUNK_D, TF32)
-    norm = (weights.norm_weight_ptr, weights.norm_bias_ptr)
-    full_norm = (weights.full_norm_weight_ptr, weights.full_norm_bias_ptr)
     split_sums = SplitSums(buffers.partials_ptr, buffers.state_ptr + _ARRIVALS_AT)
     # Without disable_licm the compiler keeps addresses of all phases in registers during each phase, and spills.
     for phase in tl.range(first_phase, end_phase, disable_licm=True):
@@ -165,12 +140,23 @@ def _encoder_fwd_kernel(
         is_sum = layer > 0
         gather = layer == n_layers - 1
         n_rows = tl.where(layer >= n_layers - 1, n_wanted, n_tokens)
+        # The LayerNorm at a layer's end is applied where its result is read: in the next layer.
+        before = tl.maximum(layer - 1, 0)
+        full_norm_weight_ptr = layer_weight(distinct, before, weights.full_norm_weight_ptr, 14)
+        full_norm_bias_ptr = layer_weight(distinct, before, weights.full_norm_bias_ptr, 15)
+        own = tl.minimum(layer, n_layers - 1)
+        norm_weight_ptr = layer_weight(distinct, own, weights.norm_weight_ptr, 8)
+        norm_bias_ptr = layer_weight(distinct, own, weights.norm_bias_ptr, 9)
         z_ptr = chosen(is_sum, buffers.sums_ptr, hidden_ptr)
-        z_normed = NormedRows(z_ptr, buffers.sums_statistics_ptr, *full_norm, is_sum)
-        attended_normed = NormedRows(buffers.attended_ptr, buffers.attended_statistics_ptr, *norm, True)
+        z_normed = NormedRows(z_ptr, buffers.sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, is_sum)
+        attended_normed = NormedRows(
+            buffers.attended_ptr, buffers.attended_statistics_ptr, norm_weight_ptr, norm_bias_ptr, True
+        )
         if layer == n_layers:
             norm_phase(
-                NormedRows(buffers.sums_ptr, buffers.sums_statistics_ptr, *full_norm, True),
+                NormedRows(
+                    buffers.sums_ptr, buffers.sums_statistics_ptr, full_norm_weight_ptr, full_norm_bias_ptr, True
+                ),
                 out_ptr,
                 n_rows,
                 width,
@@ -181,9 +167,18 @@ def _encoder_fwd_kernel(
             product_phase(
                 z_ptr,
                 z_normed,
-                Linear(weights.query_ptr, weights.query_bias_ptr),
-                Linear(weights.key_ptr, weights.key_bias_ptr),
-                Linear(weights.value_ptr, weights.value_bias_ptr),
+                Linear(
+                    layer_weight(distinct, own, weights.query_ptr, 0),
+                    layer_weight(distinct, own, weights.query_bias_ptr, 1),
+                ),
+                Linear(
+                    layer_weight(distinct, own, weights.key_ptr, 2),
+                    layer_weight(distinct, own, weights.key_bias_ptr, 3),
+                ),
+                Linear(
+                    layer_weight(distinct, own, weights.value_ptr, 4),
+                    layer_weight(distinct, own, weights.value_bias_ptr, 5),
+                ),
                 buffers.qkv_ptr,
                 None,
                 split_sums,
@@ -218,7 +213,10 @@ def _encoder_fwd_kernel(
             product_phase(
                 buffers.context_ptr,
                 z_normed,
-                Linear(weights.dense_ptr, weights.dense_bias_ptr),
+                Linear(
+                    layer_weight(distinct, own, weights.dense_ptr, 6),
+                    layer_weight(distinct, own, weights.dense_bias_ptr, 7),
+                ),
                 None,
                 None,
                 buffers.attended_ptr,
@@ -238,7 +236,10 @@ def _encoder_fwd_kernel(
             product_phase(
                 buffers.attended_ptr,
                 attended_normed,
-                Linear(weights.ffn_ptr, weights.ffn_bias_ptr),
+                Linear(
+                    layer_weight(distinct, own, weights.ffn_ptr, 10),
+                    layer_weight(distinct, own, weights.ffn_bias_ptr, 11),
+                ),
                 None,
                 None,
                 buffers.middle_ptr,
@@ -258,7 +259,10 @@ def _encoder_fwd_kernel(
             product_phase(
                 buffers.middle_ptr,
                 attended_normed,
-                Linear(weights.ffn_output_ptr, weights.ffn_output_bias_ptr),
+                Linear(
+                    layer_weight(distinct, own, weights.ffn_output_ptr, 12),
+                    layer_weight(distinct, own, weights.ffn_output_bias_ptr, 13),
+                ),
                 None,
                 None,
                 buffers.sums_ptr,
@@ -337,6 +341,7 @@ def _programs(device: torch.device) -> int:
 def _run(
     hidden: torch.Tensor,
     layer: Sequence[torch.Tensor],
+    distinct: DistinctLayers,
     n_layers: int,
     cu_seqlens: torch.Tensor,
     wanted_rows: torch.Tensor | None,
@@ -347,7 +352,8 @@ def _run(
     act: str,
     step_programs: int,
 ) -> torch.Tensor:
-    """Apply the layer with these weights `n_layers` times; the arguments are those of `encoder_fwd`."""
+    """Run `n_layers` layers, all with the weights of `layer` or with those of `distinct`; the other arguments are those of
+    `encoder_fwd`."""
     (n_tokens, width), middle_width = hidden.shape, len(layer[WEIGHTS.index("ffn")])
     n_wanted, head_dim = n_tokens if wanted_rows is None else len(wanted_rows), width // num_heads
     tiles = encoder_tiles(head_dim, hidden.dtype, n_tokens, multiplies_tf32(hidden.dtype))
@@ -367,7 +373,7 @@ def _run(
     state = torch.zeros(_ARRIVALS_AT.value + PROGRAMS, dtype=torch.int32, device=hidden.device)
     buffers = Buffers(qkv, context, attended, attended_statistics, middle, sums, sums_statistics, partials, state)
     out = empty(n_wanted, width)
-    tensors = (hidden, LayerWeights(*layer), cu_seqlens, wanted_rows, cu_wanted, buffers, out)
+    tensors = (hidden, LayerWeights(*layer), distinct, cu_seqlens, wanted_rows, cu_wanted, buffers, out)
     sizes = (n_tokens, n_wanted, len(cu_seqlens) - 1, width, middle_width, num_heads, n_layers)
     constants = {"ACT": ACT_CODES[act], "HEAD_DIM": head_dim, "BLOCKS": triton.next_power_of_2(blocks), **tiles}
     options = {"launch_cooperative_grid": not step_programs, **COMPILER_OPTIONS}
@@ -401,7 +407,9 @@ def encoder_fwd(
     act: str,
     step_programs: int = 0,
 ) -> torch.Tensor:
-    """The hidden states after all layers (Lan et al. 2019, section 3.1): one launch for each run of equal layer indices.
+    """The hidden states after all layers (Lan et al. 2019, section 3.1), in one launch.
+
+    Layers that differ take a launch each where a weight begins at no multiple of 16 bytes, as a view into a larger tensor may.
 
     Args:
         hidden: (T, H), packed tokens.
@@ -429,8 +437,12 @@ def encoder_fwd(
     runs = [(number, len(list(equal))) for number, equal in itertools.groupby(layer_indices)]
     if len(hidden) == 0 or (wanted_rows is not None and len(wanted_rows) == 0):
         return torch.empty((0, hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
+    distinct = distinct_layers(weights, layer_indices) if len(runs) > 1 else None
+    if distinct is not None:
+        runs = [(0, len(layer_indices))]
     for i, (number, n_layers) in enumerate(runs):
-        wanted = (wanted_rows, cu_wanted) if i == len(runs) - 1 else (None, None)
+        rows, ends = (wanted_rows, cu_wanted) if i == len(runs) - 1 else (None, None)
         layer = weights[len(WEIGHTS) * number : len(WEIGHTS) * (number + 1)]
-        hidden = _run(hidden, layer, n_layers, cu_seqlens, *wanted, num_heads, softmax_scale, eps, act, step_programs)
+        own, numbers = distinct or DistinctLayers(None, None), (num_heads, softmax_scale, eps, act, step_programs)
+        hidden = _run(hidden, layer, own, n_layers, cu_seqlens, rows, ends, *numbers)
     return hidden

@@ -193,7 +193,8 @@ FILES = {
     "albert_fast/execution": "capture graphs",
     "albert_fast/inspect": "explain info profiling timing",
     "albert_fast/layers": (
-        "adapters attention embeddings encoded inputs layer packing quantized run single_layers spec stack wanted"
+        "adapters attention embeddings encoded inputs layer packed packing prepared quantized run single_layers "
+        "spec stack wanted"
     ),
     "albert_fast/models": (
         "albert auto bert config config_attributes config_checks distilbert electra encoder_config encoder_model "
@@ -219,16 +220,17 @@ FILES = {
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
-        "batching line_reader normalization parquet_files text_files tokenizer vocabulary vocabulary_training windows"
+        "batching line_reader normalization parquet_files text_files tokenizer vocabulary vocabulary_training "
+        "windows"
     ),
     "albert_fast/training": (
         "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization "
         "recipe run"
     ),
     "kernels": (
-        "_attention_tiles _capture _common _encoder_phases _graph_inputs _layer_norm _matmul _precision _rounding "
-        "_tuning _vocabulary add_layer_norm attention attention_bwd bias_gelu embedding_layer_norm encoder "
-        "gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
+        "_attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs _layer_norm _matmul "
+        "_precision _rounding _tuning _vocabulary add_layer_norm attention attention_bwd bias_gelu "
+        "embedding_layer_norm encoder gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
     ),
 }
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from .adapters import is_hooked, is_linear, product
 from .attention import Attention, FusedQKV, add_norm
+from .packed import PackedLinear, packed_linears
 from .packing import Packing
 from .quantized import QuantizedAttention, QuantizedLinear
 from .run import Run
@@ -130,6 +131,27 @@ class Layer(nn.Module):
         self.place_ffn(up, down)
         self.attention = QuantizedAttention(self.attention, qkv, dense)
 
+    def place_packed(self) -> None:
+        """Replace the six Linears by their packed matrices.
+
+        Raises:
+            As `packed_linears`.
+        """
+        a = self.attention
+        linears = [a.query, a.key, a.value, a.dense, self.up, self.down]
+        packed = packed_linears(linears)
+        new = {id(old): module.train(self.training) for old, module in zip(linears, packed, strict=True)}
+        for parent in list(self.modules()):
+            for name, child in list(parent._modules.items()):
+                if id(child) in new:
+                    setattr(parent, name, new[id(child)])
+
+    def packed_vectors(self) -> list[Tensor]:
+        """The tensors that `ops.packed_encoder` reads beside the packed matrices, in its order."""
+        a, inner, norm = self.attention, self.attention_norm, self.norm
+        biases = [module.bias for module in (a.query, a.key, a.value, a.dense)]
+        return [*biases, inner.weight, inner.bias, self.up.bias, self.down.bias, norm.weight, norm.bias]
+
     def place_ffn(self, up: nn.Module, down: nn.Module) -> None:
         """Replace the two products of the feed-forward network."""
         self.ffn, self.ffn_output = up, down
@@ -145,7 +167,7 @@ class Layer(nn.Module):
 
 
 # The modules whose computation the operators know: those of a layer that is nothing but itself.
-PLAIN_PARTS = (QuantizedAttention, nn.Linear, QuantizedLinear, nn.LayerNorm)
+PLAIN_PARTS = (QuantizedAttention, nn.Linear, QuantizedLinear, PackedLinear, nn.LayerNorm)
 Layer.plain_types = (Layer, Attention, *PLAIN_PARTS)
 
 

@@ -16,7 +16,9 @@ from ..runtime.unused_gradients import watch_graph
 from .adapters import is_hooked
 from .attention import FusedQKV
 from .layer import Layer, fused_ahead
+from .packed import PackedLinear
 from .packing import Packing
+from .prepared import Prepared
 from .quantized import QuantizedLinear
 from .run import Run
 from .spec import LayerSpec
@@ -45,6 +47,7 @@ class LayerStack(nn.Module):
         super().__init__()
         self.spec = spec
         self.group_indices = tuple(group_indices)
+        self._prepared = Prepared()
         self.layer_indices = [g * group_size + inner for g in self.group_indices for inner in range(group_size)]
 
     def groups(self) -> Sequence[LayerGroup]:
@@ -59,6 +62,8 @@ class LayerStack(nn.Module):
         """(T, H) -> (T, H), or (Tq, H) for the rows that are wanted."""
         if self.quantized is not None:
             return self._quantized(hidden, packing, wanted, run)
+        if self.is_packed:
+            return self._packed(hidden, packing, wanted, run)
         if run.collects or run.listen is not None:
             return self._by_operators(hidden, packing, wanted, run)
 
@@ -92,13 +97,12 @@ class LayerStack(nn.Module):
         return hidden if wanted is None or last_wanted is not None else take(hidden, wanted.rows)
 
     def _one_call(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, backend: str) -> Tensor:
-        """All layers as the operator `encoder`."""
+        """All layers as the operator `encoder`; `why_not_one_call` has just found them plain."""
         wanted_rows, cu_wanted = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
         distinct = self.distinct()
-        weights = [weight for layer in distinct for weight in layer.weights()]
         return ops.encoder(
             hidden,
-            weights,
+            self._prepared.weights(),
             self.layer_indices,
             packing.cu_seqlens,
             wanted_rows,
@@ -148,6 +152,27 @@ class LayerStack(nn.Module):
             backend=backend,
         )
 
+    def _packed(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run) -> Tensor:
+        """All layers as the operator `encoder` on packed matrices; one call a layer where the states between are collected."""
+        self._check_packed(hidden, run)
+        if run.states is None:
+            return self._packed_call(hidden, packing, wanted, self.layer_indices)
+        run.states.append(hidden)
+        for number in self.layer_indices:
+            hidden = self._packed_call(hidden, packing, None, [number])
+            run.states.append(hidden)
+        return hidden if wanted is None else take(hidden, wanted.rows)
+
+    def _packed_call(
+        self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, layer_indices: list[int]
+    ) -> Tensor:
+        distinct = self.distinct()
+        wanted_rows, cu_wanted = (None, None) if wanted is None else (wanted.rows, wanted.cu_seqlens)
+        numbers = distinct[0].numbers()
+        call = ops.EncoderCall(hidden, layer_indices, packing.cu_seqlens, wanted_rows, cu_wanted, *numbers)
+        vectors, packed = [layer.packed_vectors() for layer in distinct], [layer.up.packed for layer in distinct]
+        return ops.packed_encoder(vectors, packed, self.spec.intermediate_size, call)
+
     # Which of these ways a call takes
 
     @property
@@ -156,9 +181,21 @@ class LayerStack(nn.Module):
         first: Any = self.groups()[0].layers()[0].up
         return first.precision if isinstance(first, QuantizedLinear) else None
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether only the packed matrices of the layers are kept: see `Layer.place_packed`."""
+        return isinstance(self.groups()[0].layers()[0].up, PackedLinear)
+
     def is_plain(self) -> bool:
         """Whether the layers compute exactly what the encoder operators do: see `Layer.is_plain`; no group has hooks."""
-        return not any(map(is_hooked, self.groups())) and all(layer.is_plain() for layer in self.distinct())
+        return self.prepared(self.distinct()).plain
+
+    def prepared(self, distinct: Sequence[Layer]) -> Prepared:
+        """What is known of the `distinct` layers, found out again where one of them or a group changed."""
+        prepared = self._prepared
+        if not prepared.is_current(distinct):
+            prepared = self._prepared = Prepared(distinct, self.groups())
+        return prepared
 
     def why_not_one_call(self, hidden: Tensor, backend: str, run: Callable[[str], Tensor] | None = None) -> str | None:
         """Why the `encoder` operator does not run all layers on states (T, H) such as `hidden`; None where it does.
@@ -205,6 +242,30 @@ class LayerStack(nn.Module):
         if self.spec.head_dim > ops.MAX_KERNEL_HEAD_DIM:
             return f"heads of {self.spec.head_dim}: the Triton kernels take up to {ops.MAX_KERNEL_HEAD_DIM}"
         return _NOT_FASTER if backend == "auto" and not ops.kernels_are_compared() else None
+
+    def _check_packed(self, hidden: Tensor, run: Run) -> None:
+        """Raise for what layers cannot do of which only packed matrices are kept."""
+        again = "load the model without keep_float=False"
+        if is_traced():
+            raise RuntimeError(f"packed layers cannot be traced: {again}")
+        if run.attentions is not None or run.listen is not None:
+            raise ValueError(f"packed layers run as a whole, and collect no attentions: {again}")
+        if run.backend not in ("auto", "cpp"):
+            raise ValueError(f"packed layers run on backend 'cpp', not on {run.backend!r}: {again}")
+        if self.training:
+            raise RuntimeError(f"packed layers cannot be trained: {again}, or call eval()")
+        if hidden.dtype != torch.float32 or hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            raise TypeError(
+                f"packed layers run in float32 on the CPU, not in {hidden.dtype} or under autocast: {again}"
+            )
+        if not self.is_plain():
+            raise RuntimeError(
+                "packed layers run as a whole: hooks on their parts and replaced parts would not be seen"
+            )
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise RuntimeError(f"packed layers have no gradient: {again}, or run the model under torch.no_grad()")
+        for layer in self.distinct():
+            layer.up.check_panel()
 
     def _check_quantized(self, hidden: Tensor, run: Run) -> None:
         """Raise for what rounded layers cannot do."""

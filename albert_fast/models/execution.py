@@ -65,6 +65,9 @@ class EagerExecution:
         """
         self.check(backend, "fp32")
 
+    def drop_float(self) -> None:
+        """Nothing: plain PyTorch keeps no second copy of its weights."""
+
     def warmup(self, shapes: Iterable[tuple[int, int]] = ()) -> None:
         """Does nothing: plain PyTorch needs no preparation."""
 
@@ -143,6 +146,29 @@ class Execution(EagerExecution):
             self._round(precision, backend, calibration)
         self._model.to(dtype)
         self._state.backend = backend
+
+    def drop_float(self) -> None:
+        """Keep the layers' matrices only in the form that C++ kernels read: half the memory of a float32 model on a CPU.
+
+        Such a model runs without a gradient, saves its weights bit for bit, and cannot be trained, moved or traced. Where
+        kernels keep no second copy (other precisions, a GPU, the reference), nothing changes.
+
+        Raises:
+            RuntimeError: layers that hold more than Linears.
+        """
+        stack, state = self._encoder.encoder, self._state
+        weight = self._encoder.embeddings.word_embeddings.weight
+        device, dtype = weight.device.type, weight.dtype
+        if self.quantized is not None or stack.is_packed or device != "cpu" or dtype != torch.float32:
+            return
+        if dispatch.resolve("encoder", device, dtype, state.backend) != "cpp":
+            return
+        if not stack.is_plain():
+            raise RuntimeError("keep_float=False is for plain Linears: merge adapters, and remove hooks, first")
+        for layer in stack.distinct():
+            derived.forget(layer.parameters())
+            layer.place_packed()
+        self._model.requires_grad_(False)
 
     def _round(self, precision: str, backend: str, calibration: Calibration | None) -> None:
         fast, reason = dispatch.quantized_kernels(precision, self._device.type, backend)

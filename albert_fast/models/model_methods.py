@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
+import types
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -33,6 +35,19 @@ class ModelMethods(nn.Module):
     framework: ClassVar[str] = "pt"
     _keys_to_ignore_on_save: ClassVar[None] = None
     execution: Any  # see `PretrainedMixin.execution`
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Name the `forward` that this library's classes share after the class, for Python's messages and for help()."""
+        super().__init_subclass__(**options)
+        root, forward = __name__.partition(".")[0], cls.forward
+        if "forward" in vars(cls) or not all(part.__module__.startswith(f"{root}.") for part in (cls, forward)):
+            return
+        code = forward.__code__, forward.__globals__, "forward", forward.__defaults__, forward.__closure__
+        named: Any = functools.update_wrapper(types.FunctionType(*code), forward)
+        named.__qualname__ = f"{cls.__qualname__}.forward"
+        named.__kwdefaults__ = forward.__kwdefaults__
+        del named.__wrapped__
+        cls.forward = named
 
     def __init__(self) -> None:
         super().__init__()

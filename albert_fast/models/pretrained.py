@@ -122,6 +122,7 @@ class PretrainedMixin(ModelMethods):
         device: str | torch.device | None = None,
         allow_missing_head: bool = False,
         calibration: Calibration | None = None,
+        keep_float: bool = True,
         **arguments: Any,
     ) -> Any:
         """The model of a checkpoint folder, weights file or hub id, in eval mode.
@@ -136,6 +137,8 @@ class PretrainedMixin(ModelMethods):
         `albert_fast.tasks.quantize.quantize_checkpoint` stores the result. On a GPU the rest of a rounded
         model is bfloat16. A checkpoint that `save_pretrained` wrote loads again in its precision, unchanged, on any device
         that has it.
+
+        `keep_float=False` keeps one copy of the layers' weights instead of two, see `execution.drop_float`.
 
         `arguments` are transformers' own:
             config, state_dict: in place of the checkpoint's; with both, path_or_hub_id may be None.
@@ -193,6 +196,8 @@ class PretrainedMixin(ModelMethods):
         )
         model.to(read.device)
         model.execution.use(backend, precision, calibration)
+        if not keep_float:
+            model.execution.drop_float()
         if not cls.prefix and path is not None:
             _warn_of_pooling(path)
         return (model.eval(), info) if read.output_loading_info else model.eval()

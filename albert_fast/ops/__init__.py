@@ -7,6 +7,7 @@ from ..kernels._capture import CAPTURE
 from ..kernels._precision import tf32_asked_for
 from ._columns import split_columns
 from ._dropout import draw_seed
+from ._encoder_call import EncoderCall
 from ._graph_inputs import GraphInputs
 from ._reports import CapturedReports, Describe, placing, raise_pending, synchronize
 from ._schema import PRODUCTS, VECTORS, WEIGHTS, split_layers
@@ -20,10 +21,15 @@ from .embedding_projection import embedding_projection, embedding_projection_ref
 from .encoder import (
     MAX_KERNEL_HEAD_DIM,
     MAX_KERNEL_TOKENS,
+    EncoderWeights,
     encoder,
     encoder_ref,
     kernel_is_faster,
     kernels_are_compared,
+    pack_matrices,
+    packed_encoder,
+    panel_columns,
+    unpack_matrix,
 )
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -40,6 +46,8 @@ __all__ = [
     "WEIGHTS",
     "CapturedReports",
     "Describe",
+    "EncoderCall",
+    "EncoderWeights",
     "GraphInputs",
     "TokenIndexError",
     "add_layer_norm",
@@ -64,6 +72,9 @@ __all__ = [
     "linear_cross_entropy_ref",
     "linear_gelu",
     "linear_gelu_ref",
+    "pack_matrices",
+    "packed_encoder",
+    "panel_columns",
     "placing",
     "quantized_encoder",
     "quantized_encoder_ref",
@@ -73,4 +84,5 @@ __all__ = [
     "stage_seconds",
     "synchronize",
     "tf32_asked_for",
+    "unpack_matrix",
 ]

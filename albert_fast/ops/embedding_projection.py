@@ -108,7 +108,8 @@ def _bwd_cuda(
         written = normed, dembeds, dz, sums, keys, dln_weight, dln_bias
         numbers = tokens, width, *sizes, eps, dropout_p, seed, *codes
         _launch("embedding_projection_bwd_rows_cuda", dnormed, *lookup.kernel_tensors(), *written, *numbers)
-        dword, dtype_table, dposition = (word.new_zeros((rows, width)) for rows in sizes)
+        assert lookup.token_type is not None  # the schema asks for types
+        dword, dtype_table, dposition = (torch.zeros_like(t) for t in (word, lookup.token_type, lookup.position))
         keys, places = torch.sort(keys, stable=True)
         sums = scratch((-(-pairs // SUM_PAIRS), 2, padded))
         tables = dword if has_ids else None, dtype_table, dposition

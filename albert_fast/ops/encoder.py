@@ -7,9 +7,10 @@ again when they change. The Triton kernel reads the weights as they are.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..runtime.derived import Derived
 from ..runtime.operands import Operand, check, check_launch, head_size, hold, matrix
 from ..runtime.registration import forbid_derivative, is_traced, needs_dispatcher, register
 from ._encoder_call import CALL_SCHEMA, EncoderCall, check_call, check_content, run_cpp
-from ._schema import LAYER, WEIGHTS, check_orders, sizes_of, split_layers
+from ._schema import LAYER, SLICE, WEIGHTS, check_orders, sizes_of, split_layers
 from .add_layer_norm import add_layer_norm_ref
 from .attention import attention_ref
 from .bias_gelu import bias_gelu_ref
@@ -53,7 +54,12 @@ def encoder_ref(weights: Sequence[Tensor], call: EncoderCall) -> Tensor:
     return hidden
 
 
-def _pack(matrices: Sequence[Tensor]) -> Tensor:
+def pack_matrices(matrices: Sequence[Tensor]) -> Tensor:
+    """A layer's six matrices, in the order of the schema, in one piece of memory as the C++ kernel reads them.
+
+    Raises:
+        BackendUnavailableError: there is no C++ extension.
+    """
     extension, (intermediate_size, hidden) = dispatch.extension(), matrices[_MATRICES.index(_FFN)].shape
     memory = torch.empty(extension.encoder_packed_size_cpu(hidden, intermediate_size), dtype=torch.float32)
     shapes = zip(_MATRICES, matrices, strict=True)
@@ -62,7 +68,7 @@ def _pack(matrices: Sequence[Tensor]) -> Tensor:
     return memory
 
 
-_PACKED = Derived(_pack)
+_PACKED = Derived(pack_matrices)
 
 
 def _packed(layer: Sequence[Operand]) -> Tensor:
@@ -70,12 +76,37 @@ def _packed(layer: Sequence[Operand]) -> Tensor:
     return _PACKED([layer[i][1].contiguous() for i in _MATRICES])  # type: ignore[union-attr]
 
 
+def panel_columns() -> int:
+    """The columns of a panel of packed matrices, which depend on the instruction set that the extension runs on."""
+    return int(dispatch.extension().encoder_packed_size_cpu(1, 1)) // len(_MATRICES)
+
+
+def unpack_matrix(packed: Tensor, number: int, hidden: int, intermediate_size: int) -> Tensor:
+    """Matrix `number` of a layer again, bit for bit, from what `pack_matrices` made of six; `hidden` and `intermediate_size` are H and I."""
+    # Panels of columns follow one another; the last product's inner dimension is cut into slices, each with its panels.
+    panel = panel_columns()
+    shapes = [sizes_of(LAYER[i].shape, hidden, intermediate_size) for i in _MATRICES]
+    begin = sum(-(-n // panel) * panel * k for n, k in shapes[:number])
+    n, k = shapes[number]
+    panels, slices = -(-n // panel), [k]
+    if number == len(shapes) - 1:
+        slices = [min(SLICE, k - first) for first in range(0, k, SLICE)]
+    parts = []
+    for columns in slices:
+        region = packed[begin : begin + panels * panel * columns].view(panels, columns, panel)
+        parts.append(region.transpose(1, 2).reshape(panels * panel, columns)[:n])
+        begin += region.numel()
+    return torch.cat(parts, dim=1)
+
+
 @functools.cache
 def _triton_kernel() -> ModuleType:
     """kernels.encoder, once its arguments were found to be in the order of the schema."""
+    from ..kernels import _encoder_weights as weights
     from ..kernels import encoder as kernel
 
-    return check_orders(kernel, WEIGHTS=_NAMES)
+    check_orders(weights, WEIGHTS=_NAMES)
+    return kernel
 
 
 def kernels_are_compared() -> bool:
@@ -111,17 +142,78 @@ def kernel_is_faster(
     return winner is not None and winner["ONE_KERNEL"] == 1
 
 
+class EncoderWeights(list[Tensor]):
+    """The weights of `encoder`, which a caller keeps from call to call: then C++ checks them all at once, many times faster.
+
+    The first call checks every tensor as `hold` does. Later ones compare what may change in a tensor: address, size of its
+    memory, shape, strides, dtype and sign. Only where one differs are they checked one by one again. Between calls it keeps
+    no memory alive. The tensors are Tensors or Parameters, of no subclass.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__(weights)
+        self._checked: _Checked | None = None
+
+    def held(self, call: EncoderCall) -> tuple[list[Any], _Checked]:
+        """The storages of all weights, to be referenced while their addresses are in use, and what was found out about them.
+
+        Raises:
+            As `hold`.
+        """
+        hidden, checked = call.hidden, self._checked
+        storages, state = _state(self, hidden)
+        if checked is None or state is None or checked.state != state:
+            layers = _layer_operands(self, hidden)
+            memories = [hold("encoder", hidden.device, layer) for layer in layers]
+            addresses = [memory.addresses for memory in memories]
+            checked = _Checked(state, layers, addresses)
+            # Addresses of dense copies, which `hold` makes of others, are for this call alone.
+            own = state is not None and [at for layer in addresses for at in layer] == state[0]
+            self._checked = checked if own else None
+            return memories, checked
+        return storages, checked
+
+
+class _Checked(NamedTuple):
+    """Weights that fit: their state then, each layer's operands, and their addresses."""
+
+    state: tuple[Any, ...] | None
+    layers: list[list[Operand]]
+    addresses: list[list[int]]
+
+
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
+
+
+def _state(weights: list[Tensor], hidden: Tensor) -> tuple[list[Any], tuple[Any, ...] | None]:
+    """The storages of the weights, and all that can change in a tensor apart from its numbers; None where it has none."""
+    try:
+        storages = list(map(Tensor.untyped_storage, weights))
+        return storages, (
+            list(map(Tensor.data_ptr, weights)),
+            list(map(torch.UntypedStorage.nbytes, storages)),
+            list(map(_SHAPE, weights)),
+            list(map(Tensor.stride, weights)),
+            list(map(_DTYPE, weights)),
+            list(map(Tensor.is_neg, weights)),
+            (hidden.dtype, hidden.device, hidden.shape[1:]),
+        )
+    except (AttributeError, RuntimeError):  # a nested or sparse tensor: `hold` names it
+        return [], None
+
+
 def _run(weights: Sequence[Tensor], call: EncoderCall, backend: str) -> Tensor:
+    if isinstance(weights, EncoderWeights) and not is_traced():
+        chosen = dispatch.resolve("encoder", call.hidden.device.type, call.hidden.dtype, backend)
+        if chosen == "cpp":
+            return _run_cpp(*weights.held(call), call)
     layers = _layer_operands(weights, call.hidden)
     operands = check_call("encoder", call, len(layers))
     device = call.hidden.device
     backend = dispatch.resolve("encoder", device.type, call.hidden.dtype, backend)
     if backend == "cpp":
-        held = [hold("encoder", device, layer) for layer in layers]
-        packed = [_packed(layer) for layer in layers]
-        table = [at for own, matrices in zip(held, packed, strict=True) for at in (*own.addresses, matrices.data_ptr())]
-        intermediate_size = layers[0][_FFN][2][0]
-        return run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, intermediate_size)
+        memories = [hold("encoder", device, layer) for layer in layers]
+        return _run_cpp(memories, _Checked(None, layers, [memory.addresses for memory in memories]), call)
     check_launch("encoder", backend, device, [*operands, *(operand for layer in layers for operand in layer)])
     check_content("encoder", call)
     if backend == "triton":
@@ -129,6 +221,18 @@ def _run(weights: Sequence[Tensor], call: EncoderCall, backend: str) -> Tensor:
         out: Tensor = _triton_kernel().encoder_fwd(hidden, weights, *others)
         return out
     return encoder_ref(weights, call)
+
+
+def _run_cpp(held: list[Any], checked: _Checked, call: EncoderCall) -> Tensor:
+    """The call in C++; `held` keeps the memory behind the addresses alive until it has returned."""
+    operands = check_call("encoder", call, len(checked.layers))
+    packed = [_packed(layer) for layer in checked.layers]
+    rows = zip(checked.addresses, packed, strict=True)
+    table = [at for addresses, matrices in rows for at in (*addresses, matrices.data_ptr())]
+    intermediate_size = checked.layers[0][_FFN][2][0]
+    out = run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, intermediate_size)
+    del held
+    return out
 
 
 def _fwd(weights: list[Tensor], *arguments: Any) -> Tensor:
@@ -176,6 +280,38 @@ def _shapes(width: int, intermediate_size: int) -> tuple[tuple[int, ...], ...]:
     return tuple(sizes_of(shape, width, intermediate_size) for shape in WEIGHTS.values())
 
 
+def packed_encoder(
+    vectors: Sequence[Sequence[Tensor]], packed: Sequence[Tensor], intermediate_size: int, call: EncoderCall
+) -> Tensor:
+    """`encoder` in C++ for layers of which only the packed matrices are kept.
+
+    Args:
+        vectors: of each distinct layer, the ten tensors of the schema that are no matrices, in its order.
+        packed: of each distinct layer, what `pack_matrices` made of its matrices.
+        intermediate_size: I.
+
+    Raises:
+        As `encoder`.
+    """
+    hidden = call.hidden
+    shapes = _shapes(matrix("encoder", "hidden", hidden)[1], intermediate_size)
+    operands = check_call("encoder", call, len(packed))
+    size = dispatch.extension().encoder_packed_size_cpu(hidden.shape[1], intermediate_size)
+    places = [i for i in range(_PER_LAYER) if i not in _MATRICES]
+    memories, table = [], []
+    for own, matrices in zip(vectors, packed, strict=True):
+        listed: list[Operand] = [(_NAMES[i], t, shapes[i], torch.float32) for i, t in zip(places, own, strict=True)]
+        memory = hold("encoder", hidden.device, [*listed, ("packed", matrices, (size,), torch.float32)])
+        row = [0] * (_PER_LAYER + 1)
+        for place, address in zip((*places, _PER_LAYER), memory.addresses, strict=True):
+            row[place] = address
+        memories.append(memory)
+        table += row
+    out = run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, intermediate_size)
+    del memories
+    return out
+
+
 def encoder(
     hidden: Tensor,
     weights: Sequence[Tensor],
@@ -197,7 +333,8 @@ def encoder(
 
     Args:
         hidden: (T, H), packed tokens.
-        weights: for each distinct layer in turn, the tensors that `WEIGHTS` names, in its order.
+        weights: for each distinct layer in turn, the tensors that `WEIGHTS` names, in its order; as EncoderWeights where the
+            caller keeps them.
         layer_indices: which distinct layer runs at each step.
         cu_seqlens: (B + 1,) int32, each sequence's first row, and T at the end.
         wanted_rows, cu_wanted: the rows (Tq,) int64 of the packed batch that the last layer is computed for, sequence by
@@ -222,7 +359,8 @@ def encoder(
     call = EncoderCall(
         hidden, list(layer_indices), cu_seqlens, wanted_rows, cu_wanted, num_heads, softmax_scale, eps, act
     )
-    if needs_dispatcher(hidden, *weights):
+    kept = isinstance(weights, EncoderWeights)  # of no subclass; without gradients nothing else is asked of them
+    if needs_dispatcher(hidden, *(() if kept and not torch.is_grad_enabled() else weights)):
         out: Tensor = torch.ops.albert_fast.encoder_fwd(list(weights), *call, backend)
         return out
-    return _run(list(weights), call, backend)
+    return _run(weights if kept else list(weights), call, backend)

@@ -20,12 +20,18 @@ class _Kept(Generic[Made]):
     """A result made from weights, and what shows whether the weights are unchanged."""
 
     made: Made
-    versions: tuple[tuple[int, int], ...]
+    versions: tuple[tuple[int, int, int], ...]
+    places: tuple[tuple[tuple[int], tuple[int]], ...]  # sizes and strides of the samples
     samples: tuple[Tensor, ...]
 
     def is_current(self, weights: Sequence[Tensor]) -> bool:
         # A write through `.data` does not change the version, so some elements are compared too.
-        return self.versions == _versions(weights) and all(map(torch.equal, map(_sample, weights), self.samples))
+        if self.versions != _versions(weights):
+            return False
+        return all(
+            torch.equal(weight.as_strided(*where), sample)
+            for weight, where, sample in zip(weights, self.places, self.samples, strict=True)
+        )
 
 
 _ALL: weakref.WeakSet[Derived[Any]] = weakref.WeakSet()
@@ -50,9 +56,10 @@ class Derived(Generic[Made]):
         found: _Kept[Made] | None = self._kept.get(weights[0])
         if found is None or not found.is_current(weights):
             # Recorded before the weights are read: after a write in between, the next call makes the copy again.
-            versions, samples = _versions(weights), tuple(_sample(weight).clone() for weight in weights)
+            versions, places = _versions(weights), tuple(map(_place, weights))
+            samples = tuple(w.as_strided(*where).clone() for w, where in zip(weights, places, strict=True))
             with torch.inference_mode(False), torch.no_grad():  # so that calls in any mode can use it
-                found = _Kept(self._make(weights), versions, samples)
+                found = _Kept(self._make(weights), versions, places, samples)
             self._kept[weights[0]] = found
         return found.made
 
@@ -68,11 +75,12 @@ def forget(weights: Iterable[Tensor]) -> None:
             derived.forget([weight])
 
 
-def _versions(weights: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+def _versions(weights: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    return tuple([(w.data_ptr(), w.numel(), 0 if w.is_inference() else w._version) for w in weights])
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _place(weight: Tensor) -> tuple[tuple[int], tuple[int]]:
+    """Size and stride of a sample of a contiguous tensor: elements that are evenly spread over it."""
     count = weight.numel()
     step = max(1, count // _SAMPLES)
-    return weight.as_strided((-(-count // step),), (step,))
+    return (-(-count // step),), (step,)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops._schema import WEIGHTS
+
 Arguments = Mapping[str, Any]
 
 
@@ -136,11 +138,22 @@ def _layer_norm_bwd_elements(a: Arguments) -> dict[str, int]:
     return {"means_ptr": 0} if a["WHOLE_ROWS"] else {}
 
 
+_LAYER_WEIGHTS = tuple(f"{name}_ptr" for name in WEIGHTS)
+
+
 def encoder_buffers() -> tuple[str, ...]:
     """What the persistent encoder writes and reads again in one launch: it need not leave the L2 cache."""
     from ...kernels.encoder import Buffers
 
     return Buffers._fields
+
+
+def _encoder_elements(a: Arguments) -> dict[str, int]:
+    """Layers that differ are found by their addresses: each has as many weights as the first, which is an argument."""
+    found = dict.fromkeys(encoder_buffers(), 0)
+    if a["addresses_ptr"] is not None:
+        found |= {name: len(a["addresses_ptr"]) * a[name].numel() for name in _LAYER_WEIGHTS}
+    return found
 
 
 def _shared_ends(a: Arguments) -> dict[str, int]:
@@ -160,7 +173,7 @@ _TOUCHED: dict[str, Callable[[Arguments], dict[str, int]]] = {
     "_embedding_layer_norm_fwd_kernel": lambda a: _embedding_elements(a) | {"first_bad_ptr": 0},
     "_embedding_layer_norm_bwd_means_kernel": _embedding_elements,
     "_embedding_layer_norm_bwd_kernel": _embedding_bwd_elements,
-    "_encoder_fwd_kernel": lambda a: dict.fromkeys(encoder_buffers(), 0),
+    "_encoder_fwd_kernel": _encoder_elements,
     # float8 has no zero points, so the sums of the weights are not read.
     "_quantized_product_kernel": lambda a: {"sums_ptr": 0} if a["zeros_ptr"] is None else {},
     # Rows are padded to whole blocks. If every row is labelled, the gathering kernel alone writes the padding.

@@ -200,13 +200,14 @@ def _encoder_launches() -> Iterator[Case]:
     from ...kernels.encoder import encoder_fwd
     from ...ops._schema import WEIGHTS, sizes_of
 
-    def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, wanted: bool) -> None:
+    def run(dtype: torch.dtype, tokens: int, heads: int, head_dim: int, wanted: bool, layers: int = 1) -> None:
         width = heads * head_dim
         weights = [_empty(*sizes_of(letters, width, 4 * width), dtype=dtype) for letters in WEIGHTS.values()]
         cu_seqlens, rows = torch.tensor([0, tokens], dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
         wanted_rows, cu_wanted = (rows, cu_seqlens) if wanted else (None, None)
         hidden = _empty(tokens, width, dtype=dtype)
-        encoder_fwd(hidden, weights, [0], cu_seqlens, wanted_rows, cu_wanted, heads, 0.125, 1e-12, "gelu_tanh")
+        numbers = (heads, 0.125, 1e-12, "gelu_tanh")
+        encoder_fwd(hidden, weights * layers, list(range(layers)), cu_seqlens, wanted_rows, cu_wanted, *numbers)
 
     # Every tile of products, with the released models' heads and with the largest, whole and padded; with wanted rows.
     chosen = {"f32": [(16, 64, False), (128, 128, True)], "bf16": [(16, 128, True), (128, 64, False), (128, 80, True)]}
@@ -216,6 +217,18 @@ def _encoder_launches() -> Iterator[Case]:
             label = f"{name} T{tokens} D{head_dim}" + (" wanted rows" if wanted else "")
             start = partial(run, NUMBERS[name], tokens, 12 if head_dim == 64 else 8, head_dim, wanted)
             yield label, _with(name, start), name != "f32"
+    # Layers that differ read their weights through a table of addresses.
+    apart = [
+        ("f32", 128, 64),
+        ("bf16", 16, 64),
+        ("bf16", 128, 64),
+        ("tf32", 128, 64),
+        ("bf16", 16, 128),
+        ("bf16", 128, 80),
+    ]
+    for name, tokens, head_dim in apart:
+        start = partial(run, NUMBERS[name], tokens, 12 if head_dim == 64 else 8, head_dim, tokens == 16, 2)
+        yield f"{name} T{tokens} D{head_dim} distinct layers", _with(name, start), name != "f32"
 
 
 def _quantized_encoder_launches() -> Iterator[Case]:
