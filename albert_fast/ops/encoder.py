@@ -82,7 +82,11 @@ def panel_columns() -> int:
 
 
 def unpack_matrix(packed: Tensor, number: int, hidden: int, intermediate_size: int) -> Tensor:
-    """Matrix `number` of a layer again, bit for bit, from what `pack_matrices` made of six; `hidden` and `intermediate_size` are H and I."""
+    """Matrix `number` of a layer again, bit for bit, from what `pack_matrices` made of six.
+
+    Args:
+        hidden: H. intermediate_size: I.
+    """
     # Panels of columns follow one another; the last product's inner dimension is cut into slices, each with its panels.
     panel = panel_columns()
     shapes = [sizes_of(LAYER[i].shape, hidden, intermediate_size) for i in _MATRICES]
