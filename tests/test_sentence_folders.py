@@ -343,6 +343,20 @@ def test_memory_does_not_grow_with_the_number_of_texts(encoder: Path) -> None:
     assert (peak(3000) - peak(300)) / 2700 < 100, "bytes for each text, whose ids alone take several hundred"
 
 
+@pytest.mark.parametrize("how", ["mean", "cls", "lasttoken", "pooler"])
+def test_a_text_without_tokens(encoder: Path, tmp_path: Path, how: str) -> None:
+    shutil.copytree(encoder, tmp_path / "bare")
+    file = tmp_path / "bare" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    file.write_text(json.dumps(content))
+    ours = TextEncoder(tmp_path / "bare", pooling=how, device="cpu")
+    found = ours.encode(["", "a film", "", "odd"])
+    assert_same(found[[1, 3]], ours.encode(["a film", "odd"]))
+    assert not found[[0, 2]].any()
+    assert not ours.encode(["", ""]).any()
+
+
 def test_a_bad_text_is_named_by_its_place(encoder: Path) -> None:
     ours = TextEncoder(encoder, device="cpu")
     texts = ["a film"] * 500
