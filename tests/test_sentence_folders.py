@@ -215,6 +215,17 @@ def test_nothing_is_warned_of_and_a_bare_encoder_still_warns(saved: Any) -> None
         AutoModel.from_pretrained(folder)
 
 
+def test_interrupted_work_is_not_continued_with_other_modules(saved: Any) -> None:
+    _, folder = saved(pooling("mean"), dense(24, torch.nn.Tanh()))
+    before = TextEncoder(folder, device="cpu").settings()
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"of a training that goes on")
+    assert TextEncoder(folder, device="cpu").settings() == before
+    config = folder / "2_Dense" / "config.json"
+    config.write_text(config.read_text().replace("Tanh", "ReLU"))
+    assert TextEncoder(folder, device="cpu").settings()["model"] != before["model"]
+
+
 BROKEN: list[tuple[str, str, Any, str]] = [
     ("modules.json", "", {"a": 1}, "not a list of modules"),
     ("modules.json", "1.type", "my_code.Pooling", "'my_code.Pooling' is code of its own"),

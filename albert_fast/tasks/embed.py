@@ -77,7 +77,9 @@ class TextEncoder(TextModel):
         if asked is not None and asked.kind != "SentenceTransformer":
             hint = ": TextScorer (albert-fast rerank) scores with it" if asked.kind == "CrossEncoder" else ""
             raise UsageError(f"{checkpoint} is a {asked.kind}, which gives no vectors of texts{hint}")
-        self.root = folder if asked is None or not folder.is_dir() else asked.root
+        self._places = [folder]
+        if asked is not None and folder.is_dir():
+            self._places = [asked.root, asked.encoder, *(module.folder for module in asked.modules)]
         with warnings.catch_warnings():
             # The modules that this warning names are applied here.
             warnings.filterwarnings("ignore", message=r"[^\n]*: a sentence-transformers folder: ")
@@ -233,9 +235,14 @@ class TextEncoder(TextModel):
         }
 
     def _digest(self) -> str:
-        """Checksum of the checkpoint's files."""
+        """Checksum of the checkpoint's files, those of its modules included."""
         digest = hashlib.blake2b(digest_size=16)
-        files = [path for path in self.root.rglob("*") if path.is_file()] if self.root.is_dir() else [self.root]
+        files = {
+            path
+            for place in self._places
+            for path in (place.iterdir() if place.is_dir() else [place])
+            if path.is_file()
+        }
         for path in sorted(files):
             if path.suffix in _MODEL_FILES:
                 digest.update(path.name.encode())
