@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -153,3 +154,18 @@ def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_a_name_on_the_hub_is_not_asked_for(name: str, hub: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         weights.resolve(name)
+
+
+def test_the_modules_of_a_sentence_transformers_model_come_too(hub: Path) -> None:
+    folder = hub / "someone" / "sentences"
+    reference.ALBERTModel(ALBERTConfig(**SMALL)).save_pretrained(folder)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    wanted = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/pytorch_model.bin", "sentence_bert_config.json"]
+    for name in (*wanted, "onnx/model.onnx"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    cached = weights.resolve("someone/sentences")
+    found = sorted(str(path.relative_to(cached)) for path in cached.rglob("*") if path.is_file())
+    assert found == sorted([*wanted, "config.json", "model.safetensors", "modules.json"])

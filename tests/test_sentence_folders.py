@@ -6,8 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
-import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +19,8 @@ from typer.testing import CliRunner
 from albert_fast import TextEncoder, load_tokenizer
 from albert_fast.checkpoints import sentence_modules
 from albert_fast.cli import build_app
-from albert_fast.tasks import pooling as pooling_parts
-from albert_fast.tasks import token_batches
 from albert_fast.tasks.errors import UsageError
-from albert_fast.tasks.pooling import MODES, pool
+from albert_fast.tasks.pooling import MODES
 
 pytest.importorskip("tokenizers", reason="the text extra is not installed")
 theirs = pytest.importorskip("sentence_transformers", reason="the oracle of these tests")
@@ -219,6 +215,17 @@ def test_nothing_is_warned_of_and_a_bare_encoder_still_warns(saved: Any) -> None
         AutoModel.from_pretrained(folder)
 
 
+def test_interrupted_work_is_not_continued_with_other_modules(saved: Any) -> None:
+    _, folder = saved(pooling("mean"), dense(24, torch.nn.Tanh()))
+    before = TextEncoder(folder, device="cpu").settings()
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"of a training that goes on")
+    assert TextEncoder(folder, device="cpu").settings() == before
+    config = folder / "2_Dense" / "config.json"
+    config.write_text(config.read_text().replace("Tanh", "ReLU"))
+    assert TextEncoder(folder, device="cpu").settings()["model"] != before["model"]
+
+
 BROKEN: list[tuple[str, str, Any, str]] = [
     ("modules.json", "", {"a": 1}, "not a list of modules"),
     ("modules.json", "1.type", "my_code.Pooling", "'my_code.Pooling' is code of its own"),
@@ -257,45 +264,6 @@ def test_broken_folders(saved: Any, file: str, key: str, value: Any, message: st
         TextEncoder(folder, device="cpu")
 
 
-def test_texts_that_are_none(encoder: Path) -> None:
-    ours = TextEncoder(encoder, device="cpu")
-    for bad, message in (
-        ("a film", "put it in a list"),
-        (["a", 3], "text 1 is 3"),
-        ([None], "text 0 is None"),
-        ([b"a"], "text 0 is b'a'"),
-        ([("a", 1)], "text 0 is"),
-    ):
-        with pytest.raises(TypeError, match=message):
-            ours.encode(bad)  # type: ignore[arg-type]
-    for wrong in ({"batch_tokens": 0}, {"truncate_dim": 0}):
-        with pytest.raises(ValueError, match="expected at least 1"):
-            ours.encode(["a"], **wrong)
-    assert ours.encode([]).shape == (0, 32)
-    assert ours.encode(["a", ("a", None), ("a", "film")]).shape == (3, 32)
-    with pytest.raises(FileNotFoundError):
-        TextEncoder(encoder.parent / "no-such-folder")
-
-
-def test_many_windows_give_the_same_vectors_in_order(encoder: Path) -> None:
-    ours = TextEncoder(encoder, device="cpu")
-    texts = [TEXTS[i * 7 % len(TEXTS)] for i in range(600)]
-    one = ours.encode(TEXTS)
-    many = ours.encode(texts, batch_tokens=64)
-    assert_same(many, one[[i * 7 % len(TEXTS) for i in range(600)]])
-
-
-def test_a_pooling_does_not_depend_on_the_other_texts() -> None:
-    torch.manual_seed(0)
-    states = torch.randn(90, 16)
-    for mode in MODES:
-        alone = pool(states[50:57], [7], (mode,))
-        assert torch.equal(pool(states, [50, 7, 33], (mode,))[1:2], alone)
-    for how in ("sum", "max"):  # a GPU sums in one kernel
-        rows = torch.segment_reduce(states, how, lengths=torch.tensor([50, 7, 33]), axis=0)
-        torch.testing.assert_close(pooling_parts._reduced(how, states, torch.tensor([50, 7, 33])), rows)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_vectors(saved: Any) -> None:
     _, folder = saved(pooling(*MODES, include_prompt=False), prompts={"query": "query : "}, default_prompt_name="query")
@@ -303,54 +271,6 @@ def test_a_gpu_gives_the_same_vectors(saved: Any) -> None:
     for tokens in (64, None):
         found = TextEncoder(folder, device="cuda").encode(TEXTS, batch_tokens=tokens)
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * float(np.abs(expected).max()))
-
-
-def test_the_next_window_is_tokenised_while_the_model_computes() -> None:
-    started = [threading.Event() for _ in range(4)]
-    threads = set()
-
-    def work(item: int) -> int:
-        started[item].set()
-        threads.add(threading.get_ident())
-        return item * 10
-
-    for position, result in enumerate(token_batches._ahead(work, range(4))):
-        assert result == position * 10
-        assert position == 3 or started[position + 1].wait(30), "the next item waits for the consumer"
-        assert not any(event.is_set() for event in started[position + 2 :]), "more than one item is ahead"
-    assert threads.isdisjoint({threading.get_ident()})
-
-    def fail(item: int) -> int:
-        raise ValueError(f"item {item}")
-
-    with pytest.raises(ValueError, match="item 0"):
-        list(token_batches._ahead(fail, range(3)))
-
-
-def test_memory_does_not_grow_with_the_number_of_texts(encoder: Path) -> None:
-    ours = TextEncoder(encoder, device="cpu", prompt="query : ")
-
-    def peak(count: int) -> int:
-        texts = ["a fine film " * 8] * count
-        tracemalloc.start()
-        try:
-            vectors = ours.encode(texts, batch_tokens=256)
-            return tracemalloc.get_traced_memory()[1] - vectors.nbytes
-        finally:
-            tracemalloc.stop()
-
-    peak(64)  # what the first call keeps
-    assert (peak(3000) - peak(300)) / 2700 < 100, "bytes for each text, whose ids alone take several hundred"
-
-
-def test_a_bad_text_is_named_by_its_place(encoder: Path) -> None:
-    ours = TextEncoder(encoder, device="cpu")
-    texts = ["a film"] * 500
-    texts[431] = "a \ud800"
-    with pytest.raises(ValueError, match=r"text 431 holds half a surrogate pair, U\+D800"):
-        ours.encode(texts, batch_tokens=32)
-    assert ours.encode(np.array(texts[:3])).shape == (3, 32)
-    assert ours.encode(iter(texts[:3])).shape == (3, 32)  # type: ignore[arg-type]
 
 
 def test_the_real_minilm() -> None:

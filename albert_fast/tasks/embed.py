@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,7 +78,9 @@ class TextEncoder(TextModel):
         if asked is not None and asked.kind != "SentenceTransformer":
             hint = ": TextScorer (albert-fast rerank) scores with it" if asked.kind == "CrossEncoder" else ""
             raise UsageError(f"{checkpoint} is a {asked.kind}, which gives no vectors of texts{hint}")
-        self.root = folder if asked is None or not folder.is_dir() else asked.root
+        self._places = [folder]
+        if asked is not None and folder.is_dir():
+            self._places = [asked.root, asked.encoder, *(module.folder for module in asked.modules)]
         with warnings.catch_warnings():
             # The modules that this warning names are applied here.
             warnings.filterwarnings("ignore", message=r"[^\n]*: a sentence-transformers folder: ")
@@ -90,6 +93,7 @@ class TextEncoder(TextModel):
         self.pooling, self.modes, self.include_prompt, self.steps, self._full_width = self._plan(asked, pooling)
         if self.pooling == "pooler" and self.model.pooler is None:
             raise UsageError(f"{checkpoint} has no pooler; --pooling mean or cls (pooling=) needs none")
+        self._pooled_width = int(self.model.config.hidden_size) * max(len(self.modes), 1)
         self.prompts = {} if asked is None else dict(asked.prompts)
         self.batch_tokens = default_batch_tokens(self.device) if batch_tokens is None else batch_tokens
         given = prompt is not None or prompt_name is not None
@@ -170,7 +174,13 @@ class TextEncoder(TextModel):
         return out
 
     def _pooled(self, batch: TokenBatch, skip: int) -> Tensor:
-        """T tokens of B texts -> (B, columns), float32."""
+        """T tokens of B texts -> (B, columns), float32; zeros for a text without tokens."""
+        if 0 in batch.lengths:  # an empty text, where the vocabulary adds no special tokens
+            vectors = torch.zeros(len(batch.lengths), self._pooled_width, device=self.device)
+            full = [row for row, length in enumerate(batch.lengths) if length]
+            if full:
+                vectors[full] = self._pooled(replace(batch, lengths=[batch.lengths[row] for row in full]), skip)
+            return vectors
         ids = batch.ids.to(self.device)
         types = None if batch.types is None else batch.types.to(self.device)
         seqlens, longest = batch.cu_seqlens, max(batch.lengths)
@@ -226,9 +236,14 @@ class TextEncoder(TextModel):
         }
 
     def _digest(self) -> str:
-        """Checksum of the checkpoint's files."""
+        """Checksum of the checkpoint's files, those of its modules included."""
         digest = hashlib.blake2b(digest_size=16)
-        files = [path for path in self.root.rglob("*") if path.is_file()] if self.root.is_dir() else [self.root]
+        files = {
+            path
+            for place in self._places
+            for path in (place.iterdir() if place.is_dir() else [place])
+            if path.is_file()
+        }
         for path in sorted(files):
             if path.suffix in _MODEL_FILES:
                 digest.update(path.name.encode())
