@@ -171,6 +171,14 @@ def test_padding_on_the_left_is_computed_where_a_head_reads_it():
     assert "padding is computed too" in step.why
 
 
+def test_a_row_without_a_token_is_what_torch_makes_of_it():
+    model = tiny_model("bert", attn_implementation="sdpa")
+    batch = tiny_batch() | {"attention_mask": drawn_mask("empty row", 4, 11, seed=0)}
+    slow = run(model, batch).last_hidden_state
+    fast = run(albert_fast.accelerate(model), batch).last_hidden_state
+    torch.testing.assert_close(fast, slow, rtol=0, atol=2e-5)
+
+
 def test_a_decoder_is_refused_and_stays_as_it_is():
     config = tiny_config("bert", is_decoder=True)
     model = transformers.BertModel(config)
