@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..layers.adapters import product
@@ -38,7 +38,13 @@ class PaddedAttention(Attention):
     """Attention whose queries are all rows of a `PaddedQueries`."""
 
     def forward(
-        self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run, fused: FusedQKV | None = None
+        self,
+        hidden: Tensor,
+        packing: Packing,
+        wanted: WantedRows | None,
+        run: Run,
+        fused: FusedQKV | None = None,
+        norm: nn.LayerNorm | None = None,
     ) -> Tensor:
         """(B * S, H) -> (B * S, H)."""
         assert isinstance(packing, PaddedQueries)
@@ -62,4 +68,4 @@ class PaddedAttention(Attention):
             seed,
             backend=run.backend,
         )
-        return add_norm(product(self.dense, context), hidden, self.LayerNorm, self, run)
+        return add_norm(product(self.dense, context), hidden, self.LayerNorm if norm is None else norm, self, run)
