@@ -224,8 +224,7 @@ FILES = {
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
-        "batching line_reader normalization parquet_files text_files tokenizer vocabulary vocabulary_training "
-        "windows"
+        "batching line_reader normalization parquet_files text_files tokenizer vocabulary vocabulary_training windows"
     ),
     "albert_fast/training": (
         "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization "
