@@ -54,7 +54,7 @@ class StackView(LayerStack):
         adapted = [ViewGroup([_adapted(layer, family, spec, padded) for layer in group]) for group in groups]
         self.own_groups = nn.ModuleList(adapted)
         self._distinct = [layer for group in adapted for layer in group.layers()]
-        self._plain = not padded and all(map(Layer.is_plain, self._distinct))
+        self._unpadded = not padded
         self.modes = Modes(sources, family)
         for module in (self, *adapted, *self._distinct, *(layer.attention for layer in self._distinct)):
             module.training = False  # not `eval`, which would reach the model's own modules
@@ -66,8 +66,8 @@ class StackView(LayerStack):
         return self._distinct
 
     def is_plain(self) -> bool:
-        # A `Structure` has just been asked for hooks and replaced modules, in less time.
-        return self._plain
+        """Whether the layers compute what the encoder operators do; the packing of a padded view is not theirs."""
+        return self._unpadded and super().is_plain()
 
     def take_modes(self, training: bool) -> None:
         """Take over the modes and dropout probabilities of the model's own modules, which may change between calls."""
