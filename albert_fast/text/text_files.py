@@ -312,12 +312,13 @@ class RowReader:
             pair = PAIR_COLUMN
         if label is not None and not values[label].strip():
             self._fail("empty; every row needs a label", label)
+        key = values.get(KEY_COLUMN)
         return Record(
             self._line,
             self._checked_text(values[text], text),
             None if pair is None else self._checked_text(values[pair], pair),
-            None if label is None else values[label].strip(),
-            values.get(KEY_COLUMN),
+            None if label is None else self._checked_text(values[label], label).strip(),
+            None if key is None else self._checked_text(key, KEY_COLUMN),
         )
 
     def _like_a_header(self, values: Mapping[Any, str], label: str | int) -> bool:
