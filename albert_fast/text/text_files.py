@@ -114,7 +114,7 @@ def open_table(
     if format is not Format.parquet:
         return open_lines(path, encoding, errors, longest), format
     given = (columns.text, columns.pair, columns.label)
-    if number := next((name for name in given if isinstance(name, int)), None):
+    if (number := next((name for name in given if isinstance(name, int)), None)) is not None:
         raise ValueError(f"{path}: column {number} is a number; the columns of a Parquet file have names")
     wanted = [str(name) for name in given if name is not None]
     texts = () if columns.text is not None else TEXT_COLUMNS
