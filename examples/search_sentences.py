@@ -2,8 +2,8 @@
 
     python examples/search_sentences.py MODEL FILE "a query" [--top 5]
 
-MODEL is a sentence-transformers folder, or a name on the hub such as sentence-transformers/all-MiniLM-L6-v2. Neither
-transformers nor sentence-transformers is needed.
+MODEL is a sentence-transformers folder, or a name on the hub such as sentence-transformers/all-MiniLM-L6-v2; any other
+encoder's vectors are the means of its tokens. Neither transformers nor sentence-transformers is needed.
 """
 
 import argparse
@@ -24,10 +24,10 @@ def main() -> None:
     sentences = [line for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
     encoder = TextEncoder(options.model)
     start = time.perf_counter()
-    vectors = encoder.encode(sentences)  # (N, D)
+    vectors = encoder.encode(sentences, normalize=True)  # (N, D), each of length 1: a product is a cosine
     seconds = time.perf_counter() - start
     print(f"{len(sentences)} sentences in {seconds:.2f} s, {len(sentences) / seconds:.0f} a second")
-    scores = vectors @ encoder.encode([options.query])[0]
+    scores = vectors @ encoder.encode([options.query], normalize=True)[0]
     for row in (-scores).argsort()[: options.top]:
         print(f"{scores[row]:.3f}  {sentences[row]}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import sys
@@ -350,7 +351,11 @@ def test_bench(run, models) -> None:
 
 
 def test_info(run) -> None:
-    assert {"machine", "operators"} <= set(json.loads(run("info", "--json").stdout))
+    described = json.loads(run("info", "--json").stdout)
+    assert {"machine", "operators"} <= set(described)
+    for library in ("transformers", "sentence-transformers"):  # those that `accelerate` works on
+        found = list(importlib.metadata.distributions(name=library))
+        assert described["machine"]["libraries"][library] == (found[0].version if found else None)
     assert "attention" in run("info").stdout
 
 

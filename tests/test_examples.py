@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+SMALL_ALBERT = EXAMPLES.parent / "albert_fast" / "data" / "sst2-small"
 SENTENCES = ["A man is playing a guitar.", "The stock market fell on Monday.", "Two dogs run over a meadow."]
 
 
@@ -40,8 +42,9 @@ def minilm() -> Path:
 
 
 def test_every_example_has_a_test():
-    names = {path.name for path in EXAMPLES.glob("*.py")}
-    assert names == {"accelerate_classifier.py", "kokoro_speech.py", "rerank.py", "search_sentences.py"}
+    stems = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert stems, "the folder is there"
+    assert [stem for stem in sorted(stems) if not callable(globals().get(f"test_{stem}"))] == []
 
 
 def test_accelerate_classifier():
@@ -54,12 +57,29 @@ def test_search_sentences(minilm, sentences):
     assert lines[1].endswith(SENTENCES[0])
 
 
+def test_search_sentences_among_thousands(tmp_path):
+    """A plain encoder, whose vectors have any length, in many batches: the sentence itself is the nearest."""
+    who = ["A man", "A woman", "The old captain", "Two dogs", "My neighbour", "Nobody", "The quiet child", "Everyone"]
+    does = ["finds", "paints", "hides", "sells", "forgets", "follows", "describes", "repairs", "wants", "breaks"]
+    what = ["a guitar", "the map", "an empty house", "his best film", "the last train", "old letters", "a red kite"]
+    where = ["in the rain", "on Monday", "near a river", "without a word", "for a friend", "again"]
+    lines = [" ".join(parts) + "." for parts in itertools.product(who, does, what, where)]
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(lines) + "\n")
+    query = lines[1234]
+    first, *found = run("search_sentences.py", SMALL_ALBERT, path, query, "--top", "3").splitlines()
+    assert first.startswith(f"{len(lines)} sentences in ")
+    assert len(lines) == 3360
+    assert found[0] == f"1.000  {query}"
+    scores = [float(line.split()[0]) for line in found]
+    assert scores == sorted(scores, reverse=True)
+    assert len({line.partition("  ")[2] for line in found} & set(lines)) == 3
+
+
 def test_rerank(tmp_path, sentences):
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        EXAMPLES.parent / "albert_fast" / "data" / "sst2-small", use_fast=True
-    )
-    config = transformers.AlbertConfig.from_pretrained(EXAMPLES.parent / "albert_fast" / "data" / "sst2-small")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMALL_ALBERT, use_fast=True)
+    config = transformers.AlbertConfig.from_pretrained(SMALL_ALBERT)
     config.num_labels = 1
     model = transformers.AlbertForSequenceClassification(config)
     model.save_pretrained(tmp_path / "model")
@@ -71,7 +91,8 @@ def test_rerank(tmp_path, sentences):
     assert {line.partition("  ")[2] for line in lines} < set(SENTENCES)
 
 
-def test_kokoro_says_what_it_needs():
+def test_kokoro_speech():
+    """Without kokoro it says what it needs."""
     if importlib.util.find_spec("kokoro") is not None:
         pytest.skip("kokoro is installed, and would load its voices")
     command = [sys.executable, str(EXAMPLES / "kokoro_speech.py")]

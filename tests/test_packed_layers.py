@@ -147,4 +147,28 @@ def test_heads_and_models_in_memory():
     packed = ALBERTForMaskedLM.from_model(model, keep_float=False)
     with torch.no_grad():
         assert torch.equal(packed(IDS, MASK).logits, model(IDS, MASK).logits)
-    assert ALBERTModel.from_model(packed).num_parameters() > packed.num_parameters()
+    bare = [ALBERTModel.from_model(one).num_parameters() for one in (packed, model)]
+    assert bare[0] == bare[1]
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("move", [lambda model: model.to("meta"), lambda model: model.to_empty(device="meta")])
+def test_a_model_that_cannot_move_stays_whole(model_type, move):
+    model = made(model_type, "ForMaskedLM")
+    with torch.no_grad():
+        model.execution.drop_float()
+        expected = model(IDS, MASK).logits
+        for whole in (model, model.base_model, model.base_model.encoder):
+            with pytest.raises(RuntimeError, match="to move it"):
+                move(whole)
+        assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"cpu"}
+        assert torch.equal(model.to("cpu")(IDS, MASK).logits, expected)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_packed_weights_count_as_parameters(model_type):
+    model = made(model_type, "ForMaskedLM")
+    expected = [model.num_parameters(exclude_embeddings=embeddings) for embeddings in (False, True)]
+    model.execution.drop_float()
+    assert [model.num_parameters(exclude_embeddings=embeddings) for embeddings in (False, True)] == expected
+    assert model.num_parameters(only_trainable=True) == 0, "none of a packed model's weights are trained"

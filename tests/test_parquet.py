@@ -84,6 +84,41 @@ def test_ids_and_labels_of_every_kind(model: Path, tmp_path: Path) -> None:
     assert parquet.read_table(tmp_path / "empty.parquet").shape == (0, 1)
 
 
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1, 2**63 - 1, None, -(2**63)], [1, 2**63 - 1, None, -(2**63)]),
+        ([1, 2**63, None, 3], ["1", "9223372036854775808", None, "3"]),
+        ([-(2**63) - 1, 0], ["-9223372036854775809", "0"]),
+        ([1.5, 2**53, -(2**53)], [1.5, 2.0**53, -(2.0**53)]),
+        ([1.5, None, 2**60 + 1], ["1.5", None, "1152921504606846977"]),
+        ([1.5, -(2**53) - 1], ["1.5", "-9007199254740993"]),
+    ],
+)
+def test_ids_too_large_for_a_column_of_numbers_are_text(
+    model: Path, tmp_path: Path, ids: list[Any], expected: list[Any]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": "film", "id": one}) + "\n" for one in ids))
+    run("encode", source, "-m", model, "-o", tmp_path / "out.parquet", "-b", 1, "--window", 1)
+    assert parquet.read_table(tmp_path / "out.parquet")["id"].to_pylist() == expected
+
+
+def test_half_a_surrogate_pair_is_refused_when_the_row_is_read(model: Path, tmp_path: Path) -> None:
+    json_ids = '{"text": "a", "id": 1}\n{"text": "a", "id": "\\ud800"}\n'
+    half, utf7 = "character 1 of the text, '\\ud800', is half a surrogate pair", ("--encoding", "utf-7")
+    for name, content, options, problem in (
+        ("in.jsonl", json_ids, (), "line 2, column 'id': cannot be given back as JSON"),
+        ("id.csv", "text,id\na,1\na,+2AA-\n", utf7, f"line 3, column 'id': {half}"),
+        ("label.csv", "text,y\na,1\na,+2AA-\n", (*utf7, "--label-column", "y"), f"line 3, column 'y': {half}"),
+    ):
+        (tmp_path / name).write_text(content)
+        output = tmp_path / f"{name}.parquet"
+        said = run("encode", tmp_path / name, "-m", model, "-o", output, *options, code=1).stderr
+        assert f"{name}, {problem}" in said
+        assert "1 lines are saved" in said
+
+
 def test_an_interrupted_run_continues(
     source: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +162,9 @@ def test_bad_files(source: Path, model: Path, tmp_path: Path) -> None:
     columns = r"only ['id', 'body', 'stars', 'old']; --text-column names the text's"
     assert f"has no column 'text' or 'sentence' or 'review', {columns}" in said(source)
     assert f"has no column 'stairs', {columns}" in said(source, "--text-column", "stairs")
-    assert "column 1 is a number; the columns of a Parquet file have names" in said(source, "--text-column", "1")
+    for number in ("0", "1"):
+        named = f"column {number} is a number; the columns of a Parquet file have names"
+        assert named in said(source, "--text-column", number)
     null = write(tmp_path / "null.parquet", text=["a", None])
     assert "null.parquet, line 2, column 'text': expected a string, found null" in said(null)
     assert "a column holds bytes" in said(write(tmp_path / "bytes.parquet", text=[b"a"]))

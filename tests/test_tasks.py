@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from albert_fast import ALBERTForMaskedLM, ALBERTForSequenceClassification
 from albert_fast.models import reference
+from albert_fast.tasks import token_batches
 from albert_fast.tasks.classify import TextClassifier, best_label
 from albert_fast.tasks.embed import TextEncoder
 from albert_fast.tasks.errors import UsageError
@@ -71,6 +73,34 @@ def test_labels_of_texts_and_pairs(folders: dict[str, Path]) -> None:
         assert list(answer) == classifier.labels == ["negative", "positive"]
         assert list(answer.values()) == pytest.approx(logits.softmax(-1)[0].tolist(), abs=2e-5)
         assert best_label(answer) == classifier.labels[int(logits.argmax())]
+
+
+def test_many_texts_are_labelled_window_by_window(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = TextClassifier(folders["ALBERTForSequenceClassification"], device="cpu")
+    pairs = [(f"{'film ' * (index % 9)}plot", "a dull plot" if index % 4 == 0 else None) for index in range(60)]
+    texts = [pairs[index % 60] if index % 2 else list(pairs[index % 60]) for index in range(4000)]
+    alone, windows = [classifier([pair])[0] for pair in pairs], []
+
+    def counted(tokenizer: Any, window: list[Any], max_length: int) -> Any:
+        windows.append(len(window))
+        return tokenize(tokenizer, window, max_length)
+
+    monkeypatch.setattr(token_batches, "tokenize", counted)
+    for index, answer in enumerate(classifier(texts)):
+        assert answer == pytest.approx(alone[index % 60], abs=2e-5)
+    assert sum(windows) == len(texts)
+    assert max(windows) < 2500, "the list is tokenised at once"
+    assert classifier([]) == []
+
+
+def test_what_a_classifier_refuses(folders: dict[str, Path]) -> None:
+    classifier = TextClassifier(folders["ALBERTForSequenceClassification"], device="cpu")
+    with pytest.raises(TypeError, match="texts must be a list of str"):
+        classifier("a film")
+    with pytest.raises(TypeError, match="text 1 is 3; expected a str"):
+        classifier(["a film", 3])
+    with pytest.raises(ValueError, match=r"text 1 holds half a surrogate pair, U\+D800"):
+        classifier(["a film", "\ud800"])
 
 
 def test_masks_are_filled(folders: dict[str, Path]) -> None:

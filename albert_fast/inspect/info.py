@@ -33,7 +33,7 @@ _CPU_FLAGS = (
 )
 _LIBRARIES = (
     *("torch", "numpy", "safetensors", "triton", "transformers", "tokenizers", "sentencepiece"),
-    *("onnxruntime", "openvino", "nncf", "scikit-learn"),
+    *("sentence-transformers", "onnxruntime", "openvino", "nncf", "scikit-learn"),
 )
 # extra -> the modules that it brings and what each is for
 _EXTRAS = {

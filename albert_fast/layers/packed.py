@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -52,11 +52,14 @@ class PackedLinear(nn.Module):
         hidden, middle = self.sizes
         return {4: (middle, hidden), 5: (hidden, middle)}.get(self.number, (hidden, hidden))
 
+    def check_stays(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """RuntimeError where `fn`, which `Module.to` and the like apply to every tensor, moves to another device."""
+        if fn(self.bias.detach()).device != self.bias.device:
+            raise RuntimeError("packed layers run on the CPU: load the model without keep_float=False to move it")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        bias = fn(self.bias.detach())
-        if bias.device == self.bias.device:  # a conversion to another dtype; only floats of 32 bits are packed
-            return self
-        raise RuntimeError("packed layers run on the CPU: load the model without keep_float=False to move it")
+        self.check_stays(fn)
+        return self  # converted to another dtype, it stays as it is: only floats of 32 bits are packed
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -76,6 +79,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, *_: Any) -> NoReturn:
         raise RuntimeError("a packed layer runs as a whole: see ops.packed_encoder")
+
+
+def packed_in(module: nn.Module) -> Iterator[PackedLinear]:
+    """The packed layers among the parts of `module`, each once."""
+    return (part for part in module.modules() if isinstance(part, PackedLinear))
 
 
 def packed_linears(linears: list[nn.Linear]) -> list[PackedLinear]:

@@ -16,7 +16,7 @@ from ..runtime.unused_gradients import watch_graph
 from .adapters import is_hooked
 from .attention import FusedQKV
 from .layer import Layer, fused_ahead
-from .packed import PackedLinear
+from .packed import PackedLinear, packed_in
 from .packing import Packing
 from .prepared import Prepared
 from .quantized import QuantizedLinear
@@ -57,6 +57,11 @@ class LayerStack(nn.Module):
     def distinct(self) -> list[Layer]:
         """The layers that have weights of their own, group after group; `layer_indices` counts them."""
         return [layer for group in self.groups() for layer in group.layers()]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for packed in packed_in(self):  # before any part has moved
+            packed.check_stays(fn)
+        return super()._apply(fn, recurse)
 
     def forward(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None = None, run: Run = Run()) -> Tensor:  # noqa: B008
         """(T, H) -> (T, H), or (Tq, H) for the rows that are wanted."""

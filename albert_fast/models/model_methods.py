@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 import types
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.families import ALBERT, FAMILIES, Family
+from ..layers.packed import packed_in
 from .config import ALBERTConfig
 from .encoder_config import EncoderConfig
 from .load_arguments import LoadArguments, as_config
@@ -257,13 +259,14 @@ class ModelMethods(nn.Module):
     # Sizes
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters; shared ones count once, integer layers not at all."""
+        """Number of parameters; shared ones count once, packed ones by their shapes, integer layers not at all."""
         tables = {id(module.weight) for module in self.modules() if isinstance(module, nn.Embedding)}
-        return sum(
+        plain = sum(
             parameter.numel()
             for parameter in self.parameters()
             if (parameter.requires_grad or not only_trainable) and not (exclude_embeddings and id(parameter) in tables)
         )
+        return plain if only_trainable else plain + sum(math.prod(one.weight_shape()) for one in packed_in(self))
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Bytes of the parameters and, with `return_buffers`, of the buffers, which integer layers are."""

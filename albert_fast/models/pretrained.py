@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..checkpoints import sentence_modules
 from ..checkpoints.saving import config_path, folder_of, save_checkpoint
 from ..checkpoints.weights import load_checkpoint, load_into, rename_old_names, resolve, tied
+from ..layers.packed import packed_in
 from ..quantization.calibration import Calibration
 from ..runtime import dispatch
 from .encoder_config import EncoderConfig
@@ -83,6 +84,12 @@ class PretrainedMixin(ModelMethods):
             kind = type(config).__name__
             raise TypeError(f"config must be an {wanted}, got {kind}: {wanted}.from_dict(config.to_dict()) is one")
         self.config = config
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """As in every Module; but a model that cannot move, see `execution.drop_float`, refuses before any part has moved."""
+        for packed in packed_in(self):
+            packed.check_stays(fn)
+        return super()._apply(fn, recurse)
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **options: Any) -> Any:
         """As in every Module, but a parameter with two names, such as a tied decoder's, is a copy under its second name.

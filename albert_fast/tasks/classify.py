@@ -14,7 +14,8 @@ import torch
 from ..checkpoints.weights import shipped_model
 from ..models.auto import AutoModelForSequenceClassification
 from ..text.batching import TextPair
-from .loading import TextModel
+from .loading import TextModel, checked_texts
+from .token_batches import default_batch_tokens
 
 
 class TextClassifier(TextModel):
@@ -33,12 +34,20 @@ class TextClassifier(TextModel):
         self.labels: list[str] = [self.model.config.label(index) for index in range(self.model.config.num_labels)]
 
     def __call__(self, texts: Sequence[str | TextPair]) -> list[dict[str, float]]:
-        """Texts, or (text, second text or None) -> {label: score} for each; scores are probabilities, or a regression's value."""
-        pairs = [(text, None) if isinstance(text, str) else text for text in texts]
-        answers: list[dict[str, float]] = [{} for _ in pairs]
+        """Texts, or (text, second text or None) -> {label: score} for each; scores are probabilities, or a regression's value.
+
+        Memory beside the answers does not grow with the number of texts. The next texts are tokenised while the model computes.
+
+        Raises:
+            TypeError: a text that is not a str, or one str in place of a list. ValueError: half of a surrogate pair in a text.
+        """
+        checked = checked_texts(texts)
+        answers: list[dict[str, float]] = [{} for _ in checked]
         with torch.inference_mode():
-            for chosen, batch in self.batches(pairs):
-                for index, scores in zip(chosen, self._scores(self.model(**batch).logits).tolist(), strict=True):
+            for batch in self.token_batches(checked, default_batch_tokens(self.device)):
+                padded = batch.padded(self.tokenizer.pad_token_id)
+                logits = self.model(**{name: tensor.to(self.device) for name, tensor in padded.items()}).logits
+                for index, scores in zip(batch.indices, self._scores(logits).tolist(), strict=True):
                     answers[index] = dict(zip(self.labels, scores, strict=True))
         return answers
 

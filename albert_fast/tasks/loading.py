@@ -16,7 +16,7 @@ from ..models.config import ALBERTConfig
 from ..models.encoder_config import EncoderConfig
 from ..models.pretrained import held_precision
 from ..runtime.devices import choose_device
-from ..text.batching import TextPair, for_plain_text, padded_batches, tokenize
+from ..text.batching import TextPair, for_plain_text
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .token_batches import Batching, TokenBatch
 
@@ -71,14 +71,6 @@ class TextModel:
         """Whether token types make a difference to the model."""
         encoder = self.model.base_model
         return bool(encoder.has_token_types) and getattr(encoder.config, "type_vocab_size", 1) > 1
-
-    def batches(self, texts: Sequence[TextPair]) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-        """Padded batches of similar length on the model's device: (indices of the texts, tensors (B, S) by name)."""
-        rows = tokenize(self.tokenizer, texts, self.max_length)
-        if not self.takes_types:
-            rows.pop("token_type_ids", None)
-        for chosen, batch in padded_batches(self.tokenizer, rows, self.batch_size or 32):
-            yield chosen, {key: tensor.to(self.device) for key, tensor in batch.items()}
 
     def token_batches(
         self, texts: Sequence[str | TextPair], batch_tokens: int, before: str = ""

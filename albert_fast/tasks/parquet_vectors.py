@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from ..text.text_files import Record
 
 _BESIDE = ("id", "label")
+# Up to here a float64 holds every integer.
+_EXACT = 2**53
 
 
 class ParquetForm:
     """A .parquet file with a column embedding of lists of `width` numbers.
 
-    ids and labels are columns of integers or floats where all of them are, else of text; other JSON values are written as
-    JSON.
+    ids and labels are columns of integers where all of them are and fit 64 bits, of floats where all are numbers that a
+    float64 holds exactly, else of text; other JSON values are written as JSON.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -72,10 +74,18 @@ class ParquetForm:
 
 def _number_type(windows: Iterator[list[Any]]) -> str | None:
     """ "integer", "float" or "text", whichever holds all values; None where there are none."""
-    kinds = {type(value) for values in windows for value in values} - {type(None)}
+    kinds: set[type] = set()
+    least = most = 0
+    for values in windows:
+        kinds.update(map(type, values))
+        integers = [value for value in values if type(value) is int]
+        least, most = min([least, *integers]), max([most, *integers])
+    kinds.discard(type(None))
     if not kinds:
         return None
-    return "integer" if kinds == {int} else "float" if kinds <= {int, float} else "text"
+    if kinds == {int}:
+        return "integer" if least >= -(2**63) and most < 2**63 else "text"
+    return "float" if kinds <= {int, float} and least >= -_EXACT and most <= _EXACT else "text"
 
 
 def _cell(value: Any, kind: Any) -> Any:

@@ -114,7 +114,7 @@ def open_table(
     if format is not Format.parquet:
         return open_lines(path, encoding, errors, longest), format
     given = (columns.text, columns.pair, columns.label)
-    if number := next((name for name in given if isinstance(name, int)), None):
+    if (number := next((name for name in given if isinstance(name, int)), None)) is not None:
         raise ValueError(f"{path}: column {number} is a number; the columns of a Parquet file have names")
     wanted = [str(name) for name in given if name is not None]
     texts = () if columns.text is not None else TEXT_COLUMNS
@@ -312,12 +312,13 @@ class RowReader:
             pair = PAIR_COLUMN
         if label is not None and not values[label].strip():
             self._fail("empty; every row needs a label", label)
+        key = values.get(KEY_COLUMN)
         return Record(
             self._line,
             self._checked_text(values[text], text),
             None if pair is None else self._checked_text(values[pair], pair),
-            None if label is None else values[label].strip(),
-            values.get(KEY_COLUMN),
+            None if label is None else self._checked_text(values[label], label).strip(),
+            None if key is None else self._checked_text(key, KEY_COLUMN),
         )
 
     def _like_a_header(self, values: Mapping[Any, str], label: str | int) -> bool:
