@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast.accelerate import forward, stacks
+from albert_fast.accelerate import forward, reduced, stacks
 from albert_fast.runtime import dispatch
 from albert_fast.testing.accelerated_models import PREFIXES, stack_of, tiny_batch, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
@@ -88,17 +88,84 @@ def test_training_and_gradients_take_the_own_parameters(precision):
     assert "in the model's own precision: the model is in training mode" in plan(model)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int16"])
-def test_changed_weights_are_never_served_from_the_copy(precision):
-    model = albert_fast.accelerate(tiny_model("bert"), precision)
+def multiplied(model):
     with torch.no_grad():
         stack_of(model).layer[1].output.dense.weight.mul_(1.5)
+
+
+def written_as_data(model):
+    stack_of(model).layer[1].output.dense.weight.data.mul_(-3)
+
+
+def one_column_as_data(model):
+    stack_of(model).layer[2].intermediate.dense.weight.data[:, 5] += 1
+
+
+def bias_as_data(model):
+    stack_of(model).layer[0].attention.self.value.bias.data.add_(1)
+
+
+def merged(model, calls=False):
+    """A low-rank adapter that is merged; `calls` says whether the model is called before."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)).eval()
+    if calls:
+        with pytest.warns(UserWarning, match="Linear was replaced"):
+            states(adapted)
+    adapted.merge_and_unload()
+    model.requires_grad_(True)
+
+
+def called_and_merged(model):
+    merged(model, calls=True)
+
+
+CHANGES = [multiplied, written_as_data, one_column_as_data, bias_as_data, merged, called_and_merged]
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("precision", ["bf16", "int16", "int8"])
+def test_changed_weights_are_never_served_from_the_copy(precision, change, called):
+    model = albert_fast.accelerate(tiny_model("bert"), precision)
+    if called:
+        states(model)
+    change(model)
     with pytest.warns(UserWarning, match="weights changed.*call accelerate again"):
         changed = states(model)
     torch.testing.assert_close(changed, states(albert_fast.restore(copy.deepcopy(model))), rtol=0, atol=2e-5)
     assert "in the model's own precision" in plan(model)
     again = states(albert_fast.accelerate(model, precision))
     assert 1e-7 < (again - changed).abs().mean() < BITS[precision]
+
+
+def test_a_write_that_no_sample_sees_is_found_with_new_modules():
+    model = albert_fast.accelerate(tiny_model("bert"), "int16")
+    states(model)
+    dense = stack_of(model).layer[1].output.dense
+    dense.weight.data[0, 1] += 3  # between the first two samples
+    stack_of(model).layer[1].output.dropout = torch.nn.Dropout(0.1).eval()
+    with pytest.warns(UserWarning, match="weights changed"):
+        states(model)
+
+
+def test_a_change_is_found_out_once(monkeypatch):
+    hashed, digest = [], reduced._digest
+    monkeypatch.setattr(reduced, "_digest", lambda weights: hashed.append(1) or digest(weights))
+    model = albert_fast.accelerate(tiny_model("bert"), "int16")
+    states(model)
+    assert len(hashed) == 1
+    multiplied(model)
+    with pytest.warns(UserWarning, match="weights changed"):
+        states(model)
+    for _ in range(3):
+        states(model)
+    assert len(hashed) == 2
+    with torch.no_grad():
+        stack_of(model).layer[1].output.dense.weight.div_(1.5)  # 1.5 * w / 1.5 need not be w
+    states(model)
+    states(model)
+    assert len(hashed) == 3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int16"])
