@@ -10,25 +10,20 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast.accelerate import forward, reduced, stacks
+from albert_fast.accelerate import reduced, stacks
 from albert_fast.runtime import dispatch
 from albert_fast.testing.accelerated_models import PREFIXES, stack_of, tiny_batch, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "warn_again"),
     pytest.mark.filterwarnings("error:albert_fast"),
     pytest.mark.filterwarnings("ignore:albert_fast. precision=.*runs without AVX512-VNNI"),
 ]
 BITS = {"bf16": 3e-2, "int16": 3e-3, "int8": 0.2}
 MASK = drawn_mask("right", 4, 11, seed=0)
 BATCH = tiny_batch() | {"attention_mask": MASK}
-
-
-@pytest.fixture(autouse=True)
-def _warn_again():
-    forward.warn_of_floats.cache_clear()
 
 
 def states(model, batch=BATCH):
@@ -224,6 +219,29 @@ def test_errors_change_nothing(arguments, error, message):
     with pytest.raises(error, match=message):
         albert_fast.accelerate(model, **arguments)
     assert not isinstance(stack_of(model), stacks.Accelerated)
+
+
+class OnHidden(torch.nn.Module):
+    """A stack inside a module that has no config and takes hidden states."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, hidden):
+        return self.encoder(hidden).last_hidden_state
+
+
+@pytest.mark.parametrize("wrapper", [None, OnHidden])
+@pytest.mark.parametrize("precision", ["int8", "int16"])
+def test_layers_without_their_model_cannot_be_calibrated(wrapper, precision):
+    stack = stack_of(tiny_model("bert"))
+    module = stack if wrapper is None else wrapper(stack)
+    with pytest.raises(ValueError, match="calibration needs the model of transformers around the layers"):
+        albert_fast.accelerate(module, precision)
+    assert not isinstance(stack, stacks.Accelerated)
+    albert_fast.accelerate(module, "bf16")
+    assert isinstance(stack, stacks.Accelerated)
 
 
 def test_adapters_are_merged_before_rounding():
