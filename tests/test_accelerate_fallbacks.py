@@ -79,6 +79,20 @@ def test_the_original_forward_runs(family, change):
     assert reason_of(model, tiny_batch()) is None
 
 
+@pytest.mark.filterwarnings("error:albert_fast")
+@pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
+def test_padding_that_is_added_to_the_scores_runs_on_kernels(hidden):
+    if OLD:
+        pytest.skip("this version takes no such mask")
+    model, real = tiny_model("bert", attn_implementation="eager"), drawn_mask("right", 4, 11, seed=0).bool()
+    added = torch.zeros(4, 1, 11, 11).masked_fill(~real[:, None, None], hidden)
+    batch = tiny_batch() | {"attention_mask": added}
+    slow = run(model, batch).last_hidden_state
+    fast = run(albert_fast.accelerate(model), batch).last_hidden_state
+    torch.testing.assert_close(fast[real], slow[real], rtol=0, atol=2e-5)
+    assert reason_of(model, batch) is None
+
+
 @pytest.mark.parametrize("where", ["layer.0.attention.self.query", "layer.1", "layer.2.output.dropout"])
 @pytest.mark.parametrize("accelerated_first", [True, False])
 def test_hooks_inside_run(where, accelerated_first):

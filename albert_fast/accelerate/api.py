@@ -50,13 +50,15 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
         calibration: texts, if `model` has a tokenizer, or batches as its tokenizer returns them, to fit the rounding to.
             Without any, int8 is fitted to random ids.
         padding: what stands in the last hidden states at padding: "zeros", or "keep" for what transformers computes there.
+            It is kept where a part of `model` is known to read it.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: no model. ValueError: no encoder that is known, or one that our layers do not compute; names what is
-        known and why. BackendUnavailableError: a precision that this machine does not run. The model is as it was.
+        known and why. Or layers without their model, to be rounded. BackendUnavailableError: a precision that this machine
+        does not run. The model is as it was.
     """
     check_arguments(precision, padding)
     if calibration is not None and precision not in ROUNDED:
