@@ -46,3 +46,12 @@ def threads():
 def one_thread(threads):
     """Runs the test on one thread, for models that are too small for more."""
     threads(1)
+
+
+@pytest.fixture
+def warn_again():
+    """Lets what `accelerate` says once in a process be said again, so that a filter that makes it an error sees it."""
+    from albert_fast.accelerate import forward
+
+    forward.warn_of_original.cache_clear()
+    forward.warn_of_floats.cache_clear()

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import albert_fast
+from albert_fast.runtime import dispatch
 from albert_fast.testing.accelerated_models import HEADS, PREFIXES, first_outputs, stack_of, tiny_batch, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
 from albert_fast.testing.tolerances import assert_close_calibrated
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error:albert_fast")]
+pytestmark = [pytest.mark.usefixtures("one_thread", "warn_again"), pytest.mark.filterwarnings("error:albert_fast")]
 
 MASKS = ["none", "right", "left", "holes"]
 # Heads whose outputs have a value for every column.
@@ -67,6 +68,9 @@ def test_same_numbers_as_transformers(family, head, kind):
     slow, exact = run(model, batch), run(copy.deepcopy(model).double(), batch)
     assert albert_fast.accelerate(model) is model
     assert_same(run(model, batch), slow, exact, mask, head)
+    with torch.no_grad():
+        (step,) = albert_fast.explain(model, **batch).steps
+    assert step.backend == ("cpp" if dispatch.has_extension() else "reference"), step.why
 
 
 @pytest.mark.parametrize("family", PREFIXES)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 
 import albert_fast
-from albert_fast.accelerate import forward, stacks
+from albert_fast.accelerate import stacks
 from albert_fast.accelerate.masks import NOT_PADDING, padding_mask
 from albert_fast.testing.accelerated_models import stack_of, tiny_batch, tiny_config, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
+from albert_fast.testing.tolerances import assert_close_calibrated
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warn_again")
 OLD = transformers.__version__.startswith("4.")
 # transformers 5.0 replaces the forward of every layer while it collects states: such a call is the original's.
 COLLECTS = OLD or importlib.util.find_spec("transformers.utils.output_capturing") is not None
-
-
-@pytest.fixture(autouse=True)
-def _warn_again():
-    forward.warn_of_original.cache_clear()
 
 
 def run(model, batch):
@@ -81,6 +79,20 @@ def test_the_original_forward_runs(family, change):
     assert reason_of(model, tiny_batch()) is None
 
 
+@pytest.mark.filterwarnings("error:albert_fast")
+@pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
+def test_padding_that_is_added_to_the_scores_runs_on_kernels(hidden):
+    if OLD:
+        pytest.skip("this version takes no such mask")
+    model, real = tiny_model("bert", attn_implementation="eager"), drawn_mask("right", 4, 11, seed=0).bool()
+    added = torch.zeros(4, 1, 11, 11).masked_fill(~real[:, None, None], hidden)
+    batch = tiny_batch() | {"attention_mask": added}
+    slow = run(model, batch).last_hidden_state
+    fast = run(albert_fast.accelerate(model), batch).last_hidden_state
+    torch.testing.assert_close(fast[real], slow[real], rtol=0, atol=2e-5)
+    assert reason_of(model, batch) is None
+
+
 @pytest.mark.parametrize("where", ["layer.0.attention.self.query", "layer.1", "layer.2.output.dropout"])
 @pytest.mark.parametrize("accelerated_first", [True, False])
 def test_hooks_inside_run(where, accelerated_first):
@@ -99,6 +111,33 @@ def test_hooks_inside_run(where, accelerated_first):
     assert shapes == [(4, 11, 32)]
     handle.remove()
     assert reason_of(model, batch) is None
+
+
+def test_hooks_in_a_dictionary_that_was_put_there_later_run():
+    """As tools clear all hooks of a module."""
+    model, batch, seen = albert_fast.accelerate(tiny_model("bert")), tiny_batch(), []
+    run(model, batch)
+    layer = stack_of(model).layer[1]
+    layer._forward_hooks = OrderedDict()
+    layer.register_forward_hook(lambda module, args, output: seen.append(module))
+    with pytest.warns(UserWarning, match=r"hook hangs on layer\.1"):
+        run(model, batch)
+    assert seen == [layer]
+
+
+def test_a_forward_on_the_stack_itself_is_named():
+    """It would run in place of ours."""
+    model, batch = tiny_model("bert"), tiny_batch()
+    stack = stack_of(model)
+    stack.forward = stack.forward
+    with pytest.raises(ValueError, match="another forward was set on the object"):
+        albert_fast.accelerate(model)
+    assert not isinstance(stack, stacks.Accelerated)
+    del stack.forward
+    albert_fast.accelerate(model)
+    assert reason_of(model, batch) is None
+    stack.forward = stack.forward
+    assert "another forward was set on the object" in reason_of(model, batch)
 
 
 def test_hooks_outside_the_layers_run_with_the_kernels():
@@ -169,6 +208,18 @@ def test_padding_on_the_left_is_computed_where_a_head_reads_it():
     with torch.no_grad():
         (step,) = albert_fast.explain(model, **batch).steps
     assert "padding is computed too" in step.why
+
+
+@pytest.mark.parametrize("summary", ["first", "last", "mean"])
+def test_summaries_of_all_columns_see_the_numbers_at_padding(summary):
+    model, batch = tiny_model("electra", "ForMultipleChoice", summary_type=summary), tiny_batch("ForMultipleChoice")
+    batch["attention_mask"] = drawn_mask("right", 8, 11, seed=0).view(4, 2, 11)
+    slow, exact = run(model, batch), run(copy.deepcopy(model).double(), batch)
+    fast = run(albert_fast.accelerate(model), batch)
+    assert_close_calibrated(fast.logits, slow.logits, exact.logits, summary, slack=2e-6)
+    with torch.no_grad():
+        (step,) = albert_fast.explain(model, **batch).steps
+    assert ("padding is computed too" in step.why) == (summary != "first")
 
 
 def test_a_row_without_a_token_is_what_torch_makes_of_it():

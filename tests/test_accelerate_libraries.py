@@ -17,7 +17,7 @@ from albert_fast.testing.model_pairs import drawn_mask
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "warn_again"),
     pytest.mark.filterwarnings("error:albert_fast"),
     pytest.mark.filterwarnings("ignore:albert_fast. precision=.*runs without AVX512-VNNI"),
 ]
@@ -102,19 +102,73 @@ def test_sentence_transformer_saves_and_loads(sentence_transformer, tmp_path):
     assert np.abs(loaded.encode(TEXTS) - fast).max() < 2e-6
 
 
-def test_sentence_transformer_learns(sentence_transformer):
-    model = albert_fast.accelerate(sentence_transformer).train()
-    features = model.tokenize(TEXTS) if not hasattr(model, "preprocess") else model.preprocess(TEXTS)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    losses = []
-    for _ in range(3):
+def test_sentence_transformer_learns_as_an_unaccelerated_one(sentence_transformer):
+    fast, slow = sentence_transformer, copy.deepcopy(sentence_transformer)
+    albert_fast.accelerate(fast)
+    for model in (fast, slow):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    features = slow.tokenize(TEXTS) if not hasattr(slow, "preprocess") else slow.preprocess(TEXTS)
+
+    def learned(model, optimizer):
+        """The loss and the gradients of a step."""
+        optimizer.zero_grad()
         vectors = model(dict(features))["sentence_embedding"]
         loss = (vectors[0] - vectors[1]).square().sum() - (vectors[0] - vectors[4]).square().sum()
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (fast, slow)]
+    losses = []
+    for step in range(3):
+        (ours, ours_grads), (theirs, theirs_grads) = map(learned, (fast, slow), optimizers)
+        assert ours == pytest.approx(theirs, abs=1e-5)
+        assert ours_grads.keys() == theirs_grads.keys()
+        if step == 0:  # later ones belong to weights that differ by rounding
+            for name, gradient in theirs_grads.items():
+                torch.testing.assert_close(ours_grads[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        losses.append(ours)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("expanded_first", [True, False])
+def test_expanded_queries_have_vectors(minilm, expanded_first):
+    """ColBERT reads columns that the mask calls padding."""
+    library = pytest.importorskip("sentence_transformers")
+    if not hasattr(library, "MultiVectorEncoder"):
+        pytest.skip("this version has no MultiVectorEncoder")
+    model, expansion = library.MultiVectorEncoder(minilm, device="cpu"), {"strategy": "min", "length": 16}
+    if expanded_first:
+        model[0].query_expansion = expansion
+        slow = model.encode_query(TEXTS)
+        albert_fast.accelerate(model)
+    else:
+        albert_fast.accelerate(model)
+        model[0].query_expansion = expansion
+        slow = albert_fast.restore(copy.deepcopy(model)).encode_query(TEXTS)
+    documents = albert_fast.restore(copy.deepcopy(model)).encode_document(TEXTS)
+    fast = model.encode_query(TEXTS)
+    assert max(len(vectors) for vectors in fast) >= 16
+    for found, expected in zip([*fast, *model.encode_document(TEXTS)], [*slow, *documents], strict=True):
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 2e-5
+        assert np.abs(np.linalg.norm(found, axis=-1) - 1).max() < 1e-4
+
+
+def test_expansion_is_seen_on_the_module_that_expands(minilm):
+    """A Transformer of sentence-transformers alone, without the module that reads its padding."""
+    library = pytest.importorskip("sentence_transformers")
+    if not hasattr(library, "MultiVectorEncoder"):
+        pytest.skip("this version has no MultiVectorEncoder")
+    transformer = library.MultiVectorEncoder(minilm, device="cpu")[0]
+    albert_fast.accelerate(transformer)
+    assert stack_of(transformer).__dict__[stacks.STATE].padding == "zeros"
+    transformer.query_expansion = {"strategy": "min", "length": 16}
+    albert_fast.accelerate(transformer)
+    assert stack_of(transformer).__dict__[stacks.STATE].padding == "keep"
 
 
 def test_cross_encoder_predicts_the_same(minilm):

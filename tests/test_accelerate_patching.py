@@ -14,7 +14,7 @@ from albert_fast.testing.model_pairs import drawn_mask
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "warn_again"),
     pytest.mark.filterwarnings("error:albert_fast"),
     pytest.mark.filterwarnings("ignore:albert_fast. precision=.*runs without AVX512-VNNI"),
 ]
@@ -70,6 +70,35 @@ def test_other_models_load_as_before(patch, tmp_path):
         transformers.AutoModel.from_pretrained(tmp_path / "gpt2")
     with pytest.warns(UserWarning, match="BertModel is loaded as it is.*decoder"):
         assert not is_fast(transformers.AutoModel.from_pretrained(tmp_path / "decoder"))
+
+
+class TakesBoxes(transformers.BertPreTrainedModel):
+    """A user's model that calibration cannot call: it wants more than ids."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = transformers.models.bert.modeling_bert.BertEncoder(config)
+        self.post_init()
+
+    def forward(self, input_ids, boxes):
+        raise AssertionError("never reached")
+
+
+class OnHidden(TakesBoxes):
+    """A user's model that takes hidden states."""
+
+    def forward(self, hidden):
+        return self.encoder(hidden)
+
+
+@pytest.mark.parametrize("kind", [TakesBoxes, OnHidden])
+def test_a_model_that_cannot_be_calibrated_loads(kind, patch, tmp_path):
+    kind(tiny_config("bert")).save_pretrained(tmp_path)
+    patch("int8")
+    with pytest.warns(UserWarning, match=f"{kind.__name__} is loaded as it is"):
+        assert not is_fast(kind.from_pretrained(tmp_path))
+    patch()
+    assert is_fast(kind.from_pretrained(tmp_path))
 
 
 def test_a_wrapper_around_ours_is_kept(patch, tmp_path):

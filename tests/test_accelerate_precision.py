@@ -10,25 +10,20 @@ import pytest
 import torch
 
 import albert_fast
-from albert_fast.accelerate import forward, stacks
+from albert_fast.accelerate import reduced, stacks
 from albert_fast.runtime import dispatch
 from albert_fast.testing.accelerated_models import PREFIXES, stack_of, tiny_batch, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "warn_again"),
     pytest.mark.filterwarnings("error:albert_fast"),
     pytest.mark.filterwarnings("ignore:albert_fast. precision=.*runs without AVX512-VNNI"),
 ]
 BITS = {"bf16": 3e-2, "int16": 3e-3, "int8": 0.2}
 MASK = drawn_mask("right", 4, 11, seed=0)
 BATCH = tiny_batch() | {"attention_mask": MASK}
-
-
-@pytest.fixture(autouse=True)
-def _warn_again():
-    forward.warn_of_floats.cache_clear()
 
 
 def states(model, batch=BATCH):
@@ -88,17 +83,84 @@ def test_training_and_gradients_take_the_own_parameters(precision):
     assert "in the model's own precision: the model is in training mode" in plan(model)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int16"])
-def test_changed_weights_are_never_served_from_the_copy(precision):
-    model = albert_fast.accelerate(tiny_model("bert"), precision)
+def multiplied(model):
     with torch.no_grad():
         stack_of(model).layer[1].output.dense.weight.mul_(1.5)
+
+
+def written_as_data(model):
+    stack_of(model).layer[1].output.dense.weight.data.mul_(-3)
+
+
+def one_column_as_data(model):
+    stack_of(model).layer[2].intermediate.dense.weight.data[:, 5] += 1
+
+
+def bias_as_data(model):
+    stack_of(model).layer[0].attention.self.value.bias.data.add_(1)
+
+
+def merged(model, calls=False):
+    """A low-rank adapter that is merged; `calls` says whether the model is called before."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)).eval()
+    if calls:
+        with pytest.warns(UserWarning, match="Linear was replaced"):
+            states(adapted)
+    adapted.merge_and_unload()
+    model.requires_grad_(True)
+
+
+def called_and_merged(model):
+    merged(model, calls=True)
+
+
+CHANGES = [multiplied, written_as_data, one_column_as_data, bias_as_data, merged, called_and_merged]
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("precision", ["bf16", "int16", "int8"])
+def test_changed_weights_are_never_served_from_the_copy(precision, change, called):
+    model = albert_fast.accelerate(tiny_model("bert"), precision)
+    if called:
+        states(model)
+    change(model)
     with pytest.warns(UserWarning, match="weights changed.*call accelerate again"):
         changed = states(model)
     torch.testing.assert_close(changed, states(albert_fast.restore(copy.deepcopy(model))), rtol=0, atol=2e-5)
     assert "in the model's own precision" in plan(model)
     again = states(albert_fast.accelerate(model, precision))
     assert 1e-7 < (again - changed).abs().mean() < BITS[precision]
+
+
+def test_a_write_that_no_sample_sees_is_found_with_new_modules():
+    model = albert_fast.accelerate(tiny_model("bert"), "int16")
+    states(model)
+    dense = stack_of(model).layer[1].output.dense
+    dense.weight.data[0, 1] += 3  # between the first two samples
+    stack_of(model).layer[1].output.dropout = torch.nn.Dropout(0.1).eval()
+    with pytest.warns(UserWarning, match="weights changed"):
+        states(model)
+
+
+def test_a_change_is_found_out_once(monkeypatch):
+    hashed, digest = [], reduced._digest
+    monkeypatch.setattr(reduced, "_digest", lambda weights: hashed.append(1) or digest(weights))
+    model = albert_fast.accelerate(tiny_model("bert"), "int16")
+    states(model)
+    assert len(hashed) == 1
+    multiplied(model)
+    with pytest.warns(UserWarning, match="weights changed"):
+        states(model)
+    for _ in range(3):
+        states(model)
+    assert len(hashed) == 2
+    with torch.no_grad():
+        stack_of(model).layer[1].output.dense.weight.div_(1.5)  # 1.5 * w / 1.5 need not be w
+    states(model)
+    states(model)
+    assert len(hashed) == 3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int16"])
@@ -157,6 +219,29 @@ def test_errors_change_nothing(arguments, error, message):
     with pytest.raises(error, match=message):
         albert_fast.accelerate(model, **arguments)
     assert not isinstance(stack_of(model), stacks.Accelerated)
+
+
+class OnHidden(torch.nn.Module):
+    """A stack inside a module that has no config and takes hidden states."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, hidden):
+        return self.encoder(hidden).last_hidden_state
+
+
+@pytest.mark.parametrize("wrapper", [None, OnHidden])
+@pytest.mark.parametrize("precision", ["int8", "int16"])
+def test_layers_without_their_model_cannot_be_calibrated(wrapper, precision):
+    stack = stack_of(tiny_model("bert"))
+    module = stack if wrapper is None else wrapper(stack)
+    with pytest.raises(ValueError, match="calibration needs the model of transformers around the layers"):
+        albert_fast.accelerate(module, precision)
+    assert not isinstance(stack, stacks.Accelerated)
+    albert_fast.accelerate(module, "bf16")
+    assert isinstance(stack, stacks.Accelerated)
 
 
 def test_adapters_are_merged_before_rounding():

@@ -14,7 +14,7 @@ from albert_fast.testing.accelerated_models import PREFIXES, stack_of, tiny_batc
 from albert_fast.testing.model_pairs import assert_gradients_equal, drawn_mask
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error:albert_fast")]
+pytestmark = [pytest.mark.usefixtures("one_thread", "warn_again"), pytest.mark.filterwarnings("error:albert_fast")]
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LABELS = {

@@ -14,14 +14,14 @@ from .families import Family
 from .forward import no_kernel
 from .reduced import FLOATS, PRECISIONS, ReducedLayers, float_layers
 from .samples import rounded_layers
-from .stacks import Accelerated, accelerate_stack, restore_stack
+from .stacks import OWN_FORWARD, Accelerated, accelerate_stack, restore_stack
 from .state import Acceleration
 from .view import StackView, Unsupported
 
 Model = TypeVar("Model")
 PADDING = ("zeros", "keep")
 
-# Architectures that people try, and why their layers are others.
+# Unsupported architectures, and why our layers do not compute them.
 _OTHERS = {
     "mpnet": "a bias is added to the attention scores",
     "deberta": "positions are added to the attention scores",
@@ -50,13 +50,15 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
         calibration: texts, if `model` has a tokenizer, or batches as its tokenizer returns them, to fit the rounding to.
             Without any, int8 is fitted to random ids.
         padding: what stands in the last hidden states at padding: "zeros", or "keep" for what transformers computes there.
+            It is kept where a part of `model` is known to read it.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: no model. ValueError: no encoder that is known, or one that our layers do not compute; names what is
-        known and why. BackendUnavailableError: a precision that this machine does not run. The model is as it was.
+        known and why. Or layers without their model, to be rounded. BackendUnavailableError: a precision that this machine
+        does not run. The model is as it was.
     """
     check_arguments(precision, padding)
     if calibration is not None and precision not in ROUNDED:
@@ -96,7 +98,7 @@ def _reduced(
             if (reason := no_kernel(next(stack.parameters()).device.type, FLOATS[precision])) is not None:
                 raise dispatch.BackendUnavailableError(f"precision={precision!r} cannot run here: {reason}")
             return float_layers(stack, family, precision)
-        owner = next(inner for inner in module.modules() if stack in inner.children())
+        owner = next((inner for inner in module.modules() if stack in inner.children()), None)
         return rounded_layers(owner, stack, family, precision, calibration, tokenizer)
     except Unsupported as error:
         raise ValueError(f"precision={precision!r}: {error}") from None
@@ -147,6 +149,8 @@ def _why_not(stack: nn.Module, family: Family) -> str | None:
     own: Any = stack._original_class if isinstance(stack, Accelerated) else type(stack)
     if own.forward is not families.stack_class(family).forward:
         return f"{own.__name__} has a forward of its own"
+    if "forward" in stack.__dict__:
+        return OWN_FORWARD
     parameters = list(stack.parameters())
     if any(parameter.is_meta for parameter in parameters):
         return "its parameters are on the meta device: load the model first"
@@ -160,9 +164,24 @@ def _why_not(stack: nn.Module, family: Family) -> str | None:
 
 
 def _readers_of_padding(module: nn.Module) -> set[nn.Module]:
-    """The stacks whose head reads every column: the softmax over answers of a model for questions counts padding."""
-    heads = [inner for inner in module.modules() if type(inner).__name__.endswith("ForQuestionAnswering")]
-    return {inner for head in heads for inner in head.modules()}
+    """The stacks around which something reads every column, padding too."""
+    return {part for inner in module.modules() if _reads_padding(inner) for part in inner.modules()}
+
+
+def _reads_padding(holder: nn.Module) -> bool:
+    """Whether `holder` reads columns of padding in the last hidden states of the layers inside it."""
+    if type(holder).__name__.endswith("ForQuestionAnswering"):
+        return True  # its softmax runs over every column
+    if getattr(holder, "query_expansion", None) is not None:
+        return True  # sentence-transformers' ColBERT: vectors of padding are a part of the query
+    for child in holder.children():
+        # The expansion of queries can be switched on later, so that a MultiVectorEncoder always counts.
+        if type(child).__name__ == "MultiVectorMask":
+            return True
+        # ELECTRA's summary: the last column, the mean of all columns, or a chosen one.
+        if getattr(child, "summary_type", "first") != "first":
+            return True
+    return False
 
 
 def _reason(module: nn.Module) -> str:

@@ -38,7 +38,8 @@ def patch_transformers(precision: str = "fp32", *, padding: str = "zeros") -> No
     Models that hold no known encoder load as before. A second call changes the options.
 
     Args:
-        precision, padding: as `accelerate` takes them.
+        precision, padding: as `accelerate` takes them. What is built around a model later is not known while it is loaded:
+            a MultiVectorEncoder needs padding="keep".
 
     Raises:
         ImportError: transformers is not installed. ValueError: as `accelerate`.
@@ -76,7 +77,7 @@ def _accelerating(original: Any) -> Any:
         if options is not None and isinstance(model, nn.Module) and stacks_in(model):
             try:
                 accelerate(model, **options)
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:  # whatever it is, the user asked for a model
                 warnings.warn(f"albert_fast: {type(model).__name__} is loaded as it is: {error}", stacklevel=2)
         return loaded
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +14,39 @@ from torch import Tensor, nn
 from ..layers.layer import Layer
 from ..quantization.rounding import ROUNDED
 from ..runtime import dispatch
+from ..runtime.derived import Versions, samples_of, versions_of
 from .families import Family
 from .view import StackView, Unsupported
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", *FLOATS, *ROUNDED)
 CHANGED = "the weights changed after they were copied in {}: call accelerate again"
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Weights at one time, as they can be told apart without reading all of them; and what was found out about them.
+
+    view: of the model's layers; None before the first call. reason: why the copy does not serve them; None where it does.
+    """
+
+    versions: Versions
+    samples: Tensor
+    view: weakref.ref[StackView] | None
+    reason: str | None = None
+
+    def holds(self, weights: list[Tensor], view: StackView) -> bool:
+        """Whether these are those weights. A write through `.data` is seen in the samples alone.
+
+        A new view means that modules were replaced, perhaps by adapters that were merged since.
+        """
+        if self.view is not None and self.view() is not view:
+            return False
+        if self.versions != versions_of(weights):
+            return False
+        if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return True  # a graph cannot wait for numbers
+        return torch.equal(self.samples, samples_of(weights))
 
 
 class ReducedLayers:
@@ -29,11 +58,12 @@ class ReducedLayers:
 
     def __init__(self, layers: StackView, precision: str, source: list[Tensor]) -> None:
         self.layers, self.precision = layers, precision
+        known = _Known(versions_of(source), samples_of(source), None)  # before the weights are read: a write is seen
         self._digest = _digest(source)
-        self._versions: list[tuple[int, int]] | None = _versions(source)
+        self._known: _Known | None = known
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_versions": None}  # addresses mean nothing elsewhere
+        return {**self.__dict__, "_known": None}  # addresses mean nothing elsewhere
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,11 +80,18 @@ class ReducedLayers:
             return f"a gradient may be asked for, and {self.precision} layers have none: call it under torch.no_grad()"
         if not view.is_plain():
             return f"a Linear was replaced after the layers were copied in {self.precision}"
-        if _versions(weights) != self._versions:
-            if _digest(weights) != self._digest:
-                return CHANGED.format(self.precision)
-            self._versions = _versions(weights)
-        return self._follow(hidden.device)
+        return self._changed(weights, view) or self._follow(hidden.device)
+
+    def _changed(self, weights: list[Tensor], view: StackView) -> str | None:
+        """The reason where the weights are not those that were copied; it is found out once for each change."""
+        known = self._known
+        if known is None or not known.holds(weights, view):
+            seen, samples = versions_of(weights), samples_of(weights)
+            reason = None if _digest(weights) == self._digest else CHANGED.format(self.precision)
+            known = self._known = _Known(seen, samples, weakref.ref(view), reason)
+        elif known.view is None:
+            known = self._known = replace(known, view=weakref.ref(view))
+        return known.reason
 
     def _follow(self, device: torch.device) -> str | None:
         """Move to the device where the model is now."""
@@ -86,7 +123,7 @@ def plain_view(stack: nn.Module, family: Family) -> StackView:
     """A view of `stack` that nothing else uses, and that refers to nothing but the modules of the layers.
 
     Raises:
-        Unsupported: layers with adapters or other replaced Linears, of which a copy would be none.
+        Unsupported: layers with adapters or other replaced Linears, which cannot be copied.
     """
     view = StackView(stack, family)
     if not all(map(Layer.is_plain, view.distinct())):
@@ -95,13 +132,9 @@ def plain_view(stack: nn.Module, family: Family) -> StackView:
     return view
 
 
-def _versions(weights: list[Tensor]) -> list[tuple[int, int]]:
-    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-
-
 @torch.no_grad()
 def _digest(weights: list[Tensor]) -> bytes:
-    """Of every byte of the weights; the same on every device."""
+    """A hash of all weights' bytes; it does not depend on the device."""
     found = hashlib.blake2b()
     for weight in weights:
         found.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,10 +23,11 @@ from .reduced import ReducedLayers, plain_view, source_of
 from .view import StackView
 
 _BATCH = 16
+_SIZES = ("vocab_size", "max_position_embeddings")
 
 
 class _Embedder:
-    """What calibration needs of a model: sizes, the layers, and the layers' input for ids."""
+    """Adapts a transformers model to `calibration.Encoder`: sizes, the layers, and the layers' input for ids."""
 
     def __init__(self, owner: nn.Module, stack: nn.Module, family: Family, view: StackView) -> None:
         self._owner, self._stack, self._family, self.encoder = owner, stack, family, view
@@ -51,18 +53,24 @@ class _Embedder:
 
 
 def rounded_layers(
-    owner: nn.Module, stack: nn.Module, family: Family, precision: str, calibration: Any, tokenizer: Any
+    owner: nn.Module | None, stack: nn.Module, family: Family, precision: str, calibration: Any, tokenizer: Any
 ) -> ReducedLayers:
     """The layers of `stack` in "int8", "int16" or "fp8".
 
     Args:
-        owner: the model around the stack, which turns ids into the stack's input.
+        owner: the model around the stack, which turns ids into the stack's input; None where there is none.
         calibration: texts, or batches as `quantization.calibration.Calibration`; None: int8 is fitted to random ids.
         tokenizer: for texts; None where the model has none.
 
     Raises:
-        BackendUnavailableError: this device cannot. TypeError, ValueError: a calibration that cannot be used.
+        BackendUnavailableError: this device cannot. TypeError, ValueError: a calibration that cannot be used; an owner
+        that takes no ids.
     """
+    if owner is None or not _takes_ids(owner):
+        raise ValueError(
+            f"precision={precision!r}: calibration needs the model of transformers around the layers, which turns ids into "
+            f"their input: {type(stack).__name__} is {'alone' if owner is None else f'in a {type(owner).__name__}'}"
+        )
     view = plain_view(stack, family)
     source = source_of(view)
     device = source[0].device
@@ -78,6 +86,14 @@ def rounded_layers(
         quantize(embedder, precision, _batches(calibration, tokenizer, embedder), "auto")
     view.to(dispatch.quantized_dtype(precision, device.type))
     return ReducedLayers(view, precision, source)
+
+
+def _takes_ids(owner: nn.Module) -> bool:
+    """Whether `owner` has the sizes that calibration reads, and can be called with ids."""
+    config = getattr(owner, "config", None)
+    parameters = signature(owner.forward).parameters.values()
+    takes = any(parameter.name == "input_ids" or parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters)
+    return takes and all(isinstance(getattr(config, name, None), int) for name in _SIZES)
 
 
 def _batches(calibration: Any, tokenizer: Any, embedder: _Embedder) -> Any:

@@ -15,6 +15,8 @@ from .plans import Row, at_the_stack, caller_of, described
 from .state import STATE, Acceleration
 from .view import StackView
 
+OWN_FORWARD = "another forward was set on the object, which runs in place of its class's"
+
 
 class Accelerated(nn.Module):
     """Mixed into the class of a stack."""
@@ -36,6 +38,8 @@ class Accelerated(nn.Module):
         """How a call of `module`, which holds this stack as `name`, would run its layers: a row for `inspect.explain`."""
 
         def look(*args: Any, **kwargs: Any) -> Row:
+            if "forward" in self.__dict__:
+                return described(name, OWN_FORWARD, self, layers)
             return described(name, prepared(self, acceleration, self._given(args, kwargs)), self, layers)
 
         acceleration: Acceleration = self.__dict__[STATE]

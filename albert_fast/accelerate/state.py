@@ -37,7 +37,10 @@ class Acceleration:
 
 
 class _Seen:
-    """The modules of a stack at one time, and the views of them: one object, so that a thread never sees halves of two."""
+    """The modules of a stack at one time, and the views of them.
+
+    They are one object, so that a thread never mixes an old structure with new views.
+    """
 
     def __init__(self, stack: nn.Module) -> None:
         self.structure = Structure(stack)

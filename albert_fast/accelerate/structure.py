@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 # transformers hangs hooks on the layers when hidden states are asked for, and leaves them there. They do nothing in a call
 # that asks for none; such calls are told apart by `calls.read_call`.
 _CAPTURE = "transformers.utils.output_capturing"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Read anew at every call: users may put another dictionary in the place of the one that was there.
+_HOOKS = tuple(itemgetter(f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 class Structure:
@@ -23,7 +25,6 @@ class Structure:
         self._children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
         self._modules, self._types = modules, [*map(type, modules)]
         inside = named[1:]
-        self._hooks: list[Any] = [getattr(module, name) for _, module in inside for name in _HOOKS]
         self._attributes = [module.__dict__ for _, module in inside]
         self._names = [name for name, _ in inside]
 
@@ -35,10 +36,11 @@ class Structure:
 
     def hooked(self) -> str | None:
         """Why calling a module inside does more than its class's forward; None where it does not."""
-        if any(self._hooks):
-            for number, hooks in enumerate(self._hooks):
-                if any(getattr(hook, "__module__", None) != _CAPTURE for hook in hooks.values()):
-                    return f"a hook hangs on {self._names[number // len(_HOOKS)]}"
+        if any(any(map(hooks, self._attributes)) for hooks in _HOOKS):
+            for name, attributes in zip(self._names, self._attributes, strict=True):
+                found = [hook for hooks in _HOOKS for hook in hooks(attributes).values()]
+                if any(getattr(hook, "__module__", None) != _CAPTURE for hook in found):
+                    return f"a hook hangs on {name}"
         if any(map(dict.__contains__, self._attributes, repeat("forward"))):
             for number, attributes in enumerate(self._attributes):
                 if "forward" in attributes and not _is_own(attributes["forward"], self._modules[number + 1]):

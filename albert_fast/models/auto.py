@@ -51,7 +51,7 @@ class _Auto:
     def __init__(self, *_: Any, **__: Any) -> NoReturn:
         name = type(self).__name__
         raise TypeError(
-            f"{name} is not made: call {name}.from_pretrained(path), from_config(config) or from_model(model)"
+            f"{name} cannot be constructed: call {name}.from_pretrained(path), from_config(config) or from_model(model)"
         )
 
     @classmethod

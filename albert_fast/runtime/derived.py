@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Made = TypeVar("Made")
+Versions = tuple[tuple[int, int, int], ...]
 _SAMPLES = 64
 
 
@@ -20,13 +22,13 @@ class _Kept(Generic[Made]):
     """A result made from weights, and what shows whether the weights are unchanged."""
 
     made: Made
-    versions: tuple[tuple[int, int, int], ...]
+    versions: Versions
     places: tuple[tuple[tuple[int], tuple[int]], ...]  # sizes and strides of the samples
     samples: tuple[Tensor, ...]
 
     def is_current(self, weights: Sequence[Tensor]) -> bool:
         # A write through `.data` does not change the version, so some elements are compared too.
-        if self.versions != _versions(weights):
+        if self.versions != versions_of(weights):
             return False
         return all(
             torch.equal(weight.as_strided(*where), sample)
@@ -56,7 +58,7 @@ class Derived(Generic[Made]):
         found: _Kept[Made] | None = self._kept.get(weights[0])
         if found is None or not found.is_current(weights):
             # Recorded before the weights are read: after a write in between, the next call makes the copy again.
-            versions, places = _versions(weights), tuple(map(_place, weights))
+            versions, places = versions_of(weights), tuple(_place(w.numel()) for w in weights)
             samples = tuple(w.as_strided(*where).clone() for w, where in zip(weights, places, strict=True))
             with torch.inference_mode(False), torch.no_grad():  # so that calls in any mode can use it
                 found = _Kept(self._make(weights), versions, places, samples)
@@ -75,12 +77,22 @@ def forget(weights: Iterable[Tensor]) -> None:
             derived.forget([weight])
 
 
-def _versions(weights: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+def versions_of(weights: Sequence[Tensor]) -> Versions:
+    """(address, elements, version) of every weight. A write through `.data` changes none of them."""
     return tuple([(w.data_ptr(), w.numel(), 0 if w.is_inference() else w._version) for w in weights])
 
 
-def _place(weight: Tensor) -> tuple[tuple[int], tuple[int]]:
-    """Size and stride of a sample of a contiguous tensor: elements that are evenly spread over it."""
-    count = weight.numel()
-    step = max(1, count // _SAMPLES)
+@torch.no_grad()
+def samples_of(weights: Sequence[Tensor]) -> Tensor:
+    """Some elements of every weight, one weight after another, (N,): all on one device, in few kernels."""
+    return torch.cat([w.as_strided(*_place(w.numel())) if w.is_contiguous() else w.flatten() for w in weights])
+
+
+@cache
+def _place(count: int) -> tuple[tuple[int], tuple[int]]:
+    """Size and stride of a sample of a contiguous tensor of `count` elements: some that are evenly spread over it.
+
+    The stride is odd, so that the elements of a matrix are not all in one column.
+    """
+    step = max(1, count // _SAMPLES) | 1
     return (-(-count // step),), (step,)
