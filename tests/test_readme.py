@@ -47,7 +47,9 @@ def test_python_blocks_run_in_order(page: str, tmp_path: Path, monkeypatch: pyte
             continue
         exec(compile(block.replace(SHIPPED, str(ROOT / SHIPPED)), f"{page}, Python block {number}", "exec"), session)
     if page == "README.md":
-        assert capsys.readouterr().out.startswith("torch.Size([2, ")
+        label, shapes, *_ = capsys.readouterr().out.splitlines()
+        assert label.startswith("[{'label': 'positive'")
+        assert shapes.startswith("torch.Size([2, ")
 
 
 def test_readme_shows_code_early_and_stays_short() -> None:
