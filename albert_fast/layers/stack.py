@@ -193,7 +193,10 @@ class LayerStack(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether the layers compute exactly what the encoder operators do: see `Layer.is_plain`; no group has hooks."""
-        return self.prepared(self.distinct()).plain
+        distinct = self.distinct()
+        if is_traced():  # a compiler cannot follow the flat lists
+            return not any(map(is_hooked, self.groups())) and all(layer.is_plain() for layer in distinct)
+        return self.prepared(distinct).plain
 
     def prepared(self, distinct: Sequence[Layer]) -> Prepared:
         """What is known of the `distinct` layers, found out again where one of them or a group changed."""
