@@ -402,6 +402,7 @@ def rehearsal(tmp_path_factory) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.thorough
 def test_every_measuring_part_runs_without_a_gpu(rehearsal):
     assert {part["part"]: part["status"] for part in rehearsal["parts"]} == dict.fromkeys(
         (*MEASURED, "sanitizer"), "passed"
@@ -410,6 +411,7 @@ def test_every_measuring_part_runs_without_a_gpu(rehearsal):
     assert "rehearsal" in markdown(rehearsal)
 
 
+@pytest.mark.thorough
 def test_every_side_gives_a_row(rehearsal):
     records = [record for part in rehearsal["parts"] for record in part["records"]]
     assert [r for r in records if r["kind"] in ("failure", "peer failure")] == []
