@@ -171,7 +171,9 @@ def parity(part: Part) -> None:
     seconds = part.left()
     counts = Counts(part)
     try:
-        for report in run_tests([*files, "--thorough", "-k", selection], first_tests(kernels), processes, seconds, ROOT):
+        for report in run_tests(
+            [*files, "--thorough", "-k", selection], first_tests(kernels), processes, seconds, ROOT
+        ):
             counts.add(report)
         for report in run_tests(alone, [], 1, part.left(), ROOT) if alone else ():
             counts.add(report)
