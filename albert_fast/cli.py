@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "train": "Train a classifier on labelled text.",
     "evaluate": "Measure a classifier on labelled text.",
     "quantize": "Store a model in int8 or int16.",
+    "convert": "Convert Google's TensorFlow checkpoints.",
     "demo": "Check this installation.",
     "bench": "Measure speed and error on this machine.",
     "info": "Show what runs here, and what is missing.",

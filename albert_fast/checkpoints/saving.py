@@ -25,6 +25,7 @@ def save_checkpoint(
     values: Mapping[str, Any],
     directory: str | Path,
     tensors: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes config.json and model.safetensors into `directory`. Other files there stay; one process at a time may save.
 
@@ -35,6 +36,7 @@ def save_checkpoint(
     Args:
         values: the contents of config.json.
         tensors: written in place of the model's own.
+        others: written as well: tensors that only other classes of the family have, such as a pooler.
 
     Raises:
         ValueError: `tensors` have other names or shapes than the model's.
@@ -50,6 +52,7 @@ def save_checkpoint(
             raise ValueError(f"state_dict: {key!r} has the shape {tuple(tensor.shape)}, not {tuple(state[key].shape)}")
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in given.items() if key not in aliases}
+    tensors |= others or {}
     with files.scratch(directory / CHECKPOINT, _finish) as folder:
         # In this order: `config_path` takes a configuration without weights for one whose weights were renamed already.
         weights, config = folder / "model.safetensors", folder / "config.json"

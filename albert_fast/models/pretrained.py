@@ -32,7 +32,7 @@ _QUANTIZED: dict[str, dict[str, Any]] = {
 }
 
 
-def _config_dict(model: PretrainedMixin) -> dict[str, Any]:
+def config_contents(model: PretrainedMixin) -> dict[str, Any]:
     """The contents of config.json as transformers expects them; dtype is that of the weights file."""
     values = model.config.to_dict()
     values.pop("torch_dtype", None)
@@ -290,7 +290,7 @@ class PretrainedMixin(ModelMethods):
             raise TypeError(f"save_pretrained() got an unexpected argument {next(iter(hub))!r}")
         if not is_main_process:
             return
-        save_checkpoint(self, _config_dict(self), save_directory, state_dict)
+        save_checkpoint(self, config_contents(self), save_directory, state_dict)
         if push_to_hub:
             self.push_to_hub(repo_id or Path(save_directory).name, **hub)
 

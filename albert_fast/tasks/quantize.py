@@ -27,6 +27,7 @@ from ..text import vocabulary
 from ..text.batching import TextPair, padded_batches, tokenize
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .loading import token_limit
+from .output_folder import check_output
 
 STORABLE = ("int8", "int16")
 _MODELS: tuple[Any, ...] = (
@@ -38,8 +39,6 @@ _MODELS: tuple[Any, ...] = (
     ALBERTForSequenceClassification,
     ALBERTForTokenClassification,
 )
-# The files of a stored checkpoint; a folder with any other file is not replaced.
-NAMES = ("config.json", "model.safetensors", *vocabulary.FILES, *vocabulary.SETTINGS)
 
 
 def quantize_checkpoint(
@@ -75,7 +74,7 @@ def quantize_checkpoint(
     if precision not in STORABLE:
         raise ValueError(f"precision {precision!r}: a checkpoint is stored in one of {', '.join(STORABLE)}")
     output = Path(output)
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     path = resolve(source)
     folder = folder_of(path)
     if output.exists() and output.resolve() == folder.resolve():
@@ -90,19 +89,6 @@ def quantize_checkpoint(
                 shutil.copyfile(folder / name, new / name)
         model.save_pretrained(new)
     return sum(int(batch["attention_mask"].sum()) for batch in batches)
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise FileExistsError(f"{output} is a file; the output needs a folder")
-    held = sorted(path.name for path in output.iterdir())
-    if held and not overwrite:
-        raise FileExistsError(f"{output} is there already; --overwrite (overwrite=True) replaces it")
-    foreign = [name for name in held if name not in NAMES]
-    if foreign:
-        raise FileExistsError(f"{output} holds {foreign[0]}, which is no part of a checkpoint; name another folder")
 
 
 def _model_class(folder: Path) -> tuple[Any, ALBERTConfig]:
