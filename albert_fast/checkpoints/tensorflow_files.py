@@ -5,7 +5,12 @@ It needs TensorFlow: pip install 'albert-fast[tensorflow]'.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,18 +26,25 @@ from .tensorflow_names import belongs_to_training, is_transposed
 _FOLDERS = ("", "variables", "assets")
 _CONFIGS = ("albert_config.json", "bert_config.json", "config.json")
 _MOST_NAMED = 10
+_PROGRAM = Path(__file__).with_name("tensorflow_process.py")
 
 
 class Reader(Protocol):
-    """The variables of a checkpoint: `shapes` by name, and the values of one."""
+    """The variables of an open checkpoint: `shapes` by name, and the values of one; a context manager that closes it."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
     def array(self, name: str) -> Any: ...
 
+    def __enter__(self) -> Reader: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
 
 class TensorFlowReader:
     """The variables of a checkpoint, read with TensorFlow; the prefix "module/" of TensorFlow Hub is left out.
+
+    A context manager: TensorFlow runs in a process of its own until the block ends, see `tensorflow_process.py`.
 
     Args:
         prefix: the path of the checkpoint without ".index".
@@ -44,27 +56,63 @@ class TensorFlowReader:
 
     def __init__(self, prefix: Path) -> None:
         self._prefix = prefix
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or its import writes of the processor to standard error
+        self._errors = tempfile.TemporaryFile()
+        # Not by its path alone: Python would look for numpy and TensorFlow in the folder of the file first.
+        code = f"import runpy; runpy.run_path({str(_PROGRAM)!r}, run_name='__main__')"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, str(prefix)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},  # TensorFlow would take the memory of every GPU
+        )
         try:
-            import tensorflow
-        except ImportError as error:
-            raise ImportError(
-                "TensorFlow's checkpoints are read with TensorFlow: pip install 'albert-fast[tensorflow]'"
-            ) from error
-        try:
-            self._reader = tensorflow.train.load_checkpoint(str(prefix))
-            shapes = self._reader.get_variable_to_shape_map()
-        except Exception as error:  # TensorFlow has many types of errors
-            raise ValueError(f"{prefix}: not a readable checkpoint of TensorFlow: {error}") from error
+            shapes = self._answer("not a readable checkpoint of TensorFlow")["shapes"]
+        except BaseException:
+            self.close()
+            raise
         self._names = {name.removeprefix("module/"): name for name in shapes}
         self.shapes = {name: tuple(shapes[stored]) for name, stored in self._names.items()}
 
+    def __enter__(self) -> TensorFlowReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends TensorFlow's process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
     def array(self, name: str) -> Any:
         """The values of a variable. ValueError where they cannot be read, such as in a file that is cut off."""
-        try:
-            return self._reader.get_tensor(self._names[name])
-        except Exception as error:
-            raise ValueError(f"{self._prefix}: {name} cannot be read: {error}") from error
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # `_answer` says why the process ended
+            self._process.stdin.write(self._names[name].encode() + b"\n")
+            self._process.stdin.flush()
+        answer = self._answer(f"{name} cannot be read")
+        content = self._process.stdout.read(answer["bytes"])
+        return np.frombuffer(content, np.dtype(answer["dtype"])).reshape(self.shapes[name])
+
+    def _answer(self, what: str) -> dict[str, Any]:
+        """The next line from TensorFlow's process. ValueError with `what`, or ImportError, where it failed."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            self._errors.seek(0)
+            said = self._errors.read().decode(errors="replace").strip().splitlines()
+            code, last = self._process.wait(), said[-1] if said else "without a word"
+            raise ValueError(f"{self._prefix}: {what}: TensorFlow ended with code {code}: {last}")
+        answer: dict[str, Any] = json.loads(line)
+        if answer.get("missing"):
+            raise ImportError(
+                "TensorFlow reads its checkpoints: pip install 'albert-fast[tensorflow]' (here: " + answer["error"] + ")"
+            )
+        if "error" in answer:
+            raise ValueError(f"{self._prefix}: {what}: {answer['error']}")
+        return answer
 
 
 def find_prefix(source: str | Path) -> Path:
@@ -151,8 +199,8 @@ def read_tensors(
         raise ValueError(f"{where} cannot be converted:\n" + "\n".join(problems[:_MOST_NAMED]) + more)
     tensors = {}
     for name, key in variables.items():
-        values = np.asarray(reader.array(name))
-        if not (np.issubdtype(values.dtype, np.floating) or values.dtype.name == "bfloat16"):
+        values = reader.array(name)
+        if not np.issubdtype(values.dtype, np.floating):
             raise ValueError(f"{where}: {name} must hold floats, got {values.dtype}")
         values = values.astype(np.float32)
         tensors[key] = torch.from_numpy(np.ascontiguousarray(values.T if is_transposed(name) else values))

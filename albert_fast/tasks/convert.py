@@ -91,11 +91,11 @@ def convert_checkpoint(
     if pieces is not None and (pieces.suffix not in (".model", ".txt") or not pieces.is_file()):
         raise FileNotFoundError(f"{pieces}: no vocabulary: a file that ends in .model or .txt")
     values = files.read_json_object(settings)
-    variables = reader(prefix)
-    family = tensorflow_names.family_of(variables.shapes)
-    if family is None:
-        raise ValueError(_unknown(prefix, variables.shapes))
-    model, tensors = _converted(variables, family, values, prefix, settings)
+    with reader(prefix) as variables:
+        family = tensorflow_names.family_of(variables.shapes)
+        if family is None:
+            raise ValueError(_unknown(prefix, variables.shapes))
+        model, tensors = _converted(variables, family, values, prefix, settings)
     own = {key: tensors.pop(key) for key in model.state_dict() if key in tensors}
     with files.replacing_folder(output) as new:
         if pieces is not None:
