@@ -189,16 +189,18 @@ FILES = {
     "albert_fast/accelerate": (
         "api calls families forward masks padded patching plans reduced samples stacks state structure view"
     ),
-    "albert_fast/checkpoints": "families hub saving sentence_modules weights",
+    "albert_fast/checkpoints": (
+        "families hub saving sentence_modules tensorflow_files tensorflow_names tensorflow_process weights"
+    ),
     "albert_fast/commands": (
-        "_compare _errors _lines _options _progress _sinks bench classify demo encode evaluate fill_mask info "
+        "_compare _errors _lines _options _progress _sinks bench classify convert demo encode evaluate fill_mask info "
         "quantize rerank train"
     ),
     "albert_fast/execution": "capture graphs",
     "albert_fast/inspect": "explain info profiling timing",
     "albert_fast/layers": (
-        "adapters attention embeddings encoded inputs layer packed packing prepared quantized run single_layers "
-        "spec stack wanted"
+        "adapters attention embeddings encoded inputs layer packed packing prepared quantized run single_layers spec "
+        "stack wanted"
     ),
     "albert_fast/models": (
         "albert auto bert config config_attributes config_checks distilbert electra encoder_config encoder_model "
@@ -211,12 +213,10 @@ FILES = {
         "gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
     ),
     "albert_fast/quantization": "calibration rounding",
-    "albert_fast/runtime": (
-        "derived devices dispatch files linear locking operands registration unused_gradients version"
-    ),
+    "albert_fast/runtime": "derived devices dispatch files linear locking operands registration unused_gradients version",
     "albert_fast/tasks": (
-        "classify embed errors fill_mask loading parquet_vectors pooling quantize score sentence_steps "
-        "token_batches vector_files"
+        "classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
+        "sentence_steps token_batches vector_files"
     ),
     "albert_fast/testing": (
         "accelerated_models case cases covering encoder_cases family_pairs hostile model_pairs parity "
@@ -227,8 +227,8 @@ FILES = {
         "batching line_reader normalization parquet_files text_files tokenizer vocabulary vocabulary_training windows"
     ),
     "albert_fast/training": (
-        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization "
-        "recipe run"
+        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization recipe "
+        "run"
     ),
     "kernels": (
         "_attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs _layer_norm _matmul "

@@ -56,7 +56,7 @@ class TensorFlowReader:
 
     def __init__(self, prefix: Path) -> None:
         self._prefix = prefix
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         # Not by its path alone: Python would look for numpy and TensorFlow in the folder of the file first.
         code = f"import runpy; runpy.run_path({str(_PROGRAM)!r}, run_name='__main__')"
         self._process = subprocess.Popen(
@@ -88,12 +88,15 @@ class TensorFlowReader:
 
     def array(self, name: str) -> Any:
         """The values of a variable. ValueError where they cannot be read, such as in a file that is cut off."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # `_answer` says why the process ended
             self._process.stdin.write(self._names[name].encode() + b"\n")
             self._process.stdin.flush()
         answer = self._answer(f"{name} cannot be read")
         content = self._process.stdout.read(answer["bytes"])
+        if len(content) < answer["bytes"]:
+            self._answer(f"{name} cannot be read")  # the process has ended
         return np.frombuffer(content, np.dtype(answer["dtype"])).reshape(self.shapes[name])
 
     def _answer(self, what: str) -> dict[str, Any]:
@@ -108,7 +111,9 @@ class TensorFlowReader:
         answer: dict[str, Any] = json.loads(line)
         if answer.get("missing"):
             raise ImportError(
-                "TensorFlow reads its checkpoints: pip install 'albert-fast[tensorflow]' (here: " + answer["error"] + ")"
+                "TensorFlow reads its checkpoints: pip install 'albert-fast[tensorflow]' (here: "
+                + answer["error"]
+                + ")"
             )
         if "error" in answer:
             raise ValueError(f"{self._prefix}: {what}: {answer['error']}")

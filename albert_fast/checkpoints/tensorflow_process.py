@@ -4,8 +4,8 @@ TensorFlow runs in a process of its own because Triton, which our models import,
 TensorFlow. This file imports nothing of the package, so that the process holds TensorFlow and numpy alone.
 
 The first answer lists the variables: {"shapes": {name: [int, ...]}}. Then each line of standard input names a variable, and
-the answer is a line {"dtype": text, "bytes": int} and that many bytes. An answer {"error": text, "missing": bool} ends the program; `missing`
-says that TensorFlow could not be imported.
+the answer is a line {"dtype": text, "bytes": int} and that many bytes. An answer {"error": text, "missing": bool} ends the
+program; `missing` says that TensorFlow could not be imported.
 """
 
 from __future__ import annotations

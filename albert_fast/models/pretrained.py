@@ -58,7 +58,7 @@ def held_precision(config: EncoderConfig, path: Path) -> str | None:
 Model = TypeVar("Model", bound="PretrainedMixin")
 
 
-class _Undrawn(TorchFunctionMode):
+class Undrawn(TorchFunctionMode):
     """Inside, modules draw no random weights, because a checkpoint is about to fill them: their memory stays untouched."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,7 +184,7 @@ class PretrainedMixin(ModelMethods):
         pools = cls.family.pooler in state if read.add_pooling_layer is None else read.add_pooling_layer
         # Tensors that the checkpoint may lack start from random weights; so all of the model is drawn at first.
         partial = allow_missing_head or read.ignore_mismatched_sizes
-        with contextlib.nullcontext() if partial else _Undrawn():
+        with contextlib.nullcontext() if partial else Undrawn():
             try:
                 # Float32, whatever torch.set_default_dtype says.
                 model = cls(config, *(() if cls.prefix else (pools,))).float()
@@ -249,7 +249,7 @@ class PretrainedMixin(ModelMethods):
             raise TypeError(f"share=True takes no {next(iter(arguments))!r}")
         config = as_config(model.config, cls.config_class)
         state = rename_old_names(model.state_dict(keep_vars=True), cls.family, cls.prefix)
-        with torch.device("meta"), _Undrawn():
+        with torch.device("meta"), Undrawn():
             made = cls(config, *(() if cls.prefix else (cls.family.pooler in state,)))
         for name, parameter in made.named_parameters():  # frozen ones stay frozen
             parameter.requires_grad_(name not in state or state[name].requires_grad)

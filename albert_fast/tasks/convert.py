@@ -27,7 +27,7 @@ from ..checkpoints.tensorflow_files import (
 )
 from ..models.auto import class_of
 from ..models.encoder_config import EncoderConfig
-from ..models.pretrained import config_contents
+from ..models.pretrained import Undrawn, config_contents
 from ..runtime import files
 from .output_folder import check_output
 
@@ -133,16 +133,14 @@ def _converted(
     if family is ALBERT:
         _check_groups(config, settings)
     has_pooler = any(name.startswith("bert/pooler/") for name in reader.shapes)
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         encoder = encoder_class(config, has_pooler)
         model = encoder if task == "Model" else model_class(config)
     start = model_class.prefix
     shapes = {start + key: tuple(tensor.shape) for key, tensor in encoder.state_dict().items()}
     shapes |= {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     pooler = has_pooler or f"{start}{family.pooler}" in shapes
-    wanted = {
-        name: start + key for name, key in tensorflow_names.encoder_variables(family, config, pooler).items()
-    }
+    wanted = {name: start + key for name, key in tensorflow_names.encoder_variables(family, config, pooler).items()}
     for names in heads.values():
         wanted |= names
     tensors = read_tensors(reader, wanted, shapes, prefix)
