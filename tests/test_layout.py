@@ -219,8 +219,8 @@ FILES = {
         "sentence_steps token_batches vector_files"
     ),
     "albert_fast/testing": (
-        "accelerated_models case cases covering encoder_cases family_pairs hostile model_pairs parity "
-        "small_checkpoints tolerances"
+        "accelerated_models case cases covering encoder_cases family_pairs google_checkpoints hostile model_pairs "
+        "parity small_checkpoints tolerances"
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (

@@ -50,7 +50,7 @@ def test_what_changes_nothing(saved: Path, arguments: dict[str, Any]) -> None:
     [
         ({"quantization_config": object()}, TypeError, "takes no 'quantization_config': take precision='int8'"),
         ({"load_in_4bit": True}, TypeError, "takes no 'load_in_4bit': take precision='int8'"),
-        ({"from_tf": True}, TypeError, "convert the checkpoint with transformers"),
+        ({"from_tf": True}, TypeError, "convert the checkpoint first"),
         ({"dtype": torch.float64}, ValueError, "dtype=torch.float64: models load in torch.float32, torch.bfloat16"),
         ({"torch_dtype": "nonsense"}, ValueError, "torch_dtype='nonsense'"),
         ({"dtype": "float16", "precision": "bf16"}, TypeError, "precision='bf16' contradict each other"),

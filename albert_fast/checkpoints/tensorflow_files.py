@@ -32,7 +32,8 @@ _PROGRAM = Path(__file__).with_name("tensorflow_process.py")
 class Reader(Protocol):
     """The variables of an open checkpoint: `shapes` by name, and the values of one; a context manager that closes it."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def array(self, name: str) -> Any: ...
 

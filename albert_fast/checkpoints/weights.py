@@ -35,9 +35,8 @@ LARGEST_HEADER = 16 << 20
 MOST_MEMBERS = 100_000
 MOST_UNPACKED = 4
 _TENSORFLOW = (
-    "a checkpoint of TensorFlow or Flax, which is not read here; transformers 4 converts it to safetensors: "
-    "AlbertForPreTraining.from_pretrained(folder, from_tf=True) or from_flax=True, then save_pretrained; Google's .ckpt files "
-    "with its convert_albert_original_tf_checkpoint_to_pytorch.py"
+    "a checkpoint of TensorFlow or Flax: `albert-fast convert FOLDER OUT` converts Google's .ckpt files; transformers 4 converts "
+    "the others: AlbertForPreTraining.from_pretrained(folder, from_tf=True) or from_flax=True, then save_pretrained"
 )
 _FOREIGN = re.compile(r"\.ckpt(-\w+)?\.(index|meta|data-\d+-of-\d+)$|\.ckpt-\w+$|\.h5$|\.msgpack$|^saved_model\.pb$")
 

@@ -30,7 +30,7 @@ _ELSEWHERE = {
     "quantization_config": "take precision='int8', 'int16' or 'fp8'",
     "load_in_8bit": "take precision='int8'",
     "load_in_4bit": "take precision='int8'; there are no kernels for 4 bits",
-    "from_tf": "convert the checkpoint with transformers first",
+    "from_tf": "convert the checkpoint first: `albert-fast convert` reads Google's",
     "from_flax": "convert the checkpoint with transformers first",
     "gguf_file": "convert the checkpoint to safetensors first",
     "adapter_kwargs": "load the adapter with peft, around the model",
