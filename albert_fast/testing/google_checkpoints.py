@@ -179,9 +179,12 @@ def googles_outputs(v: Variables, config: Mapping[str, Any], batch: list[Any], x
     return found
 
 
-def exact_outputs(variables: Variables, config: Mapping[str, Any], batch: list[Any]) -> dict[str, Any]:
-    doubles = {name: value.astype(np.float64) for name, value in variables.items()}
-    return googles_outputs(doubles, config, batch, np, np.vectorize(math.erf))
+def numpy_outputs(variables: Variables, config: Mapping[str, Any], batch: list[Any], dtype: Any) -> dict[str, Any]:
+    """`googles_outputs` in numpy, in float32 or float64."""
+    given = {name: value.astype(dtype) for name, value in variables.items()}
+    ids, mask, types = batch
+    erf = np.vectorize(math.erf, otypes=[dtype])
+    return googles_outputs(given, config, [ids, mask.astype(dtype), types], np, erf)
 
 
 def release(folder: Path, config: Mapping[str, Any]) -> Path:
