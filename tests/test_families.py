@@ -316,6 +316,25 @@ def test_an_adapter_around_a_linear_is_called_and_a_hook_on_a_name_is_warned_of(
             ours(**inputs)
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+def test_an_adapter_of_every_linear_of_their_model_fits_ours(model_type, tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = theirs_of(model_type, "ForSequenceClassification")
+    ours = ours_of(theirs, "ForSequenceClassification")
+    inputs = family_inputs(model_type, "ForSequenceClassification", "right")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    with torch.no_grad():
+        plain = theirs(**inputs).logits
+        adapted = peft.get_peft_model(theirs, config).eval()
+        expected = adapted(**inputs).logits
+        assert not torch.allclose(expected, plain, atol=1e-3)
+        adapted.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(ours, str(tmp_path)).eval()
+        torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(loaded.merge_and_unload()(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_methods_of_transformers_models():
     ours, theirs = (f(theirs_of("bert", "ForMaskedLM")) for f in (lambda m: ours_of(m, "ForMaskedLM"), lambda m: m))
     assert ours.base_model is ours.bert

@@ -166,7 +166,12 @@ def both(folder):
     return theirs, ALBERTForSequenceClassification.from_pretrained(folder)
 
 
-TARGETS = [["query", "value"], ["query", "key", "value", "dense", "ffn", "ffn_output"], r".*attention\.key"]
+TARGETS = [
+    ["query", "value"],
+    ["query", "key", "value", "dense", "ffn", "ffn_output"],
+    "all-linear",
+    r".*attention\.key",
+]
 
 
 @pytest.mark.parametrize("targets", TARGETS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import ops
-from .adapters import check_read
+from .adapters import check_read, is_linear, project
 from .attention import dropout
 from .inputs import PackedInputs
 
@@ -82,15 +82,15 @@ class FactorisedEmbeddings(Embeddings):
     `embedding_hidden_mapping_in` (Lan et al. 2019, section 3.1)."""
 
     operator = "embedding_projection"
-    where = "encoder.embedding_hidden_mapping_in"  # the Linear, for messages
 
     def forward(  # type: ignore[override]
         self, tokens: PackedInputs, types: Tensor, projection: nn.Linear, backend: str
     ) -> Tensor:
         """(T,) ids or (T, E) embeddings of `tokens`, with `types` (T,) -> (T, H)."""
+        if not is_linear(projection) or projection.bias is None:  # an adapter, a hook
+            return project(projection, super().forward(tokens, types, backend))
         words, norm = self.word_embeddings, self.LayerNorm
         self.check_parts()
-        check_read(projection, nn.Linear, self.where)
         p, seed = dropout(self, self.dropout_p)
         return ops.embedding_projection(
             tokens.ids,

@@ -84,12 +84,6 @@ class ELECTRAConfig(BERTLikeConfig):
         return self.embedding_size
 
 
-class Factorised(FactorisedEmbeddings):
-    """ALBERT's embeddings, whose projection is the model's `embeddings_project`."""
-
-    where = "embeddings_project"
-
-
 class ELECTRAModel(EncoderModel):
     """ELECTRA's encoder on fused operators.
 
@@ -113,7 +107,7 @@ class ELECTRAModel(EncoderModel):
         rows = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
         kind: Any = Embeddings
         if config.embedding_size != config.hidden_size:
-            kind = Factorised
+            kind = FactorisedEmbeddings
             self.embeddings_project = nn.Linear(config.embedding_size, config.hidden_size)
         numbers = config.embedding_size, config.layer_norm_eps, config.pad_token_id, config.hidden_dropout_prob
         self.embeddings = kind(rows, *numbers)
