@@ -164,6 +164,7 @@ class TestInstalls:
         version = run(python.parent / "albert-fast", "--version", cwd=tmp_path)
         assert version.split()[-1] == described["machine"]["albert_fast"]
 
+    @pytest.mark.thorough  # the README's commands, which .ci/run runs, install like this
     def test_editable_install_under_build_isolation(self, registry, tmp_path):
         source = copy_sources(tmp_path / "source")
         python = new_environment(tmp_path / "venv")

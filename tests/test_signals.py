@@ -105,8 +105,21 @@ assert torch.equal(call(False), before)
 """
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-@pytest.mark.parametrize("what", ["attention", "fp32 groups", "fp32 together", "int8 together"])
+@pytest.mark.parametrize(
+    ("what", "threads"),
+    [
+        *[("attention", "1"), ("fp32 groups", "2"), ("fp32 together", "1"), ("int8 together", "2")],
+        *(
+            pytest.param(what, threads, marks=pytest.mark.thorough)
+            for what, threads in [
+                ("attention", "2"),
+                ("fp32 groups", "1"),
+                ("fp32 together", "2"),
+                ("int8 together", "1"),
+            ]
+        ),
+    ],
+)
 def test_ctrl_c_ends_a_long_call(what, threads):
     # The limit is far below what the whole call takes, and far above what one that asks for signals does.
     done = subprocess.run(
