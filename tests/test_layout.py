@@ -187,7 +187,7 @@ TEST_ONLY = "testing"  # on no floor: only tests and benchmarks import it
 FILES = {
     "albert_fast": "cli config dispatch info reference tokenization weights",
     "albert_fast/accelerate": (
-        "api calls families forward masks padded patching plans reduced samples stacks state structure view"
+        "api calls families forward masks padded patching plans reduced samples stacks state view"
     ),
     "albert_fast/checkpoints": "families hub saving sentence_modules weights",
     "albert_fast/commands": (
@@ -198,7 +198,7 @@ FILES = {
     "albert_fast/inspect": "explain info profiling timing",
     "albert_fast/layers": (
         "adapters attention embeddings encoded inputs layer packed packing prepared quantized run single_layers "
-        "spec stack wanted"
+        "spec stack wanted watched"
     ),
     "albert_fast/models": (
         "albert auto bert config config_attributes config_checks distilbert electra encoder_config encoder_model "
@@ -212,7 +212,7 @@ FILES = {
     ),
     "albert_fast/quantization": "calibration rounding",
     "albert_fast/runtime": (
-        "derived devices dispatch files linear locking operands registration unused_gradients version"
+        "derived devices dispatch files kept_operands linear locking operands registration unused_gradients version"
     ),
     "albert_fast/tasks": (
         "classify embed errors fill_mask loading parquet_vectors pooling quantize score sentence_steps "

@@ -49,11 +49,11 @@ def test_calls_share_what_was_found_out(model):
     states(model)
     first = remembered(model)
     assert isinstance(first, EncoderWeights)
-    checked = first._checked
+    checked = first.kept.checked
     assert checked is not None
     states(model)
     assert remembered(model) is first
-    assert first._checked is checked
+    assert first.kept.checked is checked
 
 
 def new_parameter(holder, name):
@@ -199,6 +199,6 @@ def test_dense_copies_of_strided_weights_are_made_in_every_call(model):
     weight = getattr(holder, name).weight
     weight.data = torch.stack([weight.data, weight.data], -1)[..., 0]
     assert torch.equal(states(model), before)
-    assert remembered(model)._checked is None
+    assert remembered(model).kept.checked is None
     written(holder, name)
     assert_noticed(model, before)

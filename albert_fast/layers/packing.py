@@ -61,7 +61,7 @@ class Packing:
             return packed
         if self.indices is not None:
             flat = packed.new_full((self.shape[0] * self.shape[1], *packed.shape[1:]), fill)
-            packed = flat.index_copy(0, self.indices, packed)
+            packed = flat.index_copy_(0, self.indices, packed)
         return packed.unflatten(0, self.shape)
 
     def mask(self) -> Tensor:
