@@ -69,7 +69,7 @@ class LayerStack(nn.Module):
             return self._quantized(hidden, packing, wanted, run)
         if self.is_packed:
             return self._packed(hidden, packing, wanted, run)
-        if run.collects or run.listen is not None:
+        if run.collects or run.listen is not None or packing.has_own_keys:
             return self._by_operators(hidden, packing, wanted, run)
 
         def on(backend: str) -> Tensor:
