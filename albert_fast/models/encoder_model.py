@@ -50,6 +50,11 @@ class EncoderModel(PretrainedMixin):
         super().__init__(config)
         self.execution_state = ExecutionState(backend)
 
+    @property
+    def takes_types(self) -> bool:
+        """Whether token types make a difference."""
+        return self.has_token_types and getattr(self.config, "type_vocab_size", 1) > 1
+
     def embedded(self, tokens: PackedInputs, types: Tensor) -> Tensor:
         """The embeddings (T, H) of the real tokens; `types` (T,)."""
         raise NotImplementedError
