@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from ..checkpoints.families import FAMILIES, Family
 from ..checkpoints.hub import near
@@ -59,7 +59,7 @@ class _Auto:
 
     task: ClassVar[str]
 
-    def __init__(self, *_: Any, **__: Any) -> NoReturn:
+    def __init__(self, *_: Any, **__: Any) -> None:
         name = type(self).__name__
         raise TypeError(
             f"{name} cannot be constructed: call {name}.from_pretrained(path), from_config(config) or from_model(model)"
