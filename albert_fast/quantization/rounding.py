@@ -194,7 +194,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format = FORMATS[
     products.
     """
     levels, order = form.weight_levels, hessian.diagonal().argsort(descending=True, stable=True)
-    h = hessian.double()[order][:, order]
+    h = hessian[order][:, order].double()
     h.diagonal().add_(_DAMP * h.diagonal().mean() + 1e-30)
     # H = U U^T with U upper, from the factor of H with its order reversed: the error is the size of U^T times the columns' errors.
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
