@@ -236,7 +236,9 @@ def new_bias(linear):
     linear.bias = nn.Parameter(linear.bias + 1.0, requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [new_integers, new_factors, written_integers, new_bias], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "change", [new_integers, new_factors, written_integers, new_bias], ids=lambda one: one.__name__
+)
 def test_a_change_of_rounded_layers_is_noticed_by_the_next_call(model, change):
     model = rounded(model)
     before = states(model)
