@@ -12,7 +12,7 @@ import torch
 import albert_fast
 from albert_fast.accelerate import reduced, stacks
 from albert_fast.runtime import dispatch
-from albert_fast.testing.accelerated_models import PREFIXES, stack_of, tiny_batch, tiny_model
+from albert_fast.testing.accelerated_models import PREFIXES, assert_like_original, stack_of, tiny_batch, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
 
 transformers = pytest.importorskip("transformers")
@@ -69,11 +69,10 @@ def test_calibration_on_batches_brings_int8_nearer(family):
 
 @pytest.mark.parametrize("precision", ["bf16", "int16"])
 def test_training_and_gradients_take_the_own_parameters(precision):
-    model, other = tiny_model("bert"), tiny_model("bert")
-    albert_fast.accelerate(model, precision)
+    model = albert_fast.accelerate(tiny_model("bert"), precision)
     with pytest.warns(UserWarning, match="gradient may be asked"):
         out = model(**BATCH).last_hidden_state
-    torch.testing.assert_close(out[MASK == 1], states(other), rtol=0, atol=2e-5)
+    assert_like_original(out[MASK == 1], model, states)
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in stack_of(model).parameters())
     model.train()
@@ -128,7 +127,7 @@ def test_changed_weights_are_never_served_from_the_copy(precision, change, calle
     change(model)
     with pytest.warns(UserWarning, match="weights changed.*call accelerate again"):
         changed = states(model)
-    torch.testing.assert_close(changed, states(albert_fast.restore(copy.deepcopy(model))), rtol=0, atol=2e-5)
+    assert_like_original(changed, model, states)
     assert "in the model's own precision" in plan(model)
     again = states(albert_fast.accelerate(model, precision))
     assert 1e-7 < (again - changed).abs().mean() < BITS[precision]
@@ -174,11 +173,10 @@ def test_copies_and_moves_keep_the_precision(precision):
 def test_padding_that_is_read_is_computed_in_float32():
     model = tiny_model("bert", "ForQuestionAnswering")
     with torch.no_grad():
-        expected = model(**BATCH).start_logits
         albert_fast.accelerate(model, "int16")
         with pytest.warns(UserWarning, match="padding is computed too"):
             found = model(**BATCH).start_logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert_like_original(found, model, lambda model: model(**BATCH).start_logits)
 
 
 def test_hidden_states_of_rounded_layers():
@@ -258,4 +256,4 @@ def test_an_adapter_that_comes_later_is_not_left_out():
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)).eval()
     with pytest.warns(UserWarning, match="Linear was replaced"):
         fast = states(adapted)
-    torch.testing.assert_close(fast, states(albert_fast.restore(adapted)), rtol=0, atol=2e-5)
+    assert_like_original(fast, adapted, states)

@@ -108,16 +108,21 @@ def test_layers_in_one_call_and_one_by_one(model_type):
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_packed_input_is_the_padded_one_without_padding(model_type):
-    ours = ours_of(theirs_of(model_type, "Model"), "Model")
+    ours, classifier = (ours_of(theirs_of(model_type, task), task) for task in ("Model", "ForSequenceClassification"))
     ids = torch.randint(0, 61, (3, 9))
     mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 7 + [0] * 2])
     cu_seqlens = torch.tensor([0, 9, 13, 20], dtype=torch.int32)
+    types = None if model_type == "distilbert" else torch.randint(0, 2, ids.shape)
+    packed_types = None if types is None else types[mask.bool()]
     with torch.no_grad():
-        padded = ours(ids, mask)
-        packed = ours.forward_packed(ids[mask.bool()], cu_seqlens, 9)
+        padded = ours(ids, mask, types)
+        packed = ours.forward_packed(ids[mask.bool()], cu_seqlens, 9, packed_types)
+        logits = classifier(ids, mask, types).logits
+        packed_logits = classifier.forward_packed(ids[mask.bool()], cu_seqlens, 9, packed_types).logits
     assert torch.equal(packed.last_hidden_state, padded.last_hidden_state[mask.bool()])
     if padded.pooler_output is not None:
         assert torch.equal(packed.pooler_output, padded.pooler_output)
+    assert torch.equal(packed_logits, logits)
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,7 @@ TEST_ONLY = "testing"  # on no floor: only tests and benchmarks import it
 # Every file of the package, by folder, beside its __init__.py. A new file needs its name here, so that no file is added unseen.
 FILES = {
     "albert_fast": "cli config dispatch info reference tokenization weights",
-    "albert_fast/accelerate": (
-        "api calls families forward masks padded patching plans reduced samples stacks state structure view"
-    ),
+    "albert_fast/accelerate": "api calls families forward masks padded patching plans reduced samples stacks state view",
     "albert_fast/checkpoints": (
         "families hub saving sentence_modules tensorflow_files tensorflow_names tensorflow_process weights"
     ),
@@ -200,7 +198,7 @@ FILES = {
     "albert_fast/inspect": "explain info profiling timing",
     "albert_fast/layers": (
         "adapters attention embeddings encoded inputs layer packed packing prepared quantized run single_layers spec "
-        "stack wanted"
+        "stack wanted watched"
     ),
     "albert_fast/models": (
         "albert auto bert config config_attributes config_checks distilbert electra encoder_config encoder_model "
@@ -213,7 +211,9 @@ FILES = {
         "gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
     ),
     "albert_fast/quantization": "calibration rounding",
-    "albert_fast/runtime": "derived devices dispatch files linear locking operands registration unused_gradients version",
+    "albert_fast/runtime": (
+        "derived devices dispatch files kept_operands linear locking operands registration unused_gradients version"
+    ),
     "albert_fast/tasks": (
         "classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
         "sentence_steps token_batches vector_files"

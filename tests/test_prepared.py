@@ -49,11 +49,11 @@ def test_calls_share_what_was_found_out(model):
     states(model)
     first = remembered(model)
     assert isinstance(first, EncoderWeights)
-    checked = first._checked
+    checked = first.kept.checked
     assert checked is not None
     states(model)
     assert remembered(model) is first
-    assert first._checked is checked
+    assert first.kept.checked is checked
 
 
 def new_parameter(holder, name):
@@ -199,6 +199,59 @@ def test_dense_copies_of_strided_weights_are_made_in_every_call(model):
     weight = getattr(holder, name).weight
     weight.data = torch.stack([weight.data, weight.data], -1)[..., 0]
     assert torch.equal(states(model), before)
-    assert remembered(model)._checked is None
+    assert remembered(model).kept.checked is None
     written(holder, name)
     assert_noticed(model, before)
+
+
+def rounded(model):
+    return type(model).from_model(model, precision="int8").eval()
+
+
+def test_calls_of_rounded_layers_share_what_was_found_out(model):
+    model = rounded(model)
+    before = states(model)
+    first = model.encoder._prepared._quantized
+    checked = first.kept.checked
+    assert checked is not None
+    assert torch.equal(states(model), before)
+    assert model.encoder._prepared._quantized is first
+    assert first.kept.checked is checked
+
+
+def new_integers(linear):
+    integers, scale = linear._natural()
+    linear.set_weight(-integers, scale)
+
+
+def new_factors(linear):
+    linear.rescale = 3 * linear.rescale
+
+
+def written_integers(linear):
+    linear.integers.neg_()
+
+
+def new_bias(linear):
+    linear.bias = nn.Parameter(linear.bias + 1.0, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change", [new_integers, new_factors, written_integers, new_bias], ids=lambda one: one.__name__
+)
+def test_a_change_of_rounded_layers_is_noticed_by_the_next_call(model, change):
+    model = rounded(model)
+    before = states(model)
+    change(model.encoder.distinct()[1].up)
+    now = states(model)
+    assert not torch.allclose(now, before, atol=1e-3)
+    assert torch.equal(states(copy.deepcopy(model)), now)
+
+
+def test_memory_of_rounded_layers_that_was_released_is_named(model):
+    model = rounded(model)
+    states(model)
+    model.encoder.distinct()[1].up.integers.untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"the memory of integers of ffn .* was released"):
+            states(model)

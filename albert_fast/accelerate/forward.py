@@ -116,8 +116,7 @@ def prepared(
     # A pooler or a classifier reads column 0, so zeros would change its numbers where padding is on the left.
     if acceleration.padding == "zeros" and bool(call.mask[:, 0].all()):
         return call, view, packing.with_sequence_order()
-    view = acceleration.view(stack, padded=True)
-    return view if isinstance(view, str) else (call, view, PaddedQueries.of(packing))
+    return call, view, PaddedQueries.of(packing)
 
 
 def _arithmetic(hidden: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Attention of every row of a padded batch, padding too, to the real tokens of its sequence: what transformers computes.
+"""Every row of a padded batch as a query, padding too, and the real tokens of its sequence as keys: what transformers computes.
 
 Nothing reads the rows at padding as keys. A caller that reads the encoder's result there (ColBERT's query expansion) gets the
 numbers that the original forward would give.
@@ -9,14 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import ops
-from ..layers.adapters import product
-from ..layers.attention import Attention, FusedQKV, add_norm, dropout
 from ..layers.packing import Packing
-from ..layers.run import Run
-from ..layers.wanted import WantedRows
 
 
 @dataclass(frozen=True)
@@ -33,39 +28,12 @@ class PaddedQueries(Packing):
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=real.cu_seqlens.device) * columns
         return cls(None, cu_seqlens, columns, real.shape, None, replace(real, sequence_order=None))
 
+    @property
+    def has_own_keys(self) -> bool:
+        return True
 
-class PaddedAttention(Attention):
-    """Attention whose queries are all rows of a `PaddedQueries`."""
-
-    def forward(
-        self,
-        hidden: Tensor,
-        packing: Packing,
-        wanted: WantedRows | None,
-        run: Run,
-        fused: FusedQKV | None = None,
-        norm: nn.LayerNorm | None = None,
-    ) -> Tensor:
-        """(B * S, H) -> (B * S, H)."""
-        assert isinstance(packing, PaddedQueries)
-        real = packing.real
-        assert real is not None
-        assert real.indices is not None
-        keys = hidden.index_select(0, real.indices)
-        q, k, v = self.query_key_value(hidden, keys, self.fused() if fused is None else fused)
-        p, seed = dropout(self, self.probs_dropout_p)
-        context = ops.attention(
-            q,
-            k,
-            v,
-            packing.cu_seqlens,
-            real.cu_seqlens,
-            packing.max_seqlen,
-            real.max_seqlen,
-            self.num_heads,
-            self.scale,
-            p,
-            seed,
-            backend=run.backend,
-        )
-        return add_norm(product(self.dense, context), hidden, self.LayerNorm if norm is None else norm, self, run)
+    def keys(self, hidden: Tensor) -> tuple[Tensor, Packing]:
+        """(B * S, H) -> the rows of real tokens (Tk, H), and their packing."""
+        assert self.real is not None
+        assert self.real.indices is not None
+        return hidden.index_select(0, self.real.indices), self.real

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..layers.layer import Layer
 from ..quantization.rounding import ROUNDED
 from ..runtime import dispatch
-from ..runtime.derived import Versions, samples_of, versions_of
+from ..runtime.derived import Snapshot
 from .families import Family
 from .view import StackView, Unsupported
 
@@ -25,28 +26,18 @@ CHANGED = "the weights changed after they were copied in {}: call accelerate aga
 
 @dataclass(frozen=True)
 class _Known:
-    """Weights at one time, as they can be told apart without reading all of them; and what was found out about them.
+    """What was found out about some weights.
 
     view: of the model's layers; None before the first call. reason: why the copy does not serve them; None where it does.
     """
 
-    versions: Versions
-    samples: Tensor
+    weights: Snapshot
     view: weakref.ref[StackView] | None
     reason: str | None = None
 
-    def holds(self, weights: list[Tensor], view: StackView) -> bool:
-        """Whether these are those weights. A write through `.data` is seen in the samples alone.
-
-        A new view means that modules were replaced, perhaps by adapters that were merged since.
-        """
-        if self.view is not None and self.view() is not view:
-            return False
-        if self.versions != versions_of(weights):
-            return False
-        if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return True  # a graph cannot wait for numbers
-        return torch.equal(self.samples, samples_of(weights))
+    def holds(self, weights: Sequence[Tensor], view: StackView) -> bool:
+        """Whether these are those weights. A new view means that modules were replaced, perhaps by adapters merged since."""
+        return (self.view is None or self.view() is view) and self.weights.holds(weights)
 
 
 class ReducedLayers:
@@ -58,9 +49,8 @@ class ReducedLayers:
 
     def __init__(self, layers: StackView, precision: str, source: list[Tensor]) -> None:
         self.layers, self.precision = layers, precision
-        known = _Known(versions_of(source), samples_of(source), None)  # before the weights are read: a write is seen
+        self._known: _Known | None = _Known(Snapshot(source), None)
         self._digest = _digest(source)
-        self._known: _Known | None = known
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}  # addresses mean nothing elsewhere
@@ -75,20 +65,21 @@ class ReducedLayers:
         """Why the model's own parameters must run for states such as `hidden`, with `view` of the model's layers."""
         if stack.training or view.modes.any_training():
             return "the model is in training mode"
-        weights = source_of(view)
+        prepared = view.prepared(view.distinct())
+        if not prepared.plain:
+            return f"a Linear was replaced after the layers were copied in {self.precision}"
+        weights = prepared.weights()
         if torch.is_grad_enabled() and (hidden.requires_grad or any(weight.requires_grad for weight in weights)):
             return f"a gradient may be asked for, and {self.precision} layers have none: call it under torch.no_grad()"
-        if not view.is_plain():
-            return f"a Linear was replaced after the layers were copied in {self.precision}"
         return self._changed(weights, view) or self._follow(hidden.device)
 
-    def _changed(self, weights: list[Tensor], view: StackView) -> str | None:
+    def _changed(self, weights: Sequence[Tensor], view: StackView) -> str | None:
         """The reason where the weights are not those that were copied; it is found out once for each change."""
         known = self._known
         if known is None or not known.holds(weights, view):
-            seen, samples = versions_of(weights), samples_of(weights)
+            seen = Snapshot(weights)
             reason = None if _digest(weights) == self._digest else CHANGED.format(self.precision)
-            known = self._known = _Known(seen, samples, weakref.ref(view), reason)
+            known = self._known = _Known(seen, weakref.ref(view), reason)
         elif known.view is None:
             known = self._known = replace(known, view=weakref.ref(view))
         return known.reason
@@ -133,7 +124,7 @@ def plain_view(stack: nn.Module, family: Family) -> StackView:
 
 
 @torch.no_grad()
-def _digest(weights: list[Tensor]) -> bytes:
+def _digest(weights: Sequence[Tensor]) -> bytes:
     """A hash of all weights' bytes; it does not depend on the device."""
     found = hashlib.blake2b()
     for weight in weights:

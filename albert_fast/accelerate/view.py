@@ -12,7 +12,6 @@ from ..layers.layer import Layer
 from ..layers.spec import LayerSpec
 from ..layers.stack import LayerGroup, LayerStack
 from .families import DROPOUTS, NORMS, PRODUCTS, Family, act_name, at
-from .padded import PaddedAttention
 
 
 class Unsupported(Exception):
@@ -36,14 +35,11 @@ class StackView(LayerStack):
     It is not a part of that module. Moved or trained parameters are seen, because the modules are the same ones; when a
     module is replaced, a new view is made.
 
-    Args:
-        padded: whether rows at padding are computed too; the packing is then a `PaddedQueries`.
-
     Raises:
         Unsupported: a layer that ours do not compute.
     """
 
-    def __init__(self, stack: nn.Module, family: Family, padded: bool = False) -> None:
+    def __init__(self, stack: nn.Module, family: Family) -> None:
         groups = [_layers_of(group, family) for group in _modules_at(stack, family.groups)]
         sources = [layer for group in groups for layer in group]
         sizes, specs = {len(group) for group in groups}, {_spec(layer, family) for layer in sources}
@@ -51,10 +47,9 @@ class StackView(LayerStack):
             raise Unsupported("its layers differ in size or activation" if sources else "it has no layers")
         spec = specs.pop()
         super().__init__(spec, _group_indices(stack, family, len(groups)), sizes.pop())
-        adapted = [ViewGroup([_adapted(layer, family, spec, padded) for layer in group]) for group in groups]
+        adapted = [ViewGroup([_adapted(layer, family, spec) for layer in group]) for group in groups]
         self.own_groups = nn.ModuleList(adapted)
         self._distinct = [layer for group in adapted for layer in group.layers()]
-        self._unpadded = not padded
         self.modes = Modes(sources, family)
         for module in (self, *adapted, *self._distinct, *(layer.attention for layer in self._distinct)):
             module.training = False  # not `eval`, which would reach the model's own modules
@@ -64,10 +59,6 @@ class StackView(LayerStack):
 
     def distinct(self) -> list[Layer]:
         return self._distinct
-
-    def is_plain(self) -> bool:
-        """Whether the layers compute what the encoder operators do; the packing of a padded view is not theirs."""
-        return self._unpadded and super().is_plain()
 
     def take_modes(self, training: bool) -> None:
         """Take over the modes and dropout probabilities of the model's own modules, which may change between calls."""
@@ -187,12 +178,10 @@ def _check_wrapper(module: nn.Module, names: set[str], where: str, family: Famil
         raise Unsupported(f"{where} was replaced by a {type(module).__name__}")
 
 
-def _adapted(source: nn.Module, family: Family, spec: LayerSpec, padded: bool) -> Layer:
+def _adapted(source: nn.Module, family: Family, spec: LayerSpec) -> Layer:
     """A Layer that holds the modules of `source`."""
     with torch.device("meta"):  # its own parameters are thrown away
         layer = Layer(spec)
-        if padded:
-            layer.attention = PaddedAttention(spec)
     attention: Attention = layer.attention
     for name in (*PRODUCTS, *NORMS):
         owner = layer if name in layer._modules else attention

@@ -119,7 +119,8 @@ class Attention(nn.Module):
         residual, cu_seqlens_q, max_seqlen_q = hidden, packing.cu_seqlens, packing.max_seqlen
         if wanted is not None:
             residual, cu_seqlens_q, max_seqlen_q = take(hidden, wanted.rows), wanted.cu_seqlens, wanted.max_seqlen
-        q, k, v = self.query_key_value(residual, hidden, self.fused() if fused is None else fused)
+        others, keys = packing.keys(hidden)
+        q, k, v = self.query_key_value(residual, others, self.fused() if fused is None else fused)
         if run.attentions is not None:
             run.attentions.append(_probabilities(q, k, packing, self.num_heads, self.scale))
         p, seed = dropout(self, self.probs_dropout_p)
@@ -128,9 +129,9 @@ class Attention(nn.Module):
             k,
             v,
             cu_seqlens_q,
-            packing.cu_seqlens,
+            keys.cu_seqlens,
             max_seqlen_q,
-            packing.max_seqlen,
+            keys.max_seqlen,
             self.num_heads,
             self.scale,
             p,

@@ -42,6 +42,15 @@ class Packing:
         """Whether each of the B sequences has all of its S tokens."""
         return self.indices is None and self.shape is not None
 
+    @property
+    def has_own_keys(self) -> bool:
+        """Whether attention reads other rows as keys than as queries; the operators for all layers at once cannot."""
+        return False
+
+    def keys(self, hidden: Tensor) -> tuple[Tensor, Packing]:
+        """The rows (Tk, H) of `hidden` (T, H) that attention reads as keys and values, and their packing: all of them."""
+        return hidden, self
+
     def with_sequence_order(self) -> Packing:
         """With `sequence_order`, found once for all layers, on a GPU where lengths may differ. C++ kernels sort by themselves."""
         if self.sequence_order is not None or self.is_dense or self.num_sequences < 2 or not self.cu_seqlens.is_cuda:
@@ -61,7 +70,7 @@ class Packing:
             return packed
         if self.indices is not None:
             flat = packed.new_full((self.shape[0] * self.shape[1], *packed.shape[1:]), fill)
-            packed = flat.index_copy(0, self.indices, packed)
+            packed = flat.index_copy_(0, self.indices, packed)
         return packed.unflatten(0, self.shape)
 
     def mask(self) -> Tensor:

@@ -1,69 +1,63 @@
 """Finds out once, and checks at each call, whether a stack's layers are plain, and lists their weights.
 
-A stack of twelve layers has 200 modules and tensors. To walk through them as a tree takes longer than to run two tokens, so they
-are kept in flat lists, which are compared in C: every change to the tree, its parameters or its hooks is still noticed.
+Like the modules (see `watched`), parameters and buffers are kept in flat lists, so that every change to them is noticed in
+microseconds.
 """
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import ops
-
-_HOOKS = tuple(
-    operator.itemgetter(name)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-)
+from .watched import Watched, same, values
 
 
 class Prepared:
     """What is known of some layers; a copy of a model begins without it.
 
-    plain: whether they compute what the encoder operators do: see `Layer.is_plain`. weights: those that `ops.encoder` reads, where
-    all of them are plain Tensors or Parameters.
+    plain: whether they compute what the encoder operators do: see `Layer.is_plain`.
     """
 
     def __init__(self, layers: Sequence[Any] = (), groups: Sequence[nn.Module] = ()) -> None:
-        modules = [*groups, *(module for layer in layers for module in layer.modules())]
-        self._attributes = [module.__dict__ for module in modules]
-        hooked = _hooked(self._attributes)
+        self._watched = Watched([*groups, *(module for layer in layers for module in layer.modules())])
+        hooked = self._watched.is_hooked()
         self._layers = [] if hooked else list(layers)  # without layers it is never current: hooks may be removed
         self.plain = not hooked and bool(layers) and all(layer.is_plain() for layer in layers)
+        self._held = [held for module in self._watched.modules for held in (module._parameters, module._buffers)]
+        self._tensors = values(self._held)
         self._weights: ops.EncoderWeights | None = None
-        if hooked:
-            return
-        self._modules = modules
-        self._types = list(map(type, modules))
-        self._children = [module._modules for module in modules]
-        self._parameters = [module._parameters for module in modules]
-        self._tree, self._tensors = _values(self._children), _values(self._parameters)
-        self._counts = list(map(len, self._children))
+        self._quantized: ops.QuantizedWeights | None = None
 
     def is_current(self, layers: Sequence[Any]) -> bool:
         """Whether nothing was replaced, added or hooked since, so that `plain` and `weights` hold."""
         return (
             bool(self._layers)
-            and _same(layers, self._layers)
-            and not _hooked(self._attributes)
-            and list(map(type, self._modules)) == self._types
-            and list(map(len, self._children)) == self._counts
-            and _same(_values(self._children), self._tree)
-            and _same(_values(self._parameters), self._tensors)
+            and same(layers, self._layers)
+            and not self._watched.is_hooked()
+            and self._watched.is_current()
+            and same(values(self._held), self._tensors)
         )
 
     def weights(self) -> Sequence[Tensor]:
-        """The weights of the layers, in the order of `ops.encoder`."""
+        """The weights of the layers, in the order of `ops.encoder`: EncoderWeights where all are plain Tensors or Parameters."""
         if self._weights is None:
             weights = [weight for layer in self._layers for weight in layer.weights()]
-            if not all(type(weight) in (Tensor, nn.Parameter) for weight in weights):
+            if not _all_plain(weights):
                 return weights
             self._weights = ops.EncoderWeights(weights)
         return self._weights
+
+    def quantized(self) -> ops.QuantizedLayers:
+        """The tensors of rounded layers: QuantizedWeights where all are plain Tensors or Parameters."""
+        if self._quantized is None:
+            layers = quantized_layers(self._layers)
+            if not all(map(_all_plain, layers)):
+                return layers
+            self._quantized = ops.QuantizedWeights(*layers)
+        return self._quantized
 
     def __deepcopy__(self, _memo: Any) -> Prepared:
         return Prepared()
@@ -72,16 +66,12 @@ class Prepared:
         return Prepared, ()
 
 
-def _hooked(attributes: list[dict[str, Any]]) -> bool:
-    """Whether a module has hooks, or a forward of its own: `adapters.is_hooked` of all of them."""
-    replaced = map(operator.contains, attributes, itertools.repeat("forward"))
-    return any(any(map(hooks, attributes)) for hooks in _HOOKS) or any(replaced)
+def quantized_layers(layers: Sequence[Any]) -> ops.QuantizedLayers:
+    """The tensors of rounded layers, as `ops.quantized_encoder` reads them."""
+    vectors = [vector for layer in layers for vector in layer.vectors()]
+    tensors = [linear.tensors() for layer in layers for linear in layer.products()]
+    return ops.QuantizedLayers(vectors, *map(list, zip(*tensors, strict=True)))
 
 
-def _values(dictionaries: list[dict[str, Any]]) -> list[Any]:
-    """The values of all dictionaries, one after another."""
-    return list(itertools.chain.from_iterable(map(dict.values, dictionaries)))
-
-
-def _same(found: Sequence[Any], known: Sequence[Any]) -> bool:
-    return len(found) == len(known) and all(map(operator.is_, found, known))
+def _all_plain(tensors: Sequence[Any]) -> bool:
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)

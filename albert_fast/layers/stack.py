@@ -18,7 +18,7 @@ from .attention import FusedQKV
 from .layer import Layer, fused_ahead
 from .packed import PackedLinear, packed_in
 from .packing import Packing
-from .prepared import Prepared
+from .prepared import Prepared, quantized_layers
 from .quantized import QuantizedLinear
 from .run import Run
 from .spec import LayerSpec
@@ -69,7 +69,7 @@ class LayerStack(nn.Module):
             return self._quantized(hidden, packing, wanted, run)
         if self.is_packed:
             return self._packed(hidden, packing, wanted, run)
-        if run.collects or run.listen is not None:
+        if run.collects or run.listen is not None or packing.has_own_keys:
             return self._by_operators(hidden, packing, wanted, run)
 
         def on(backend: str) -> Tensor:
@@ -131,31 +131,15 @@ class LayerStack(nn.Module):
         self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, layer_indices: list[int], backend: str
     ) -> Tensor:
         distinct = self.distinct()
-        linears = [linear for layer in distinct for linear in layer.products()]
-        vectors = [vector for layer in distinct for vector in layer.vectors()]
-        integers, scales, sums, rescales, shifts = map(
-            list, zip(*(linear.tensors() for linear in linears), strict=True)
-        )
         wanted_rows, cu_wanted, max_wanted = (None, None, None) if wanted is None else wanted
-        return ops.quantized_encoder(
-            hidden,
-            vectors,
-            integers,
-            scales,
-            sums,
-            rescales,
-            shifts,
-            layer_indices,
-            packing.cu_seqlens,
-            wanted_rows,
-            cu_wanted,
-            *distinct[0].numbers(),
-            precision=linears[0].precision,
-            sequence_order=packing.sequence_order,
-            max_seqlen=packing.max_seqlen,
-            max_wanted=max_wanted,
-            backend=backend,
-        )
+        numbers = distinct[0].numbers()
+        call = ops.EncoderCall(hidden, layer_indices, packing.cu_seqlens, wanted_rows, cu_wanted, *numbers)
+        longest = packing.max_seqlen
+        most = longest if max_wanted is None else max_wanted
+        options = ops.QuantizedOptions(packing.sequence_order, longest, most, distinct[0].up.precision, backend)
+        # `_check_quantized` has just found the layers plain.
+        layers = quantized_layers(distinct) if is_traced() else self._prepared.quantized()
+        return ops.run_quantized_encoder(layers, call, options)
 
     def _packed(self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run) -> Tensor:
         """All layers as the operator `encoder` on packed matrices; one call a layer where the states between are collected."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from ..checkpoints.families import FAMILIES, Family
 from ..checkpoints.hub import near
@@ -43,12 +43,23 @@ def class_of(family: Family, task: str) -> Any:
     return found
 
 
+def config_of(folder_or_file: Path) -> Any:
+    """The configuration of a checkpoint, of the class that its model_type asks for.
+
+    Raises:
+        ValueError: as `family_of` and the configuration. OSError: config.json cannot be read.
+    """
+    file = config_path(folder_or_file)
+    family = family_of(read_json_object(file).get("model_type"), str(file))
+    return class_of(family, "Model").config_class.from_json_file(file)
+
+
 class _Auto:
     """Base of the AutoModel classes, which are never made: `from_pretrained`, `from_config` and `from_model` choose."""
 
     task: ClassVar[str]
 
-    def __init__(self, *_: Any, **__: Any) -> NoReturn:
+    def __init__(self, *_: Any, **__: Any) -> None:
         name = type(self).__name__
         raise TypeError(
             f"{name} cannot be constructed: call {name}.from_pretrained(path), from_config(config) or from_model(model)"

@@ -50,6 +50,11 @@ class EncoderModel(PretrainedMixin):
         super().__init__(config)
         self.execution_state = ExecutionState(backend)
 
+    @property
+    def takes_types(self) -> bool:
+        """Whether token types make a difference."""
+        return self.has_token_types and getattr(self.config, "type_vocab_size", 1) > 1
+
     def embedded(self, tokens: PackedInputs, types: Tensor) -> Tensor:
         """The embeddings (T, H) of the real tokens; `types` (T,)."""
         raise NotImplementedError
@@ -138,24 +143,35 @@ class EncoderModel(PretrainedMixin):
         Raises:
             As `forward`; ValueError where cu_seqlens does not run from 0 to T without falling.
         """
+        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        return self._output(self.encode_packed(inputs, wanted_tokens, output_hidden_states), return_dict)
+
+    def encode_packed(
+        self,
+        inputs: Inputs,
+        wanted_tokens: WantedTokens | Tensor | str = "all",
+        output_hidden_states: bool | None = None,
+    ) -> Encoded:
+        """`forward_packed` for heads; `inputs` has cu_seqlens and max_seqlen."""
         wanted = WantedTokens.of(wanted_tokens)
         output_hidden_states = self.asked("output_hidden_states", output_hidden_states)
-        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
         given = inputs.given()
-        if given.dim() != (1 if inputs_embeds is None else 2):
+        if given.dim() != (1 if inputs.inputs_embeds is None else 2):
             raise ValueError(f"expected input_ids (T,) or inputs_embeds (T, E), got the shape {tuple(given.shape)}")
-        packing = packed_already(len(given), cu_seqlens, max_seqlen, given.device)
+        assert inputs.cu_seqlens is not None
+        assert inputs.max_seqlen is not None
+        packing = packed_already(len(given), inputs.cu_seqlens, inputs.max_seqlen, given.device)
         inputs = inputs._replace(cu_seqlens=packing.cu_seqlens)
-        if position_ids is None:
-            self.check_length(max_seqlen)
+        if inputs.position_ids is None:
+            self.check_length(packing.max_seqlen)
             if not self.positions_are_columns:
                 inputs = inputs._replace(position_ids=self.positions(inputs))
         replayed = None if output_hidden_states else self._replay(inputs, wanted)
         if replayed is not None:
-            return self._output(replayed, return_dict)
+            return replayed
         if inputs.position_ids is None:
             inputs = inputs._replace(position_ids=self.positions(inputs))
-        return self._output(self.compute(packing, inputs, wanted, output_hidden_states), return_dict)
+        return self.compute(packing, inputs, wanted, output_hidden_states)
 
     def encode(
         self,

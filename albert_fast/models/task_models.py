@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapters import project
+from ..layers.adapters import check_heard, project
 from ..layers.inputs import Inputs
 from ..layers.wanted import WantedTokens
 from .head_model import HeadModel, MLMModel
@@ -108,6 +108,29 @@ class ForSequenceClassification(HeadModel):
         logits = self.scores(encoded.pooled)
         loss = None if labels is None else row_loss(logits, labels, self.config)
         return self.finish(LogitsOutput(loss, logits), encoded, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """`forward` without labels for a batch that holds no padding; hooks on the encoder do not run.
+
+        Args, Raises:
+            As the encoder's `forward_packed`.
+
+        Returns:
+            LogitsOutput: logits (B, num_labels).
+        """
+        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        check_heard(self.base_model, f"{self.base_model_prefix}, with forward_packed,")
+        encoded = self.base_model.encode_packed(inputs, self.wanted_tokens)
+        return self.finish(LogitsOutput(logits=self.scores(encoded.pooled)), encoded, return_dict)
 
     def loss_function(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
         """The loss that `forward` computes of logits (B, num_labels) and labels."""

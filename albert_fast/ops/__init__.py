@@ -34,7 +34,14 @@ from .encoder import (
 from .gelu_layer_norm import gelu_layer_norm, gelu_layer_norm_ref
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from .linear_gelu import linear_gelu, linear_gelu_ref
-from .quantized_encoder import quantized_encoder, quantized_encoder_ref
+from .quantized_encoder import (
+    QuantizedLayers,
+    QuantizedOptions,
+    QuantizedWeights,
+    quantized_encoder,
+    quantized_encoder_ref,
+    run_quantized_encoder,
+)
 
 __all__ = [
     "CAPTURE",
@@ -49,6 +56,9 @@ __all__ = [
     "EncoderCall",
     "EncoderWeights",
     "GraphInputs",
+    "QuantizedLayers",
+    "QuantizedOptions",
+    "QuantizedWeights",
     "TokenIndexError",
     "add_layer_norm",
     "add_layer_norm_ref",
@@ -79,6 +89,7 @@ __all__ = [
     "quantized_encoder",
     "quantized_encoder_ref",
     "raise_pending",
+    "run_quantized_encoder",
     "split_columns",
     "split_layers",
     "stage_seconds",

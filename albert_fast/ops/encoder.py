@@ -7,16 +7,17 @@ again when they change. The Triton kernel reads the weights as they are.
 from __future__ import annotations
 
 import functools
-import operator
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime import dispatch
 from ..runtime.derived import Derived
+from ..runtime.kept_operands import Checked, KeptOperands
 from ..runtime.operands import Operand, check, check_launch, head_size, hold, matrix
 from ..runtime.registration import forbid_derivative, is_traced, needs_dispatcher, register
 from ._encoder_call import CALL_SCHEMA, EncoderCall, check_call, check_content, run_cpp
@@ -147,94 +148,49 @@ def kernel_is_faster(
 
 
 class EncoderWeights(list[Tensor]):
-    """The weights of `encoder`, which a caller keeps from call to call: then C++ checks them all at once, many times faster.
-
-    The first call checks every tensor as `hold` does. Later ones compare what may change in a tensor: address, size of its
-    memory, shape, strides, dtype and sign. Only where one differs are they checked one by one again. Between calls it keeps
-    no memory alive. The tensors are Tensors or Parameters, of no subclass.
-    """
+    """The weights of `encoder`, which a caller keeps from call to call: then C++ checks them all at once, see `KeptOperands`."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__(weights)
-        self._checked: _Checked | None = None
-
-    def held(self, call: EncoderCall) -> tuple[list[Any], _Checked]:
-        """The storages of all weights, to be referenced while their addresses are in use, and what was found out about them.
-
-        Raises:
-            As `hold`.
-        """
-        hidden, checked = call.hidden, self._checked
-        storages, state = _state(self, hidden)
-        if checked is None or state is None or checked.state != state:
-            layers = _layer_operands(self, hidden)
-            memories = [hold("encoder", hidden.device, layer) for layer in layers]
-            addresses = [memory.addresses for memory in memories]
-            checked = _Checked(state, layers, addresses)
-            # Addresses of dense copies, which `hold` makes of others, are for this call alone.
-            own = state is not None and [at for layer in addresses for at in layer] == state[0]
-            self._checked = checked if own else None
-            return memories, checked
-        return storages, checked
-
-
-class _Checked(NamedTuple):
-    """Weights that fit: their state then, each layer's operands, and their addresses."""
-
-    state: tuple[Any, ...] | None
-    layers: list[list[Operand]]
-    addresses: list[list[int]]
-
-
-_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
-
-
-def _state(weights: list[Tensor], hidden: Tensor) -> tuple[list[Any], tuple[Any, ...] | None]:
-    """The storages of the weights, and all that can change in a tensor apart from its numbers; None where it has none."""
-    try:
-        storages = list(map(Tensor.untyped_storage, weights))
-        return storages, (
-            list(map(Tensor.data_ptr, weights)),
-            list(map(torch.UntypedStorage.nbytes, storages)),
-            list(map(_SHAPE, weights)),
-            list(map(Tensor.stride, weights)),
-            list(map(_DTYPE, weights)),
-            list(map(Tensor.is_neg, weights)),
-            (hidden.dtype, hidden.device, hidden.shape[1:]),
-        )
-    except (AttributeError, RuntimeError):  # a nested or sparse tensor: `hold` names it
-        return [], None
+        self.kept = KeptOperands(weights)
 
 
 def _run(weights: Sequence[Tensor], call: EncoderCall, backend: str) -> Tensor:
-    if isinstance(weights, EncoderWeights) and not is_traced():
-        chosen = dispatch.resolve("encoder", call.hidden.device.type, call.hidden.dtype, backend)
-        if chosen == "cpp":
-            return _run_cpp(*weights.held(call), call)
-    layers = _layer_operands(weights, call.hidden)
-    operands = check_call("encoder", call, len(layers))
-    device = call.hidden.device
-    backend = dispatch.resolve("encoder", device.type, call.hidden.dtype, backend)
+    hidden = call.hidden
+    device, dtype = hidden.device, hidden.dtype
+    if (
+        isinstance(weights, EncoderWeights)
+        and not is_traced()
+        and dispatch.resolve("encoder", device.type, dtype, backend) == "cpp"
+    ):
+        expected = dtype, hidden.shape[1:]
+        held, checked = weights.kept.hold("encoder", device, expected, lambda: _weight_operands(weights, hidden))
+        return _run_cpp(held, checked, call)
+    listed = _weight_operands(weights, hidden)
+    operands = check_call("encoder", call, len(listed) // _PER_LAYER)
+    backend = dispatch.resolve("encoder", device.type, dtype, backend)
     if backend == "cpp":
-        memories = [hold("encoder", device, layer) for layer in layers]
-        return _run_cpp(memories, _Checked(None, layers, [memory.addresses for memory in memories]), call)
-    check_launch("encoder", backend, device, [*operands, *(operand for layer in layers for operand in layer)])
+        memory = hold("encoder", device, listed)
+        return _run_cpp(memory, Checked(None, listed, memory.addresses), call)
+    check_launch("encoder", backend, device, [*operands, *listed])
     check_content("encoder", call)
     if backend == "triton":
-        hidden, *others = call
+        _, *others = call
         out: Tensor = _triton_kernel().encoder_fwd(hidden, weights, *others)
         return out
     return encoder_ref(weights, call)
 
 
-def _run_cpp(held: list[Any], checked: _Checked, call: EncoderCall) -> Tensor:
+def _run_cpp(held: Any, checked: Checked, call: EncoderCall) -> Tensor:
     """The call in C++; `held` keeps the memory behind the addresses alive until it has returned."""
-    operands = check_call("encoder", call, len(checked.layers))
-    packed = [_packed(layer) for layer in checked.layers]
-    rows = zip(checked.addresses, packed, strict=True)
-    table = [at for addresses, matrices in rows for at in (*addresses, matrices.data_ptr())]
-    intermediate_size = checked.layers[0][_FFN][2][0]
-    out = run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, intermediate_size)
+    _, weights, addresses = checked
+    begins = range(0, len(weights), _PER_LAYER)
+    operands = check_call("encoder", call, len(begins))
+    packed = [_packed(weights[i : i + _PER_LAYER]) for i in begins]
+    table: list[int] = []
+    for i, matrices in zip(begins, packed, strict=True):
+        table += (*addresses[i : i + _PER_LAYER], matrices.data_ptr())
+    out = run_cpp("encoder", dispatch.extension().encoder_fwd_cpu, call, operands, table, weights[_FFN][2][0])
     del held
     return out
 
@@ -247,9 +203,9 @@ def _fwd(weights: list[Tensor], *arguments: Any) -> Tensor:
 def _fwd_fake(weights, *arguments):
     *fields, _ = arguments
     call = EncoderCall(*fields)
-    layers = _layer_operands(weights, call.hidden)
-    operands = check_call("encoder", call, len(layers))
-    check("encoder", call.hidden.device, [*operands, *(operand for layer in layers for operand in layer)])
+    listed = _weight_operands(weights, call.hidden)
+    operands = check_call("encoder", call, len(listed) // _PER_LAYER)
+    check("encoder", call.hidden.device, [*operands, *listed])
     return call.fake_out()
 
 
@@ -258,8 +214,8 @@ register(f"encoder_fwd(Tensor[] weights, {CALL_SCHEMA}, str backend) -> Tensor",
 forbid_derivative("encoder_fwd", "for a gradient run the layers' operators one by one, as the models do")
 
 
-def _layer_operands(weights: Sequence[Tensor], hidden: Tensor) -> list[list[Operand]]:
-    """The operands of each distinct layer, in the order of `WEIGHTS`."""
+def _weight_operands(weights: Sequence[Tensor], hidden: Tensor) -> list[Operand]:
+    """The operands of all distinct layers, each in the order of `WEIGHTS`."""
     width = matrix("encoder", "hidden", hidden)[1]
     if not weights or len(weights) % _PER_LAYER:
         raise ValueError(f"encoder: {len(weights)} weights do not make layers of {_PER_LAYER} each")
@@ -269,13 +225,8 @@ def _layer_operands(weights: Sequence[Tensor], hidden: Tensor) -> list[list[Oper
     # A tracer would warn that it looks through the cache; its symbolic sizes cannot be keys.
     cached = not is_traced() and type(width) is int and type(intermediate_size) is int
     shapes = (_shapes if cached else _shapes.__wrapped__)(width, intermediate_size)
-    return [
-        [
-            (name, t, shape, hidden.dtype)
-            for name, t, shape in zip(_NAMES, weights[i : i + _PER_LAYER], shapes, strict=True)
-        ]
-        for i in range(0, len(weights), _PER_LAYER)
-    ]
+    named = itertools.cycle(zip(_NAMES, shapes, strict=True))
+    return [(name, t, shape, hidden.dtype) for t, (name, shape) in zip(weights, named, strict=False)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import dispatch
+from ..runtime.kept_operands import Checked, KeptOperands
 from ..runtime.operands import Operand, check, check_choice, check_launch, head_size, hold, matrix
 from ..runtime.registration import forbid_derivative, needs_dispatcher, register
 from ._encoder_call import CALL_SCHEMA, EncoderCall, check_call, check_content, run_cpp
@@ -81,7 +82,16 @@ class QuantizedLayers(NamedTuple):
             yield named, dict(zip(PRODUCTS, itertools.islice(tensors, len(PRODUCTS)), strict=True))
 
 
-class Options(NamedTuple):
+class QuantizedWeights(QuantizedLayers):
+    """QuantizedLayers that a caller keeps from call to call: then C++ checks them all at once, see `KeptOperands`."""
+
+    @functools.cached_property
+    def kept(self) -> KeptOperands:
+        """The tensors in the order of the C++ function's table."""
+        return KeptOperands([t for vectors, products in self.layers() for t in _table_row(vectors, products)])
+
+
+class QuantizedOptions(NamedTuple):
     """What a call names beside layers and EncoderCall. The first three serve GPUs: see `quantized_encoder`."""
 
     sequence_order: Tensor | None  # (B,) int32
@@ -172,30 +182,36 @@ def quantized_encoder_ref(layers: QuantizedLayers, call: EncoderCall, precision:
     return exact.to(call.hidden.dtype)
 
 
-def _operands(
-    layers: QuantizedLayers, call: EncoderCall, options: Options
-) -> tuple[list[Operand], list[list[Operand]]]:
-    """The operands of the call, and those of each distinct layer in the order of the C++ function's table."""
-    distinct = list(layers.layers())
-    operands = check_call(_OP, call, len(distinct))
-    operands.append(("sequence_order", options.sequence_order, (call.cu_seqlens.shape[0] - 1,), torch.int32))
-    check_choice(_OP, "precision", options.precision, FORMATS)
-    hidden, form = call.hidden, FORMATS[options.precision]
+def _layer_operands(layers: QuantizedLayers, hidden: Tensor, precision: str) -> list[Operand]:
+    """The operands of all distinct layers, in the order of the C++ function's table."""
+    check_choice(_OP, "precision", precision, FORMATS)
+    form, width = FORMATS[precision], matrix(_OP, "hidden", hidden)[1]
     if hidden.dtype not in form.hidden:
         known = " or ".join(str(dtype) for dtype in form.hidden)
-        raise ValueError(f"{_OP}: {options.precision} expects hidden in {known}, got {hidden.dtype}")
-    width, panels = hidden.shape[1], layers.integers[0].dim() == 1
-    all_operands: list[list[Operand]] = []
+        raise ValueError(f"{_OP}: {precision} expects hidden in {known}, got {hidden.dtype}")
+    distinct, operands = list(layers.layers()), list[Operand]()
+    panels = layers.integers[0].dim() == 1
     for vectors, products in distinct:
         ffn_bias = vectors["ffn_bias"]
         if ffn_bias.dim() != 1 or not len(ffn_bias):
             raise ValueError(f"{_OP}: expected ffn_bias of shape (I,), I above 0, got {tuple(ffn_bias.shape)}")
         # A compiler's symbolic sizes cannot be keys of the cache.
         expectation = _expected if type(width) is type(len(ffn_bias)) is int else _expected.__wrapped__
-        expected = expectation(width, len(ffn_bias), hidden.dtype, options.precision, panels)
-        found = itertools.chain(vectors.values(), *products.values())
-        all_operands.append([(name, t, shape, dtype) for (name, shape, dtype), t in zip(expected, found, strict=True)])
-    return operands, all_operands
+        expected = expectation(width, len(ffn_bias), hidden.dtype, precision, panels)
+        row = zip(expected, _table_row(vectors, products), strict=True)
+        operands += [(name, tensor, shape, dtype) for (name, shape, dtype), tensor in row]
+    return operands
+
+
+def _table_row(vectors: dict[str, Tensor], products: dict[str, ProductTensors]) -> Iterator[Tensor]:
+    """A layer's tensors in the order of the C++ function's table."""
+    return itertools.chain(vectors.values(), *products.values())
+
+
+def _call_operands(layers: QuantizedLayers, call: EncoderCall, options: QuantizedOptions) -> list[Operand]:
+    """The operands of a call beside the layers."""
+    operands = check_call(_OP, call, len(layers.vectors) // len(VECTORS))
+    return [*operands, ("sequence_order", options.sequence_order, (call.cu_seqlens.shape[0] - 1,), torch.int32)]
 
 
 @functools.cache
@@ -207,18 +223,31 @@ def _triton_kernel() -> ModuleType:
     return check_orders(kernel, **orders)
 
 
-def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor:
-    operands, layer_operands = _operands(layers, call, options)
-    device, panels = call.hidden.device, layers.integers[0].dim() == 1
-    backend = dispatch.resolve(_OP, device.type, call.hidden.dtype, options.backend)
+def run_quantized_encoder(layers: QuantizedLayers, call: EncoderCall, options: QuantizedOptions) -> Tensor:
+    """`quantized_encoder` from its arguments as records."""
+    kept = isinstance(layers, QuantizedWeights)  # of no subclass; without gradients nothing else is asked of them
+    if needs_dispatcher(call.hidden, *(() if kept and not torch.is_grad_enabled() else layers.vectors)):
+        out: Tensor = torch.ops.albert_fast.quantized_encoder_fwd(*layers, *call, *options)
+        return out
+    return _run(layers, call, options)
+
+
+def _run(layers: QuantizedLayers, call: EncoderCall, options: QuantizedOptions) -> Tensor:
+    device, dtype, precision = call.hidden.device, call.hidden.dtype, options.precision
+    if isinstance(layers, QuantizedWeights) and dispatch.resolve(_OP, device.type, dtype, options.backend) == "cpp":
+        expected = dtype, call.hidden.shape[1:], precision
+        _check_layout(layers, "cpp")
+        held, checked = layers.kept.hold(_OP, device, expected, lambda: _layer_operands(layers, call.hidden, precision))
+        return _run_cpp(held, checked, layers, call, options)
+    operands = _layer_operands(layers, call.hidden, precision)
+    call_operands = _call_operands(layers, call, options)
+    backend = dispatch.resolve(_OP, device.type, dtype, options.backend)
     if backend != "cpp":
-        check_launch(_OP, backend, device, [*operands, *itertools.chain(*layer_operands)])
+        check_launch(_OP, backend, device, [*call_operands, *operands])
         check_content(_OP, call)
     if backend == "reference":
-        return quantized_encoder_ref(layers, call, options.precision)
-    if panels != (backend == "cpp"):
-        found, expected = ("panels", "rows") if panels else ("rows", "panels")
-        raise ValueError(f"{_OP}: the {backend} kernel reads integers in {expected}, not in {found}")
+        return quantized_encoder_ref(layers, call, precision)
+    _check_layout(layers, backend)
     if backend == "triton":
         out: Tensor = _triton_kernel().quantized_encoder_fwd(
             call.hidden,
@@ -236,23 +265,39 @@ def _run(layers: QuantizedLayers, call: EncoderCall, options: Options) -> Tensor
             call.act,
         )
         return out
-    held = [hold(_OP, device, layer) for layer in layer_operands]
-    table = [address for layer in held for address in layer.addresses]
-    (intermediate_size,), bits = layer_operands[0][_FFN_BIAS][2], FORMATS[options.precision].dtype.itemsize * 8
-    return run_cpp(
-        _OP, dispatch.extension().quantized_encoder_fwd_cpu, call, operands[:4], table, intermediate_size, bits
-    )
+    memory = hold(_OP, device, operands)
+    return _run_cpp(memory, Checked(None, operands, memory.addresses), layers, call, options)
+
+
+def _check_layout(layers: QuantizedLayers, backend: str) -> None:
+    """ValueError for integers that were laid out for another backend."""
+    panels = layers.integers[0].dim() == 1
+    if panels != (backend == "cpp"):
+        found, expected = ("panels", "rows") if panels else ("rows", "panels")
+        raise ValueError(f"{_OP}: the {backend} kernel reads integers in {expected}, not in {found}")
+
+
+def _run_cpp(
+    held: Any, checked: Checked, layers: QuantizedLayers, call: EncoderCall, options: QuantizedOptions
+) -> Tensor:
+    """The call in C++; `held` keeps the memory behind the addresses alive until it has returned."""
+    (intermediate_size,), bits = checked.operands[_FFN_BIAS][2], FORMATS[options.precision].dtype.itemsize * 8
+    operands = _call_operands(layers, call, options)[:4]
+    function = dispatch.extension().quantized_encoder_fwd_cpu
+    out = run_cpp(_OP, function, call, operands, checked.addresses, intermediate_size, bits)
+    del held
+    return out
 
 
 _FFN_BIAS = tuple(VECTORS).index("ffn_bias")
 
 
-def _records(arguments: tuple[Any, ...]) -> tuple[QuantizedLayers, EncoderCall, Options]:
+def _records(arguments: tuple[Any, ...]) -> tuple[QuantizedLayers, EncoderCall, QuantizedOptions]:
     """The records of a call from its arguments in the order of _SCHEMA."""
     rest = iter(arguments)
     layers = QuantizedLayers._make(itertools.islice(rest, len(QuantizedLayers._fields)))
     call = EncoderCall._make(itertools.islice(rest, len(EncoderCall._fields)))
-    return layers, call, Options._make(rest)
+    return layers, call, QuantizedOptions._make(rest)
 
 
 def _fwd(*arguments: Any) -> Tensor:
@@ -261,8 +306,8 @@ def _fwd(*arguments: Any) -> Tensor:
 
 def _fwd_fake(*arguments):
     layers, call, options = _records(arguments)
-    operands, layer_operands = _operands(layers, call, options)
-    check(_OP, call.hidden.device, [*operands, *itertools.chain(*layer_operands)])
+    operands = _layer_operands(layers, call.hidden, options.precision)
+    check(_OP, call.hidden.device, [*_call_operands(layers, call, options), *operands])
     return call.fake_out()
 
 
@@ -327,11 +372,8 @@ def quantized_encoder(
     layers = QuantizedLayers._make(map(list, (vectors, integers, scales, sums, rescales, shifts)))
     indices = list(layer_indices)
     call = EncoderCall(hidden, indices, cu_seqlens, wanted_rows, cu_wanted, num_heads, softmax_scale, eps, act)
-    options = Options(sequence_order, max_seqlen, max_wanted, precision, backend)
-    if needs_dispatcher(hidden, *vectors):
-        out: Tensor = torch.ops.albert_fast.quantized_encoder_fwd(*layers, *call, *options)
-        return out
-    return _run(layers, call, options)
+    options = QuantizedOptions(sequence_order, max_seqlen, max_wanted, precision, backend)
+    return run_quantized_encoder(layers, call, options)
 
 
 @functools.lru_cache(maxsize=64)

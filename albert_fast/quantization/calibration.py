@@ -156,39 +156,36 @@ class Sample:
             model.check_length(ids.shape[1])
             ids, mask = ids.to(device), torch.ones_like(ids) if mask is None else mask.to(device)
             real = mask.bool()
-            held_out = _is_held_out(real.flatten().cumsum(0) + self.tokens).view(ids.shape)
-            self._collect(ids, mask, ~held_out[real])
-            chosen = slice(-count % step, None, step)
-            if real[chosen].any():
-                self._try_on(ids[chosen], mask[chosen], held_out[chosen][real[chosen]])
-            self.tokens, count = self.tokens + int(real.sum()), count + len(ids)
+            held_out = _is_held_out(torch.arange(1, int(real.sum()) + 1, device=device) + self.tokens)
+            chosen = torch.zeros(len(ids), dtype=torch.bool, device=device)
+            chosen[-count % step :: step] = True
+            self._add(ids, mask, held_out, chosen[:, None].expand_as(real)[real], chosen)
+            self.tokens, count = self.tokens + len(held_out), count + len(ids)
 
     @torch.no_grad()
-    def _collect(self, ids: Tensor, mask: Tensor, wanted: Tensor) -> None:
-        """Add the inputs of all products for those of the real tokens (T,) that are `wanted`."""
+    def _add(self, ids: Tensor, mask: Tensor, held_out: Tensor, tried: Tensor, chosen: Tensor) -> None:
+        """Run a batch (B, S): keep the inputs of all products for the real tokens that are not `held_out` (T,), and the sequences
+        that are `chosen` (B,), whose tokens are `tried` (T,), to try roundings on."""
         layers = zip(self._model.encoder.distinct(), self._seen, strict=True)
         rows = {
             id(module): seen for layer, own in layers for module, seen in zip(layer.product_modules(), own, strict=True)
         }
-        self._run(ids, mask, lambda module, x: rows[id(module)].add(x[wanted]))
+        fitted_to = ~held_out
+        embedded, hidden = self._run(ids, mask, lambda module, x: rows[id(module)].add(x[fitted_to]))
+        if tried.any():
+            some, outside = ids[chosen], held_out[tried]
+            packing = pack((some.shape[0], some.shape[1]), mask[chosen], ids.device)
+            self.sequences.append(Sequences(embedded[tried], packing, outside, hidden[tried][outside]))
 
-    @torch.no_grad()
-    def _try_on(self, ids: Tensor, mask: Tensor, held_out: Tensor) -> None:
-        """Add sequences to those that roundings are tried on."""
-        embedded, packing, hidden = self._run(ids, mask, lambda *_: None)
-        self.sequences.append(Sequences(embedded, packing, held_out, hidden[held_out]))
-
-    def _run(
-        self, ids: Tensor, mask: Tensor, listen: Callable[[nn.Module, Tensor], None]
-    ) -> tuple[Tensor, Packing, Tensor]:
-        """The first layer's input (T, H), how it is packed, and the last layer's result, computed without dropout."""
+    def _run(self, ids: Tensor, mask: Tensor, listen: Callable[[nn.Module, Tensor], None]) -> tuple[Tensor, Tensor]:
+        """The first layer's input (T, H), and the last layer's result, computed without dropout."""
         packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
         embedded = self._model.embed_ids(packing, ids)
         encoder = self._model.encoder
         training = [module for module in encoder.modules() if module.training]
         encoder.eval()
         try:
-            return embedded, packing, encoder(embedded, packing, None, Run(listen=listen))
+            return embedded, encoder(embedded, packing, None, Run(listen=listen))
         finally:
             for module in training:
                 module.training = True

@@ -10,6 +10,7 @@ of their own: for them r is 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,7 @@ def rounded_linear(
             rescale = balanced(weight, inputs)
         if precision == "int8":
             # The C++ kernel's slices on every device: with a GPU's whole rows a checkpoint would get other factors.
-            with torch.inference_mode(False):  # inference mode has no gradients, not even for copies made inside
-                rescale = rescaling(weight.clone(), inputs.clone(), parts, rescale.clone())
+            rescale = rescaling(weight, inputs, parts, rescale)
         inputs = inputs * rescale
     rescaled = weight / rescale
     scale = steps(rescaled, precision)
@@ -126,32 +126,58 @@ def rescaling(weight: Tensor, inputs: Tensor, slices: list[slice], start: Tensor
     energy, magnitude = inputs.square().mean(0), weight.abs()
     column_energy = magnitude.square().sum(0)
     weight_levels, activation_levels = FORMATS["int8"].weight_levels, FORMATS["int8"].activation_levels
-    log_r = start.log().requires_grad_()
-    mean, square = torch.zeros_like(start), torch.zeros_like(start)
+    log_r, mean, square = start.log(), torch.zeros_like(start), torch.zeros_like(start)
+    heaviest = _Extreme(torch.amax, torch.argmax)
+    ends = [(part, _Extreme(torch.amax, torch.argmax), _Extreme(torch.amin, torch.argmin)) for part in slices]
+    weights, products = torch.empty_like(weight), torch.empty_like(inputs)  # memory that every step writes again
     for step in range(_ADAM_STEPS):
-        # The positions of the extremes are found without a gradient; only the extremes themselves are differentiated.
-        r = log_r.detach().exp()
-        largest = (magnitude / r).argmax(1)
-        ends = [(part, y.argmax(1), y.argmin(1)) for part in slices for y in [inputs[:, part] * r[part]]]
-        with torch.enable_grad():
-            r = log_r.exp()
-            weight_steps = magnitude.gather(1, largest[:, None])[:, 0] / r[largest] / weight_levels
-            noise = weight_steps.square().sum() * (energy * r.square()).sum()
-            for part, high, low in ends:
-                y, factor = inputs[:, part], r[part]
-                span = (y.gather(1, high[:, None])[:, 0] * factor[high]).clamp(min=0) - (
-                    y.gather(1, low[:, None])[:, 0] * factor[low]
-                ).clamp(max=0)
-                error = (span / activation_levels).square().mean()
-                noise = noise + error * (column_energy[part] / factor.square()).sum()
-            (gradient,) = torch.autograd.grad(noise.log(), log_r)
+        # The noise and its gradient in log r. The positions of the extremes count as constant.
+        r = log_r.exp()
+        largest, at = heaviest.of(torch.div(magnitude, r, out=weights))
+        weight_steps, spread = (largest / weight_levels).square(), energy * r.square()
+        noise = weight_steps.sum() * spread.sum()
+        gradient = 2 * weight_steps.sum() * spread
+        gradient.index_add_(0, at, weight_steps, alpha=-2 * float(spread.sum()))
+        torch.mul(inputs, r, out=products)
+        for part, high, low in ends:
+            top, top_at = high.of(products[:, part])
+            bottom, bottom_at = low.of(products[:, part])
+            top, bottom = top.clamp(min=0) / activation_levels, bottom.clamp(max=0) / activation_levels
+            error, amplified = (top - bottom).square().mean(), column_energy[part] / r[part].square()
+            noise = noise + error * amplified.sum()
+            of_part = gradient[part].sub_(2 * error * amplified)
+            share = 2 * float(amplified.sum()) / len(inputs)
+            of_part.index_add_(0, top_at, (top - bottom) * top, alpha=share)
+            of_part.index_add_(0, bottom_at, (top - bottom) * bottom, alpha=-share)
+        gradient /= noise
         # Adam (Kingma & Ba 2015) on one vector: the first of torch.optim's in a process imports the compiler, seconds.
         mean.lerp_(gradient, 0.1)
         square.lerp_(gradient.square(), 0.001)
         update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-        log_r.data.sub_(update, alpha=_ADAM_RATE * (1 - step / _ADAM_STEPS))
-    r = log_r.detach().exp()
+        log_r.sub_(update, alpha=_ADAM_RATE * (1 - step / _ADAM_STEPS))
+    r = log_r.exp()
     return r if bool(r.isfinite().all()) else start
+
+
+class _Extreme:
+    """Finds the largest or the smallest element of each row, in call after call on rows that change a little.
+
+    torch finds an element many times faster than its position, and most positions stay.
+    """
+
+    def __init__(self, element: Callable[..., Tensor], position: Callable[..., Tensor]) -> None:
+        self._element, self._position = element, position
+        self._last: Tensor | None = None
+
+    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (T, K) -> the elements (T,) and their positions (T,)."""
+        found = self._element(x, 1)
+        if self._last is None:
+            self._last = self._position(x, 1)
+        else:
+            moved = (x.gather(1, self._last[:, None])[:, 0] != found).nonzero()[:, 0]
+            self._last = self._last.index_copy(0, moved, self._position(x[moved], 1))
+        return found, self._last
 
 
 def _floored(x: Tensor) -> Tensor:
@@ -163,27 +189,27 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, form: Format = FORMATS[
     """W (N, K), X^T X (K, K), steps (N,) -> numbers of `form` (N, K), as floats: those near W / step for which W X errs least.
 
     Columns are rounded in the order of their energy. Columns that are still floats make up for a rounded column's error in the
-    product, through the Cholesky factor of the inverse Hessian (algorithm 1 of the paper). Blocks only gather
-    updates into larger products.
+    product: each is rounded where the errors before it leave the least, which the Cholesky factor of the Hessian tells (Babai's
+    nearest plane, the same numbers as algorithm 1 of the paper without its inverse). Blocks only gather updates into larger
+    products.
     """
     levels, order = form.weight_levels, hessian.diagonal().argsort(descending=True, stable=True)
-    h = hessian.double()[order][:, order]
+    h = hessian[order][:, order].double()
     h.diagonal().add_(_DAMP * h.diagonal().mean() + 1e-30)
-    # The upper R with R^T R = H^-1: H = U U^T with U upper, from the factor of H with its order reversed; R = U^-1.
+    # H = U U^T with U upper, from the factor of H with its order reversed: the error is the size of U^T times the columns' errors.
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if failed or not lower.isfinite().all():
         return form.nearest((weight / scale[:, None]).clamp(-levels, levels))
-    factor = torch.linalg.solve_triangular(
-        lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True
-    ).float()
-    left = (weight / scale[:, None]).t()[order]  # (K, N): a column of W is a row here, and contiguous
-    integers = torch.empty_like(left)
-    for begin in range(0, len(left), _BLOCK):
-        end = min(begin + _BLOCK, len(left))
-        errors = left.new_empty(end - begin, left.shape[1])
+    upper = lower.flip(0, 1)
+    factor = (upper / upper.diagonal()).float()  # of U^T, each row divided by its diagonal
+    exact = (weight / scale[:, None]).t()[order]  # (K, N): a column of W is a row here, and contiguous
+    wanted, integers = exact.clone(), torch.empty_like(exact)
+    for begin in range(0, len(exact), _BLOCK):
+        end = min(begin + _BLOCK, len(exact))
+        errors = exact.new_empty(end - begin, exact.shape[1])
         for i in range(begin, end):
-            integers[i] = form.nearest(left[i].clamp(-levels, levels))
-            errors[i - begin] = (left[i] - integers[i]) / factor[i, i]
-            left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin], alpha=-1)
-        left[end:] -= factor[begin:end, end:].t() @ errors
+            integers[i] = form.nearest(wanted[i].clamp(-levels, levels))
+            errors[i - begin] = exact[i] - integers[i]
+            wanted[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin])
+        wanted[end:] += factor[begin:end, end:].t() @ errors
     return torch.empty_like(integers).index_copy_(0, order, integers).t()

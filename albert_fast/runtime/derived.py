@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Made = TypeVar("Made")
-Versions = tuple[tuple[int, int, int], ...]
 _SAMPLES = 64
+_VERSION = operator.attrgetter("_version")
 
 
-@dataclass(frozen=True)
-class _Kept(Generic[Made]):
-    """A result made from weights, and what shows whether the weights are unchanged."""
+class Snapshot:
+    """Some weights at one time, as they can be told apart later without reading all of them.
+
+    Whoever copies weights takes the snapshot first: then a write in between shows.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._state = _state(weights)
+        self._sizes, self._strides = zip(*[_place(weight.numel()) for weight in weights], strict=True)
+        self._samples = self._sampled(weights)
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these are those weights, unchanged."""
+        if self._state != _state(weights):
+            return False
+        if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return True  # a graph cannot wait for numbers
+        # A write through `.data` does not change the version, so some elements are compared too.
+        return torch.equal(self._samples, self._sampled(weights))
+
+    def _sampled(self, weights: Sequence[Tensor]) -> Tensor:
+        """Some elements of every weight, one weight after another, (N,): all on one device, in few kernels."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._sampled(weights)
+        if all(self._state[-1]):
+            return torch.cat(list(map(Tensor.as_strided, weights, self._sizes, self._strides)))
+        places = zip(weights, self._sizes, self._strides, strict=True)
+        return torch.cat([w.as_strided(*place) if w.is_contiguous() else w.flatten() for w, *place in places])
+
+
+def _state(weights: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """Addresses, numbers of elements, versions, and whether each weight is contiguous. A write through `.data` changes none."""
+    try:
+        versions = list(map(_VERSION, weights))
+    except RuntimeError:  # a tensor that was made in inference mode has none
+        versions = [0 if weight.is_inference() else weight._version for weight in weights]
+    addresses, counts = list(map(Tensor.data_ptr, weights)), list(map(Tensor.numel, weights))
+    return addresses, counts, versions, list(map(Tensor.is_contiguous, weights))
+
+
+class _Kept(NamedTuple, Generic[Made]):
+    """A result made from weights, and the weights then."""
 
     made: Made
-    versions: Versions
-    places: tuple[tuple[tuple[int], tuple[int]], ...]  # sizes and strides of the samples
-    samples: tuple[Tensor, ...]
-
-    def is_current(self, weights: Sequence[Tensor]) -> bool:
-        # A write through `.data` does not change the version, so some elements are compared too.
-        if self.versions != versions_of(weights):
-            return False
-        return all(
-            torch.equal(weight.as_strided(*where), sample)
-            for weight, where, sample in zip(weights, self.places, self.samples, strict=True)
-        )
+    weights: Snapshot
 
 
 _ALL: weakref.WeakSet[Derived[Any]] = weakref.WeakSet()
@@ -56,12 +85,10 @@ class Derived(Generic[Made]):
 
     def __call__(self, weights: Sequence[Tensor]) -> Made:
         found: _Kept[Made] | None = self._kept.get(weights[0])
-        if found is None or not found.is_current(weights):
-            # Recorded before the weights are read: after a write in between, the next call makes the copy again.
-            versions, places = versions_of(weights), tuple(_place(w.numel()) for w in weights)
-            samples = tuple(w.as_strided(*where).clone() for w, where in zip(weights, places, strict=True))
+        if found is None or not found.weights.holds(weights):
+            snapshot = Snapshot(weights)
             with torch.inference_mode(False), torch.no_grad():  # so that calls in any mode can use it
-                found = _Kept(self._make(weights), versions, places, samples)
+                found = _Kept(self._make(weights), snapshot)
             self._kept[weights[0]] = found
         return found.made
 
@@ -75,17 +102,6 @@ def forget(weights: Iterable[Tensor]) -> None:
     for weight in weights:
         for derived in _ALL:
             derived.forget([weight])
-
-
-def versions_of(weights: Sequence[Tensor]) -> Versions:
-    """(address, elements, version) of every weight. A write through `.data` changes none of them."""
-    return tuple([(w.data_ptr(), w.numel(), 0 if w.is_inference() else w._version) for w in weights])
-
-
-@torch.no_grad()
-def samples_of(weights: Sequence[Tensor]) -> Tensor:
-    """Some elements of every weight, one weight after another, (N,): all on one device, in few kernels."""
-    return torch.cat([w.as_strided(*_place(w.numel())) if w.is_contiguous() else w.flatten() for w in weights])
 
 
 @cache

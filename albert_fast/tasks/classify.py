@@ -45,8 +45,7 @@ class TextClassifier(TextModel):
         answers: list[dict[str, float]] = [{} for _ in checked]
         with torch.inference_mode():
             for batch in self.token_batches(checked, default_batch_tokens(self.device)):
-                padded = batch.padded(self.tokenizer.pad_token_id)
-                logits = self.model(**{name: tensor.to(self.device) for name, tensor in padded.items()}).logits
+                logits = self.model.forward_packed(**batch.packed(self.device)).logits
                 for index, scores in zip(batch.indices, self._scores(logits).tolist(), strict=True):
                     answers[index] = dict(zip(self.labels, scores, strict=True))
         return answers

@@ -181,22 +181,17 @@ class TextEncoder(TextModel):
             if full:
                 vectors[full] = self._pooled(replace(batch, lengths=[batch.lengths[row] for row in full]), skip)
             return vectors
-        ids = batch.ids.to(self.device)
-        types = None if batch.types is None else batch.types.to(self.device)
-        seqlens, longest = batch.cu_seqlens, max(batch.lengths)
+        inputs = batch.packed(self.device)
         if self.pooling == "pooler":
-            pooler: Tensor = self.model.forward_packed(
-                ids, seqlens, longest, types, wanted_tokens="first"
-            ).pooler_output
+            pooler: Tensor = self.model.forward_packed(**inputs, wanted_tokens="first").pooler_output
             return pooler.float()
         if self.modes == ("lasttoken",) or (self.modes == ("cls",) and not skip):
-            wanted = torch.zeros(len(ids), dtype=torch.bool)
+            seqlens, wanted = batch.cu_seqlens, torch.zeros(len(batch.ids), dtype=torch.bool)
             wanted[(seqlens[1:] - 1 if self.modes == ("lasttoken",) else seqlens[:-1]).long()] = True
-            states: Tensor = self.model.forward_packed(
-                ids, seqlens, longest, types, wanted_tokens=wanted.to(self.device)
-            ).last_hidden_state
+            chosen = wanted.to(self.device)
+            states: Tensor = self.model.forward_packed(**inputs, wanted_tokens=chosen).last_hidden_state
             return states.float()
-        states = self.model.forward_packed(ids, seqlens, longest, types).last_hidden_state
+        states = self.model.forward_packed(**inputs).last_hidden_state
         return pool(states, batch.lengths, self.modes, skip)
 
     def _prompt_text(self, name: str | None, text: str | None) -> str | None:

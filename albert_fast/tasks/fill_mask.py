@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..models.heads import ALBERTForMaskedLM
+from ..models.auto import AutoModelForMaskedLM
 from .errors import UsageError
 from .loading import TextModel
 
@@ -37,7 +37,7 @@ class MaskFiller(TextModel):
     """
 
     def __init__(self, checkpoint: str | Path, **loading: Any) -> None:
-        super().__init__(ALBERTForMaskedLM, checkpoint, **loading)
+        super().__init__(AutoModelForMaskedLM, checkpoint, **loading)
         if self.tokenizer.mask_token is None:
             raise UsageError(f"{checkpoint}: its vocabulary has no mask token")
         # In the text, every special token but the mask is plain text.
@@ -58,7 +58,8 @@ class MaskFiller(TextModel):
         if top_k > tokenizer.vocab_size:
             raise UsageError(f"--top-k {top_k} (top_k=): the vocabulary has {tokenizer.vocab_size} pieces")
         encoded = tokenizer(text, return_tensors="pt", split_special_tokens=self._split_tokens)
-        batch = {key: value.to(self.device) for key, value in encoded.items()}
+        left_out = () if self.takes_types else ("token_type_ids",)
+        batch = {key: value.to(self.device) for key, value in encoded.items() if key not in left_out}
         masks = batch["input_ids"] == tokenizer.mask_token_id
         if not masks.any():
             raise ValueError(f"{name}: no {tokenizer.mask_token} in {text!r}; write it where a word is to be found")

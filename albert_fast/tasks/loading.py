@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.saving import config_path, folder_of
+from ..checkpoints.saving import folder_of
 from ..checkpoints.weights import resolve
-from ..models.config import ALBERTConfig
+from ..models.auto import config_of
 from ..models.encoder_config import EncoderConfig
 from ..models.pretrained import held_precision
 from ..runtime.devices import choose_device
@@ -69,8 +69,7 @@ class TextModel:
     @property
     def takes_types(self) -> bool:
         """Whether token types make a difference to the model."""
-        encoder = self.model.base_model
-        return bool(encoder.has_token_types) and getattr(encoder.config, "type_vocab_size", 1) > 1
+        return bool(self.model.base_model.takes_types)
 
     def token_batches(
         self, texts: Sequence[str | TextPair], batch_tokens: int, before: str = ""
@@ -139,13 +138,13 @@ def stated_precision(path: Path, precision: str | None) -> str:
     """The precision that was asked for; by default the one that config.json states, else float32."""
     if precision is not None:
         return precision
-    return held_precision(ALBERTConfig.from_pretrained(folder_of(path)), path) or "fp32"
+    return held_precision(config_of(path), path) or "fp32"
 
 
 def holds_floats(path: Path) -> bool:
     """Whether the weights of a checkpoint are floats. False where config.json cannot be read; loading reports that."""
     try:
-        config = ALBERTConfig.from_json_file(config_path(path))
+        config = config_of(path)
     except (OSError, ValueError):
         return False
     return config.extra.get("quantization_config") is None

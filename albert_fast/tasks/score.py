@@ -87,8 +87,7 @@ class TextScorer(TextModel):
         out = np.empty((len(checked), len(self.labels)), dtype=np.float32)
         with torch.inference_mode(), progress_bar(len(checked), show_progress, " pairs") as done:
             for batch in self.token_batches(checked, most):
-                padded = batch.padded(self.tokenizer.pad_token_id)
-                logits = self.model(**{name: tensor.to(self.device) for name, tensor in padded.items()}).logits
+                logits = self.model.forward_packed(**batch.packed(self.device)).logits
                 out[batch.indices] = self.activation(logits.float()).cpu().numpy()
                 done(len(batch.indices))
         return out[:, 0] if len(self.labels) == 1 else out

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,16 +49,15 @@ class TokenBatch:
     def cu_seqlens(self) -> Tensor:
         return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32)
 
-    def padded(self, pad: int) -> dict[str, Tensor]:
-        """The same as a padded batch: input_ids, attention_mask and, where there are types, token_type_ids (B, S)."""
-        columns = torch.arange(max(self.lengths, default=0))
-        mask = columns < torch.tensor(self.lengths)[:, None]
-        flat = {"input_ids": (self.ids, pad), "token_type_ids": (self.types, 0)}
-        batch = {"attention_mask": mask.long()}
-        for name, (values, fill) in flat.items():
-            if values is not None:
-                batch[name] = torch.full(mask.shape, fill).masked_scatter_(mask, values)
-        return batch
+    def packed(self, device: torch.device) -> dict[str, Any]:
+        """The arguments of a model's `forward_packed` on `device`."""
+        types = None if self.types is None else self.types.to(device)
+        return {
+            "input_ids": self.ids.to(device),
+            "cu_seqlens": self.cu_seqlens,  # checked on the CPU
+            "max_seqlen": max(self.lengths, default=0),
+            "token_type_ids": types,
+        }
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,17 @@ It needs transformers, which is imported on first use.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..accelerate.api import restore
 from ..accelerate.families import family_of
+from .tolerances import assert_close_calibrated
 
 # Family -> the prefix of its classes in transformers.
 PREFIXES = {
@@ -95,3 +99,27 @@ def stack_of(model: nn.Module) -> nn.Module:
         if family_of(module) is not None:
             return module
     raise LookupError(f"{type(model).__name__} holds no stack of layers")
+
+
+# Beside the rule's own slack: a stack of layers adds up the rounding of many products.
+STACK_SLACK = 2e-6
+
+
+def assert_like_original(actual: Tensor, model: Any, call: Callable[[Any], Tensor], what: str = "output") -> None:
+    """Check `actual`, the result of an accelerated model, against `call` of the original forward in its dtype and in float64.
+
+    Args:
+        model: accelerated or not; it stays as it is. call: computes the result with a model that it is given; tensors of floats
+            among the inputs take its dtype.
+    """
+    original = restore(copy.deepcopy(model))
+    with torch.no_grad():
+        same, exact = call(original), call(original.double())
+    assert_close_calibrated(actual.detach(), same, exact, what, slack=STACK_SLACK)
+
+
+def like(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """`batch` with its tensors of floats in the dtype of the model's parameters."""
+    dtype = next(model.parameters()).dtype
+    floats = {name: t.to(dtype) for name, t in batch.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    return batch | floats

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..models.config import ALBERTConfig
-from ..models.heads import ALBERTForSequenceClassification
+from ..models.auto import AutoModelForSequenceClassification
+from ..models.encoder_config import EncoderConfig
 from ..runtime.devices import choose_device
 from .checkpointing import STATE_NAME
 from .data import Examples, read_examples
@@ -111,7 +111,7 @@ def describe_examples(examples: Examples) -> str:
     return f"{total}, {len(examples.label_names)} classes, the rarest with {min(counts.values())} examples"
 
 
-def check_vocabulary(tokenizer: Any, config: ALBERTConfig, folder: str | Path) -> None:
+def check_vocabulary(tokenizer: Any, config: EncoderConfig, folder: str | Path) -> None:
     """ValueError where a checkpoint's tokenizer has ids that its model has no embedding for."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
@@ -121,26 +121,26 @@ def check_vocabulary(tokenizer: Any, config: ALBERTConfig, folder: str | Path) -
         )
 
 
-def check_trainable(config: ALBERTConfig, folder: str | Path) -> None:
+def check_trainable(config: EncoderConfig, folder: str | Path) -> None:
     """ValueError where a checkpoint's weights are rounded integers, which have no gradient."""
     if "quantization_config" in config.extra:
         raise ValueError(f"{folder}: holds rounded weights, which cannot be trained: start from the float checkpoint")
 
 
-def check_length(max_length: int, config: ALBERTConfig, position_shift: int = 0) -> None:
+def check_length(max_length: int, config: EncoderConfig, position_shift: int = 0) -> None:
     """ValueError where a text may become longer than the model has positions."""
     needed = max_length + position_shift
-    if needed > config.max_position_embeddings:
+    if needed > config.longest:
         raise ValueError(
             f"max_length {max_length} and position_shift {position_shift} need {needed} positions, "
-            f"the model has {config.max_position_embeddings}"
+            f"the model has {config.longest}"
         )
 
 
-def check_disk(folder: Path, config: ALBERTConfig, averaged: bool) -> None:
+def check_disk(folder: Path, config: EncoderConfig, averaged: bool) -> None:
     """OSError where the disk has no room for the state and the model, twice: the old ones exist until the new are written."""
     with torch.device("meta"):
-        model = ALBERTForSequenceClassification(config)
+        model = AutoModelForSequenceClassification.from_config(config)
     size = FLOAT_BYTES * sum(parameter.numel() for parameter in model.parameters())
     state = size * (4 if averaged else 3)  # the weights, two moments of AdamW, the average
     held = sum(path.stat().st_size for path in (folder / STATE_NAME, folder / "model.safetensors") if path.exists())

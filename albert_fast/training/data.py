@@ -138,6 +138,7 @@ class TextDataset(Dataset[dict[str, Any]]):
             from scratch (word dropout, Iyyer et al. 2015, section 3.1).
         position_shift: `collate` adds `position_ids` that start at a random number from 0 to this one, so that a model
             trained from scratch on short texts also learns the positions of long ones.
+        token_types: whether the model takes token types: its encoder's `takes_types`.
 
     Raises:
         ValueError: the numbers of texts and labels differ; a piece_dropout outside [0, 1), or without a mask token; a
@@ -153,6 +154,7 @@ class TextDataset(Dataset[dict[str, Any]]):
         *,
         piece_dropout: float = 0.0,
         position_shift: int = 0,
+        token_types: bool = True,
     ) -> None:
         if len(texts) != len(labels):
             raise ValueError(f"{len(texts)} texts but {len(labels)} labels")
@@ -164,7 +166,7 @@ class TextDataset(Dataset[dict[str, Any]]):
             raise ValueError("piece_dropout needs a tokenizer with a mask token")
         encoded = tokenizer(list(texts), truncation=True, max_length=max_length) if len(texts) else {"input_ids": []}
         self.input_ids: list[list[int]] = encoded["input_ids"]
-        self.token_type_ids: list[list[int]] | None = encoded.get("token_type_ids")
+        self.token_type_ids: list[list[int]] | None = encoded.get("token_type_ids") if token_types else None
         self.labels = list(labels)
         self.lengths = [len(ids) for ids in self.input_ids]
         self.pad_id = int(tokenizer.pad_token_id)

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from ..checkpoints.saving import config_path, folder_of
+from ..checkpoints.saving import folder_of
 from ..checkpoints.weights import resolve
-from ..models.config import ALBERTConfig
-from ..models.heads import ALBERTForSequenceClassification
+from ..models.auto import AutoModelForSequenceClassification, config_of
 from ..text.batching import for_plain_text
 from ..text.tokenizer import load_tokenizer
 from .checks import check_device, check_length, check_vocabulary, read_split
@@ -72,7 +71,7 @@ def evaluate(
     """
     device = check_device(device)
     path = resolve(checkpoint)
-    config = ALBERTConfig.from_json_file(config_path(path))
+    config = config_of(path)
     if config.problem_type == "multi_label_classification":
         raise ValueError(
             f"{checkpoint}: gives several labels for a text; evaluate measures one class or number for a text"
@@ -82,12 +81,14 @@ def evaluate(
     names = None if numbers else [config.label(i) for i in range(config.num_labels)]
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     examples = read_split(file, names, columns, for_metrics=bool(metrics))
-    length = config.max_position_embeddings if max_length is None else max_length
+    length = config.longest if max_length is None else max_length
     check_length(length, config)
     tokenizer = for_plain_text(load_tokenizer(folder_of(path)))
     check_vocabulary(tokenizer, config, checkpoint)
-    model = ALBERTForSequenceClassification.from_pretrained(path, backend=backend, precision=precision, device=device)
-    data = TextDataset(examples.texts, examples.labels, tokenizer, length)
+    where = {"backend": backend, "precision": precision, "device": device}
+    model = AutoModelForSequenceClassification.from_pretrained(path, **where)
+    types = model.base_model.takes_types
+    data = TextDataset(examples.texts, examples.labels, tokenizer, length, token_types=types)
     sampler = LengthBucketSampler(data.lengths, batch_size, shuffle=False)
     loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate)
     loss, values = test(model, loader, None, device, metrics=metrics, progress=progress)

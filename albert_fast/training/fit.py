@@ -32,11 +32,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..checkpoints.saving import config_path, folder_of
+from ..checkpoints.saving import folder_of
 from ..checkpoints.weights import load_checkpoint, load_into, rename_old_names, resolve
-from ..models.albert import ALBERTModel
+from ..models.auto import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    class_of,
+    config_of,
+    family_of,
+)
 from ..models.config import ALBERTConfig
-from ..models.heads import ALBERTForMaskedLM, ALBERTForSequenceClassification
+from ..models.encoder_config import EncoderConfig
+from ..models.encoder_model import EncoderModel
+from ..models.head_model import HeadModel
 from ..text.batching import for_plain_text
 from ..text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from . import checks
@@ -74,7 +82,7 @@ class FitResult:
 class _Task:
     """What a run trains and on what; `init_from` is the checkpoint to start from, None for a new model."""
 
-    config: ALBERTConfig
+    config: EncoderConfig
     tokenizer: Tokenizer
     examples: Examples
     dev: Examples | None
@@ -88,7 +96,7 @@ def fit(
     dev_file: str | Path | None = None,
     test_file: str | Path | None = None,
     recipe: Recipe | None = None,
-    config: ALBERTConfig | None = None,
+    config: EncoderConfig | None = None,
     vocab_size: int = 8000,
     init_from: str | Path | None = None,
     label_names: list[str] | None = None,
@@ -110,7 +118,7 @@ def fit(
             with `init_from`.
         vocab_size: pieces of the new vocabulary, at most: a short text gives fewer. Not used with `init_from`.
         init_from: a checkpoint folder, file of weights or hub id; its weights and vocabulary are the start, such as those of
-            a pre-trained ALBERT.
+            a pre-trained ALBERT, BERT or DistilBERT.
         resume: continue the run in output_dir if there is one. Files and settings must be the same, except for the number
             of epochs: the learning rate of each later step is then that of a run planned with the new number.
         device: default: a GPU if there is one.
@@ -258,11 +266,11 @@ def _tokenizer(
 
 
 def _complete(
-    config: ALBERTConfig | None, tokenizer: Tokenizer, examples: Examples, init_from: str | Path | None, recipe: Recipe
-) -> ALBERTConfig:
+    config: EncoderConfig | None, tokenizer: Tokenizer, examples: Examples, init_from: str | Path | None, recipe: Recipe
+) -> EncoderConfig:
     """Fills the run's vocabulary, special tokens and labels into the configuration, and checks it."""
     if init_from is not None:
-        config = ALBERTConfig.from_json_file(config_path(resolve(init_from)))
+        config = config_of(resolve(init_from))
         checks.check_trainable(config, init_from)
         checks.check_vocabulary(tokenizer, config, init_from)
     else:
@@ -274,6 +282,8 @@ def _complete(
             eos_token_id=tokenizer.sep_token_id,
         )
     checks.check_length(recipe.max_length, config, recipe.position_shift)
+    if recipe.position_shift and not class_of(family_of(config.model_type, "config"), "Model").positions_are_columns:
+        raise ValueError(f"position_shift: {config.model_type} counts positions from its pad token, and takes none")
     if (recipe.piece_dropout or recipe.pretrain_epochs) and tokenizer.mask_token_id is None:
         raise ValueError("piece_dropout and pretrain_epochs need a tokenizer with a mask token")
     if examples.label_names is None:
@@ -282,40 +292,47 @@ def _complete(
     return config.replace(id2label=names, label2id=None, problem_type="single_label_classification")
 
 
-def _pretrain(run: Run, task: _Task) -> ALBERTModel:
+def _pretrain(run: Run, task: _Task) -> EncoderModel:
     """Trains by masked language modelling on the training text; returns the encoder."""
     recipe, texts = run.recipe, task.examples.texts
     lines = drop_contained_lines([text if isinstance(text, str) else " ".join(text) for text in texts])
+    model = AutoModelForMaskedLM.from_config(task.config).float()
+    encoder: EncoderModel = model.base_model
     data = MaskedTextDataset(
-        lines, task.tokenizer, recipe.max_length, mask_probability=recipe.mask_probability, with_wanted_tokens=True
+        lines,
+        task.tokenizer,
+        recipe.max_length,
+        mask_probability=recipe.mask_probability,
+        with_wanted_tokens=True,
+        token_types=encoder.takes_types,
     )
-    model = ALBERTForMaskedLM(task.config).float()
     if task.init_from is not None:
         _start_from(model, task.init_from)
     stage = Stage(
         "pretrain", model, data, None, recipe.pretrain_epochs, recipe.pretrain_batch_size, recipe.pretrain_learning_rate
     )
     run.epochs(stage)
-    return model.albert
+    return encoder
 
 
-def _start_from(model: ALBERTForMaskedLM | ALBERTForSequenceClassification, init_from: str | Path) -> None:
+def _start_from(model: HeadModel, init_from: str | Path) -> None:
     """Loads the weights of a checkpoint into a model, without its classifier if that is for other labels."""
     folder = resolve(init_from)
     state = rename_old_names(load_checkpoint(folder), model.family, model.prefix)
-    old, new = ALBERTConfig.from_json_file(config_path(folder)), model.config
+    old, new = config_of(folder), model.config
     if (old.num_labels, old.id2label, old.problem_type) != (new.num_labels, new.id2label, new.problem_type):
-        for key in ("classifier.weight", "classifier.bias"):
-            state.pop(key, None)
+        for key in [key for key in state if key.startswith("classifier.")]:
+            del state[key]
     load_into(model, state, model.family, allow_missing_head=True)
 
 
-def _classify(run: Run, task: _Task, encoder: ALBERTModel | None) -> None:
+def _classify(run: Run, task: _Task, encoder: EncoderModel | None) -> None:
     """Trains the classifier (or regressor), starting from the pre-trained encoder, from `init_from` or at random."""
     recipe, examples = run.recipe, task.examples
-    model = ALBERTForSequenceClassification(task.config).float()
+    model = AutoModelForSequenceClassification.from_config(task.config).float()
+    types = model.base_model.takes_types
     if encoder is not None:
-        left = model.albert.load_state_dict(encoder.state_dict(), strict=False)
+        left = model.base_model.load_state_dict(encoder.state_dict(), strict=False)
         assert not left.unexpected_keys, left
         assert all(key.startswith("pooler.") for key in left.missing_keys), left
     elif task.init_from is not None and run.saved is None:
@@ -327,12 +344,13 @@ def _classify(run: Run, task: _Task, encoder: ALBERTModel | None) -> None:
         recipe.max_length,
         piece_dropout=recipe.piece_dropout,
         position_shift=recipe.position_shift,
+        token_types=types,
     )
     regression = examples.label_names is None
     criterion = nn.MSELoss() if regression else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     dev_loader = None
     if task.dev is not None:
-        dev_data = TextDataset(task.dev.texts, task.dev.labels, task.tokenizer, recipe.max_length)
+        dev_data = TextDataset(task.dev.texts, task.dev.labels, task.tokenizer, recipe.max_length, token_types=types)
         sampler = LengthBucketSampler(dev_data.lengths, recipe.batch_size, shuffle=False)
         dev_loader = DataLoader(dev_data, batch_sampler=sampler, collate_fn=dev_data.collate)
     rate = recipe.learning_rate

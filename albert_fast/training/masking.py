@@ -22,10 +22,10 @@ class MaskedTextDataset(TextDataset):
     """A data set for masked language modelling; `collate` draws new hidden tokens each time, with torch's random numbers.
 
     Args:
-        texts, tokenizer, max_length: as in TextDataset.
+        texts, tokenizer, max_length, token_types: as in TextDataset.
         mask_probability: share of the tokens of a text to hide: at least one, never special tokens.
-        with_wanted_tokens: batches also hold `wanted_tokens`, the hidden tokens; this package's ALBERTForMaskedLM then
-            computes the last layer and the scores only for them.
+        with_wanted_tokens: batches also hold `wanted_tokens`, the hidden tokens; this package's models then compute the last
+            layer and the scores only for them.
 
     Raises:
         ValueError: a tokenizer without a mask token, mask_probability outside (0, 1).
@@ -39,8 +39,9 @@ class MaskedTextDataset(TextDataset):
         *,
         mask_probability: float = 0.15,
         with_wanted_tokens: bool = False,
+        token_types: bool = True,
     ) -> None:
-        super().__init__(texts, [0] * len(texts), tokenizer, max_length)
+        super().__init__(texts, [0] * len(texts), tokenizer, max_length, token_types=token_types)
         if tokenizer.mask_token_id is None:
             raise ValueError("masked language modelling needs a tokenizer with a mask token")
         if not 0 < mask_probability < 1:
