@@ -54,7 +54,7 @@ from .evaluate import Evaluation, evaluate
 from .masking import MaskedTextDataset, drop_contained_lines
 from .metrics import check_metrics
 from .recipe import Recipe
-from .run import Run, Stage, dev_metrics
+from .run import Stage, TrainingRun, dev_metrics
 
 FEW_STEPS = 400  # after fewer steps a new model mostly guesses
 
@@ -167,7 +167,9 @@ def fit(
             tokenizer.model_max_length = config.max_position_embeddings
             tokenizer.settings["model_max_length"] = config.max_position_embeddings
         settings = _settings(task, recipe, vocab_size)
-        run = Run(folder, recipe, settings, device, tokenizer if learnt else None, progress=progress, report=say)
+        run = TrainingRun(
+            folder, recipe, settings, device, tokenizer if learnt else None, progress=progress, report=say
+        )
         if resume:
             run.load()
         checks.check_disk(folder, config, recipe.ema_decay is not None)
@@ -207,7 +209,7 @@ def _settings(task: _Task, recipe: Recipe, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _introduction(run: Run, task: _Task, train_file: str | Path, vocab_size: int) -> Iterator[str]:
+def _introduction(run: TrainingRun, task: _Task, train_file: str | Path, vocab_size: int) -> Iterator[str]:
     """Lines that a user should read before the first step."""
     recipe, pieces = run.recipe, task.config.vocab_size
     yield f"{train_file}: {checks.describe_examples(task.examples)}"
@@ -292,7 +294,7 @@ def _complete(
     return config.replace(id2label=names, label2id=None, problem_type="single_label_classification")
 
 
-def _pretrain(run: Run, task: _Task) -> EncoderModel:
+def _pretrain(run: TrainingRun, task: _Task) -> EncoderModel:
     """Trains by masked language modelling on the training text; returns the encoder."""
     recipe, texts = run.recipe, task.examples.texts
     lines = drop_contained_lines([text if isinstance(text, str) else " ".join(text) for text in texts])
@@ -326,7 +328,7 @@ def _start_from(model: HeadModel, init_from: str | Path) -> None:
     load_into(model, state, model.family, allow_missing_head=True)
 
 
-def _classify(run: Run, task: _Task, encoder: EncoderModel | None) -> None:
+def _classify(run: TrainingRun, task: _Task, encoder: EncoderModel | None) -> None:
     """Trains the classifier (or regressor), starting from the pre-trained encoder, from `init_from` or at random."""
     recipe, examples = run.recipe, task.examples
     model = AutoModelForSequenceClassification.from_config(task.config).float()

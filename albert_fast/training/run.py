@@ -65,7 +65,7 @@ class Position:
         return self.epoch, self.step, self.total, self.count
 
 
-class Run:
+class TrainingRun:
     """One run in one folder.
 
     Args:
@@ -251,4 +251,4 @@ def _figures(record: dict[str, Any]) -> str:
     return f"{record['stage']}, {', '.join(figures)}, {record['seconds']} s"
 
 
-__all__ = ["Run", "Stage", "dev_metrics"]
+__all__ = ["Stage", "TrainingRun", "dev_metrics"]
