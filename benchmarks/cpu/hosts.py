@@ -223,7 +223,9 @@ class Kokoro(Host):
         return [torch.tensor([row]) for row in lengths.phonemes(0, self.count)]
 
     def make(self) -> Any:
-        return _custom_albert().from_pretrained(data_dir() / "plbert", attn_implementation="sdpa").eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)  # the pooler, which the weights lack and whose output is not used
+            return _custom_albert().from_pretrained(data_dir() / "plbert", attn_implementation="sdpa").eval()
 
     def module(self, model: Any) -> torch.nn.Module:
         return model
