@@ -100,7 +100,7 @@ class HostGroup(CallGroup):
             if versions:
                 result.extra_info["environment"] = versions
             if isinstance(self.host, TrainerSteps):
-                result.extra_info |= self.host.memory(name, self.threads)
+                result.extra_info.update(self.host.memory(name, self.threads))
         return results
 
 
