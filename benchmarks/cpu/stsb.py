@@ -67,13 +67,13 @@ def spearman(vectors: torch.Tensor, scores: Sequence[float]) -> float:
 
 
 def table(names: Sequence[str], embedder: Embedder) -> str:
-    """One line a side: Spearman, its difference to float32, the relative error of the vectors, what it ran in."""
+    """One line a side: Spearman, its difference to float32, the relative error of the vectors; versions elsewhere."""
     rows = stsb_rows("test")
     texts = [text for one, other, _ in rows for text in (one, other)]
     scores = [score for *_, score in rows]
     exact = embedder.embed(EXACT, texts)
     reference = spearman(exact, scores)
-    body = []
+    body, environments = [], []
     for side in names:
         print(side, file=sys.stderr, flush=True)
         try:
@@ -82,17 +82,14 @@ def table(names: Sequence[str], embedder: Embedder) -> str:
             body.append([side, str(error).strip().splitlines()[-1]])
             continue
         found = spearman(vectors, scores)
-        versions = peer_sides.version_text(side, embedder.pythons) or ""
-        errors = f"{found - reference:+.2f}", f"{float((vectors - exact).norm() / exact.norm()):.1e}"
-        body.append([side, f"{found:.2f}", *errors, versions])
-    head = [
-        "side",
-        "Spearman x 100",
-        "difference to float32",
-        "relative error of the vectors",
-        "in another environment",
-    ]
-    return str(tabulate(body, head, tablefmt="github", disable_numparse=True))
+        difference = round(found - reference, 2) + 0.0  # never -0.00
+        error = float((vectors - exact).norm() / exact.norm())
+        body.append([side, f"{found:.2f}", f"{difference:+.2f}", f"{error:.1e}"])
+        if versions := peer_sides.version_text(side, embedder.pythons):
+            environments.append([side, versions])
+    heads = ["side", "Spearman x 100", "difference to float32", "relative error of the vectors"], ["side", "ran with"]
+    tables = zip((body, environments), heads, strict=True)
+    return "\n\n".join(tabulate(rows, head, tablefmt="github", disable_numparse=True) for rows, head in tables if rows)
 
 
 def main() -> None:
