@@ -28,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--long", action="store_true", help="every shape, also the batch that takes ten seconds a call where padded"
     )
     group.addoption("--rounds", type=int, default=None, help="samples of each side (default 7, with --quick 3)")
+    group.addoption(
+        "--peer-python",
+        action="append",
+        default=[],
+        help="the Python of an environment with libraries that cannot live in this one (README.md); may be repeated",
+    )
     group.addoption("--threads", type=int, default=None, help="threads of every side (default: torch's)")
 
 
@@ -47,6 +53,7 @@ def _options(config: pytest.Config) -> Options:
         rounds=rounds or (3 if quick else 7),
         threads=threads or torch.get_num_threads(),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        peer_pythons=tuple(config.getoption("peer_python")),
     )
 
 

@@ -57,12 +57,13 @@ def model_table(groups: Sequence[Sequence[Record]]) -> str:
 
 
 def peers_table(groups: Sequence[Sequence[Record]]) -> str:
-    """What `model_table` shows, one table a precision; those of integers with errors, and our time in floats over theirs.
+    """What `model_table` shows, one table a precision; those of fewer bits with errors, and our time in float32 over theirs.
 
     The best other of int16 is the fastest side of floats that is not ours: no engine has int16.
     """
     text = []
-    for precision, title in (("float", "Float32"), ("int16", "int16"), ("int8", "int8")):
+    titles = (("float", "Float32"), ("bf16", "bfloat16"), ("int16", "int16"), ("int8", "int8"))
+    for precision, title in titles:
         chosen = of_precision(groups, precision)
         if chosen:
             text += [f"### {title}", model_table(chosen)]
@@ -79,6 +80,24 @@ def _error_table(groups: Sequence[Sequence[Record]]) -> str:
         own = next((record.figures.get("ratio_to_own_float") for record in group if record.ours), None)
         body.append([group[0].shape, *(errors.get(side, "") for side in sides), ratio_text(own)])
     return _markdown(["batch", *(f"{side}, relative error" for side in sides), "x albert_fast in float32"], body)
+
+
+def hosts_table(groups: Sequence[Sequence[Record]]) -> str:
+    """What `peers_table` shows, the memory of training, and the versions in other environments."""
+    text = [peers_table(groups)]
+    records = [record for group in groups for record in group]
+    trained = [record for record in records if "peak_mib" in record.figures]
+    if trained:
+        body = []
+        for record in trained:
+            before, peak = (record.figures[key] for key in ("model_mib", "peak_mib"))
+            body.append([record.shape, record.side, *(f"{mib:,.0f}" for mib in (before, peak, peak - before))])
+        head = ["batch", "side", "with the model, MiB", "peak, MiB", "peak beyond the model, MiB"]
+        text += ["### Memory of training", "Resident memory of a new process that trains once.", _markdown(head, body)]
+    versions = {record.side: record.figures["environment"] for record in records if "environment" in record.figures}
+    if versions:
+        text += ["### Other environments", _markdown(["side", "versions"], list(versions.items()))]
+    return "\n\n".join(text)
 
 
 def load_table(groups: Sequence[Sequence[Record]]) -> str:
@@ -150,7 +169,7 @@ _COMPARED = ("torch", "transformers", "sentence_transformers", "triton", "onnxru
 _MODELS: dict[str, tuple[str, Callable[..., str], Callable[..., None] | None]] = {
     "model": ("model", model_table, plot_model),
     "cpu_peers": ("peers", peers_table, plot_model),
-    "hosts": ("hosts", peers_table, partial(plot_model, heading="Libraries on real text")),
+    "hosts": ("hosts", hosts_table, partial(plot_model, heading="Libraries on real text")),
     "load": ("loading", load_table, None),
 }
 _OPERATORS = ("operators", operator_table, plot_operators)

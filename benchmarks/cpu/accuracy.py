@@ -182,8 +182,8 @@ class Classifiers:
 def fast_model(kind: Any, folder: Path, side: str, calibration: Sequence[tuple[Tensor, Tensor]]) -> Any:
     """Our model of class `kind` in the precision and backend of `side`."""
     precision = sides.precision(side)
-    if precision == sides.FLOAT:
-        return kind.from_pretrained(folder, precision="bf16" if side == _BF16 else "fp32")
+    if precision in (sides.FLOAT, sides.BF16):
+        return kind.from_pretrained(folder, precision="bf16" if precision == sides.BF16 else "fp32")
     backend = "reference" if side in _EMULATED else "auto"
     model = kind.from_pretrained(folder, precision=precision, calibration=calibration, backend=backend)
     return model.bfloat16() if side in _EMULATED else model

@@ -6,18 +6,21 @@ Ids are `hosts/fwd/float32/<host>-<texts>/<side>`: `hf` is the library on PyTorc
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from shared import sides
-from shared.harness import CallGroup, Group, Options, Row, allowed_error
+from shared.harness import CallGroup, Group, Options, Result, Row, allowed_error
 from shared.shapes import model_operations
 from torch import Tensor
 
 from albert_fast.inspect.timing import Side
-from cpu.hosts import Host, TrainingStep, all_hosts, sizes_of
+from cpu import peer_sides
+from cpu.host import Host
+from cpu.hosts import all_hosts, sizes_of
+from cpu.trainer import TrainerSteps
 
 pytestmark = [
     pytest.mark.hosts,
@@ -37,8 +40,9 @@ class HostGroup(CallGroup):
     dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, host: Host, options: Options) -> None:
-        self.host, self.threads = host, options.threads
-        direction = "bwd" if isinstance(host, TrainingStep) else "fwd"
+        self.host, self.threads, self.pythons = host, options.threads, options.peer_pythons
+        self._peers: list[peer_sides.PeerCall] = []
+        direction = "bwd" if isinstance(host, TrainerSteps) else "fwd"
         self.key = f"hosts/{direction}/float32/{host.name}"
 
     @property
@@ -56,15 +60,22 @@ class HostGroup(CallGroup):
         missing = [module for module in needs if importlib.util.find_spec(module) is None]
         if missing:
             return f"{' and '.join(missing)} not installed: pip install 'albert-fast[bench]'"
-        return self.host.missing()
+        return self.host.missing() or peer_sides.why_not(side, self.pythons)
 
     def ours(self, side: str) -> str:
         return sides.ours(side)
 
     def allowed(self, side: str) -> float:
-        return allowed_error(side, self.dtype)
+        return peer_sides.ALLOWED.get(side, allowed_error(side, self.dtype))
 
     def build(self, side: str) -> Side:
+        if side in peer_sides.EMBEDDERS:
+            host = self.host
+            peer = peer_sides.PeerCall(
+                side, self.pythons, host.folder(), host.inputs(), host.calibration(), self.threads
+            )
+            self._peers.append(peer)
+            return Side(peer)
         return Side(self.host.call(self.host.model(side, self.threads)))
 
     def expected(self) -> tuple[Tensor, ...]:
@@ -72,10 +83,25 @@ class HostGroup(CallGroup):
         return self.host.answer(self.build("hf").call())
 
     def comparable(self, output: Any) -> tuple[Tensor, ...]:
-        return self.host.answer(output)
+        return self.host.answer(output.answer() if isinstance(output, peer_sides.PeerCall) else output)
 
     def close(self) -> None:
-        pass
+        for peer in self._peers:
+            peer.close()
+        self._peers.clear()
+
+    def measure(self, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
+        """Beside the times: the versions that a peer ran with, and the memory that training took."""
+        results = super().measure(names, options)
+        for name, result in results.items():
+            if isinstance(result, Exception):
+                continue
+            versions = peer_sides.version_text(name, self.pythons)
+            if versions:
+                result.extra_info["environment"] = versions
+            if isinstance(self.host, TrainerSteps):
+                result.extra_info.update(self.host.memory(name, self.threads))
+        return results
 
 
 def groups(options: Options) -> Iterator[Group]:

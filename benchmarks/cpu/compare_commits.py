@@ -12,11 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder: modules are imported as shared.<name>
 
 import torch
+from shared.workers import Worker, serve
 
 BASE = {"vocab_size": 30000, "embedding_size": 128, "hidden_size": 768, "num_attention_heads": 12,
         "intermediate_size": 3072, "num_hidden_layers": 12}  # fmt: skip
@@ -67,24 +72,26 @@ SHAPES = {
 STEP = "training step, 8 x 64"
 
 
-def serve() -> None:
-    """The timed side: reads a shape's name, answers with milliseconds a call."""
+def timer() -> Callable[[str], float]:
+    """The timed side: a function from a shape's name to milliseconds a call."""
     from albert_fast import ALBERTConfig, ALBERTForMaskedLM, ALBERTModel
 
     torch.manual_seed(0)
     models = {id(sizes): ALBERTModel(ALBERTConfig(**sizes)).eval() for sizes in (TINY, BASE)}
     trained = ALBERTForMaskedLM(ALBERTConfig(**BASE)).train()
     optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4)
-    for line in sys.stdin:
-        name = line.strip()
+
+    def step() -> float:
+        ids = torch.randint(5, 30000, (8, 64))
+        started = time.perf_counter()
+        trained(ids, labels=ids.masked_fill(ids % 7 != 0, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return 1e3 * (time.perf_counter() - started)
+
+    def timed(name: str) -> float:
         if name == STEP:
-            ids = torch.randint(5, 30000, (8, 64))
-            started = time.perf_counter()
-            trained(ids, labels=ids.masked_fill(ids % 7 != 0, -100)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            print(1e3 * (time.perf_counter() - started), flush=True)
-            continue
+            return step()
         sizes, lengths, calls = SHAPES[name]
         model, lengths = models[id(sizes)], torch.tensor(lengths)
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
@@ -93,23 +100,9 @@ def serve() -> None:
             started = time.perf_counter()
             for _ in range(calls):
                 model(ids, mask)
-        print(1e3 * (time.perf_counter() - started) / calls, flush=True)
+        return 1e3 * (time.perf_counter() - started) / calls
 
-
-class Side:
-    """A process that times one installation."""
-
-    def __init__(self, python: str) -> None:
-        self._process = subprocess.Popen(
-            [python, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def time(self, name: str) -> float:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(name + "\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+    return timed
 
 
 def main() -> None:
@@ -120,16 +113,18 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve()
+        serve(timer())
         return
     if len(options.python) != 2:
         parser.error("name two Pythons: the old environment's and the new one's")
-    sides = [Side(python) for python in options.python]
+    sides = [Worker(python, Path(__file__), "--serve") for python in options.python]
     samples: dict[str, list[list[float]]] = {}
     for name in (*SHAPES, STEP):
         for side in sides:
-            side.time(name)  # packs weights
-        samples[name] = [[side.time(name) for side in sides] for _ in range(options.rounds)]
+            side.ask(name=name)  # packs weights
+        samples[name] = [[side.ask(name=name) for side in sides] for _ in range(options.rounds)]
+    for side in sides:
+        side.close()
     print(f"{'':34}{'old ms':>10}{'new ms':>10}{'old / new':>11}")
     for name, rounds in samples.items():
         old, new = (statistics.median(times) for times in zip(*rounds, strict=True))

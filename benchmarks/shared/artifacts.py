@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from albert_fast import ALBERTConfig
 from albert_fast.models import reference
+from shared.engines import INPUTS, hugging_face
 
-_INPUTS, _OUTPUTS = ["input_ids", "attention_mask"], ["last_hidden_state"]
+_OUTPUTS = ["last_hidden_state"]
 _OPSET = 17
 
 
@@ -31,8 +32,8 @@ class _LastHiddenState(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden_states: Tensor = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, *inputs: Tensor) -> Tensor:
+        hidden_states: Tensor = self.model(**dict(zip(INPUTS, inputs, strict=False))).last_hidden_state
         return hidden_states
 
 
@@ -47,7 +48,7 @@ def checkpoint(config: ALBERTConfig, state: Mapping[str, Tensor]) -> Path:
     digest = hashlib.sha256(repr(config).encode())
     for key, tensor in state.items():
         digest.update(key.encode() + tensor.numpy().tobytes())
-    return _made_once(f"{digest.hexdigest()[:16]}-checkpoint", write)
+    return made_once(f"{digest.hexdigest()[:16]}-checkpoint", write)
 
 
 def saved(encoder: nn.Module) -> Path:
@@ -59,36 +60,37 @@ def saved(encoder: nn.Module) -> Path:
     digest = hashlib.sha256(encoder.config.to_json_string().encode())  # type: ignore[union-attr,operator]
     for key, tensor in encoder.state_dict().items():
         digest.update(key.encode() + tensor.numpy().tobytes())
-    return _made_once(f"{digest.hexdigest()[:16]}-saved", write)
+    return made_once(f"{digest.hexdigest()[:16]}-saved", write)
 
 
-def export(folder: Path) -> Path:
-    """Hugging Face's model with eager attention as an ONNX graph, batch and length left open.
+def export(folder: Path, token_types: bool = False) -> Path:
+    """Hugging Face's model with eager attention as an ONNX graph, batch and length left open; token types as an input or 0.
 
     By torch's TorchScript exporter: the graph that its successor makes is not recognised by the fusions below.
     """
 
     def write(target: Path) -> None:
-        from shared import engines
-
         ids = torch.full((2, 8), 5)
-        model = _LastHiddenState(engines.hugging_face(folder, "eager", torch.float32)).eval()
+        inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))[: 3 if token_types else 2]
+        names = list(INPUTS[: len(inputs)])
+        model = _LastHiddenState(hugging_face(folder, "eager", torch.float32)).eval()
         path = target / "model.onnx"
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the tracer's; a wrong trace shows in the comparison of outputs
             torch.onnx.export(
                 model,
-                (ids, torch.ones_like(ids)),
+                inputs,
                 path,
-                input_names=_INPUTS,
+                input_names=names,
                 output_names=_OUTPUTS,
-                dynamic_axes={name: {0: "batch", 1: "sequence"} for name in _INPUTS + _OUTPUTS},
+                dynamic_axes={name: {0: "batch", 1: "sequence"} for name in [*names, *_OUTPUTS]},
                 opset_version=_OPSET,
                 dynamo=False,
             )
         share_initializers(path)
 
-    return _made_once(_name(folder, "onnx", "torch", "transformers", "onnx"), write) / "model.onnx"
+    kind = "onnx_types" if token_types else "onnx"
+    return made_once(_name(folder, kind, "torch", "transformers", "onnx"), write) / "model.onnx"
 
 
 def share_initializers(path: Path) -> None:
@@ -121,7 +123,7 @@ def fuse(graph: Path, config: Any) -> Path:
         optimized = optimize_model(str(graph), model_type="bert", opt_level=0, **sizes)
         optimized.save_model_to_file(str(target / "model.onnx"))
 
-    return _made_once(_name(graph.parent, "fused", "onnxruntime"), write) / "model.onnx"
+    return made_once(_name(graph.parent, "fused", "onnxruntime"), write) / "model.onnx"
 
 
 def quantize_onnx(graph: Path) -> Path:
@@ -141,7 +143,7 @@ def quantize_onnx(graph: Path) -> Path:
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
 
-    return _made_once(_name(graph.parent, "int8", "onnxruntime"), write) / "model.onnx"
+    return made_once(_name(graph.parent, "int8", "onnxruntime"), write) / "model.onnx"
 
 
 def openvino_ir(graph: Path) -> Path:
@@ -152,25 +154,25 @@ def openvino_ir(graph: Path) -> Path:
 
         openvino.save_model(openvino.Core().read_model(graph), target / "model.xml", compress_to_fp16=False)
 
-    return _made_once(_name(graph.parent, "ir", "openvino"), write) / "model.xml"
+    return made_once(_name(graph.parent, "ir", "openvino"), write) / "model.xml"
 
 
-def quantize_openvino(ir: Path, calibration: Sequence[tuple[Tensor, Tensor]]) -> Path:
+def quantize_openvino(ir: Path, calibration: Sequence[tuple[Tensor, ...]]) -> Path:
     """NNCF's int8 of a transformer: SmoothQuant, then ranges and bias correction from the calibration batches.
 
     Raises:
         RuntimeError: fewer products were quantised than the model has weights.
     """
     digest = hashlib.sha256()
-    for ids, mask in calibration:
-        digest.update(ids.numpy().tobytes() + mask.numpy().tobytes())
+    for tensor in (tensor for batch in calibration for tensor in batch):
+        digest.update(tensor.numpy().tobytes())
 
     def write(target: Path) -> None:
         import nncf
         import openvino
 
         model = openvino.Core().read_model(ir)
-        feeds = [dict(zip(_INPUTS, (ids.numpy(), mask.numpy()), strict=True)) for ids, mask in calibration]
+        feeds = [dict(zip(INPUTS, (tensor.numpy() for tensor in batch), strict=False)) for batch in calibration]
         quantized = nncf.quantize(
             model,
             nncf.Dataset(feeds),
@@ -181,7 +183,7 @@ def quantize_openvino(ir: Path, calibration: Sequence[tuple[Tensor, Tensor]]) ->
         _require_int8(quantized)
         openvino.save_model(quantized, target / "model.xml", compress_to_fp16=False)
 
-    return _made_once(_name(ir.parent, f"nncf-{digest.hexdigest()[:8]}", "openvino", "nncf"), write) / "model.xml"
+    return made_once(_name(ir.parent, f"nncf-{digest.hexdigest()[:8]}", "openvino", "nncf"), write) / "model.xml"
 
 
 def _require_int8(model: Any) -> None:
@@ -203,7 +205,7 @@ def _name(parent: Path, kind: str, *libraries: str) -> str:
     return "-".join([parent.name, kind, *map(importlib.metadata.version, libraries)])
 
 
-def _made_once(name: str, write: Callable[[Path], None]) -> Path:
+def made_once(name: str, write: Callable[[Path], None]) -> Path:
     """The folder `name` in our temporary folder, written aside and renamed, so that a kill leaves no half of it."""
     parent = Path(tempfile.gettempdir()) / f"albert_fast-benchmarks-{getpass.getuser()}"
     parent.mkdir(mode=0o700, exist_ok=True)

@@ -17,8 +17,11 @@ from typing import Any
 from shared import sides
 
 Call = Callable[[], Any]
-# (input_ids, attention_mask), (B, S) int64, tensors or arrays -> a call that gives last_hidden_state (B, S, H)
-Bind = Callable[[Any, Any], Call]
+# The inputs of graphs, in the order of a Bind's arguments; those without token types take them for 0.
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# (input_ids, attention_mask) and for such a graph token_type_ids, (B, S) int64, tensors or arrays -> a call that gives
+# last_hidden_state (B, S, H)
+Bind = Callable[..., Call]
 
 # Tokens with padding, up to which our launches may take a GPU longer than their work, and ours replays CUDA graphs.
 _SMALL = 4096
@@ -176,8 +179,8 @@ def _onnxruntime(path: Path, settings: Settings) -> Bind:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def bind(input_ids: Any, attention_mask: Any) -> Call:
-        feeds = {"input_ids": np.asarray(input_ids), "attention_mask": np.asarray(attention_mask)}
+    def bind(*inputs: Any) -> Call:
+        feeds = dict(zip(INPUTS, map(np.asarray, inputs), strict=False))
         return lambda: session.run(None, feeds)[0]
 
     return bind
@@ -199,10 +202,10 @@ def _openvino(path: Path, settings: Settings) -> Bind:
     }
     compiled = core.compile_model(model, "CPU", chosen)
 
-    def bind(input_ids: Any, attention_mask: Any) -> Call:
+    def bind(*inputs: Any) -> Call:
         # A request for each input: its output stays in the request's own memory until its next call.
         request = compiled.create_infer_request()
-        feeds = {"input_ids": np.asarray(input_ids), "attention_mask": np.asarray(attention_mask)}
+        feeds = dict(zip(INPUTS, map(np.asarray, inputs), strict=False))
         return lambda: request.infer(feeds, share_inputs=True, share_outputs=True)[0]
 
     return bind

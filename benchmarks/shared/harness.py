@@ -25,7 +25,12 @@ from shared import sides
 # torch's own bfloat16 gradients of a LayerNorm's vectors err by 0.034: it sums rows in bfloat16.
 MAX_RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 # int16 is meant to be near-lossless. The error of int8 is a result to report; at 0.9 something else was computed.
-MAX_RELATIVE_ERROR_OF_INTEGERS = {sides.INT16: 5e-2, sides.INT8: 0.9, sides.FP8: 0.9}
+MAX_RELATIVE_ERROR_OF_PRECISION = {
+    sides.BF16: MAX_RELATIVE_ERROR[torch.bfloat16],
+    sides.INT16: 5e-2,
+    sides.INT8: 0.9,
+    sides.FP8: 0.9,
+}
 WRONG = "wrong"  # figure of a row whose answers are wrong
 
 
@@ -38,6 +43,7 @@ class Options:
     rounds: int
     threads: int
     device: torch.device
+    peer_pythons: tuple[str, ...] = ()
 
     @property
     def pause(self) -> float:
@@ -175,7 +181,7 @@ def _measure_calls(group: CallGroup, names: Sequence[str], options: Options) -> 
 
 def allowed_error(side: str, dtype: torch.dtype) -> float:
     """The largest relative error of a side whose floats are `dtype`."""
-    return MAX_RELATIVE_ERROR_OF_INTEGERS.get(sides.precision(side), MAX_RELATIVE_ERROR[dtype])
+    return MAX_RELATIVE_ERROR_OF_PRECISION.get(sides.precision(side), MAX_RELATIVE_ERROR[dtype])
 
 
 def judged(
@@ -225,7 +231,7 @@ def checked_errors(actual: Sequence[Tensor], expected: Sequence[Tensor], side: s
     errors = compare(actual, expected)
     if errors["relative_error"] <= allowed:
         return errors
-    if sides.engine(side) != sides.FAST and sides.precision(side) != sides.FLOAT:
+    if sides.engine(side) != sides.FAST and sides.precision(side) not in (sides.FLOAT, sides.BF16):
         return errors | {WRONG: True}
     raise AssertionError(f"{side} computes something else: {errors}")
 

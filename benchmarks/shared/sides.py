@@ -1,7 +1,7 @@
 """Reads a side's name, `<engine>-<option>-...`, as in hf-sdpa, albert_fast-int8 or openvino-int8-sorted.
 
-A side without int16, int8 or fp8 in its name computes with floats. What a figure means depends on that alone, so it is
-read from the name in one place.
+A side without bf16, int16, int8 or fp8 in its name computes in float32, or in the floats that its question names. What a
+figure means depends on that alone, so it is read from the name in one place.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 FAST = "albert_fast"
-FLOAT, INT16, INT8, FP8 = "float", "int16", "int8", "fp8"
-PRECISIONS = (FLOAT, INT16, INT8, FP8)
+FLOAT, BF16, INT16, INT8, FP8 = "float", "bf16", "int16", "int8", "fp8"
+PRECISIONS = (FLOAT, BF16, INT16, INT8, FP8)
 # CUDA graphs on batches of every size that they take, not only on small ones.
 GRAPHS = "graphs"
 # The GPU kernels' arithmetic, computed by the reference on a CPU.
