@@ -122,10 +122,13 @@ class Pairs(Host):
         def write(folder: Path) -> None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_SEED)
-                BertForSequenceClassification.from_pretrained(minilm_folder(), num_labels=1).save_pretrained(folder)
+                model = BertForSequenceClassification.from_pretrained(minilm_folder(), num_labels=1)
+            # Scores are logits, as of most cross-encoders: behind a sigmoid a random head's scores hardly differ.
+            model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+            model.save_pretrained(folder)
             AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
 
-        return artifacts.made_once(f"cross_encoder-{torch.__version__}", write)
+        return artifacts.made_once(f"cross_encoder-logits-{torch.__version__}", write)
 
     def inputs(self) -> list[tuple[str, str]]:
         return self._pairs
