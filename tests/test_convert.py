@@ -125,6 +125,16 @@ def test_outputs_are_googles(name: str, heads: tuple[str, ...], task: str, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:.*no vocabulary there")
+def test_a_bert_that_was_trained_with_the_tanh_form(tmp_path: Path) -> None:
+    config, batch = CONFIGS["bert"], drawn_batch()
+    variables = drawn_variables(config)
+    convert(variables, config, tmp_path, hidden_act="gelu_new")
+    trained = config | {"hidden_act": "gelu_new"}
+    same, exact = (numpy_outputs(variables, trained, batch, dtype) for dtype in (np.float32, np.float64))
+    compare(outputs_of(albert_fast, "BERT", "ForPreTraining", tmp_path / "out", batch), same, exact, batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*no vocabulary there")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,6 +179,9 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
         ValueError, match="the first is _CHECKPOINTABLE_OBJECT_GRAPH; TensorFlow 2 wrote it for an object"
     ):
         convert({"_CHECKPOINTABLE_OBJECT_GRAPH": b"", "model/.ATTRIBUTES/VARIABLE_VALUE": np.ones(2)}, V2, tmp_path)
+    shared = {"bert/encoder/layer_shared/attention/self/query/kernel": np.ones((2, 2))}
+    with pytest.raises(ValueError, match="no variable begins as Google's ALBERT or BERT names its layers"):
+        convert(shared, V2, tmp_path)
 
 
 def test_files_are_found_or_asked_for(tmp_path: Path) -> None:
@@ -177,7 +190,8 @@ def test_files_are_found_or_asked_for(tmp_path: Path) -> None:
             convert_checkpoint(tmp_path / name, tmp_path / "out")
     source = release(tmp_path / "google", V2)
     variables = drawn_variables(V2)
-    for name in ("model.ckpt-best", "model.ckpt-best.index", "model.ckpt-best.data-00000-of-00001"):
+    for ending in ("", ".index", ".meta", ".data-00000-of-00001"):
+        name = f"model.ckpt-best{ending}"
         with pytest.warns(UserWarning, match="google: no vocabulary there; --vocab"):
             convert_checkpoint(source / name, tmp_path / "out", overwrite=True, reader=lambda _: Held(variables))
     (source / "model.ckpt-7.index").touch()
@@ -314,3 +328,13 @@ def test_without_tensorflow_it_says_what_to_install(tmp_path: Path, monkeypatch:
     result = CliRunner().invoke(build_app(), ["convert", str(source), str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "pip install 'albert-fast[tensorflow]'" in result.output
+
+
+def test_no_code_beside_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = release(tmp_path / "google", V2)
+    for name in ("numpy", "json", "tensorflow"):
+        (source / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(source)
+    with pytest.raises((ImportError, ValueError), match=r"TensorFlow|not a readable checkpoint"):
+        convert_checkpoint(".", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()

@@ -64,6 +64,8 @@ def test_from_a_checkpoint_to_answers(pretrained: Path, table: Path, tmp_path: P
     result = fit(table, folder, dev_file=table, init_from=pretrained, recipe=RECIPE, progress=False)
     assert result.best_value == 1.0
     model = AutoModelForSequenceClassification.from_pretrained(folder)
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    assert saved["model_max_length"] == model.config.longest  # RoBERTa's first positions are for padding
     assert type(model).__name__.startswith(
         type(AutoModelForMaskedLM.from_pretrained(pretrained)).__name__.split("For")[0]
     )

@@ -58,8 +58,10 @@ class TensorFlowReader:
     def __init__(self, prefix: Path) -> None:
         self._prefix = prefix
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        # Not by its path alone: Python would look for numpy and TensorFlow in the folder of the file first.
-        code = f"import runpy; runpy.run_path({str(_PROGRAM)!r}, run_name='__main__')"
+        # Python would look for numpy and TensorFlow in the folder of the file first, or with -c in the working directory,
+        # which may be the checkpoint's: no code from there runs.
+        start = "import sys; sys.path[:] = filter(None, sys.path); import runpy"
+        code = f"{start}; runpy.run_path({str(_PROGRAM)!r}, run_name='__main__')"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, str(prefix)],
             stdin=subprocess.PIPE,
@@ -136,7 +138,7 @@ def find_prefix(source: str | Path) -> Path:
             names = ", ".join(str(file.with_suffix("")) for file in found)
             raise ValueError(f"{path}: holds several checkpoints; name one of {names}")
         return found[0].with_suffix("")
-    stem = path.name.partition(".data-")[0].removesuffix(".index")
+    stem = path.name.partition(".data-")[0].removesuffix(".index").removesuffix(".meta")
     prefix = path.with_name(stem)
     if not path.with_name(f"{stem}.index").is_file():
         raise FileNotFoundError(f"{path}: no such folder or checkpoint of TensorFlow{near(str(path))}")

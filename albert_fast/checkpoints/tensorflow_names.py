@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,8 +29,8 @@ _BERT_LAYER = {
     )
 }
 _POOLER = {ALBERT.model_type: "pooler", BERT.model_type: "pooler.dense"}
-# What the names of an encoder begin with, and the family that it belongs to.
-_ENCODERS = {"bert/encoder/transformer/": ALBERT, "bert/encoder/layer_": BERT}
+# How the names of an encoder's layers begin, and the family that it belongs to.
+_ENCODERS = {re.compile(r"bert/encoder/transformer/group_\d+/"): ALBERT, re.compile(r"bert/encoder/layer_\d+/"): BERT}
 # Variables of a training run that belong to no tensor of the model.
 _COUNTERS = frozenset({"global_step", "beta1_power", "beta2_power"})
 
@@ -37,7 +38,7 @@ _COUNTERS = frozenset({"global_step", "beta1_power", "beta2_power"})
 def family_of(names: Iterable[str]) -> Family | None:
     """The family whose encoder has variables of these names; None for neither."""
     names = tuple(names)
-    return next((family for start, family in _ENCODERS.items() if any(name.startswith(start) for name in names)), None)
+    return next((family for layer, family in _ENCODERS.items() if any(map(layer.match, names))), None)
 
 
 def encoder_variables(family: Family, config: Any, pooler: bool) -> dict[str, str]:

@@ -31,6 +31,15 @@ def command(
             show_default=False,
         ),
     ] = None,
+    hidden_act: Annotated[
+        str | None,
+        typer.Option(
+            "--hidden-act",
+            metavar="NAME",
+            help="The activation, instead of the configuration's: gelu_new for a BERT trained with gelu's tanh form.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Convert a TensorFlow checkpoint of Google's ALBERT (v1, v2, Chinese) or BERT to Hugging Face's layout.
@@ -47,7 +56,13 @@ def command(
     from ..tasks.convert import convert_checkpoint
 
     done = convert_checkpoint(
-        checkpoint, output, config=config, vocab=vocab, lower_case=lower_case, overwrite=overwrite
+        checkpoint,
+        output,
+        config=config,
+        vocab=vocab,
+        lower_case=lower_case,
+        hidden_act=hidden_act,
+        overwrite=overwrite,
     )
     vocabulary = "no vocabulary" if done.vocabulary is None else f"vocabulary from {done.vocabulary}"
     typer.echo(f"{output}: {done.class_name}, {done.weights:,} weights, {vocabulary}")

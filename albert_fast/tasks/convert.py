@@ -60,6 +60,7 @@ def convert_checkpoint(
     config: str | Path | None = None,
     vocab: str | Path | None = None,
     lower_case: bool | None = None,
+    hidden_act: str | None = None,
     overwrite: bool = False,
     reader: Callable[[Path], Reader] = TensorFlowReader,
 ) -> Converted:
@@ -67,12 +68,15 @@ def convert_checkpoint(
 
     The folder appears when it is complete; this library and transformers load it. Optimizer slots and counters are left
     out. `hidden_act` "gelu" of an ALBERT becomes "gelu_new", because Google's code computes gelu with tanh (modeling.gelu).
+    BERT's stays "gelu" with erf, as BERT was released and as Hugging Face converts it.
 
     Args:
         source: the folder of a release or of a module of TensorFlow Hub, or a checkpoint's prefix such as model.ckpt-best.
         config: albert_config.json or bert_config.json, where it is not beside the checkpoint.
         vocab: a SentencePiece model (.model) or a list of pieces (.txt), where it is not beside the checkpoint.
         lower_case: whether the tokenizer lower-cases; default: yes, unless a list of pieces has capitals.
+        hidden_act: the activation, instead of the configuration's: "gelu_new" for a BERT that was trained with the tanh form,
+            which google-research/bert computes since 2019.
         overwrite: replace `output`, if it holds only the files of a checkpoint.
         reader: opens a checkpoint by its prefix.
 
@@ -91,6 +95,8 @@ def convert_checkpoint(
     if pieces is not None and (pieces.suffix not in (".model", ".txt") or not pieces.is_file()):
         raise FileNotFoundError(f"{pieces}: no vocabulary: a file that ends in .model or .txt")
     values = files.read_json_object(settings)
+    if hidden_act is not None:
+        values["hidden_act"] = hidden_act
     with reader(prefix) as variables:
         family = tensorflow_names.family_of(variables.shapes)
         if family is None:

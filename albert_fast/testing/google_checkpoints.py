@@ -113,7 +113,7 @@ def googles_outputs(v: Variables, config: Mapping[str, Any], batch: list[Any], x
     def act(x: Any) -> Any:
         if config["hidden_act"] == "relu":
             return xp.maximum(x, 0.0)
-        if albert:
+        if albert or config["hidden_act"] == "gelu_new":  # for BERT: its code of 2019 and later
             return 0.5 * x * (1.0 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
         return 0.5 * x * (1.0 + erf(x / math.sqrt(2)))
 

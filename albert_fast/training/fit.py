@@ -164,8 +164,9 @@ def fit(
         config = _complete(config, tokenizer, examples, init_from, recipe)
         task = _Task(config, tokenizer, examples, dev, init_from)
         if learnt:
-            tokenizer.model_max_length = config.max_position_embeddings
-            tokenizer.settings["model_max_length"] = config.max_position_embeddings
+            # A checkpoint's tokenizer may say less; a new one says nothing of it.
+            longest = config.longest if init_from is None else min(config.longest, tokenizer.model_max_length)
+            tokenizer.model_max_length = tokenizer.settings["model_max_length"] = longest
         settings = _settings(task, recipe, vocab_size)
         run = TrainingRun(
             folder, recipe, settings, device, tokenizer if learnt else None, progress=progress, report=say
