@@ -83,9 +83,9 @@ def _error_table(groups: Sequence[Sequence[Record]]) -> str:
 
 
 def hosts_table(groups: Sequence[Sequence[Record]]) -> str:
-    """What `peers_table` shows, the memory of training, and the versions in other environments."""
-    text = [peers_table(groups)]
+    """What the line gives, what `peers_table` shows, the memory of training, and the versions in other environments."""
     records = [record for group in groups for record in group]
+    text = [_line_table(groups), peers_table(groups)]
     trained = [record for record in records if "peak_mib" in record.figures]
     if trained:
         body = []
@@ -98,6 +98,21 @@ def hosts_table(groups: Sequence[Sequence[Record]]) -> str:
     if versions:
         text += ["### Other environments", _markdown(["side", "versions"], list(versions.items()))]
     return "\n\n".join(text)
+
+
+def _line_table(groups: Sequence[Sequence[Record]]) -> str:
+    """The line that a user adds to each host, and what it changes in float32."""
+    body = []
+    for group in groups:
+        by_side = {record.side: record for record in group}
+        ours, own = (by_side.get(side) for side in ("albert_fast", "hf"))
+        if ours is not None and own is not None:
+            times = [digits(one.milliseconds) for one in (own, ours)]
+            ratio = ratio_text(own.milliseconds / ours.milliseconds)
+            errors = [f"{ours.figures[name]:.1e}" for name in ("max_abs_error", "relative_error")]
+            body.append([ours.shape, f"`{ours.figures['line']}`", *times, ratio, *errors])
+    head = ["host", "line", "as it was, ms", "accelerated, ms", "x", "largest difference", "relative"]
+    return "### What one line changes\n\n" + _markdown(head, body)
 
 
 def load_table(groups: Sequence[Sequence[Record]]) -> str:

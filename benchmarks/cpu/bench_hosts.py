@@ -6,6 +6,7 @@ Ids are `hosts/fwd/float32/<host>-<texts>/<side>`: `hf` is the library on PyTorc
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class HostGroup(CallGroup):
 
     @property
     def operations(self) -> float:
-        """Of the forward."""
+        """Counts those of the forward, also where training is measured."""
         return model_operations(sizes_of(self.host.config), self.host.tokens())
 
     def sides(self) -> tuple[str, ...]:
@@ -91,16 +92,21 @@ class HostGroup(CallGroup):
         self._peers.clear()
 
     def measure(self, names: Sequence[str], options: Options) -> dict[str, Result | Exception]:
-        """Beside the times: the versions that a peer ran with, and the memory that training took."""
+        """Beside the times: the line that a user adds, the versions that a peer ran with, the memory that training took."""
         results = super().measure(names, options)
         for name, result in results.items():
             if isinstance(result, Exception):
                 continue
+            if name == sides.FAST:
+                result.extra_info["line"] = self.host.line
             versions = peer_sides.version_text(name, self.pythons)
             if versions:
                 result.extra_info["environment"] = versions
             if isinstance(self.host, TrainerSteps):
-                result.extra_info.update(self.host.memory(name, self.threads))
+                try:
+                    result.extra_info.update(self.host.memory(name, self.threads))
+                except RuntimeError as error:  # the times stand without it
+                    warnings.warn(f"{self.key}/{name}: memory not measured: {error}", stacklevel=1)
         return results
 
 

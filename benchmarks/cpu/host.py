@@ -20,11 +20,11 @@ from torch import Tensor
 class Host:
     """A library's object around an encoder, and a call of it.
 
-    name: in ids. lines: what a user adds to run it on our kernels. needs: modules. engines: the sides that can run it.
+    name: in ids. line: what a user adds to run it on our kernels. needs: modules. engines: the sides that can run it.
     """
 
     name: str
-    lines = "albert_fast.accelerate(model)"
+    line = "albert_fast.accelerate(model)"
     needs: tuple[str, ...] = ("transformers",)
     engines: tuple[str, ...] = (
         *("hf", "hf-bf16"),

@@ -136,7 +136,7 @@ class Pairs(Host):
     def make(self) -> Any:
         from sentence_transformers import CrossEncoder
 
-        return CrossEncoder(str(self.folder()), device="cpu", max_length=256)
+        return CrossEncoder(str(self.folder()), device="cpu")
 
     def module(self, model: Any) -> torch.nn.Module:
         return model.model
@@ -170,7 +170,7 @@ class Pipeline(Host):
     name: str
     texts: Texts
 
-    lines = "albert_fast.accelerate(classify)"
+    line = "albert_fast.accelerate(classify)"
 
     def make(self) -> Any:
         from transformers import pipeline
