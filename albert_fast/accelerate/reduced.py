@@ -57,7 +57,7 @@ class ReducedLayers:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
+        """The type of the hidden states."""
         norm: nn.LayerNorm = self.layers.distinct()[0].attention.LayerNorm
         return norm.weight.dtype
 

@@ -71,12 +71,12 @@ def check_read(module: nn.Module, kind: type[nn.Module], where: str) -> None:
     check_heard(module, where)
 
 
-def check_heard(module: nn.Module, where: str) -> None:
-    """Warn, once, where `module` has hooks although it is not called."""
+def check_heard(module: nn.Module, where: str, instead: str = "a fused operator reads its weights") -> None:
+    """Warn, once, where `module` has hooks although it is not called; `instead` says what happens in its place."""
     if is_hooked(module) and not is_traced():
-        _warn_of_hooks(where)
+        _warn_of_hooks(where, instead)
 
 
 @cache
-def _warn_of_hooks(where: str) -> None:
-    warnings.warn(f"albert_fast: hooks on {where} do not run: a fused operator reads its weights", stacklevel=3)
+def _warn_of_hooks(where: str, instead: str) -> None:
+    warnings.warn(f"albert_fast: hooks on {where} do not run: {instead}", stacklevel=3)

@@ -24,8 +24,7 @@ class Watched:
     """Modules as they were when this object was made. Asking whether they still are costs microseconds.
 
     Args:
-        modules: of which calling one must do no more than its class's forward. holders: modules around them, on which hooks
-            and forwards of their own may be.
+        modules: they must have no hooks and no forwards of their own. holders: modules around them, which may have both.
     """
 
     def __init__(self, modules: Iterable[nn.Module], holders: Iterable[nn.Module] = ()) -> None:

@@ -128,7 +128,7 @@ class ForSequenceClassification(HeadModel):
             LogitsOutput: logits (B, num_labels).
         """
         inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
-        check_heard(self.base_model, f"{self.base_model_prefix}, with forward_packed,")
+        check_heard(self.base_model, self.base_model_prefix, "forward_packed calls the encoder's parts")
         encoded = self.base_model.encode_packed(inputs, self.wanted_tokens)
         return self.finish(LogitsOutput(logits=self.scores(encoded.pooled)), encoded, return_dict)
 

@@ -282,7 +282,7 @@ def _run_cpp(
 ) -> Tensor:
     """The call in C++; `held` keeps the memory behind the addresses alive until it has returned."""
     (intermediate_size,), bits = checked.operands[_FFN_BIAS][2], FORMATS[options.precision].dtype.itemsize * 8
-    operands = _call_operands(layers, call, options)[:4]
+    operands = check_call(_OP, call, len(layers.vectors) // len(VECTORS))  # C++ sorts sequences by itself
     function = dispatch.extension().quantized_encoder_fwd_cpu
     out = run_cpp(_OP, function, call, operands, checked.addresses, intermediate_size, bits)
     del held

@@ -18,9 +18,9 @@ _VERSION = operator.attrgetter("_version")
 
 
 class Snapshot:
-    """Some weights at one time, as they can be told apart later without reading all of them.
+    """Tells later, without reading all of them, whether some weights are still what they were when it was made.
 
-    Whoever copies weights takes the snapshot first: then a write in between shows.
+    Whoever copies weights makes it before the copy: a write between the two then shows as a change.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
