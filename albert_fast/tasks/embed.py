@@ -6,7 +6,6 @@ TextEncoder("my-encoder").encode(["A fine film.", "Dull."])  # numpy (2, width)
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..text.normalization import lower_first
 from ..text.text_files import Record
 from ..text.windows import RowWindows
 from .errors import UsageError
-from .loading import TextModel, checked_texts, progress_bar
+from .loading import TextModel, checked_texts, progress_bar, quiet_about_modules
 from .pooling import MODES, modes_of, pool
 from .sentence_steps import Normalize, build
 from .token_batches import TokenBatch, default_batch_tokens
@@ -81,9 +80,7 @@ class TextEncoder(TextModel):
         self._places = [folder]
         if asked is not None and folder.is_dir():
             self._places = [asked.root, asked.encoder, *(module.folder for module in asked.modules)]
-        with warnings.catch_warnings():
-            # The modules that this warning names are applied here.
-            warnings.filterwarnings("ignore", message=r"[^\n]*: a sentence-transformers folder: ")
+        with quiet_about_modules():  # the modules are applied here
             place = folder if asked is None or not folder.is_dir() else asked.encoder
             super().__init__(AutoModel, place, batch_size=batch_size, **loading)
         if asked is not None and asked.max_length is not None and loading.get("max_length") is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,14 @@ def progress_bar(total: int, shown: bool, unit: str = " texts") -> Iterator[Call
         raise ImportError("show_progress needs tqdm: pip install 'albert-fast[cli]'") from error
     with tqdm(total=total, unit=unit) as bar:
         yield bar.update
+
+
+@contextmanager
+def quiet_about_modules() -> Iterator[None]:
+    """Suppresses `from_pretrained`'s warning about a sentence-transformers folder, for callers that keep its modules."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"[^\n]*: a sentence-transformers folder: ")
+        yield
 
 
 def token_limit(tokenizer: Tokenizer, config: EncoderConfig, max_length: int | None) -> int:
