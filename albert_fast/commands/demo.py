@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 @reports_errors
 def command(
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Sentences to label.", show_default="built-in ones")
+        list[str] | None, typer.Argument(metavar="TEXT", help="Sentences to label.", show_default="built-in ones")
     ] = None,
     file: Annotated[
         str | None, typer.Option("--file", "-f", help="Sentences, one a line; - is standard input.")
