@@ -297,10 +297,8 @@ def test_demo_checks_the_numbers(run, models, monkeypatch: pytest.MonkeyPatch, i
         peer, shown = "transformers' AlbertForSequenceClassification (sdpa), within", f", transformers {version}"
     else:
         monkeypatch.setitem(sys.modules, "transformers", None)
-        peer, shown = (
-            "albert_fast.models.reference (plain PyTorch; pip install transformers to compare with it), within",
-            "",
-        )
+        peer = "this library's plain PyTorch reference (pip install transformers to compare with it), within"
+        shown = ""
     lines = run("demo", "a fine film", "a mess", "-m", models["classifier"], "--rounds", 1).stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[2:4]] == ["a fine film", "a mess"]
     assert lines[5].split()[:3] == ["float32", "transformers" if installed else "reference", "ms"]

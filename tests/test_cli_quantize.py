@@ -94,6 +94,19 @@ def test_the_result_is_what_from_pretrained_makes_of_the_same_batches(folder: Pa
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.state_dict().items())
 
 
+def test_without_texts_it_is_what_from_pretrained_makes(folder: Path, run: Run) -> None:
+    source, (one, two) = folder / "model", (folder / "few.txt", folder / "out")
+    one.write_text("a film\n")
+    said = {"int8": "calibrated on random ids", "int16": "rounded without a calibration"}
+    for precision, how in said.items():
+        expected = ALBERTForSequenceClassification.from_pretrained(source, precision=precision).state_dict()
+        for text in ([], ["--calibration", str(one)]):
+            result = run("quantize", str(source), str(two), "--precision", precision, *text, "--overwrite")
+            assert result.stdout == f"{two}: {precision}, {how}\n"
+            found = ALBERTForSequenceClassification.from_pretrained(two).state_dict()
+            assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
 @pytest.mark.parametrize("model_class", [ALBERTModel, ALBERTForMaskedLM])
 def test_the_head_comes_along(model_class: Any, folder: Path) -> None:
     source = folder / "other"
@@ -176,7 +189,7 @@ def test_a_failure_or_a_kill_leaves_what_was_there(folder: Path, monkeypatch: py
 def test_what_cannot_be_stored_is_named(folder: Path, run: Run) -> None:
     source, out, text = folder / "model", folder / "out", folder / "text.txt"
     common = ("--precision", "int8", "--calibration", str(text))
-    assert "Missing option" in run("quantize", str(source), str(out), "--precision", "int8", code=2).stderr
+    assert "Missing option" in run("quantize", str(source), str(out), code=2).stderr
     assert "fp8" in run("quantize", str(source), str(out), "--precision", "fp8", *common[2:], code=2).stderr
     assert "nowhere" in run("quantize", str(folder / "nowhere" / "x"), str(out), *common, code=1).stderr
     (folder / "empty.txt").write_text("\n \n")

@@ -132,17 +132,20 @@ def test_ctrl_c_and_more_epochs(labelled: Path, tmp_path: Path) -> None:
 
 def test_messages_and_more_epochs(labelled: Path, tmp_path: Path) -> None:
     command = ["train", labelled, tmp_path / "model", *SMALL]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.doc").write_text("years of work")
     first = run(*command, "--epochs", 1)
     for says in (
+        f"{tmp_path / 'model'} holds other files, which stay: thesis.doc\n",
         "40 examples, 2 classes: no (20), yes (20)",
         "pieces, all that this text gives (8000 were asked for)",
-        "a new model; 1 epochs of 5 steps, learning rate 0.0005, batch size 8; cpu, 1 threads",
+        "a new model; 1 epoch of 5 steps, learning rate 0.0005, batch size 8; cpu, 1 thread",
         f"go to {tmp_path / 'model'} after each epoch",
         "epoch 1 of 1: classify, train_loss ",
     ):
         assert says in first.stderr
     second = run(*command, "--epochs", 3, "--resume")
-    assert "continuing with classify after 1 epochs" in second.stderr
+    assert "continuing with classify after 1 epoch and" in second.stderr
     records = [json.loads(line) for line in second.stdout.splitlines()[:3]]
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert records[0] == json.loads(first.stdout.splitlines()[0])

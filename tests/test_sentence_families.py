@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from albert_fast import TextEncoder, TextScorer, load_tokenizer
+from albert_fast import AutoModel, TextEncoder, TextScorer, load_tokenizer
+from albert_fast.cli import build_app
 from albert_fast.tasks.classify import TextClassifier
+from albert_fast.tasks.quantize import quantize_checkpoint
 
 tokenizers = pytest.importorskip("tokenizers", reason="the text extra is not installed")
 transformers = pytest.importorskip("transformers")
@@ -130,3 +133,40 @@ def test_scores_of_every_family(family: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=2e-5)
     values = [answer["LABEL_0"] for answer in TextClassifier(tmp_path, device="cpu", max_length=30)(PAIRS)]
     np.testing.assert_allclose(values, logits.numpy(), rtol=1e-4, atol=5e-5)  # one label: a regression
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+def test_integers_of_every_family_are_read_from_the_folder(family: str, head: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    save(family, source, head)
+    assert quantize_checkpoint(source, out, "int16", TEXTS, max_length=30) > 32
+    assert AutoModel.from_pretrained(out).execution.quantized == "int16"
+    if head == "Model":
+        exact, stored = (TextEncoder(place, device="cpu", max_length=30).encode(TEXTS) for place in (source, out))
+    else:
+        exact, stored = (TextScorer(place, device="cpu", max_length=30).score(PAIRS) for place in (source, out))
+        labels = TextClassifier(out, device="cpu", max_length=30)
+        assert labels.precision == "int16"
+        assert labels(["a film"])[0].keys() == {"LABEL_0"}
+    rounding = np.abs(exact - stored).max()
+    assert 0 < rounding < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_the_commands_that_compare_take_every_family(family: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    save(family, source, "ForSequenceClassification")
+    demo, bench = ["demo", "a film", "--rounds", "1"], ["bench", "-b", "2", "-l", "9", "--rounds", "1"]
+
+    def run(*command: str, code: int = 0) -> str:
+        result = CliRunner().invoke(build_app(), command)
+        assert result.exit_code == code, result.output
+        return result.output
+
+    assert "Same answers as transformers'" in run(*demo, "-m", str(source))
+    assert run(*bench, "-m", str(source)).count("fp32") == 3
+    assert "random ids" in run("quantize", str(source), str(out), "--precision", "int8")
+    for command in (demo, bench):
+        assert "holds integers" in run(*command, "-m", str(out), code=1)
+    assert "LABEL_0" in run(*demo, "--no-bench", "-m", str(out))

@@ -21,6 +21,7 @@ from albert_fast.checkpoints import sentence_modules
 from albert_fast.cli import build_app
 from albert_fast.tasks.errors import UsageError
 from albert_fast.tasks.pooling import MODES
+from albert_fast.tasks.quantize import quantize_checkpoint
 
 pytest.importorskip("tokenizers", reason="the text extra is not installed")
 theirs = pytest.importorskip("sentence_transformers", reason="the oracle of these tests")
@@ -352,3 +353,34 @@ def test_the_command_obeys_the_folder(saved: Any, tmp_path: Path) -> None:
     )
     assert result.exit_code == 2
     assert "was made with prompt query : , not " in result.stderr
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["encoder at the top", "encoder in a folder"])
+def test_a_folder_is_stored_in_integers_with_its_modules(saved: Any, tmp_path: Path, apart: bool) -> None:
+    prompts = {"prompts": {"query": "query : "}, "default_prompt_name": "query"}
+    _, folder = saved(pooling("cls", "mean"), lambda: models.Dense(64, 24), models.Normalize(), **prompts)
+    if apart:
+        (folder / "0_Transformer").mkdir()
+        named = ("modules.json", "config_sentence_transformers.json", "README.md")
+        for file in [file for file in folder.iterdir() if file.is_file() and file.name not in named]:
+            file.rename(folder / "0_Transformer" / file.name)
+        entries = json.loads((folder / "modules.json").read_text())
+        entries[0]["path"] = "0_Transformer"
+        (folder / "modules.json").write_text(json.dumps(entries))
+    out = tmp_path / "out"
+    exact = TextEncoder(folder, device="cpu")
+    for overwrite in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message="albert_fast: precision")  # of machines without fast integers
+            quantize_checkpoint(folder, out, "int16", TEXTS, overwrite=overwrite)
+    stored = TextEncoder(out, device="cpu")
+    assert (stored.precision, stored.width, stored.max_length) == ("int16", 24, 40)
+    vectors = stored.encode(TEXTS)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    cosines = (vectors * exact.encode(TEXTS)).sum(1)
+    assert cosines.min() > 0.999
+    assert not np.array_equal(vectors, exact.encode(TEXTS))
+    (out / "1_Pooling" / "thesis.doc").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"thesis\.doc, which is no part"):
+        quantize_checkpoint(folder, out, "int16", TEXTS, overwrite=True)

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from albert_fast import ALBERTModel, TextEncoder
+from albert_fast import ALBERTModel, TextEncoder, TextScorer
 from albert_fast.tasks import pooling as pooling_parts
 from albert_fast.tasks import token_batches
+from albert_fast.tasks.classify import TextClassifier
+from albert_fast.tasks.errors import UsageError
+from albert_fast.tasks.fill_mask import MaskFiller
 from albert_fast.tasks.pooling import MODES, pool
 from albert_fast.testing.small_checkpoints import save_small_model, small_text_config
 from albert_fast.text.tokenizer import train_tokenizer
@@ -49,6 +52,9 @@ def test_texts_that_are_none(encoder: Path) -> None:
     ):
         with pytest.raises(TypeError, match=message):
             ours.encode(bad)  # type: ignore[arg-type]
+    for settings in ({}, {"truncate_dim": 33}):
+        with pytest.raises(ValueError, match="truncate_dim is 33; the vectors have 32 columns"):
+            TextEncoder(encoder, device="cpu", **settings).encode(["a"], truncate_dim=33)
     for wrong in ({"batch_tokens": 0}, {"truncate_dim": 0}):
         with pytest.raises(ValueError, match="expected at least 1"):
             ours.encode(["a"], **wrong)
@@ -56,6 +62,34 @@ def test_texts_that_are_none(encoder: Path) -> None:
     assert ours.encode(["a", ("a", None), ("a", "film")]).shape == (3, 32)
     with pytest.raises(FileNotFoundError):
         TextEncoder(encoder.parent / "no-such-folder")
+
+
+@pytest.mark.parametrize("kind", [TextEncoder, TextScorer])
+def test_what_is_no_checkpoint(kind: type, encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("a film")
+    for path, message in (
+        (tmp_path, "no config.json in"),
+        (tmp_path / "texts.txt", "texts.txt is no checkpoint"),
+        ("", "path is empty"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            kind(path)
+    with pytest.raises(ValueError, match="max_length is 1, the special tokens alone take 2"):
+        TextEncoder(encoder, max_length=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (TextClassifier, "has no classifier; `albert-fast encode` (TextEncoder) reads it"),
+        (TextScorer, "has no classifier; `albert-fast encode` (TextEncoder) reads it"),
+        (MaskFiller, "has no masked-language head, which fills masks"),
+    ],
+)
+def test_an_encoder_alone_has_no_head(kind: type, message: str, encoder: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        kind(encoder)
+    assert str(caught.value) == f"{encoder} {message}"
 
 
 def test_many_windows_give_the_same_vectors_in_order(encoder: Path) -> None:

@@ -12,6 +12,7 @@ Source: `SentenceTransformer._load_modules` and `Transformer.load_config` of sen
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ ENCODER_SETTINGS = tuple(
 # Names of the class of the first module, today's and those of the first versions.
 _ENCODERS = ("Transformer", "BERT", "RoBERTa", "DistilBERT", "ALBERT", "CamemBERT", "XLMRoBERTa")
 _PACKAGE = "sentence_transformers."
+MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,34 @@ def fetch(get: Callable[[str], Path | None]) -> None:
     for entry in _entries(file)[1:]:
         path = _inner_path(file, entry)
         if str(path) != ".":
-            weights = ("model.safetensors", "pytorch_model.bin") if _kind(entry) in ("Dense", "LayerNorm") else ()
+            weights = MODULE_WEIGHTS if _kind(entry) in ("Dense", "LayerNorm") else ()
             get(f"{path}/config.json")
             next((name for name in weights if get(f"{path}/{name}") is not None), None)
+
+
+def copy(asked: SentenceFolder, target: Path) -> Path:
+    """Copies modules.json, the settings and the modules after the encoder into the folder `target`.
+
+    Returns:
+        The encoder's folder in `target`, which exists; the encoder's weights and vocabulary are left to the caller.
+    """
+    root = asked.root.resolve()
+    encoder = target / asked.encoder.resolve().relative_to(root)
+    encoder.mkdir(parents=True, exist_ok=True)
+    for file in stored_files(asked):
+        name = file.relative_to(root)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)
+    return encoder
+
+
+def stored_files(asked: SentenceFolder) -> list[Path]:
+    """The files of the folder beside the encoder's config.json, weights and vocabulary."""
+    encoder = asked.encoder.resolve()
+    places = {module.folder.resolve() for module in asked.modules} - {encoder}
+    files = [asked.root / MODULES, asked.root / SETTINGS, *(encoder / name for name in ENCODER_SETTINGS)]
+    files += [place / name for place in sorted(places) for name in ("config.json", *MODULE_WEIGHTS)]
+    return [file.parent.resolve() / file.name for file in files if file.is_file()]
 
 
 def _root(folder: Path) -> Path | None:

@@ -63,10 +63,12 @@ def resolve(
     Raises:
         FileNotFoundError: it is in neither place; the message suggests a path with a similar name.
         PermissionError: a file or folder that may not be read.
-        ValueError: a checkpoint of TensorFlow.
+        ValueError: a checkpoint of TensorFlow, an empty path.
         ImportError: there is no such path, and huggingface_hub is not installed.
     """
     hub = {name: value for name, value in hub.items() if value is not None and value != ""}
+    if path_or_hub_id == "":
+        raise ValueError("the checkpoint's path is empty; '.' is the current folder")
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
         folder = path / hub.get("subfolder", "")
@@ -274,6 +276,10 @@ def _file(state: Mapping[str, Tensor], key: str | None = None) -> str:
     return str((files.get(key) if key else None) or next(iter(files.values()), "checkpoint"))
 
 
+class MissingHeadError(ValueError):
+    """A checkpoint has no tensor of a head that the model needs, and everything else."""
+
+
 def load_into(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -302,7 +308,7 @@ def load_into(
 
     Raises:
         ValueError: missing, extra or misshapen tensors, tensors that are not floats, tied tensors that differ, or what
-            `check` finds.
+            `check` finds. MissingHeadError: nothing is wrong but that `state` lacks a head.
     """
     expected = model.state_dict(keep_vars=True)
     heads = {head: {key for key in expected if _head(key, family) == head} for head in family.heads}
@@ -347,6 +353,7 @@ def load_into(
             problem(alias, f"differs from {key!r}, to which it is tied; tie_word_embeddings=False keeps both")
 
     absent = {head for head, keys in heads.items() if keys and not any(_head(key, family) == head for key in state)}
+    others = len(problems)
     for key in expected.keys() - complete.keys():
         if allow_missing_head and _head(key, family) in absent:
             complete[key] = expected[key]
@@ -355,9 +362,11 @@ def load_into(
             problem(key, "is missing; allow_missing_head=True starts this head from random weights")
         else:
             problem(key, "is missing")
+            others += 1
     if problems:
         more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{type(model).__name__} cannot be loaded:\n" + "\n".join(sorted(problems)[:10]) + more)
+        error = ValueError if others else MissingHeadError
+        raise error(f"{type(model).__name__} cannot be loaded:\n" + "\n".join(sorted(problems)[:10]) + more)
 
     if absent:
         names = ", ".join(sorted(head.rstrip(".") for head in absent))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _options as options
-from ._compare import Row, compare, table
+from ._compare import Row, check_floats, compare, plain_model, table, transformers_model
 from ._errors import reports_errors
 
 if TYPE_CHECKING:
@@ -72,17 +72,18 @@ def command(
     import torch
 
     from ..runtime.devices import choose_device
-    from ..tasks.loading import stated_precision
+    from ..tasks.loading import quiet_about_modules, stated_precision
 
     given = compute.as_keywords()
     device, backend = choose_device(given["device"]), given["backend"]
-    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode(), quiet_about_modules():
         folder = _random_model(SIZES[size.value], Path(scratch)) if model is None else _resolved(model)
         batch = _batch(folder, batch_size, length, ragged, device)
         precision = stated_precision(folder, given["precision"])
         if by_stage:
             stages = _stages(folder, batch, backend, precision, rounds)
         else:
+            check_floats(folder)
             sides, exact = _sides(folder, batch, backend, precision)
             rows = compare(sides, exact(), rounds, device)
     case = {
@@ -129,12 +130,11 @@ def _batch(folder: Path, batch_size: int, length: int, ragged: bool, device: tor
     """Random ids (B, S) and their mask: all of length S, or lengths spread evenly from S / 8 to S."""
     import torch
 
-    from ..checkpoints.saving import config_path
-    from ..models.config import ALBERTConfig
+    from ..models.auto import config_of
 
-    config = ALBERTConfig.from_json_file(config_path(folder))
-    if length > config.max_position_embeddings:
-        raise ValueError(f"--length {length} is more than the model's {config.max_position_embeddings} positions")
+    config = config_of(folder)
+    if length > config.longest:
+        raise ValueError(f"--length {length} is more than the model's {config.longest} positions")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (batch_size, length), generator=generator)
     shortest = max(1, length // 8) if ragged else length
@@ -148,8 +148,7 @@ def _sides(
     folder: Path, batch: dict[str, torch.Tensor], backend: str, precision: str
 ) -> tuple[dict[str, Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]:
     """The sides by name, the reference first, and the float32 reference. Each returns the real tokens' states (T, H)."""
-    from ..models import reference
-    from ..models.albert import ALBERTModel
+    from ..models.auto import AutoModel
     from ..models.load_arguments import FLOAT_DTYPES
 
     device = batch["input_ids"].device
@@ -160,21 +159,13 @@ def _sides(
     def side(network: Any) -> Callable[[], torch.Tensor]:
         return lambda: network(**batch).last_hidden_state[real]
 
-    exact = reference.ALBERTModel.from_pretrained(folder, device=device)
-    eager = exact if plain == "fp32" else reference.ALBERTModel.from_pretrained(folder, precision=plain, device=device)
-    fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision, device=device)
+    exact = plain_model(folder, "Model", device=device)
+    eager = exact if plain == "fp32" else plain_model(folder, "Model", precision=plain, device=device)
+    fast = AutoModel.from_pretrained(folder, backend=backend, precision=precision, device=device)
     sides = {f"eager reference, {plain}": side(eager), f"albert_fast, {precision}": side(fast)}
     if importlib.util.find_spec("transformers") is not None:
-        from transformers import AlbertConfig, AlbertModel
-
-        # From our own state, so that any checkpoint that we can read can be compared, without the heads.
-        theirs = AlbertModel(
-            AlbertConfig.from_dict(exact.config.to_dict(), attn_implementation="sdpa"),
-            add_pooling_layer=exact.pooler is not None,
-        )
-        theirs.load_state_dict(exact.state_dict())
-        module: Any = theirs  # transformers types `to` for other arguments
-        sides[f"transformers sdpa, {plain}"] = side(module.to(device, FLOAT_DTYPES[plain]).eval())
+        theirs = transformers_model(exact, "Model").to(device, FLOAT_DTYPES[plain])
+        sides[f"transformers sdpa, {plain}"] = side(theirs)
     return sides, side(exact)
 
 
@@ -187,10 +178,10 @@ def _stages(
 ) -> list[dict[str, Any]]:
     """The rows of --profile: name, seconds, rate, unit, limit and of_limit of each stage."""
     from ..inspect.profiling import profile
-    from ..models.albert import ALBERTModel
+    from ..models.auto import AutoModel
 
     device = batch["input_ids"].device
-    fast = ALBERTModel.from_pretrained(folder, backend=backend, precision=precision, device=device)
+    fast = AutoModel.from_pretrained(folder, backend=backend, precision=precision, device=device)
     return [
         {
             "name": stage.name,

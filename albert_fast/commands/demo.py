@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _options as options
-from ._compare import compare, table
+from ._compare import check_floats, compare, plain_model, table, transformers_model
 from ._errors import UsageError, reports_errors
 from ._lines import Lines, given_text
 
@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 @reports_errors
 def command(
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Sentences to label.", show_default="built-in ones")
+        list[str] | None, typer.Argument(metavar="TEXT", help="Sentences to label.", show_default="built-in ones")
     ] = None,
     file: Annotated[
         str | None, typer.Option("--file", "-f", help="Sentences, one a line; - is standard input.")
@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """Check this installation: label a few sentences, then compare numbers and speed with transformers.
 
-    The comparison is with transformers' AlbertModel in float32, with scaled dot-product attention; without transformers,
+    The comparison is with transformers' model in float32, with scaled dot-product attention; without transformers,
     with this package's plain PyTorch reference. Exit code 1 if the numbers differ by more than rounding.
 
     \b
@@ -64,6 +64,8 @@ def command(
 
     options.set_threads(threads)
     classifier = TextClassifier(model, backend=backend, device=device)
+    if bench:
+        check_floats(classifier.folder)
     answers = classifier(sentences)
     rows = [
         (text, best_label(answer), *(f"{answer[label]:.3f}" for label in classifier.labels))
@@ -90,22 +92,13 @@ def _logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _peer(classifier: TextClassifier) -> tuple[str, str, Any]:
     """The model to compare with, on the classifier's weights: (short name, description, model)."""
-    from ..models import reference
-
-    plain = reference.ALBERTForSequenceClassification.from_pretrained(classifier.folder, device=classifier.device)
+    plain = plain_model(classifier.folder, "ForSequenceClassification", device=classifier.device)
     try:
-        from transformers import AlbertConfig, AlbertForSequenceClassification
+        theirs = transformers_model(plain, "ForSequenceClassification")
     except ImportError:
-        return (
-            "reference",
-            "albert_fast.models.reference (plain PyTorch; pip install transformers to compare with it)",
-            plain,
-        )
-    # From our own state, so that any checkpoint that we can read can be compared.
-    config = AlbertConfig.from_dict(plain.config.to_dict(), attn_implementation="sdpa")
-    theirs: Any = AlbertForSequenceClassification(config)  # transformers types `to` for other arguments
-    theirs.load_state_dict(plain.state_dict())
-    return "transformers", "transformers' AlbertForSequenceClassification (sdpa)", theirs.to(classifier.device).eval()
+        what = "this library's plain PyTorch reference (pip install transformers to compare with it)"
+        return "reference", what, plain
+    return "transformers", f"transformers' {type(theirs).__name__} (sdpa)", theirs.to(classifier.device)
 
 
 def _machine(device: torch.device) -> str:
@@ -134,7 +127,8 @@ def _bench(classifier: TextClassifier, sentences: list[str], rounds: int) -> Non
     rows, worst = [], 0.0
     for size, texts in (("1 sentence", sentences[:1]), ("32 sentences", many)):
         batch = classifier.tokenizer(texts, max_length=classifier.max_length, return_tensors="pt")
-        batch = {key: value.to(device) for key, value in batch.items()}
+        left_out = () if classifier.takes_types else ("token_type_ids",)
+        batch = {key: value.to(device) for key, value in batch.items() if key not in left_out}
         with torch.inference_mode():
             expected = peer(**batch).logits
         sides = {name: partial(_logits, peer, batch), "albert_fast": partial(_logits, classifier.model, batch)}

@@ -18,7 +18,7 @@ from ._lines import Lines, given_text
 def command(
     texts: Annotated[
         list[str],
-        typer.Argument(metavar="TEXT...", help="Text with one [MASK] or more; - reads lines of standard input."),
+        typer.Argument(metavar="TEXT", help="Text with one [MASK] or more; - reads lines of standard input."),
     ],
     model: options.Model,
     *,

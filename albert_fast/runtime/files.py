@@ -95,7 +95,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         new = folder / "new"
         new.mkdir()
         yield new
-        for file in (*new.iterdir(), new):
+        for file in (*new.rglob("*"), new):
             flush(file)
         if path.exists():
             os.rename(path, folder / "old")

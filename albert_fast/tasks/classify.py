@@ -29,6 +29,8 @@ class TextClassifier(TextModel):
         labels: the names of the labels, in the order of their ids.
     """
 
+    head, instead = "classifier", "; `albert-fast encode` (TextEncoder) reads it"
+
     def __init__(self, checkpoint: str | Path | None = None, **loading: Any) -> None:
         super().__init__(AutoModelForSequenceClassification, checkpoint or shipped_model(), **loading)
         self.labels: list[str] = [self.model.config.label(index) for index in range(self.model.config.num_labels)]

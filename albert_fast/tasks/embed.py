@@ -6,7 +6,6 @@ TextEncoder("my-encoder").encode(["A fine film.", "Dull."])  # numpy (2, width)
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,13 @@ from torch import Tensor, nn
 
 from ..checkpoints import sentence_modules
 from ..checkpoints.saving import folder_of
-from ..checkpoints.weights import resolve
 from ..models.auto import AutoModel
 from ..text.batching import TextPair
 from ..text.normalization import lower_first
 from ..text.text_files import Record
 from ..text.windows import RowWindows
 from .errors import UsageError
-from .loading import TextModel, checked_texts, progress_bar
+from .loading import TextModel, checked_texts, checkpoint_path, progress_bar, quiet_about_modules
 from .pooling import MODES, modes_of, pool
 from .sentence_steps import Normalize, build
 from .token_batches import TokenBatch, default_batch_tokens
@@ -73,7 +71,7 @@ class TextEncoder(TextModel):
     ) -> None:
         if pooling is not None and pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r}: known are {', '.join(POOLINGS)}")
-        folder = resolve(checkpoint)
+        folder = checkpoint_path(checkpoint)
         asked = sentence_modules.read(folder_of(folder))
         if asked is not None and asked.kind != "SentenceTransformer":
             hint = ": TextScorer (albert-fast rerank) scores with it" if asked.kind == "CrossEncoder" else ""
@@ -81,9 +79,7 @@ class TextEncoder(TextModel):
         self._places = [folder]
         if asked is not None and folder.is_dir():
             self._places = [asked.root, asked.encoder, *(module.folder for module in asked.modules)]
-        with warnings.catch_warnings():
-            # The modules that this warning names are applied here.
-            warnings.filterwarnings("ignore", message=r"[^\n]*: a sentence-transformers folder: ")
+        with quiet_about_modules():  # the modules are applied here
             place = folder if asked is None or not folder.is_dir() else asked.encoder
             super().__init__(AutoModel, place, batch_size=batch_size, **loading)
         if asked is not None and asked.max_length is not None and loading.get("max_length") is None:
@@ -100,7 +96,7 @@ class TextEncoder(TextModel):
         default = None if asked is None or given else asked.default_prompt
         self.prompt = self._prompt_text(prompt_name if given else default, prompt) or ""
         self.truncate_dim = truncate_dim if truncate_dim is not None or asked is None else asked.truncate_dim
-        self.width = self._cut_width(None)
+        self.width = self._cut_width(truncate_dim)
 
     def _plan(
         self, asked: sentence_modules.SentenceFolder | None, pooling: str | None
@@ -151,7 +147,8 @@ class TextEncoder(TextModel):
 
         Raises:
             TypeError: a text that is not a str, or one str in place of a list. ValueError: a prompt's name that the folder
-            does not have; batch_tokens or truncate_dim below 1; half of a surrogate pair in a text.
+            does not have; batch_tokens or truncate_dim below 1; truncate_dim above the vectors' width; half of a surrogate
+            pair in a text.
         """
         given = prompt is not None or prompt_name is not None
         before = (self._prompt_text(prompt_name, prompt) or "") if given else self.prompt
@@ -213,6 +210,8 @@ class TextEncoder(TextModel):
         limit = self.truncate_dim if truncate_dim is None else truncate_dim
         if limit is not None and limit < 1:
             raise ValueError(f"truncate_dim is {limit}; expected at least 1")
+        if truncate_dim is not None and truncate_dim > self._full_width:
+            raise ValueError(f"truncate_dim is {truncate_dim}; the vectors have {self._full_width} columns")
         return self._full_width if limit is None else min(limit, self._full_width)
 
     def settings(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class MaskFiller(TextModel):
         UsageError: the vocabulary has no mask token.
     """
 
+    head = "masked-language head, which fills masks"
+
     def __init__(self, checkpoint: str | Path, **loading: Any) -> None:
         super().__init__(AutoModelForMaskedLM, checkpoint, **loading)
         if self.tokenizer.mask_token is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.saving import folder_of
-from ..checkpoints.weights import resolve
+from ..checkpoints.saving import config_path, folder_of, missing_config
+from ..checkpoints.weights import MissingHeadError, is_index, resolve
 from ..models.auto import config_of
 from ..models.encoder_config import EncoderConfig
 from ..models.pretrained import held_precision
 from ..runtime.devices import choose_device
 from ..text.batching import TextPair, for_plain_text
 from ..text.tokenizer import Tokenizer, load_tokenizer
+from .errors import UsageError
 from .token_batches import Batching, TokenBatch
 
 
@@ -37,8 +39,13 @@ class TextModel:
         max_length: the limit in tokens that is in force.
 
     Raises:
-        ValueError: `max_length` is more than the model's positions. What `from_pretrained` and `load_tokenizer` raise.
+        ValueError: `max_length` is more than the model's positions, or leaves no room for a text. FileNotFoundError: no
+            config.json. UsageError: the checkpoint lacks the head that the task needs. What `from_pretrained` and
+            `load_tokenizer` raise.
     """
+
+    # What the task needs, and what reads a checkpoint without it; for an error message.
+    head, instead = "such head", ""
 
     def __init__(
         self,
@@ -51,20 +58,26 @@ class TextModel:
         precision: str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        self.folder, self.batch_size, self.backend = resolve(checkpoint), batch_size, backend
+        self.folder, self.batch_size, self.backend = checkpoint_path(checkpoint), batch_size, backend
+        if not config_path(self.folder).is_file():
+            raise missing_config(self.folder)
         self.device = choose_device(device)
         self.tokenizer = for_plain_text(load_tokenizer(folder_of(self.folder)))
-        self.model: Any = model_class.from_pretrained(
-            self.folder,
-            backend=backend,
-            precision=precision,
-            device=self.device,
-            return_dict=True,  # whatever config.json says
-            output_hidden_states=False,
-            output_attentions=False,
-        )
+        try:
+            self.model: Any = model_class.from_pretrained(
+                self.folder,
+                backend=backend,
+                precision=precision,
+                device=self.device,
+                return_dict=True,  # whatever config.json says
+                output_hidden_states=False,
+                output_attentions=False,
+            )
+        except MissingHeadError as error:
+            raise UsageError(f"{checkpoint} has no {self.head}{self.instead}") from error
         self.precision: str = self.model.execution.quantized or precision or "fp32"
         self.max_length = token_limit(self.tokenizer, self.model.config, max_length)
+        self.tokenizer("", max_length=self.max_length)  # an error where the special tokens alone are longer
 
     @property
     def takes_types(self) -> bool:
@@ -86,6 +99,18 @@ class TextModel:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
         how = Batching(self.tokenizer, self.max_length, batch_tokens, self.batch_size, self.takes_types, before)
         return how.batches(texts)
+
+
+def checkpoint_path(checkpoint: str | Path) -> Path:
+    """The folder or the file of weights that `checkpoint` names; a model on the hub is fetched.
+
+    Raises:
+        ValueError: a file that is none of weights. What `resolve` raises.
+    """
+    path = resolve(checkpoint)
+    if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and not is_index(path):
+        raise ValueError(f"{path} is no checkpoint, which is a folder or a file of weights")
+    return path
 
 
 def checked_texts(texts: Sequence[str | TextPair]) -> Sequence[str | TextPair]:
@@ -124,6 +149,14 @@ def progress_bar(total: int, shown: bool, unit: str = " texts") -> Iterator[Call
         raise ImportError("show_progress needs tqdm: pip install 'albert-fast[cli]'") from error
     with tqdm(total=total, unit=unit) as bar:
         yield bar.update
+
+
+@contextmanager
+def quiet_about_modules() -> Iterator[None]:
+    """Suppresses `from_pretrained`'s warning about a sentence-transformers folder, for callers that keep its modules."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"[^\n]*: a sentence-transformers folder: ")
+        yield
 
 
 def token_limit(tokenizer: Tokenizer, config: EncoderConfig, max_length: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoints import sentence_modules
 from ..text import vocabulary
 
 # The files of a stored checkpoint; a folder with any other file is not replaced.
@@ -20,9 +21,15 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise FileExistsError(f"{output} is a file; the output needs a folder")
-    held = sorted(path.name for path in output.iterdir())
+    held = sorted(output.iterdir())
     if held and not overwrite:
-        raise FileExistsError(f"{output} is there already; --overwrite (overwrite=True) replaces it")
-    foreign = [name for name in held if name not in NAMES]
+        raise FileExistsError(f"{output} is there already; --overwrite replaces it (in Python: overwrite=True)")
+    foreign = [path for path in held if path.name not in NAMES]
+    if foreign and (asked := sentence_modules.read(output)) is not None:
+        encoder = asked.encoder.resolve()
+        known = {*sentence_modules.stored_files(asked), *(encoder / name for name in NAMES)}
+        foreign = [path for path in sorted(output.resolve().rglob("*")) if path.is_file() and path not in known]
     if foreign:
-        raise FileExistsError(f"{output} holds {foreign[0]}, which is no part of a checkpoint; name another folder")
+        raise FileExistsError(
+            f"{output} holds {foreign[0].name}, which is no part of a checkpoint; name another folder"
+        )

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from ..checkpoints import sentence_modules
-from ..checkpoints.weights import resolve
 from ..models.auto import AutoModelForSequenceClassification
 from .errors import UsageError
-from .loading import TextModel, checked_texts, progress_bar
+from .loading import TextModel, checked_texts, checkpoint_path, progress_bar
 from .sentence_steps import activation
 from .token_batches import default_batch_tokens
 
@@ -40,8 +39,10 @@ class TextScorer(TextModel):
             applied here; the message names it.
     """
 
+    head, instead = "classifier", "; `albert-fast encode` (TextEncoder) reads it"
+
     def __init__(self, checkpoint: str | Path, *, batch_size: int | None = None, **loading: Any) -> None:
-        folder = resolve(checkpoint)
+        folder = checkpoint_path(checkpoint)
         asked = sentence_modules.read(folder if folder.is_dir() else folder.parent)
         if asked is not None:
             if asked.kind == "SentenceTransformer":

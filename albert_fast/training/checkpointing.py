@@ -68,6 +68,12 @@ def _check_contents(folder: Path, resume: bool) -> None:
         )
 
 
+def other_files(folder: Path) -> list[str]:
+    """The names of everything in a run's folder but the lock, the log and the state."""
+    own = (LOCK_NAME, LOG_NAME, STATE_NAME)
+    return sorted(path.name for path in folder.iterdir() if path.name not in own)
+
+
 def _sweep(folder: Path) -> None:
     """Removes what killed runs left half-written; the lock is held, so no running process needs it."""
     for name in (STATE_NAME, LOG_NAME):

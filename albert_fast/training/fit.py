@@ -48,13 +48,13 @@ from ..models.head_model import HeadModel
 from ..text.batching import for_plain_text
 from ..text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from . import checks
-from .checkpointing import STATE_NAME, claimed
+from .checkpointing import STATE_NAME, claimed, other_files
 from .data import Examples, LengthBucketSampler, TextDataset, read_examples
 from .evaluate import Evaluation, evaluate
 from .masking import MaskedTextDataset, drop_contained_lines
 from .metrics import check_metrics
 from .recipe import Recipe
-from .run import Stage, TrainingRun, dev_metrics
+from .run import Stage, TrainingRun, counted, dev_metrics
 
 FEW_STEPS = 400  # after fewer steps a new model mostly guesses
 
@@ -140,6 +140,8 @@ def fit(
     device = checks.check_device(device)
     folder = Path(output_dir)
     with claimed(folder, resume):
+        if not resume and (others := other_files(folder)):
+            say(f"{folder} holds other files, which stay: {others[0]}{' ...' if len(others) > 1 else ''}")
         columns: dict[str, Any] = {
             "text_column": text_column,
             "pair_column": pair_column,
@@ -218,16 +220,17 @@ def _introduction(run: TrainingRun, task: _Task, train_file: str | Path, vocab_s
         yield "no dev set: the model of the last epoch is kept"
     if task.init_from is None and pieces < vocab_size:
         yield f"vocabulary: {pieces} pieces, all that this text gives ({vocab_size} were asked for)"
-    device = str(run.device) if run.device.type != "cpu" else f"cpu, {torch.get_num_threads()} threads"
+    device = str(run.device) if run.device.type != "cpu" else f"cpu, {counted(torch.get_num_threads(), 'thread')}"
     steps = -(-len(task.examples.texts) // recipe.batch_size)
     start = "a new model" if task.init_from is None else f"from {task.init_from}"
     yield (
-        f"{start}; {recipe.epochs} epochs of {steps} steps, "
+        f"{start}; {counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')}, "
         f"learning rate {recipe.learning_rate:g}, batch size {recipe.batch_size}; {device}"
     )
     total = recipe.epochs * steps
     if task.init_from is None and total < FEW_STEPS:
-        yield f"{total} steps are few for a new model: more epochs or a start from a checkpoint learn more"
+        few = counted(total, "step")
+        yield f"{few} {'is' if total == 1 else 'are'} few for a new model: more epochs or a start from a checkpoint learn more"
     yield (
         f"model, log and state go to {run.folder} after each epoch; "
         "Ctrl-C saves the state; --resume (resume=True) continues"

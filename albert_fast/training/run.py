@@ -26,6 +26,11 @@ from .recipe import Recipe
 LOWER_IS_BETTER = ("mse", "loss")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, such as "1 epoch" and "5 steps"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of a run with a model and a data set of its own.
@@ -123,7 +128,7 @@ class TrainingRun:
                 f"{self.folder / STATE_NAME}: {begun} epochs are done or begun, so the run cannot end after "
                 f"{self.recipe.epochs}; give epochs (--epochs) of {begun} or more"
             )
-        self.report(f"continuing with {self.stage} after {epoch} epochs and {step} steps")
+        self.report(f"continuing with {self.stage} after {counted(epoch, 'epoch')} and {counted(step, 'step')}")
 
     def epochs(self, stage: Stage) -> None:
         """Runs all epochs of a stage, from where the saved state left it.
