@@ -47,7 +47,8 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
         precision: of inference. "fp32": the model's own parameters, whatever their dtype. "bf16" or "fp16": a copy of the
             layers. "int16", "int8" or "fp8": a rounded copy. Training, and calls that may ask for a gradient, take the
             model's own.
-        calibration: texts, if `model` has a tokenizer, or batches as its tokenizer returns them, to fit the rounding to.
+        calibration: texts or pairs of texts, if `model` has a tokenizer, or batches as its tokenizer returns them, to fit
+            the rounding to.
             Without any, int8 is fitted to random ids.
         padding: what stands in the last hidden states at padding: "zeros", or "keep" for what transformers computes there.
             It is kept where a part of `model` is known to read it.

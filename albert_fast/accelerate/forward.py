@@ -102,8 +102,7 @@ def prepared(
     family = acceleration.family
     norm, first = view.distinct()[0].attention.LayerNorm, family.first
     width = view.spec.hidden_size if first is None else getattr(stack, first).in_features
-    implementation = getattr(getattr(stack, "config", None), "_attn_implementation", None) or ""
-    call = read_call(given, family, width, norm.weight.dtype, "flash" in implementation)
+    call = read_call(given, family, width, norm.weight.dtype, _attention(stack))
     if isinstance(call, str):
         return call
     if (reason := no_kernel(call.hidden.device.type, _arithmetic(call.hidden))) is not None:
@@ -117,6 +116,12 @@ def prepared(
     if acceleration.padding == "zeros" and bool(call.mask[:, 0].all()):
         return call, view, packing.with_sequence_order()
     return call, view, PaddedQueries.of(packing)
+
+
+def _attention(stack: nn.Module) -> str:
+    """transformers' name of the attention that `stack` runs; DistilBERT's layers have the configuration, its stack has none."""
+    config: Any = next((module.config for module in stack.modules() if hasattr(module, "config")), None)
+    return getattr(config, "_attn_implementation", None) or ""
 
 
 def _arithmetic(hidden: Tensor) -> torch.dtype:
