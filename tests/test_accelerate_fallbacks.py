@@ -84,6 +84,17 @@ def test_the_original_forward_runs(family, change):
     assert reason_of(model, tiny_batch()) is None
 
 
+def test_the_warning_points_to_the_callers_line():
+    model = albert_fast.accelerate(tiny_model("bert", "ForSequenceClassification"))
+    with pytest.warns(UserWarning, match="original forward") as said:
+        run(model, tiny_batch() | {"output_attentions": True})
+    assert [warning.filename for warning in said] == [__file__]
+    albert_fast.accelerate(model, "bf16")
+    with pytest.warns(UserWarning, match="own precision") as said, torch.enable_grad():
+        model(**tiny_batch())
+    assert [warning.filename for warning in said] == [__file__]
+
+
 @pytest.mark.filterwarnings("error:albert_fast")
 @pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
 def test_padding_that_is_added_to_the_scores_runs_on_kernels(hidden):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ..quantization.rounding import ROUNDED
 from ..runtime import dispatch
+from ..runtime.user_warnings import warn_user
 from . import families
 from .families import Family
 from .forward import no_kernel
@@ -74,7 +74,7 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
     if len(refused) == len(found):
         raise ValueError("; ".join(f"{type(model).__name__}: {name}: {reason}" for name, reason in refused.items()))
     for name, reason in refused.items():
-        warnings.warn(f"albert_fast: {name} is left as it is: {reason}", stacklevel=2)
+        warn_user(f"albert_fast: {name} is left as it is: {reason}")
     readers, tokenizer = _readers_of_padding(module), getattr(model, "tokenizer", None)
     made = []
     for name, stack, family in found:

@@ -88,9 +88,10 @@ def _is_unread(name: str, value: object, family: Family, attention: str) -> bool
 def _names_read(module: str, attention: Callable[..., Any]) -> frozenset[str]:
     """Parameters of the functions of `module` and of `attention`, and the strings in them, by which they may look keywords up."""
     own = vars(sys.modules[module]).values()
-    forwards = [cls.forward for cls in own if isinstance(cls, type) and isfunction(getattr(cls, "forward", None))]
+    forwards = [getattr(one, "forward", None) for one in own if isinstance(one, type)]
     found: set[str] = set()
-    for function in (attention, *forwards, *filter(isfunction, own)):
+    function: Any
+    for function in filter(isfunction, (attention, *forwards, *own)):
         found |= set(signature(function).parameters)
         while isfunction(function):  # decorators read keywords too
             found |= _strings(function.__code__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..layers.adapters import project
 from ..layers.packing import Packing, pack
 from ..layers.run import Run
 from ..runtime import dispatch
+from ..runtime.user_warnings import warn_user
 from .calls import Call, read_call
 from .families import Family
 from .padded import PaddedQueries
@@ -24,10 +24,9 @@ from .view import StackView
 
 @cache
 def warn_of_original(reason: str) -> None:
-    warnings.warn(
+    warn_user(
         f"albert_fast: an accelerated model runs its original forward, because {reason}. Said once; "
-        "albert_fast.explain(model, ...) says it for any call.",
-        stacklevel=4,
+        "albert_fast.explain(model, ...) says it for any call."
     )
 
 
@@ -39,9 +38,7 @@ def say_traced() -> None:
 
 @cache
 def warn_of_floats(reason: str) -> None:
-    warnings.warn(
-        f"albert_fast: an accelerated model runs in its own precision, because {reason}. Said once.", stacklevel=5
-    )
+    warn_user(f"albert_fast: an accelerated model runs in its own precision, because {reason}. Said once.")
 
 
 def fast_forward(stack: Any, given: dict[str, Any]) -> Any:

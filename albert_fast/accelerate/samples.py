@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
@@ -17,6 +16,7 @@ from ..layers.adapters import project
 from ..layers.packing import Packing
 from ..quantization.calibration import calibration_batches, quantize
 from ..runtime import dispatch
+from ..runtime.user_warnings import warn_user
 from .families import Family
 from .plans import at_the_stack
 from .reduced import ReducedLayers, plain_view, source_of
@@ -76,7 +76,7 @@ def rounded_layers(
     dispatch.check_quantized(precision, device, "auto")
     fast, reason = dispatch.quantized_kernels(precision, device.type, "auto")
     if not fast:
-        warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
+        warn_user(f"albert_fast: precision={precision!r} runs {reason}")
     for layer in view.distinct():  # the others are replaced by rounded ones
         for holder, name in ((layer, "full_layer_layer_norm"), (layer.attention, "LayerNorm")):
             setattr(holder, name, copy.deepcopy(getattr(holder, name)).requires_grad_(False))
