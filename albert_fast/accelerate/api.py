@@ -69,7 +69,9 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
     if not found and any(hasattr(inner, "execution_state") for inner in module.modules()):
         raise ValueError(f"{type(model).__name__} is a model of albert_fast: it runs on kernels as it is")
     if not found:
-        raise ValueError(f"{type(model).__name__} holds no encoder that is known{_reason(module)}: {families.known()}")
+        raise ValueError(
+            f"{type(model).__name__} holds no encoder that is known{_reason(module)}. Known: {families.known()}"
+        )
     refused = {name: reason for name, stack, family in found if (reason := _why_not(stack, family)) is not None}
     if len(refused) == len(found):
         raise ValueError("; ".join(f"{type(model).__name__}: {name}: {reason}" for name, reason in refused.items()))
@@ -190,5 +192,8 @@ def _reason(module: nn.Module) -> str:
     for inner in module.modules():
         kind = getattr(getattr(inner, "config", None), "model_type", None)
         if kind in _OTHERS:
-            return f" ({kind}: {_OTHERS[kind]}). Known"
-    return ". Known"
+            return f" ({kind}: {_OTHERS[kind]})"
+    for inner in module.modules():  # the outermost list of equal modules is the one of layers
+        if isinstance(inner, nn.ModuleList) and len({type(layer) for layer in inner}) == 1:
+            return f" (its layers are of the class {type(inner[0]).__name__}, which is not known)"
+    return " (it has no list of layers)"
