@@ -7,6 +7,7 @@ sentence-transformers is needed.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from albert_fast import TextScorer
@@ -26,4 +27,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:  # a missing file, an unsuitable model
+        sys.exit(f"error: {error}")

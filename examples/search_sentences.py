@@ -7,6 +7,7 @@ encoder's vectors are the means of its tokens. Neither transformers nor sentence
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -33,4 +34,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:  # a missing file, an unsuitable model
+        sys.exit(f"error: {error}")

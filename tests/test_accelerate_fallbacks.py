@@ -84,6 +84,17 @@ def test_the_original_forward_runs(family, change):
     assert reason_of(model, tiny_batch()) is None
 
 
+def test_the_warning_points_to_the_callers_line():
+    model = albert_fast.accelerate(tiny_model("bert", "ForSequenceClassification"))
+    with pytest.warns(UserWarning, match="original forward") as said:
+        run(model, tiny_batch() | {"output_attentions": True})
+    assert [warning.filename for warning in said] == [__file__]
+    albert_fast.accelerate(model, "bf16")
+    with pytest.warns(UserWarning, match="own precision") as said, torch.enable_grad():
+        model(**tiny_batch())
+    assert [warning.filename for warning in said] == [__file__]
+
+
 @pytest.mark.filterwarnings("error:albert_fast")
 @pytest.mark.parametrize("hidden", [float("-inf"), torch.finfo(torch.float32).min])
 def test_padding_that_is_added_to_the_scores_runs_on_kernels(hidden):
@@ -203,6 +214,46 @@ def test_tuples(head):
         assert_like_original(ours, model, lambda model, number=number: run(model, batch)[number])
 
 
+@pytest.mark.filterwarnings("error:albert_fast")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["albert", "bert", "distilbert", "roberta", "electra"])
+def test_a_keyword_that_nothing_reads_leaves_kernels_on(family, attention):
+    """sentence-transformers' features hold some."""
+    if OLD:
+        pytest.skip("forwards of this version take no other keywords")
+    model, batch = tiny_model(family, attn_implementation=attention), tiny_batch()
+    expected = run(albert_fast.accelerate(model), batch).last_hidden_state
+    more = batch | {"modality": "text", "prompt_length": 3}
+    assert torch.equal(run(model, more).last_hidden_state, expected)
+    assert reason_of(model, more) is None
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [{"is_causal": True}, {"softcap": 3.0}, {"scaling": 2.0}, {"output_other": True}, {"other": torch.ones(1)}],
+)
+def test_a_keyword_that_attention_may_read_runs_the_original(keyword):
+    if OLD:
+        pytest.skip("forwards of this version take no other keywords")
+    model = albert_fast.accelerate(tiny_model("bert", attn_implementation="sdpa"))
+    assert reason_of(model, tiny_batch() | keyword) == f"{next(iter(keyword))} is given"
+
+
+def test_an_attention_function_of_somebody_else_may_read_any_keyword(monkeypatch):
+    registered = pytest.importorskip("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+    if OLD:
+        pytest.skip("forwards of this version take no other keywords")
+    original = registered["sdpa"]
+    model, batch = albert_fast.accelerate(tiny_model("bert", attn_implementation="sdpa")), tiny_batch() | {"other": 3}
+    assert reason_of(model, batch) is None
+
+    def mine(*args, other=None, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setitem(registered, "sdpa", mine)
+    assert reason_of(model, batch) == "other is given"
+
+
 def test_embeddings_in_place_of_ids():
     model = tiny_model("roberta")
     batch = {"inputs_embeds": torch.randn(4, 7, 32), "attention_mask": drawn_mask("right", 4, 7, seed=0)}
@@ -316,7 +367,12 @@ def test_what_is_refused_and_why(change, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("MPNet", "bias is added"), ("DebertaV2", "positions are added"), ("GPT2", "albert, bert")]
+    ("name", "reason"),
+    [
+        ("MPNet", "bias is added"),
+        ("DebertaV2", "positions are added"),
+        ("GPT2", r"GPT2Block, which is not known\). Known: albert, bert"),
+    ],
 )
 def test_other_architectures_are_named(name, reason):
     sizes = {

@@ -94,6 +94,48 @@ def test_explain_looks_inside(sentence_transformer, minilm):
         assert step.gflop == pytest.approx(6 * (9 * 2 * 12 * 384**2 + 4 * (16 + 25) * 384) / 1e9)
 
 
+def test_explain_takes_texts_and_features(sentence_transformer, minilm):
+    library = pytest.importorskip("sentence_transformers")
+    model = albert_fast.accelerate(sentence_transformer)
+    features = (model.preprocess if hasattr(model, "preprocess") else model.tokenize)(TEXTS)
+    pipe = transformers.pipeline("feature-extraction", model=minilm, tokenizer=minilm, device="cpu")
+    albert_fast.accelerate(pipe)
+    scorer = albert_fast.accelerate(library.CrossEncoder(minilm, num_labels=1, device="cpu"))
+    tokens = int(features["attention_mask"].sum())
+    with torch.inference_mode():
+        for holder in (model, pipe):
+            for given in (TEXTS, features):
+                (step,) = albert_fast.explain(holder, given).steps
+                assert (step.why, step.rows) == ("all layers in one call", tokens)
+        assert str(albert_fast.explain(model, **features)) == str(albert_fast.explain(model, TEXTS))
+        (one,) = albert_fast.explain(pipe, TEXTS[2]).steps
+        (pair,) = albert_fast.explain(scorer, [(TEXTS[2], TEXTS[2])]).steps
+    assert (one.rows, pair.rows) == (5, 9)  # [CLS] and [SEP] beside three tokens; a [SEP] behind each of two texts
+    inner = model[0].auto_model
+    for holder, given, message in (
+        (model, 3, "expected texts.*got int"),
+        (model, None, "got NoneType"),
+        (model, [TEXTS[0], (TEXTS[0], TEXTS[1])], "texts, or pairs.*got str and tuple"),
+        (inner, TEXTS, "no tokenizer for texts"),
+        (albert_fast.TextEncoder(minilm), TEXTS, "explain its `model`"),
+        (albert_fast.AutoModel.from_model(inner), TEXTS, "got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            albert_fast.explain(holder, given)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_pairs_calibrate_a_cross_encoder(minilm, kind):
+    library = pytest.importorskip("sentence_transformers")
+    model = library.CrossEncoder(minilm, num_labels=1, device="cpu")
+    pairs = [kind((text, TEXTS[1])) for text in TEXTS]
+    slow = model.predict(pairs)
+    assert np.abs(albert_fast.accelerate(model, "int16", pairs).predict(pairs) - slow).max() < 1e-3
+    for wrong in ([(TEXTS[0], TEXTS[1]), TEXTS[0]], [(TEXTS[0],) * 3], [{"query": TEXTS[0]}], 3):
+        with pytest.raises(TypeError, match=r"texts.* pairs of two texts"):
+            albert_fast.accelerate(model, "int16", wrong)
+
+
 def test_sentence_transformer_saves_and_loads(sentence_transformer, tmp_path):
     library = pytest.importorskip("sentence_transformers")
     fast = albert_fast.accelerate(sentence_transformer).encode(TEXTS)

@@ -16,13 +16,36 @@ SMALL_ALBERT = EXAMPLES.parent / "albert_fast" / "data" / "sst2-small"
 SENTENCES = ["A man is playing a guitar.", "The stock market fell on Monday.", "Two dogs run over a meadow."]
 
 
-def run(name: str, *arguments: str | Path) -> str:
-    """What an example prints."""
+def ended(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """An example that has run."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, EXAMPLES / name, *arguments]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    """What an example prints."""
+    done = ended(name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("accelerate_classifier.py", "/no/model"), "/no/model"),
+        (("rerank.py", SMALL_ALBERT, "a query", "no-file.txt"), "no-file.txt"),
+        (("rerank.py", SMALL_ALBERT, "a query", EXAMPLES / "rerank.py"), "ranking needs one"),
+        (("search_sentences.py", "no-model", EXAMPLES / "rerank.py", "a query"), "no-model: no such folder"),
+    ],
+)
+def test_an_error_is_a_line(arguments, message):
+    done = ended(*arguments)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture

@@ -212,7 +212,8 @@ FILES = {
     ),
     "albert_fast/quantization": "calibration rounding",
     "albert_fast/runtime": (
-        "derived devices dispatch files kept_operands linear locking operands registration unused_gradients version"
+        "derived devices dispatch files kept_operands linear locking operands registration unused_gradients "
+        "user_warnings version"
     ),
     "albert_fast/tasks": (
         "classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import albert_fast
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ALBERTModel
 from albert_fast.models import reference
+from albert_fast.runtime.dispatch import BackendUnavailableError
 from albert_fast.testing.model_pairs import NAMES, SMALL, drawn_inputs
 
 HARMLESS: list[dict[str, Any]] = [
@@ -43,6 +45,19 @@ def test_what_changes_nothing(saved: Path, arguments: dict[str, Any]) -> None:
         "cuda" if "auto" in arguments.values() and torch.cuda.is_available() else "cpu",
         torch.float32,
     )
+
+
+@pytest.mark.parametrize("asked", [{"precision": "fp16"}, {"dtype": "float16"}])
+def test_float16_on_a_cpu_is_refused_unless_the_reference_is_asked_for(saved: Path, asked: dict[str, Any]) -> None:
+    for name in ("auto", "cpp"):
+        with pytest.raises(BackendUnavailableError, match="not float16"):
+            ALBERTModel.from_pretrained(saved, **asked, backend=name, device="cpu")
+    with pytest.raises(BackendUnavailableError, match=r"precision='bf16'.*backend='reference'"):
+        ALBERTModel.from_pretrained(saved, **asked, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = ALBERTModel.from_pretrained(saved, **asked, backend="reference", device="cpu")
+        assert model(torch.tensor([[2, 5, 3]])).last_hidden_state.dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -82,7 +97,8 @@ def test_what_cannot_be_obeyed_says_what_to_do(
     [(torch.bfloat16, torch.bfloat16), ("float16", torch.float16), ("torch.float32", torch.float32)],
 )
 def test_dtypes_name_a_precision(saved: Path, name: str, value: Any, expected: torch.dtype) -> None:
-    assert ALBERTModel.from_pretrained(saved, **{name: value}).dtype == expected
+    backend = "reference" if expected == torch.float16 else "auto"
+    assert ALBERTModel.from_pretrained(saved, **{name: value}, backend=backend).dtype == expected
 
 
 @pytest.mark.parametrize("stated", [True, False])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ..quantization.rounding import ROUNDED
 from ..runtime import dispatch
+from ..runtime.user_warnings import warn_user
 from . import families
 from .families import Family
 from .forward import no_kernel
@@ -47,7 +47,8 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
         precision: of inference. "fp32": the model's own parameters, whatever their dtype. "bf16" or "fp16": a copy of the
             layers. "int16", "int8" or "fp8": a rounded copy. Training, and calls that may ask for a gradient, take the
             model's own.
-        calibration: texts, if `model` has a tokenizer, or batches as its tokenizer returns them, to fit the rounding to.
+        calibration: texts or pairs of texts, if `model` has a tokenizer, or batches as its tokenizer returns them, to fit
+            the rounding to.
             Without any, int8 is fitted to random ids.
         padding: what stands in the last hidden states at padding: "zeros", or "keep" for what transformers computes there.
             It is kept where a part of `model` is known to read it.
@@ -68,12 +69,14 @@ def accelerate(model: Model, precision: str = "fp32", calibration: Any = None, *
     if not found and any(hasattr(inner, "execution_state") for inner in module.modules()):
         raise ValueError(f"{type(model).__name__} is a model of albert_fast: it runs on kernels as it is")
     if not found:
-        raise ValueError(f"{type(model).__name__} holds no encoder that is known{_reason(module)}: {families.known()}")
+        raise ValueError(
+            f"{type(model).__name__} holds no encoder that is known{_reason(module)}. Known: {families.known()}"
+        )
     refused = {name: reason for name, stack, family in found if (reason := _why_not(stack, family)) is not None}
     if len(refused) == len(found):
         raise ValueError("; ".join(f"{type(model).__name__}: {name}: {reason}" for name, reason in refused.items()))
     for name, reason in refused.items():
-        warnings.warn(f"albert_fast: {name} is left as it is: {reason}", stacklevel=2)
+        warn_user(f"albert_fast: {name} is left as it is: {reason}")
     readers, tokenizer = _readers_of_padding(module), getattr(model, "tokenizer", None)
     made = []
     for name, stack, family in found:
@@ -189,5 +192,8 @@ def _reason(module: nn.Module) -> str:
     for inner in module.modules():
         kind = getattr(getattr(inner, "config", None), "model_type", None)
         if kind in _OTHERS:
-            return f" ({kind}: {_OTHERS[kind]}). Known"
-    return ". Known"
+            return f" ({kind}: {_OTHERS[kind]})"
+    for inner in module.modules():  # the outermost list of equal modules is the one of layers
+        if isinstance(inner, nn.ModuleList) and len({type(layer) for layer in inner}) == 1:
+            return f" (its layers are of the class {type(inner[0]).__name__}, which is not known)"
+    return " (it has no list of layers)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..layers.adapters import project
 from ..layers.packing import Packing, pack
 from ..layers.run import Run
 from ..runtime import dispatch
+from ..runtime.user_warnings import warn_user
 from .calls import Call, read_call
 from .families import Family
 from .padded import PaddedQueries
@@ -24,10 +24,9 @@ from .view import StackView
 
 @cache
 def warn_of_original(reason: str) -> None:
-    warnings.warn(
+    warn_user(
         f"albert_fast: an accelerated model runs its original forward, because {reason}. Said once; "
-        "albert_fast.explain(model, ...) says it for any call.",
-        stacklevel=4,
+        "albert_fast.explain(model, ...) says it for any call."
     )
 
 
@@ -39,9 +38,7 @@ def say_traced() -> None:
 
 @cache
 def warn_of_floats(reason: str) -> None:
-    warnings.warn(
-        f"albert_fast: an accelerated model runs in its own precision, because {reason}. Said once.", stacklevel=5
-    )
+    warn_user(f"albert_fast: an accelerated model runs in its own precision, because {reason}. Said once.")
 
 
 def fast_forward(stack: Any, given: dict[str, Any]) -> Any:
@@ -102,8 +99,7 @@ def prepared(
     family = acceleration.family
     norm, first = view.distinct()[0].attention.LayerNorm, family.first
     width = view.spec.hidden_size if first is None else getattr(stack, first).in_features
-    implementation = getattr(getattr(stack, "config", None), "_attn_implementation", None) or ""
-    call = read_call(given, family, width, norm.weight.dtype, "flash" in implementation)
+    call = read_call(given, family, width, norm.weight.dtype, _attention(stack))
     if isinstance(call, str):
         return call
     if (reason := no_kernel(call.hidden.device.type, _arithmetic(call.hidden))) is not None:
@@ -117,6 +113,12 @@ def prepared(
     if acceleration.padding == "zeros" and bool(call.mask[:, 0].all()):
         return call, view, packing.with_sequence_order()
     return call, view, PaddedQueries.of(packing)
+
+
+def _attention(stack: nn.Module) -> str:
+    """transformers' name of the attention that `stack` runs; DistilBERT's layers have the configuration, its stack has none."""
+    config: Any = next((module.config for module in stack.modules() if hasattr(module, "config")), None)
+    return getattr(config, "_attn_implementation", None) or ""
 
 
 def _arithmetic(hidden: Tensor) -> torch.dtype:

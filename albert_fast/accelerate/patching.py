@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from typing import Any
 
 from torch import nn
 
+from ..runtime.user_warnings import warn_user
 from .api import accelerate, check_arguments, stacks_in
 
 _LOCK = threading.Lock()
@@ -78,7 +78,7 @@ def _accelerating(original: Any) -> Any:
             try:
                 accelerate(model, **options)
             except Exception as error:  # whatever it is, the user asked for a model
-                warnings.warn(f"albert_fast: {type(model).__name__} is loaded as it is: {error}", stacklevel=2)
+                warn_user(f"albert_fast: {type(model).__name__} is loaded as it is: {error}")
         return loaded
 
     return from_pretrained

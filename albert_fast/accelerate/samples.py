@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter, signature
 from types import SimpleNamespace
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from ..layers.adapters import project
 from ..layers.packing import Packing
-from ..quantization.calibration import quantize
+from ..quantization.calibration import calibration_batches, quantize
 from ..runtime import dispatch
+from ..runtime.user_warnings import warn_user
 from .families import Family
 from .plans import at_the_stack
 from .reduced import ReducedLayers, plain_view, source_of
@@ -32,9 +32,7 @@ class _Embedder:
     def __init__(self, owner: nn.Module, stack: nn.Module, family: Family, view: StackView) -> None:
         self._owner, self._stack, self._family, self.encoder = owner, stack, family, view
         config: Any = owner.config
-        # Roberta counts positions from behind the pad token.
-        padding = getattr(getattr(owner, "embeddings", None), "padding_idx", None)
-        self._longest = config.max_position_embeddings - (0 if padding is None else padding + 1)
+        self._longest = positions(owner)
         self.config = SimpleNamespace(vocab_size=config.vocab_size, longest=self._longest)
 
     def check_length(self, columns: int) -> None:
@@ -59,7 +57,8 @@ def rounded_layers(
 
     Args:
         owner: the model around the stack, which turns ids into the stack's input; None where there is none.
-        calibration: texts, or batches as `quantization.calibration.Calibration`; None: int8 is fitted to random ids.
+        calibration: texts, pairs of texts, or batches as `quantization.calibration.Calibration`; None: int8 is fitted to
+            random ids.
         tokenizer: for texts; None where the model has none.
 
     Raises:
@@ -77,7 +76,7 @@ def rounded_layers(
     dispatch.check_quantized(precision, device, "auto")
     fast, reason = dispatch.quantized_kernels(precision, device.type, "auto")
     if not fast:
-        warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
+        warn_user(f"albert_fast: precision={precision!r} runs {reason}")
     for layer in view.distinct():  # the others are replaced by rounded ones
         for holder, name in ((layer, "full_layer_layer_norm"), (layer.attention, "LayerNorm")):
             setattr(holder, name, copy.deepcopy(getattr(holder, name)).requires_grad_(False))
@@ -97,21 +96,78 @@ def _takes_ids(owner: nn.Module) -> bool:
 
 
 def _batches(calibration: Any, tokenizer: Any, embedder: _Embedder) -> Any:
-    """Texts as batches; batches as they are."""
+    """Texts or pairs of texts as batches; batches as they are."""
     if isinstance(calibration, str):
         raise TypeError("calibration: expected a list of texts, got one text")
-    if calibration is None or isinstance(calibration, (Tensor, dict)) or not isinstance(calibration, Iterable):
-        return calibration  # `quantize` says what is wrong
-    listed = calibration if isinstance(calibration, tuple) else list(calibration)
-    if not listed or not all(isinstance(text, str) for text in listed):
-        return listed
+    if calibration is None:
+        return None
+    several = isinstance(calibration, Iterable) and not isinstance(calibration, (Tensor, Mapping, tuple))
+    listed = list(calibration) if several else calibration
+    if not isinstance(listed, (list, tuple)) or not any(isinstance(text, str) or _is_pair(text) for text in listed):
+        try:
+            return list(calibration_batches(listed))
+        except TypeError as error:
+            raise TypeError(f"{error}. Where the model has a tokenizer, also texts or pairs of two texts") from None
     if tokenizer is None:
         raise TypeError("calibration: this model has no tokenizer for texts: give a list of what its tokenizer returns")
-    longest = min(embedder.config.longest, getattr(tokenizer, "model_max_length", None) or 10**9)
     return [
-        dict(tokenizer(listed[i : i + _BATCH], padding=True, truncation=True, max_length=longest, return_tensors="pt"))
+        _tokenized(listed[i : i + _BATCH], tokenizer, embedder.config.longest, "calibration")
         for i in range(0, len(listed), _BATCH)
     ]
+
+
+def _is_pair(text: Any) -> bool:
+    return isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(one, str) for one in text)
+
+
+def _tokenized(texts: Sequence[Any], tokenizer: Any, longest: int, what: str) -> dict[str, Tensor]:
+    """A batch of texts, or of pairs of them, cut to `longest` tokens.
+
+    Raises:
+        TypeError: neither; the message says so of `what`.
+    """
+    pairs = [_is_pair(text) for text in texts]
+    if any(pairs) != all(pairs) or not all(
+        pair or isinstance(text, str) for text, pair in zip(texts, pairs, strict=True)
+    ):
+        kinds = " and ".join(sorted({type(text).__name__ for text in texts}))
+        raise TypeError(f"{what}: expected texts, or pairs of two texts, in one list; got {kinds}")
+    columns: Any = [list(column) for column in zip(*texts, strict=True)] if all(pairs) else [list(texts)]
+    longest = min(longest, getattr(tokenizer, "model_max_length", None) or 10**9)
+    return dict(tokenizer(*columns, padding=True, truncation=True, max_length=longest, return_tensors="pt"))
+
+
+def call_arguments(owner: nn.Module, tokenizer: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by which `explain` calls `owner`, a model of transformers.
+
+    Args:
+        given: as `explain` got them; `input_ids` may be ids (B, S), a text, a list of texts or of pairs of them.
+
+    Raises:
+        TypeError: anything else, or texts where `tokenizer` is None.
+    """
+    found = given["input_ids"]
+    if isinstance(found, Tensor) or (found is None and isinstance(given.get("inputs_embeds"), Tensor)):
+        return given
+    if isinstance(found, str):
+        found = [found]
+    if not isinstance(found, (list, tuple)) or not found or not (isinstance(found[0], str) or _is_pair(found[0])):
+        raise TypeError(f"explain: expected texts, or what the model's tokenizer returns, got {type(found).__name__}")
+    if tokenizer is None:
+        raise TypeError(
+            "explain: this model has no tokenizer for texts: give what its tokenizer returns, explain(model, **batch)"
+        )
+    device, longest = next(owner.parameters()).device, positions(owner)
+    batch = _tokenized(found, tokenizer, longest, "explain")
+    return {**given, **{name: value.to(device) for name, value in batch.items()}}
+
+
+def positions(owner: nn.Module) -> int:
+    """Tokens of the longest sequence that a model of transformers takes."""
+    config: Any = owner.config
+    # Roberta counts positions from behind the pad token.
+    padding = getattr(getattr(owner, "embeddings", None), "padding_idx", None)
+    return int(config.max_position_embeddings - (0 if padding is None else padding + 1))
 
 
 @contextmanager

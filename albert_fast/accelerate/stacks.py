@@ -12,6 +12,7 @@ from ..layers.packing import Packing
 from ..runtime.registration import is_traced
 from .forward import fast_forward, prepared, say_traced, warn_of_original, why_not_reduced
 from .plans import Row, at_the_stack, caller_of, described
+from .samples import call_arguments
 from .state import STATE, Acceleration
 from .view import StackView
 
@@ -51,6 +52,11 @@ class Accelerated(nn.Module):
 
         row: Row = at_the_stack(caller_of(module, self), self, arguments, look)
         return row
+
+    def call_arguments(self, module: nn.Module, tokenizer: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of `module`, which holds this stack: texts become what `tokenizer` makes of them."""
+        owner = next(inner for inner in module.modules() if self in inner.children())
+        return call_arguments(owner, tokenizer, given)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by the names that the original forward gives them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -234,16 +235,18 @@ def _accelerated(model: Any) -> nn.Module | None:
     return module if any(hasattr(inner, "explained") for inner in module.modules()) else None
 
 
-def _explain_accelerated(module: Any, arguments: dict[str, Any]) -> Plan:
+def _explain_accelerated(module: Any, tokenizer: Any, given: dict[str, Any]) -> Plan:
     stacks = [(name, inner) for name, inner in module.named_modules() if hasattr(inner, "explained")]
+    arguments = stacks[0][1].call_arguments(module, tokenizer, given)
     steps = [Step(*inner.explained(name, module, arguments)) for name, inner in stacks]
-    batch, columns = arguments["input_ids"].shape[-2:]
+    ids = arguments["input_ids"]
+    batch, columns = arguments["inputs_embeds"].shape[:2] if ids is None else ids.shape[-2:]
     gflop = sum(step.gflop for step in steps)
     summary = f"{type(module).__name__}, accelerated: {batch} x {columns}; {gflop:.2f} GFLOP in its layers"
     return Plan(summary, steps)
 
 
-def explain(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **arguments: Any) -> Plan:
+def explain(model: Any, input_ids: Any = None, attention_mask: Tensor | None = None, **arguments: Any) -> Plan:
     """What `model(input_ids, attention_mask)` would run where, and why; after `warmup` also whether as a CUDA graph.
 
     That depends on the modes it is asked in: under torch.no_grad() as the call will be.
@@ -251,17 +254,31 @@ def explain(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None,
     Args:
         model: an ALBERTModel or a model with a head; or an accelerated model, and then the plan has a row for each stack of
             layers.
-        input_ids: (B, S). attention_mask: (B, S), as in forward. arguments: others, for an accelerated model.
+        input_ids: (B, S), or what a tokenizer returns; for an accelerated model that has a tokenizer (SentenceTransformer,
+            CrossEncoder, pipeline) also a text, or a list of texts or of pairs of texts.
+        attention_mask: (B, S), as in forward. arguments: others, for an accelerated model.
 
     Returns:
         Plan: `print` it for a table; `plan.steps` for the rows.
 
     Raises:
-        TypeError: not one of our models. ValueError: shapes that do not fit.
+        TypeError: not one of our models; texts or anything else that it does not take. ValueError: shapes that do not fit.
     """
+    if isinstance(input_ids, Mapping):
+        return explain(model, **{"attention_mask": attention_mask, **input_ids, **arguments})
     if (accelerated := _accelerated(model)) is not None:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **arguments}
-        return _explain_accelerated(accelerated, given)
+        return _explain_accelerated(accelerated, getattr(model, "tokenizer", None), given)
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+        raise TypeError(
+            f"explain: {type(model).__name__} holds a model: explain its `model`, with what its tokenizer returns"
+        )
+    encoder_of(model)
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"explain: expected input_ids (B, S), got {type(input_ids).__name__}: give what a tokenizer returns"
+        )
+    arguments.pop("token_type_ids", None)  # they change no step
     call = _Call.of(model, input_ids, attention_mask)
     if arguments:
         raise TypeError(f"{type(model).__name__}: explain takes no {next(iter(arguments))}")

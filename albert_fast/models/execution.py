@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from ..ops._schema import PRODUCTS, matrix_sizes
 from ..quantization.calibration import Calibration, quantize
 from ..quantization.rounding import ROUNDED
 from ..runtime import derived, dispatch
+from ..runtime.user_warnings import warn_user
 from .load_arguments import FLOAT_DTYPES
 
 
@@ -141,6 +141,8 @@ class Execution(EagerExecution):
             dtype = dispatch.quantized_dtype(precision, device.type)
         else:
             dtype = FLOAT_DTYPES[precision]
+            if backend == "auto":
+                dispatch.check_dtype(precision, device.type, dtype)
         dispatch.check_backend(backend, device.type, dtype)
         if precision in ROUNDED:
             self._round(precision, backend, calibration)
@@ -173,7 +175,7 @@ class Execution(EagerExecution):
     def _round(self, precision: str, backend: str, calibration: Calibration | None) -> None:
         fast, reason = dispatch.quantized_kernels(precision, self._device.type, backend)
         if not fast:
-            warnings.warn(f"albert_fast: precision={precision!r} runs {reason}", stacklevel=4)
+            warn_user(f"albert_fast: precision={precision!r} runs {reason}")
         if self.quantized is None:
             self._model.float()
             quantize(self._encoder, precision, calibration, backend)

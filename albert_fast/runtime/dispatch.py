@@ -230,6 +230,18 @@ def check_backend(backend: str, device_type: str, dtype: torch.dtype) -> None:
             resolve(op, device_type, dtype, backend)
 
 
+def check_dtype(precision: str, device_type: str, dtype: torch.dtype) -> None:
+    """Raise BackendUnavailableError if no kernel on such a device takes `dtype`, in which a model was asked to run."""
+    backends = [name for name in TABLE["attention"].get(device_type, ()) if name in _DTYPES]
+    if backends and not any(dtype in _DTYPES[name] for name in backends):
+        known = ", ".join(str(one).removeprefix("torch.") for one in _DTYPES[backends[0]])
+        raise BackendUnavailableError(
+            f"precision={precision!r} cannot run here: the kernels for {device_type} tensors take {known}, not "
+            f"{str(dtype).removeprefix('torch.')}; take precision='bf16', a GPU (device='cuda'), or backend='reference', "
+            "which is slow"
+        )
+
+
 def quantized_dtype(precision: str, device_type: str) -> torch.dtype:
     """The dtype of everything but the rounded weights and their scales in an "int8", "int16" or "fp8" model."""
     return torch.float32 if device_type == "cpu" and precision != "fp8" else torch.bfloat16

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor
+
+from .user_warnings import warn_user
 
 _ENOUGH = 3
 
@@ -40,11 +40,10 @@ def watch_graph(out: Tensor) -> None:
         return
     if _Watch.unused >= _ENOUGH:
         _Watch.told = True
-        warnings.warn(
+        warn_user(
             "albert_fast: the model is in eval mode and gradients are enabled, but no backward has used them. Without them "
             "all layers run in one call, about three times as fast: call the model inside `with torch.inference_mode():` or "
-            "`with torch.no_grad():`.",
-            stacklevel=2,
+            "`with torch.no_grad():`."
         )
         return
     out.grad_fn.register_prehook(_Graph())
