@@ -228,6 +228,7 @@ class TestModes:
         copy_sources(tmp_path / "source")
         assert "must be one of auto, cpu, cuda, off" in self.setup("fast", {}, tmp_path, fails=True)
 
+    @pytest.mark.thorough  # it compiles and links the whole extension
     def test_an_nvcc_that_does_not_work(self, tmp_path):
         if shutil.which("c++") is None:
             pytest.skip("no C++ compiler on the PATH")

@@ -144,8 +144,9 @@ class Pairs(Host):
     def encoder(self, model: Any) -> Any:
         return model.model.bert
 
-    def calibration(self) -> list[str]:
-        return Texts("stsb", 1).calibration()
+    def calibration(self) -> list[tuple[str, str]]:
+        texts = Texts("stsb", 1).calibration()
+        return list(zip(texts[::2], texts[1::2], strict=True))
 
     def call(self, model: Any) -> Callable[[], Any]:
         return lambda: model.predict(self._pairs, batch_size=BATCH_SIZE, show_progress_bar=False)
@@ -159,8 +160,7 @@ class Pairs(Host):
         return [len(row) for row in self._encoded(self._pairs)["input_ids"]]
 
     def _batches(self) -> list[tuple[Tensor, ...]]:
-        texts = self.calibration()
-        return one_by_one(self._encoded(list(zip(texts[::2], texts[1::2], strict=True))), token_types=True)
+        return one_by_one(self._encoded(self.calibration()), token_types=True)
 
 
 @dataclass

@@ -87,7 +87,8 @@ class PeerCall:
     """A call in another environment, and its answer.
 
     Args:
-        folder: the model, as sentence-transformers reads it. inputs: texts, or pairs of texts. calibration: texts.
+        folder: the model, as sentence-transformers reads it. inputs, calibration: texts, or pairs of texts. The export takes
+            one column of texts, so it calibrates on each text of a pair by itself.
 
     Raises:
         RuntimeError: no environment has the library, or it failed, with its own words.
@@ -99,7 +100,7 @@ class PeerCall:
         pythons: Sequence[str],
         folder: Path,
         inputs: Sequence[Any],
-        calibration: Sequence[str],
+        calibration: Sequence[Any],
         threads: int,
     ) -> None:
         found = environment(side, pythons)
@@ -111,7 +112,8 @@ class PeerCall:
         try:
             files = _PEERS[side].files
             if files:
-                folder = self._made(files, folder, pairs, list(calibration), versions)
+                texts = [text for one in calibration for text in ([one] if isinstance(one, str) else one)]
+                folder = self._made(files, folder, pairs, texts, versions)
             self._worker.ask(do="load", side=side, folder=str(folder), inputs=inputs, pairs=pairs, threads=threads)
         except RuntimeError:
             self.close()
