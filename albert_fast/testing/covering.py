@@ -20,12 +20,19 @@ def cover(
     Args:
         requirements: case -> what it meets.
     """
-    left, missing = dict(requirements), set().union(*requirements.values())
-    chosen: list[Case] = []
-    while missing:
-        best = max(left, key=lambda case: (len(left[case] & missing), prefer(case, chosen)))
-        missing -= left.pop(best)
-        chosen.append(best)
+    cases, met = list(requirements), list(requirements.values())
+    meeting: dict[Any, list[int]] = {}  # what is missing -> the places of the cases that meet it
+    for place, own in enumerate(met):
+        for one in own:
+            meeting.setdefault(one, []).append(place)
+    gains, chosen = list(map(len, met)), list[Case]()
+    while meeting:
+        most = max(gains)
+        best = max((at for at, gain in enumerate(gains) if gain == most), key=lambda at: prefer(cases[at], chosen))
+        for one in met[best]:
+            for place in meeting.pop(one, ()):
+                gains[place] -= 1
+        chosen.append(cases[best])
     return chosen
 
 
