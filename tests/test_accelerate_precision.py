@@ -14,6 +14,7 @@ from albert_fast.accelerate import reduced, stacks
 from albert_fast.runtime import dispatch
 from albert_fast.testing.accelerated_models import PREFIXES, assert_like_original, stack_of, tiny_batch, tiny_model
 from albert_fast.testing.model_pairs import drawn_mask
+from albert_fast.testing.parity import every_pair
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -117,9 +118,7 @@ def called_and_merged(model):
 CHANGES = [multiplied, written_as_data, one_column_as_data, bias_as_data, merged, called_and_merged]
 
 
-@pytest.mark.parametrize("called", [False, True])
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("precision", ["bf16", "int16", "int8"])
+@every_pair(precision=["bf16", "int16", "int8"], change=CHANGES, called=[False, True])
 def test_changed_weights_are_never_served_from_the_copy(precision, change, called):
     model = albert_fast.accelerate(tiny_model("bert"), precision)
     if called:

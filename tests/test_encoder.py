@@ -21,7 +21,7 @@ from albert_fast import ALBERTConfig, ALBERTModel, explain, ops
 from albert_fast.runtime import dispatch
 from albert_fast.testing import ALL_CASES, poison_empty
 from albert_fast.testing.gpu.fake_graphs import in_threads
-from albert_fast.testing.parity import check_forward, device_of, make_inputs, parity_tests
+from albert_fast.testing.parity import check_forward, device_of, every_pair, make_inputs, parity_tests
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 if importlib.util.find_spec("triton") is not None:
@@ -166,9 +166,7 @@ def by_kernel(inputs, step_programs=0):
 
 
 @needs_triton
-@pytest.mark.parametrize("wanted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+@every_pair(shape=KERNEL_SHAPES, dtype=[torch.float32, torch.bfloat16, torch.float16], wanted=[False, True])
 def test_triton_kernel_against_torch(shape, dtype, wanted):
     check_forward(CASE, shape, {"wanted": wanted}, dtype, "triton")
 

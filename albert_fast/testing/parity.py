@@ -6,6 +6,7 @@ pytest is needed only for `parity_tests` and imported there: benchmarks use the 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +79,18 @@ def parity_tests(op: str) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
         )
 
     return parametrized(forward), parametrized([row for row in forward if row[1].gradients])
+
+
+def every_pair(**values: Iterable[Any]) -> pytest.MarkDecorator:
+    """A pytest parametrisation by all combinations of the arguments' values; those beyond every pair of two are "thorough"."""
+    import pytest
+
+    rows = list(itertools.product(*values.values()))
+    always = set(pairwise(rows))
+    marks = [() if at in always else (pytest.mark.thorough,) for at in range(len(rows))]
+    return pytest.mark.parametrize(
+        list(values), [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)]
+    )
 
 
 def _shape_id(shape: Any) -> str:
