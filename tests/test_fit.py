@@ -201,18 +201,27 @@ def test_ctrl_c_finishes_the_step_and_saves(
     assert steps == 6, "the steps before the interruption were done again"
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(MemoryError, ""), (KeyboardInterrupt, r"in epoch 1 of 2 \(classify\)")],
+    ids=["error", "ctrl_c"],
+)
 def test_an_error_in_the_dev_set_costs_no_epoch(
-    text_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text_files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    says: str,
 ) -> None:
     recipe = dataclasses.replace(RECIPE, pretrain_epochs=0, checkpoint_steps=None)
     whole = run_fit(text_files, tmp_path / "whole", recipe=recipe)
 
     def fails(*_args: object, **_options: object) -> None:
-        raise MemoryError
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "test", fails)
-        with pytest.raises(MemoryError):
+        with pytest.raises(error, match=says):
             run_fit(text_files, tmp_path / "cut", recipe=recipe)
     steps, real = [], torch.optim.AdamW.step
     with monkeypatch.context() as patch:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -33,6 +35,15 @@ class Interrupts:
         """Raises KeyboardInterrupt with the text `where` if Ctrl-C was pressed."""
         if self.asked:
             raise KeyboardInterrupt(where)
+
+    @staticmethod
+    @contextmanager
+    def located(where: str) -> Iterator[None]:
+        """Gives `where` as text to a KeyboardInterrupt that has none, such as one while the dev set is measured."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(str(interrupt) or where) from None
 
     def _note(self, number: int, frame: Any) -> None:
         self.asked = True

@@ -167,36 +167,37 @@ class TrainingRun:
 
         while position.epoch < stage.epochs:
             epoch, started = position.epoch + 1, time.monotonic()
-            if position.step < sampler.batches_per_epoch:
-                sampler.set_epoch(position.epoch, position.step)
-                with interrupts:
-                    train(
-                        model,
-                        loader,
-                        stage.criterion,
-                        optimizer,
-                        self.device,
-                        scheduler=schedule,
-                        max_grad_norm=recipe.max_grad_norm,
-                        after_step=after_step,
-                        progress=self.progress,
-                    )
-                # Before the dev set, where an error would lose the epoch, and before there is a model without a state.
+            with interrupts.located(f"in epoch {epoch} of {stage.epochs} ({stage.name})"):
+                if position.step < sampler.batches_per_epoch:
+                    sampler.set_epoch(position.epoch, position.step)
+                    with interrupts:
+                        train(
+                            model,
+                            loader,
+                            stage.criterion,
+                            optimizer,
+                            self.device,
+                            scheduler=schedule,
+                            max_grad_norm=recipe.max_grad_norm,
+                            after_step=after_step,
+                            progress=self.progress,
+                        )
+                    # Before the dev set, where an error would lose the epoch, and before there is a model without a state.
+                    self._save(stage.name, parts, position)
+                    interrupts.check(f"after epoch {epoch} of {stage.epochs} ({stage.name})")
+                record: dict[str, Any] = {
+                    "stage": stage.name,
+                    "epoch": epoch,
+                    "train_loss": position.total / position.count,
+                }
+                with average.applied(model) if average is not None else nullcontext():
+                    self._measure(stage, record)
+                record["seconds"] = round(time.monotonic() - started, 1)
+                self.history.append(record)
+                self.report(f"epoch {epoch} of {stage.epochs}: {_figures(record)}")
+                position = Position(epoch)
                 self._save(stage.name, parts, position)
-                interrupts.check(f"after epoch {epoch} of {stage.epochs} ({stage.name})")
-            record: dict[str, Any] = {
-                "stage": stage.name,
-                "epoch": epoch,
-                "train_loss": position.total / position.count,
-            }
-            with average.applied(model) if average is not None else nullcontext():
-                self._measure(stage, record)
-            record["seconds"] = round(time.monotonic() - started, 1)
-            self.history.append(record)
-            self.report(f"epoch {epoch} of {stage.epochs}: {_figures(record)}")
-            position = Position(epoch)
-            self._save(stage.name, parts, position)
-            write_log(self.folder, [self.settings, *self.history])
+                write_log(self.folder, [self.settings, *self.history])
 
     def _measure(self, stage: Stage, record: dict[str, Any]) -> None:
         """Adds the dev set's figures to the record of an epoch, and saves the model if it is the best so far."""
