@@ -212,7 +212,7 @@ FILES = {
     ),
     "albert_fast/quantization": "calibration rounding",
     "albert_fast/runtime": (
-        "derived devices dispatch files kept_operands linear locking operands registration unused_gradients "
+        "derived devices dispatch files kept_operands linear locking operands progress registration unused_gradients "
         "user_warnings version"
     ),
     "albert_fast/tasks": (

@@ -19,6 +19,7 @@ from ..layers.quantized import QuantizedLinear
 from ..layers.run import Run
 from ..layers.stack import LayerStack
 from ..runtime import dispatch
+from ..runtime.progress import progress_of_long_work
 from .rounding import NEAREST, Fit, rounded_linear
 
 # Batches as a model takes them: (input_ids, attention_mask), (B, S) each, a tokenizer's mapping of both, or input_ids alone.
@@ -200,11 +201,14 @@ class Sample:
         fits = [Fit(inputs=True, weights=fit_weights, relative=False)]
         if self._is_uneven():
             fits.append(replace(fits[0], relative=True))
+        candidates: list[Rounded] = [[] for _ in fits]
         layers = list(zip(encoder.distinct(), self._seen, strict=True))
-        return [
-            [_rounded(layer, precision, fit, [rows.gathered() for rows in seen]) for layer, seen in layers]
-            for fit in fits
-        ]
+        with progress_of_long_work(f"fitting {precision} layers", len(fits) * len(layers)) as done:
+            for fit, fitted in zip(fits, candidates, strict=True):
+                for layer, seen in layers:
+                    fitted.append(_rounded(layer, precision, fit, [rows.gathered() for rows in seen]))
+                    done()
+        return candidates
 
 
 def _is_held_out(numbers: Tensor) -> Tensor:
