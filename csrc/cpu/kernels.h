@@ -32,23 +32,25 @@ std::int64_t embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address typ
                                           int num_threads);
 
 // out (Tq,H) = dropout(softmax(scale * q k^T)) v for every sequence and head, H = num_heads * head_dim; q (Tq,H), k and
-// v (T,H); cu_q, cu_k (B+1) int32; lse (num_heads,Tq) f32 = log of the sum of exp(scale * q k^T). A sequence without
-// keys gives out = 0 and lse = -inf. Returns false, and writes nothing, where cu_q or cu_k does not run from 0 to Tq or
-// T without falling, or a sequence has more than longest_q queries or longest_k keys.
+// v (T,H); cu_q, cu_k (B+1) int32; lse (num_heads,Tq) f32 = log of the sum of exp(scale * q k^T). With key_lengths (B)
+// int32, or 0 for none, cu_k (B) holds where the keys of each sequence begin, in any order. Causal: query i of Sq sees
+// the keys 0 to i + Sk - Sq. A query that sees no key gives out = 0 and lse = -inf. Returns false, and writes nothing,
+// where cu_q or cu_k does not run from 0 to Tq or T without falling, keys lie outside [0, T), or a sequence has more
+// than longest_q queries or longest_k keys.
 bool attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse, Address cu_q, Address cu_k,
-                       std::int64_t B, std::int64_t Tq, std::int64_t T, std::int64_t longest_q, std::int64_t longest_k,
-                       std::int64_t num_heads, std::int64_t head_dim, std::int64_t q_stride, std::int64_t k_stride,
-                       std::int64_t v_stride, std::int64_t out_stride, double scale, double dropout_p,
-                       std::int64_t seed, int dtype, int num_threads);
+                       Address key_lengths, bool causal, std::int64_t B, std::int64_t Tq, std::int64_t T,
+                       std::int64_t longest_q, std::int64_t longest_k, std::int64_t num_heads, std::int64_t head_dim,
+                       std::int64_t q_stride, std::int64_t k_stride, std::int64_t v_stride, std::int64_t out_stride,
+                       double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
 // dq (Tq,H), dk, dv (T,H) from grad_out (Tq,H), what the forward was given, and the lse that it returned. Returns what
 // the forward does.
 bool attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address lse, Address dq, Address dk,
-                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t Tq, std::int64_t T,
-                       std::int64_t longest_q, std::int64_t longest_k, std::int64_t num_heads, std::int64_t head_dim,
-                       std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride, std::int64_t v_stride,
-                       std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride, double scale,
-                       double dropout_p, std::int64_t seed, int dtype, int num_threads);
+                       Address dv, Address cu_q, Address cu_k, bool causal, std::int64_t B, std::int64_t Tq,
+                       std::int64_t T, std::int64_t longest_q, std::int64_t longest_k, std::int64_t num_heads,
+                       std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
+                       std::int64_t v_stride, std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride,
+                       double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
 // out (T,N) = dropout(act(x (T,N) + bias (N))); out may be x.
 void bias_gelu_fwd_cpu(Address x, Address bias, Address out, std::int64_t T, std::int64_t N, int act, double dropout_p,
@@ -82,17 +84,19 @@ void gelu_layer_norm_bwd_cpu(Address grad, Address x, Address bias, Address weig
 
 // loss () f32 = the mean of -log softmax(logits)[label] over the rows whose label is not -100, 0 without any, for
 // logits (N,V) = x (N,E) weight (V,E)^T + bias (V); labels (N) int64. row_max, row_sum (N) f32: the largest logit of
-// each row and the sum of exp(logit - row_max), both 0 where the label is -100. Returns -1, or the first row whose
-// label is neither -100 nor within [0, V); then nothing is written.
+// each row and the sum of exp(logit - row_max), both 0 where the label is -100. label_smoothing in [0, 1] is the weight
+// of each label that all V words share. Returns -1, or the first row whose label is neither -100 nor within [0, V);
+// then nothing is written.
 std::int64_t linear_cross_entropy_fwd_cpu(Address x, Address weight, Address bias, Address labels, Address loss,
                                           Address row_max, Address row_sum, std::int64_t N, std::int64_t E,
-                                          std::int64_t V, int dtype, int num_threads);
+                                          std::int64_t V, double label_smoothing, int dtype, int num_threads);
 
 // dx (N,E), dweight (V,E) f32, dbias (V) f32 from grad () f32, what the forward accepted, and row_max and row_sum as it
 // returned them.
 void linear_cross_entropy_bwd_cpu(Address grad, Address x, Address weight, Address bias, Address labels,
                                   Address row_max, Address row_sum, Address dx, Address dweight, Address dbias,
-                                  std::int64_t N, std::int64_t E, std::int64_t V, int dtype, int num_threads);
+                                  std::int64_t N, std::int64_t E, std::int64_t V, double label_smoothing, int dtype,
+                                  int num_threads);
 
 // Floats of weight (N,K) f32 in the layout of linear_fwd_cpu, which differs between instruction sets; and that layout.
 std::int64_t linear_packed_size_cpu(std::int64_t N, std::int64_t K);
