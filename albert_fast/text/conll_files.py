@@ -51,7 +51,9 @@ def read_conll(path: str | Path, word_column: int | None = None, tag_column: int
                     yield sentence
                 sentence = Sentence(0)
                 continue
-            if text.startswith("-DOCSTART-") or (text.startswith("# ") and "\t" not in text and (has_tabs or "=" in text)):
+            if text.startswith("-DOCSTART-") or (
+                text.startswith("# ") and "\t" not in text and (has_tabs or "=" in text)
+            ):
                 continue
             has_tabs = has_tabs or "\t" in text
             columns = text.split("\t") if "\t" in text else text.split()

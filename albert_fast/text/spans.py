@@ -63,12 +63,16 @@ def context_rows(
     rows = ContextRows([], [], [], [], [])
     if not pairs:
         return rows
-    heads = tokenizer([(question, "") for question, _ in pairs], truncation="only_first", max_length=max(3, max_length // 2))
+    heads = tokenizer(
+        [(question, "") for question, _ in pairs], truncation="only_first", max_length=max(3, max_length // 2)
+    )
     bodies = tokenizer([context for _, context in pairs], add_special_tokens=False, return_offsets=True)
     for index, (ids, types) in enumerate(zip(heads["input_ids"], heads["token_type_ids"], strict=True)):
         room = max_length - len(ids)
         if room < 2:
-            raise ValueError(f"max_length {max_length} leaves no room for a context beside the question's {len(ids)} tokens")
+            raise ValueError(
+                f"max_length {max_length} leaves no room for a context beside the question's {len(ids)} tokens"
+            )
         overlap = min(max_length // 3 if shared is None else shared, room // 2)
         body, offsets = bodies["input_ids"][index], bodies["offset_mapping"][index]
         for window in windows(len(body), room, overlap):
@@ -143,3 +147,15 @@ def _best(spans: list[tuple[float, int, int]], absent: float | None) -> Span:
     weights = np.exp(scores - scores.max())
     best = int(scores.argmax())
     return Span(choices[best][1], choices[best][2], float(weights[best] / weights.sum()))
+
+
+def trimmed(context: str, span: Span) -> Span:
+    """The span without the spaces around it, which a vocabulary counts to a word."""
+    text = context[span.start : span.end]
+    start = span.start + len(text) - len(text.lstrip())
+    return Span(start, start + len(text.strip()), span.score)
+
+
+def answer_text(context: str, span: Span) -> str:
+    """The characters of a span; "" without an answer."""
+    return context[span.start : span.end].strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ def read_squad(path: str | Path) -> list[Question]:
     """All questions of a file, also .gz: data / paragraphs / context and qas / id, question, answers / text, answer_start.
 
     Raises:
-        ValueError: no JSON, another form, an answer that is not in its context; the message names the question. OSError: see `open`.
+        ValueError: no JSON, another form, or an answer that is not in its context; the message names the question. OSError: see
+            `open`.
     """
     name = str(path)
     try:
-        raw = gzip.open(path, "rb").read() if name.lower().endswith(".gz") else Path(path).read_bytes()
+        raw = Path(path).read_bytes()
+        raw = gzip.decompress(raw) if name.lower().endswith(".gz") else raw
         content = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, EOFError, RecursionError) as error:
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError) as error:
         raise ValueError(f"{name}: not JSON: {error}") from error
     found = []
     try:

@@ -139,12 +139,10 @@ def read_values(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         ValueError: see the top of this file. OSError: see `open`.
     """
     format = _format_of(path)
-    if format is Format.parquet:
-        lines = open_parquet(path, None, (), (), LONGEST_ROW)
-    else:
-        lines = open_lines(path, longest=LONGEST_ROW)
+    packed = format is Format.parquet
+    lines = open_parquet(path, None, longest=LONGEST_ROW) if packed else open_lines(path, longest=LONGEST_ROW)
     try:
-        reader = _ValueReader(lines, Format.jsonl if format is Format.parquet else format, Columns(), skip_blank=True)
+        reader = _ValueReader(lines, Format.jsonl if packed else format, Columns(), skip_blank=True)
         while (row := reader.read()) is not None:
             yield row.line, row.label
     finally:
