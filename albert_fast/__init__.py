@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from .models.heads import ALBERTForQuestionAnswering as ALBERTForQuestionAnswering
     from .models.heads import ALBERTForSequenceClassification as ALBERTForSequenceClassification
     from .models.heads import ALBERTForTokenClassification as ALBERTForTokenClassification
+    from .models.seq2seq import ALBERTForConditionalGeneration as ALBERTForConditionalGeneration
+    from .models.seq2seq_config import ALBERTSeq2SeqConfig as ALBERTSeq2SeqConfig
     from .models.roberta import RoBERTaConfig as RoBERTaConfig
     from .models.roberta import RoBERTaForMaskedLM as RoBERTaForMaskedLM
     from .models.roberta import RoBERTaForMultipleChoice as RoBERTaForMultipleChoice
@@ -85,6 +87,8 @@ _HOME = {
     "ALBERTForTokenClassification": "models.heads",
     "ALBERTForQuestionAnswering": "models.heads",
     "ALBERTForMultipleChoice": "models.heads",
+    "ALBERTForConditionalGeneration": "models.seq2seq",
+    "ALBERTSeq2SeqConfig": "models.seq2seq_config",
     "BERTConfig": "models.bert",
     "BERTModel": "models.bert",
     "BERTForMaskedLM": "models.bert",
