@@ -7,7 +7,7 @@ are those of the public functions; there is no dropout here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,39 +77,51 @@ def embedding_projection(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Iterable[tuple[tuple[int, int], tuple[int, int]]],
+    num_heads: int,
+    softmax_scale: float,
+    causal: bool,
 ) -> Tensor:
-    """Attention (Tq, H) of packed sequences; sequences of equal lengths that follow one another are computed together."""
-    pairs = [(e - b, f - c) for (b, e), (c, f) in zip(_ranges(cu_seqlens_q), _ranges(cu_seqlens_k), strict=True)]
-    parts: list[Tensor] = []
-    first_query = first_key = 0
-    for (queries, keys), run in itertools.groupby(pairs):
-        count = len(list(run))
-        if queries and keys:
-            heads = [
-                t[first : first + count * length]
-                .unflatten(0, (count, length))
-                .unflatten(-1, (num_heads, -1))
-                .transpose(1, 2)
-                for t, first, length in ((q, first_query, queries), (k, first_key, keys), (v, first_key, keys))
-            ]
-            out = _attention(heads[0], heads[1], heads[2], softmax_scale)
-            parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
-        elif queries:
-            parts.append(q.new_zeros((count * queries, q.shape[1])))
-        first_query, first_key = first_query + count * queries, first_key + count * keys
-    if not parts:
+    """Attention (Tq, H); `sequences` has the (begin, end) of each one's queries, which follow one another, and of its keys.
+
+    Sequences of equal lengths that follow one another are computed together.
+    """
+    out = []
+    for (length_q, length_k), run in itertools.groupby(sequences, lambda pair: tuple(e - b for b, e in pair)):
+        pairs = list(run)
+        # Causal queries before the first key see none.
+        blind = length_q if not length_k else max(length_q - length_k, 0) if causal else 0
+        first = pairs[0][0][0]
+        queries = q[first : first + len(pairs) * length_q].unflatten(0, (len(pairs), length_q))
+        parts = [torch.zeros_like(queries[:, :blind])]
+        if blind < length_q:
+            keys = _gathered(k, pairs), _gathered(v, pairs)
+            heads = [t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (queries[:, blind:], *keys)]
+            parts.append(_attention(heads[0], heads[1], heads[2], softmax_scale, causal).transpose(1, 2).flatten(2))
+        out.append((torch.cat(parts, dim=1) if blind else parts[-1]).flatten(0, 1))
+    if not out:
         return q.new_zeros(q.shape)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """q (B, heads, Sq, D); k, v (B, heads, Sk, D) -> (B, heads, Sq, D)."""
+def _gathered(x: Tensor, pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> Tensor:
+    """(B, Sk, H), the keys or values of sequences of one length; a view where they follow one another."""
+    ranges = [keys for _, keys in pairs]
+    if all(before[1] == after[0] for before, after in itertools.pairwise(ranges)):
+        return x[ranges[0][0] : ranges[-1][1]].unflatten(0, (len(ranges), -1))
+    return torch.stack([x[begin:end] for begin, end in ranges])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    """q (B, heads, Sq, D); k, v (B, heads, Sk, D) -> (B, heads, Sq, D); with `causal` Sq is at most Sk."""
+    seen = None
+    if causal and q.shape[2] > 1:  # the last query sees every key
+        seen = torch.ones((q.shape[2], k.shape[2]), dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         # A softmax over one key has no gradient; the backward of torch's fused kernel gives rounding errors there.
-        return torch.softmax((q @ k.transpose(2, 3)) * scale, dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
-
-
-def _ranges(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(cu_seqlens.tolist()))
+        scores = (q @ k.transpose(2, 3)) * scale
+        return torch.softmax(scores if seen is None else scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)

@@ -282,10 +282,8 @@ ALL_CASES: dict[str, OpCase] = {
                 ((3,), (0,), 1, 64),
             ),
             bench_shapes=(((128,) * 8, None, 12, 64), ((512,) * 4, None, 12, 64)),
-            options=(
-                *_DROPOUT,
-                {"sharpness": 40.0},
-            ),  # softmax is saturated, and gradients are what remains after cancellation
+            # Sharp: softmax is saturated, and gradients are what remains after cancellation.
+            options=(*_DROPOUT, {"sharpness": 40.0}, {"causal": True}, {"causal": True, "dropout_p": 0.2}),
             gradients=("q", "k", "v"),
             operations=attention_operations,
             slack=attention_slack,

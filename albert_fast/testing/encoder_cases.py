@@ -20,7 +20,9 @@ from .case import EPS, Inputs, drawn_seed, randn
 # attention: shapes are (lengths of queries, lengths of keys or None for the same, heads, head_dim) --------------------------
 
 
-def attention_inputs(shape, dtype, device="cpu", generator=None, dropout_p=0.0, sharpness=1.0) -> Inputs:
+def attention_inputs(
+    shape, dtype, device="cpu", generator=None, dropout_p=0.0, sharpness=1.0, causal=False, cached=False
+) -> Inputs:
     lengths_q, lengths_k, heads, head_dim = shape
     lengths_k = lengths_q if lengths_k is None else lengths_k
     width = heads * head_dim
@@ -31,7 +33,7 @@ def attention_inputs(shape, dtype, device="cpu", generator=None, dropout_p=0.0, 
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
         for lengths in (lengths_q, lengths_k)
     )
-    return {
+    inputs = {
         "q": q[: sum(lengths_q)],
         "k": k[: sum(lengths_k)],
         "v": v[: sum(lengths_k)],
@@ -43,12 +45,35 @@ def attention_inputs(shape, dtype, device="cpu", generator=None, dropout_p=0.0, 
         "softmax_scale": sharpness * head_dim**-0.5,
         "dropout_p": dropout_p,
         "seed": drawn_seed(dropout_p, generator),
+        "causal": causal,
+        "key_lengths": None,
     }
+    return {**inputs, **_cached(inputs, lengths_k)} if cached else inputs
+
+
+def _cached(inputs: Inputs, lengths: Sequence[int]) -> Inputs:
+    """The keys and values of `inputs` as caches hold them: last sequence first, each with room for three more rows, which are
+    NaN. Neighbours of one length share the keys of the first."""
+    begins, first, caches = [0] * len(lengths), 3, [torch.full_like(inputs["k"][:1], float("nan")).expand(3, -1)] * 2
+    owners = [
+        number - 1 if number and lengths[number - 1] == lengths[number] else number for number in range(len(lengths))
+    ]
+    for number in reversed(range(len(lengths))):
+        begins[number] = first
+        begin = int(inputs["cu_seqlens_k"][number])
+        rows = slice(begin, begin + lengths[number])
+        caches = [torch.cat([cache, inputs[name][rows], cache[:3]]) for cache, name in zip(caches, "kv", strict=True)]
+        first = len(caches[0])
+    begins, device = [begins[owner] for owner in owners], inputs["k"].device
+    k, v = torch.cat(caches, dim=1).split(caches[0].shape[1], dim=1)
+    starts, counts = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (begins, lengths))
+    return {"k": k, "v": v, "cu_seqlens_k": starts, "key_lengths": counts}
 
 
 def attention_slack(inputs: Inputs) -> float:
     """Rounding changes a score of size s by up to s * 2^-24, and its probability by the same factor, whatever torch's error is."""
     q, k = (inputs[name].float().unflatten(1, (inputs["num_heads"], -1)).transpose(0, 1) for name in ("q", "k"))
+    k = k.nan_to_num()  # rows of a cache that are not written yet
     if not (q.numel() and k.numel()):
         return 0.0
     largest = max(float((some @ k.mT).abs().max()) for some in q.split(1024, dim=1))  # all at once may not fit a GPU
@@ -70,17 +95,35 @@ def attention_rounded(inputs: Inputs, generator: torch.Generator) -> Inputs | No
 
 
 def attention_eager(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, softmax_scale, dropout_p, seed
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    num_heads,
+    softmax_scale,
+    dropout_p,
+    seed,
+    causal=False,
+    key_lengths=None,
 ):
     outputs = [q[:0]]
-    for (q0, q1), (k0, k1) in zip(
-        itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True
-    ):
+    ends = cu_seqlens_k[1:] if key_lengths is None else cu_seqlens_k + key_lengths
+    key_ranges = zip(cu_seqlens_k.tolist(), ends.tolist(), strict=key_lengths is not None)
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_seqlens_q.tolist()), key_ranges, strict=True):
         query, key, value = (t.unflatten(1, (num_heads, -1)).transpose(0, 1) for t in (q[q0:q1], k[k0:k1], v[k0:k1]))
         if k0 == k1:
             outputs.append(torch.zeros_like(q[q0:q1]))
             continue
-        p = torch.softmax(query @ key.transpose(1, 2) * softmax_scale, dim=-1)
+        scores = query @ key.transpose(1, 2) * softmax_scale
+        if causal:
+            seen = torch.arange(k1 - k0) <= torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
+            scores = scores.masked_fill(~seen.to(q.device), float("-inf"))
+        p = torch.softmax(scores, dim=-1)
+        if causal:
+            p = torch.where(seen.any(1, keepdim=True).to(q.device), p, 0.0)
         if dropout_p:
             rows = torch.arange(num_heads)[:, None, None] * HEAD_STRIDE + torch.arange(q0, q1)[:, None]
             p = p * keep_scale(int(seed), rows, torch.arange(k1 - k0), dropout_p).to(q)
@@ -89,8 +132,11 @@ def attention_eager(
 
 
 def attention_operations(inputs: Inputs) -> float:
-    lengths = zip(inputs["cu_seqlens_q"].diff().tolist(), inputs["cu_seqlens_k"].diff().tolist(), strict=True)
-    return 4.0 * inputs["q"].shape[1] * sum(a * b for a, b in lengths)
+    key_lengths, causal = inputs["key_lengths"], inputs["causal"]
+    lengths_k = inputs["cu_seqlens_k"].diff() if key_lengths is None else key_lengths
+    lengths = zip(inputs["cu_seqlens_q"].diff().tolist(), lengths_k.tolist(), strict=True)
+    pairs = (sum(range(max(b - a, 0) + 1, b + 1)) if causal else a * b for a, b in lengths)
+    return 4.0 * inputs["q"].shape[1] * sum(pairs)
 
 
 def attention_saved_bytes(inputs: Inputs) -> float:
