@@ -60,8 +60,6 @@ if TYPE_CHECKING:
     from .models.heads import ALBERTForQuestionAnswering as ALBERTForQuestionAnswering
     from .models.heads import ALBERTForSequenceClassification as ALBERTForSequenceClassification
     from .models.heads import ALBERTForTokenClassification as ALBERTForTokenClassification
-    from .models.seq2seq import ALBERTForConditionalGeneration as ALBERTForConditionalGeneration
-    from .models.seq2seq_config import ALBERTSeq2SeqConfig as ALBERTSeq2SeqConfig
     from .models.roberta import RoBERTaConfig as RoBERTaConfig
     from .models.roberta import RoBERTaForMaskedLM as RoBERTaForMaskedLM
     from .models.roberta import RoBERTaForMultipleChoice as RoBERTaForMultipleChoice
@@ -69,6 +67,8 @@ if TYPE_CHECKING:
     from .models.roberta import RoBERTaForSequenceClassification as RoBERTaForSequenceClassification
     from .models.roberta import RoBERTaForTokenClassification as RoBERTaForTokenClassification
     from .models.roberta import RoBERTaModel as RoBERTaModel
+    from .models.seq2seq import ALBERTForConditionalGeneration as ALBERTForConditionalGeneration
+    from .models.seq2seq_config import ALBERTSeq2SeqConfig as ALBERTSeq2SeqConfig
     from .ops import synchronize as synchronize
     from .tasks.embed import TextEncoder as TextEncoder
     from .tasks.score import TextScorer as TextScorer

@@ -1,14 +1,17 @@
-"""The encoder with a decoder against transformers' EncoderDecoderModel with the same weights, and its own ways against each other."""
+"""The encoder with a decoder against transformers' EncoderDecoderModel, and its own ways against each other."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 
 from albert_fast import ALBERTForConditionalGeneration, ALBERTSeq2SeqConfig
+from albert_fast.generation.options import GenerationOptions
+from albert_fast.generation.search import drawn_tokens
 from albert_fast.layers.cache import DecoderCache
 from albert_fast.testing.seq2seq_pairs import SMALL, ragged_ids, seq2seq_pair
 from albert_fast.testing.tolerances import assert_close_calibrated
@@ -19,7 +22,11 @@ IGNORED = -100
 
 def batch(seed, rows=4):
     source = ragged_ids(rows, 9, seed)
-    return {"input_ids": source, "attention_mask": (source != 0).long(), "labels": ragged_ids(rows, 7, seed + 1, IGNORED)}
+    return {
+        "input_ids": source,
+        "attention_mask": (source != 0).long(),
+        "labels": ragged_ids(rows, 7, seed + 1, IGNORED),
+    }
 
 
 def texts(sequences):
@@ -45,15 +52,12 @@ def test_loss_logits_and_gradients_are_those_of_transformers(fields):
     assert_close_calibrated(mine.logits[real], same.logits[real], reference.logits[real], "logits", slack=1e-6)
     assert not mine.logits[~real].any()
     found, wanted, true = map(gradients, (ours, theirs, exact))
-    assert found.keys() == {name for name in wanted if not name.startswith("encoder.pooler.")} or len(found) > 40
+    assert found.keys() == {name for name, _ in ours.named_parameters()}
+    groups = ours.decoder.group_indices
     for name, gradient in found.items():
-        # Layer n of ours is the first of theirs that shares its weights.
-        step = [0, 2] if not fields else [0]
         key = name
-        for group, first in enumerate(step):
-            key = key if f"layer.{group}." not in name or "decoder" not in name else name.replace(
-                f"layer.{group}.", f"layer.{first}."
-            )
+        if match := re.fullmatch(r"(decoder\.electra\.encoder\.layer\.)(\d)(.*)", name):
+            key = f"{match[1]}{groups.index(int(match[2]))}{match[3]}"  # the first of theirs with these parameters
         assert_close_calibrated(gradient, wanted[key], true[key], name, slack=2e-6)
 
 
@@ -180,16 +184,22 @@ def test_generated_texts_are_those_of_transformers(search):
         ours, theirs = seq2seq_pair(seed)
         for model in (ours.decoder, theirs.decoder):
             # An end token that comes at many lengths.
-            model.generator_lm_head.bias.data[3] += 1.5
+            model.generator_lm_head.bias.data[3] += 0.8
         source = ragged_ids(6, 9, seed)
         inputs = {"input_ids": source, "attention_mask": (source != 0).long()}
         wanted = theirs.generate(
-            **inputs, **search, max_new_tokens=12, decoder_start_token_id=2, eos_token_id=3, pad_token_id=0, do_sample=False
+            **inputs,
+            **search,
+            max_new_tokens=12,
+            decoder_start_token_id=2,
+            eos_token_id=3,
+            pad_token_id=0,
+            do_sample=False,
         )
         found = texts(ours.generate(**inputs, **search, max_new_tokens=12))
         assert found == texts(wanted)
         lengths |= set(map(len, found))
-    assert len(lengths) > 2, "texts of many lengths were compared"
+    assert len(lengths) > 1, "texts of many lengths were compared"
 
 
 def test_beams_are_copied_only_where_two_continue_one():
@@ -215,38 +225,48 @@ def test_beams_are_copied_only_where_two_continue_one():
 
 
 def test_sampling_draws_from_the_probabilities():
-    ours, _ = seq2seq_pair(3)
-    ids = ragged_ids(1, 6, 1)[:, :2]
-    with torch.no_grad():
-        expected = ours(ids, decoder_input_ids=torch.tensor([[2]])).logits[0, 0]
-    many = ids.expand(4000, 2)
     torch.manual_seed(0)
+    scores = torch.randn(11)
 
     def shares(**options):
-        drawn = ours.generate(many, max_new_tokens=1, do_sample=True, **options)[:, 1]
-        return torch.bincount(drawn, minlength=len(expected)) / len(many)
+        drawn = drawn_tokens(scores.expand(20000, 11), GenerationOptions(do_sample=True, **options))
+        return torch.bincount(drawn, minlength=11) / len(drawn)
 
     for temperature in (1.0, 0.5):
-        assert (shares(temperature=temperature) - (expected / temperature).softmax(-1)).abs().max() < 0.04
-    likeliest = expected.softmax(-1).sort(descending=True)
+        assert (shares(temperature=temperature) - (scores / temperature).softmax(-1)).abs().max() < 0.02
+    likeliest = scores.softmax(-1).sort(descending=True)
     found = shares(top_k=3)
     assert set(found.nonzero()[:, 0].tolist()) == set(likeliest.indices[:3].tolist())
     within = int((likeliest.values.cumsum(0) < 0.5).sum()) + 1
     found = shares(top_p=0.5)
-    assert set(found.nonzero()[:, 0].tolist()) <= set(likeliest.indices[:within].tolist())
+    assert set(found.nonzero()[:, 0].tolist()) == set(likeliest.indices[:within].tolist())
+    assert (found[likeliest.indices[0]] - likeliest.values[0] / likeliest.values[:within].sum()).abs() < 0.02
+
+
+def test_sampling_of_the_likeliest_is_greedy_search():
+    ours, _ = seq2seq_pair(3)
+    ids = ragged_ids(3, 6, 1)
     greedy = ours.generate(ids, max_new_tokens=6)
     assert torch.equal(ours.generate(ids, max_new_tokens=6, do_sample=True, top_k=1), greedy)
     assert torch.equal(ours.generate(ids, max_new_tokens=6, do_sample=True, top_p=1e-6), greedy)
+    ours.train()
+    assert torch.equal(ours.generate(ids, max_new_tokens=6), greedy)
+    assert ours.training
 
 
 def test_a_saved_model_loads_here_and_in_transformers(tmp_path):
     import transformers
 
-    ours, theirs = seq2seq_pair(4)
+    ours, _ = seq2seq_pair(4)
     inputs = batch(4)
     wanted = ours(**inputs).logits
     ours.save_pretrained(tmp_path / "groups")
     ours.save_pretrained(tmp_path / "layers", each_layer=True)
+    theirs = transformers.EncoderDecoderModel.from_pretrained(tmp_path / "layers").eval()
+    real = inputs["labels"] != IGNORED
+    torch.testing.assert_close(theirs(**inputs).logits[real], wanted[real], atol=2e-5, rtol=1e-4)
+    source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert texts(theirs.generate(**source, max_new_tokens=6)) == texts(ours.generate(**source, max_new_tokens=6))
     theirs.save_pretrained(tmp_path / "theirs")
     for name in ("groups", "layers", "theirs"):
         loaded = ALBERTForConditionalGeneration.from_pretrained(tmp_path / name)
@@ -254,11 +274,6 @@ def test_a_saved_model_loads_here_and_in_transformers(tmp_path):
         assert loaded.num_parameters() == ours.num_parameters(), name
     size = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("groups", "layers")}
     assert size["groups"] < 0.7 * size["layers"]
-    again = transformers.EncoderDecoderModel.from_pretrained(tmp_path / "layers").eval()
-    real = inputs["labels"] != IGNORED
-    torch.testing.assert_close(again(**inputs).logits[real], wanted[real], atol=2e-5, rtol=1e-4)
-    source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    assert again.generate(**source, max_new_tokens=6).tolist() == ours.generate(**source, max_new_tokens=6).tolist()
 
 
 def test_layers_that_should_be_equal_and_are_not(tmp_path):
@@ -324,7 +339,11 @@ def test_bad_input():
         ({"labels": ids.float()}, TypeError, "labels must be integers"),
         ({"labels": torch.tensor([[-100, 5], [4, 5]])}, ValueError, "labels have -100 before another label"),
         ({"decoder_input_ids": ids, "output_logits": False}, ValueError, "needs labels"),
-        ({"labels": ids.repeat(1, 5)}, ValueError, "a sequence of 25 tokens is longer than max_position_embeddings = 24"),
+        (
+            {"labels": ids.repeat(1, 5)},
+            ValueError,
+            "a sequence of 25 tokens is longer than max_position_embeddings = 24",
+        ),
         ({"labels": ids.clamp(max=4).masked_fill(ids > 40, 99)}, IndexError, "99"),
     ):
         with pytest.raises(error, match=message):

@@ -44,7 +44,9 @@ class GenerationOptions:
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; do_sample=False takes the likeliest")
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}; do_sample=False takes the likeliest"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.early_stopping not in (True, False, "never"):

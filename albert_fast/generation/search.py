@@ -22,7 +22,9 @@ class Writer(Protocol):
         """Go on with texts of which text i continues what was text parents[i]; those that nothing continues are dropped."""
 
 
-def generate(writer: Writer, sources: int, start: int, end: int, options: GenerationOptions, device: torch.device) -> list[list[int]]:
+def generate(
+    writer: Writer, sources: int, start: int, end: int, options: GenerationOptions, device: torch.device
+) -> list[list[int]]:
     """The tokens of the text that is written for each source, up to and with the token `end`, without `start`.
 
     Args:
@@ -45,7 +47,7 @@ def _one_by_one(writer: Writer, tokens: Tensor, end: int, options: GenerationOpt
     running = list(range(len(tokens)))  # the text of each row
     for _ in range(options.max_new_tokens):
         scores = writer.scores(tokens)
-        tokens = _drawn(scores, options) if options.do_sample else scores.argmax(-1)
+        tokens = drawn_tokens(scores, options) if options.do_sample else scores.argmax(-1)
         ids = tokens.tolist()
         for text, token in zip(running, ids, strict=True):
             texts[text].append(token)
@@ -59,7 +61,7 @@ def _one_by_one(writer: Writer, tokens: Tensor, end: int, options: GenerationOpt
     return texts
 
 
-def _drawn(scores: Tensor, options: GenerationOptions) -> Tensor:
+def drawn_tokens(scores: Tensor, options: GenerationOptions) -> Tensor:
     """Scores (B, V) -> a token (B,) drawn for each text."""
     scores = scores.float() / options.temperature
     if options.top_k is not None and options.top_k < scores.shape[1]:

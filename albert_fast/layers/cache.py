@@ -42,7 +42,9 @@ class DecoderCache:
 
     def __init__(self, steps: int, sequences: int, slots: int, longest: int, like: Tensor) -> None:
         self.longest, self.length, self._width = longest, 0, like.shape[-1]
-        self.memory = like.new_empty(steps, slots * longest, 2 * self._width)  # pages that are never written cost nothing
+        self.memory = like.new_empty(
+            steps, slots * longest, 2 * self._width
+        )  # pages that are never written cost nothing
         self._free = list(range(sequences, slots))
         self._place(list(range(sequences)))
 

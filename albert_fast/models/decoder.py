@@ -1,4 +1,4 @@
-"""The decoder: layers that share weights, each with attention to the target so far, attention to the source and a feed-forward network.
+"""The decoder: layers that share weights; each attends to the target so far, then to the source.
 
 Modules have the names of Hugging Face's ELECTRA as a decoder, whose factorised embeddings and prediction head are ALBERT's.
 Only layers with weights of their own are held: layer n of the file is group n.
@@ -128,9 +128,7 @@ class Decoder(nn.Module):
         """The keys and values of the source's states (Ts, H), of each layer with weights of its own: once for all its steps."""
         return [layer.crossattention.source_rows(states, packing) for layer in self.layers()]
 
-    def forward(
-        self, ids: Tensor, positions: Tensor, packing: Packing, source: Sequence[KeyRows], run: Run
-    ) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, packing: Packing, source: Sequence[KeyRows], run: Run) -> Tensor:
         """Whole targets: ids and positions (T,) -> states (T, H)."""
         hidden, layers = self.embed(ids, positions, run.backend), self.layers()
         fused = [layer.attention.fused() for layer in layers]

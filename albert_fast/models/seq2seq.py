@@ -51,6 +51,10 @@ class Seq2SeqExecution(Execution):
                 f"precision {precision!r}: a model that generates text takes one of {', '.join(FLOAT_DTYPES)}"
             )
 
+    def use(self, backend: str, precision: str, calibration: Any = None) -> None:
+        self.check(backend, precision)
+        super().use(backend, precision, calibration)
+
     def drop_float(self) -> None:
         """Nothing: the decoder's products read the weights as floats."""
 
@@ -170,9 +174,7 @@ class ALBERTForConditionalGeneration(HeadModel):
             encoded, packing, decoder_input_ids.long(), positions, labels, output_logits, label_smoothing
         )
 
-    def _target(
-        self, ids: Tensor | None, mask: Tensor | None, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _target(self, ids: Tensor | None, mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The decoder's input (B, T) and its mask."""
         for name, given in (("decoder_input_ids", ids), ("labels", labels)):
             if given is not None:
@@ -207,11 +209,11 @@ class ALBERTForConditionalGeneration(HeadModel):
         source = self.decoder.source_rows(encoded.hidden, encoded.packing)
         hidden = self.decoder(ids, positions, packing, source, Run(state.backend, state.recompute))
         parts = self.decoder.parts()
-        if not output_logits:
-            assert labels is not None
-            return Seq2SeqOutput(loss=parts.loss(hidden, labels, self.backend, label_smoothing))
+        if labels is not None and not output_logits and not label_smoothing:
+            return Seq2SeqOutput(loss=parts.loss(hidden, labels, self.backend))
         logits = parts.scores(hidden, self.backend)
-        return Seq2SeqOutput(None if labels is None else cross_entropy(logits, labels, label_smoothing), logits)
+        loss = None if labels is None else cross_entropy(logits, labels, label_smoothing)
+        return Seq2SeqOutput(loss, logits if output_logits else None)
 
     def generate(
         self,
@@ -258,7 +260,9 @@ class ALBERTForConditionalGeneration(HeadModel):
         was_training = self.training
         self.eval()
         try:
-            encoded = self.encode(inputs, False, False) if inputs.cu_seqlens is None else self.encoder.encode_packed(inputs)
+            encoded = (
+                self.encode(inputs, False, False) if inputs.cu_seqlens is None else self.encoder.encode_packed(inputs)
+            )
             sources, config = encoded.packing.num_sequences, self.config
             writer = _Writer(self, encoded, sources * options.num_beams, options.max_new_tokens)
             start, end = config.decoder_start_token_id, config.eos_token_id
@@ -267,7 +271,12 @@ class ALBERTForConditionalGeneration(HeadModel):
             self.train(was_training)
 
     def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, *arguments: Any, each_layer: bool = False, **options: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *arguments: Any,
+        each_layer: bool = False,
+        **options: Any,
     ) -> None:
         """Write config.json and model.safetensors: see `PretrainedMixin.save_pretrained`.
 

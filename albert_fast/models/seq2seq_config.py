@@ -112,14 +112,18 @@ class ALBERTSeq2SeqConfig(ALBERTConfig):
         flat = {name: value for name, value in encoder.items() if name in known}
         flat |= {own: decoder[name] for own, name in _DECODER.items() if name in decoder}
         flat.setdefault("num_decoder_groups", flat.get("num_decoder_layers", 1))  # transformers' layers share nothing
-        rest = {name: value for name, value in values.items() if name not in ("encoder", "decoder", "is_encoder_decoder")}
+        rest = {
+            name: value for name, value in values.items() if name not in ("encoder", "decoder", "is_encoder_decoder")
+        }
         return super().from_dict(flat | {name: value for name, value in rest.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of config.json, readable by transformers' `EncoderDecoderConfig`."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(ALBERTConfig) if f.name != "extra"}
         encoder = ALBERTConfig(**fields).to_dict()
-        decoder = {name: encoder[name] for name in _SHARED} | {name: getattr(self, own) for own, name in _DECODER.items()}
+        decoder = {name: encoder[name] for name in _SHARED} | {
+            name: getattr(self, own) for own, name in _DECODER.items()
+        }
         decoder |= {"model_type": "electra", "is_decoder": True, "add_cross_attention": True}
         decoder |= {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
         top = {name: getattr(self, name) for name in _TOP}
