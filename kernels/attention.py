@@ -1,8 +1,9 @@
 """attention: softmax(Q K^T * scale) V over packed sequences in one pass (Dao et al. 2022, FlashAttention, algorithm 1).
 
 A program takes BLOCK_M queries of one head of one sequence and walks over its keys, BLOCK_N at a time, with the running
-maximum and sum of each row in float32 (Milakov & Gimelshein 2018). Scores never reach memory. Heads that do not begin at
-16-byte words, such as those of an odd size, are first copied and padded: see `heads_in_words`.
+maximum and sum of each row in float32 (Milakov & Gimelshein 2018). Scores never reach memory. Causal: it walks up to the last
+key that one of its queries sees, and hides keys only from the first one on that one of them does not see. Heads that do not
+begin at 16-byte words, such as those of an odd size, are first copied and padded: see `heads_in_words`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class AttentionInputs(NamedTuple):
     k_ptr: Any  # (T, num_heads * HEAD_DIM), rows `stride_k_row` elements apart
     v_ptr: Any  # (T, num_heads * HEAD_DIM), rows `stride_v_row` elements apart
     cu_seqlens_q_ptr: Any  # (B + 1,) int32
-    cu_seqlens_k_ptr: Any  # (B + 1,) int32
+    cu_seqlens_k_ptr: Any  # (B + 1,) int32, or (B,) with key_lengths_ptr
+    key_lengths_ptr: Any  # (B,) int32, or None: cu_seqlens_k_ptr holds the ends too
     sequence_order_ptr: Any  # (B,) int32, or None for 0 to B - 1
     stride_q_row: Any
     stride_k_row: Any
@@ -102,6 +104,18 @@ def sequence_range(cu_seqlens_ptr, sequence, n_tokens):
 
 
 @triton.jit
+def key_range(inputs, sequence, n_tokens):
+    """(first token, number of keys) of a sequence, inside [0, n_tokens) whatever the tensors hold; `inputs`: AttentionInputs."""
+    if inputs.key_lengths_ptr is not None:
+        first = tl.minimum(tl.maximum(tl.load(inputs.cu_seqlens_k_ptr + sequence), 0), n_tokens)
+        length = tl.load(inputs.key_lengths_ptr + sequence)
+        n_keys = tl.maximum(tl.minimum(length, n_tokens - first), 0)
+    else:
+        first, n_keys = sequence_range(inputs.cu_seqlens_k_ptr, sequence, n_tokens)
+    return first, n_keys
+
+
+@triton.jit
 def load_head(
     ptrs,  # (rows,) addresses
     indices,  # (rows,) positions in the sequence
@@ -160,9 +174,30 @@ def all_products(
 
 
 @triton.jit
+def seen_keys(n_first, n_queries, n_keys):
+    """How many keys the first `n_first` queries of a causal sequence see together; the last query sees all."""
+    return tl.minimum(tl.maximum(n_first + n_keys - n_queries, 0), n_keys)
+
+
+@triton.jit
+def unmasked_keys(first_query, n_queries, n_keys, BLOCK_N: tl.constexpr):
+    """The keys in whole blocks that all queries of a causal sequence see, from `first_query` on."""
+    return seen_keys(first_query + 1, n_queries, n_keys) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
 def finite_or_zero(x):
     # An infinite maximum is not subtracted: inf - inf would make a NaN of rows that torch can still compute.
     return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.jit
+def hide_keys(scores, key_indices, n_keys, seen):
+    """scores (queries, keys) with -inf behind the last key, or, for `seen` (queries,), behind those that a query sees."""
+    visible = (key_indices < n_keys)[None, :]
+    if seen is not None:
+        visible = key_indices[None, :] < seen[:, None]
+    return tl.where(visible, scores, float("-inf"))
 
 
 @triton.jit
@@ -176,8 +211,9 @@ def add_keys(
     scale_log2,  # softmax_scale * log2(e)
     dropout_rows,  # (BLOCK_M,) rows of the dropout mask
     dropout,  # Dropout
-    MASK_KEYS: tl.constexpr,  # whether some of the keys may be behind the end of the sequence
+    MASK_KEYS: tl.constexpr,  # whether some of the keys may be behind the end of the sequence, or unseen
     TILE: tl.constexpr,  # HeadTile
+    seen=None,  # (BLOCK_M,) how many keys each query sees; None: all
 ):
     """(acc, row_max, row_sum) after one more step of the online softmax: BLOCK_N keys from `first_key` on."""
     key_indices = first_key + tl.arange(0, TILE.BLOCK_N)
@@ -189,7 +225,7 @@ def add_keys(
     scores = all_products(queries, k_rows, True, MASK_KEYS, TILE.BLOCK_M, TILE.BLOCK_N, TILE)
     scores *= scale_log2
     if MASK_KEYS:
-        scores = tl.where((key_indices < keys.n_keys)[None, :], scores, float("-inf"))
+        scores = hide_keys(scores, key_indices, keys.n_keys, seen)
 
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     shift = finite_or_zero(new_max)
@@ -225,6 +261,7 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,
     TF32: tl.constexpr,
+    CAUSAL: tl.constexpr,  # whether query i sees only the keys 0 to i + keys - queries
 ):
     # A program takes BLOCK_M queries of one head of one sequence.
     TILE: tl.constexpr = HeadTile(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32)
@@ -233,7 +270,7 @@ def _attention_fwd_kernel(
     first_query, n_queries = sequence_range(inputs.cu_seqlens_q_ptr, sequence, n_queries_total)
     if query_block * BLOCK_M >= n_queries:
         return
-    first_token, n_keys = sequence_range(inputs.cu_seqlens_k_ptr, sequence, n_keys_total)
+    first_token, n_keys = key_range(inputs, sequence, n_keys_total)
 
     dims = tl.arange(0, BLOCK_D)
     query_indices = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -252,19 +289,30 @@ def _attention_fwd_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     dropout_rows = head * HEAD_STRIDE + packed_queries
-    # Full blocks of keys need no mask; at most one partial block remains.
+    # Full blocks of keys that every query sees need no mask; at most one partial block remains, or those on the diagonal.
     full_keys = n_keys // BLOCK_N * BLOCK_N
+    blind = n_keys == 0
+    if CAUSAL:
+        seen = query_indices + (1 + n_keys - n_queries)
+        blind = seen <= 0
+        full_keys = unmasked_keys(query_block * BLOCK_M, n_queries, n_keys, BLOCK_N)
     for first_key in range(0, full_keys, BLOCK_N):
         acc, row_max, row_sum = add_keys(
             acc, row_max, row_sum, queries, keys, first_key, scale_log2, dropout_rows, dropout, False, TILE
         )
-    if full_keys < n_keys:
+    if CAUSAL:
+        last_key = seen_keys(query_block * BLOCK_M + BLOCK_M, n_queries, n_keys)
+        for first_key in range(full_keys, last_key, BLOCK_N):
+            acc, row_max, row_sum = add_keys(
+                acc, row_max, row_sum, queries, keys, first_key, scale_log2, dropout_rows, dropout, True, TILE, seen
+            )
+    elif full_keys < n_keys:
         acc, row_max, row_sum = add_keys(
             acc, row_max, row_sum, queries, keys, full_keys, scale_log2, dropout_rows, dropout, True, TILE
         )
 
     # Without keys the sum is 0 and so is the output; with keys a sum of 0 gives 0 / 0, NaN as in torch.
-    out = acc / tl.where(n_keys == 0, 1.0, row_sum)[:, None]
+    out = acc / tl.where(blind, 1.0, row_sum)[:, None]
     lse = (finite_or_zero(row_max) + tl.log2(row_sum)) * 0.6931471805599453
     out_ptrs = out_ptr + packed_queries[:, None] * (num_heads * HEAD_DIM) + (column + dims)[None, :]
     out_mask = (query_indices < n_queries)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -309,8 +357,10 @@ def attention_fwd(
     softmax_scale: float,
     dropout_p: float = 0.0,
     seed: int = 0,
+    causal: bool = False,
+    key_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of packed sequences: each query attends to all keys of its own sequence.
+    """Attention of packed sequences: each query attends to all keys of its own sequence, or to those up to its own position.
 
     Args:
         q: (Tq, H); k, v: (T, H), of one dtype. Rows may be strided, as in views into a fused projection; columns are
@@ -323,10 +373,12 @@ def attention_fwd(
         softmax_scale: factor on the scores.
         dropout_p, seed: the probability of query row r of head h and key c survives where
             hash32(seed, h * HEAD_STRIDE + r, c) >= floor(dropout_p * 2^32).
+        causal: whether query i of a sequence sees only the keys 0 to i + keys - queries.
+        key_lengths: (B,) int32, the number of each sequence's keys; then cu_seqlens_k is (B,) int32, where they begin.
 
     Returns:
-        out (Tq, H) in q's dtype, zeros where a sequence has no keys;
-        lse (num_heads, Tq) float32, the natural logarithm of the softmax's denominator, -inf where there are no keys.
+        out (Tq, H) in q's dtype, zeros for a query that sees no key;
+        lse (num_heads, Tq) float32, the natural logarithm of the softmax's denominator, -inf for such a query.
 
     Raises:
         ValueError: a head size above 256, or dropout_p outside [0, 1).
@@ -338,20 +390,22 @@ def attention_fwd(
     if not heads_in_words(num_heads, q, k, v):
         wide_q, wide_k, wide_v = (padded_heads(t, num_heads) for t in (q, k, v))
         lengths = (cu_seqlens_q, cu_seqlens_k, sequence_order, max_seqlen_q, max_seqlen_k)
-        out, lse = attention_fwd(wide_q, wide_k, wide_v, *lengths, num_heads, softmax_scale, dropout_p, seed)
+        numbers = num_heads, softmax_scale, dropout_p, seed
+        out, lse = attention_fwd(wide_q, wide_k, wide_v, *lengths, *numbers, causal, key_lengths)
         return own_columns(out, num_heads, head_dim).flatten(1).contiguous(), lse
     out = torch.empty((n_queries_total, width), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, n_queries_total), dtype=torch.float32, device=q.device)
     numbers = (n_queries_total, len(k), softmax_scale * LOG2_E, *dropout_arguments(dropout_p, seed))
+    options = {"HEAD_DIM": head_dim, "CAUSAL": causal, **COMPILER_OPTIONS}
     if n_queries_total == 0:
         return out, lse
     strides = (q.stride(0), k.stride(0), v.stride(0))
-    inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, sequence_order, *strides)
+    inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, sequence_order, *strides)
 
     def launch(tiles: Tiles) -> None:
         n_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])
         _attention_fwd_kernel[(n_blocks * num_heads * sequences,)](
-            inputs, out, lse, num_heads, n_blocks, *numbers, HEAD_DIM=head_dim, **tiles, **COMPILER_OPTIONS
+            inputs, out, lse, num_heads, n_blocks, *numbers, **tiles, **options
         )
 
     key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, max_seqlen_q, max_seqlen_k)

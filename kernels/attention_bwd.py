@@ -8,12 +8,12 @@ There are two kernels. Each is the only writer of its results, so that the same 
 BLOCK_M queries and walks over their keys for dQ; in the other it takes BLOCK_N keys and walks over their queries for dK and
 dV. Both compute the scores again.
 
-FlashAttention-2 takes `mean` as rowsum(G * O). That equals rowsum(P * dP) up to the rounding of O and of both sums.
-Where softmax is saturated, this difference is all that dP - mean leaves: a key that is alone in its sequence would get a
-gradient although it has none. So this kernel takes the sum over the keys, in a walk of its own before that of dQ, and keeps
-the one key that may hold nearly all of a row out of it (`_DOMINANT`). With n blocks of keys a block of queries costs
-5 n - 2 products of tiles for dQ, and 4 n for dK and dV: no more than FlashAttention-2's 7 n in two kernels if a sequence
-fits one block, and at most 9 n.
+FlashAttention-2 takes `mean` as rowsum(G * O). That equals rowsum(P * dP) up to the rounding of O and of both sums. Where
+softmax is saturated, this difference is all that dP - mean leaves: a key that is alone in its sequence would get a gradient
+although it has none. So this kernel takes the sum over the keys, in a walk of its own before that of dQ, and keeps the one
+key that may hold nearly all of a row out of it (`DOMINANT` in _attention_gradients.py). With n blocks of keys a block of
+queries costs 5 n - 2 products of tiles for dQ, and 4 n for dK and dV: no more than FlashAttention-2's 7 n in two kernels if a
+sequence fits one block, and at most 9 n.
 
 FlashAttention-2 takes P as exp(score - log-sum-exp). The rounding of a large log-sum-exp scales a whole row of P: by 6 % at
 scores of 1e6, by any factor at 1e10. So the first walk finds the largest score of each row and the sum of exp(score - largest)
@@ -31,6 +31,14 @@ import triton
 import triton.language as tl
 
 from . import _tuning
+from ._attention_gradients import (
+    add_to_row_sums,
+    probabilities_of,
+    row_shift_of,
+    score_gradient,
+    scores_and_gradients,
+    softmax_weights,
+)
 from ._attention_tiles import attention_bwd_tiles, choice_key
 from ._common import (
     COMPILER_OPTIONS,
@@ -52,20 +60,16 @@ from .attention import (
     HeadTile,
     all_products,
     heads_in_words,
+    key_range,
     load_head,
     load_operand,
     own_columns,
     padded_heads,
     program_work,
+    seen_keys,
     sequence_range,
+    unmasked_keys,
 )
-
-# If one key holds more of a row than this, its dP - mean is computed as a sum over the other keys, not as a difference of
-# two numbers that agree.
-_DOMINANT = tl.constexpr(0.9)
-# A weight (relative to the largest of its row) above this may belong to a dominant key: if a key dominates, all other weights
-# are below 1 / 0.9 - 1.
-_LEADING = tl.constexpr(0.75)
 
 
 class HeadQueries(NamedTuple):
@@ -82,81 +86,6 @@ class HeadQueries(NamedTuple):
     n_queries: Any
 
 
-@triton.jit
-def _weights(scores, row_shift, scale_log2):
-    """exp(score - largest score of its row), from scores before softmax_scale; at most 1."""
-    # The difference is taken first: in one FMA with the scale, huge scores would differ from their own maximum. A kernel that
-    # sums the same score in another order may find it above the maximum.
-    return tl.exp2(tl.minimum((scores - row_shift) * scale_log2, 0.0, propagate_nan=tl.PropagateNan.ALL))
-
-
-@triton.jit
-def _scores_and_gradients(
-    queries,  # HeadRows
-    grads,  # HeadRows, gradients of the outputs
-    keys,  # HeadKeys
-    first_key,
-    dropout_rows,  # (BLOCK_M,) rows of the dropout mask
-    dropout,  # Dropout
-    MASK_KEYS: tl.constexpr,  # whether some of the keys may be behind the end of the sequence
-    TILE: tl.constexpr,  # HeadTile
-):
-    """For BLOCK_N keys from `first_key` on: scores before softmax_scale and gradients of probabilities (BLOCK_M, BLOCK_N),
-    and these keys (BLOCK_N, D)."""
-    key_indices = first_key + tl.arange(0, TILE.BLOCK_N)
-    # 64 bits: key times row stride passes 2^31 elements in very long sequences.
-    k_ptrs = keys.k_base + key_indices.to(tl.int64) * keys.stride_k_row
-    v_ptrs = keys.v_base + key_indices.to(tl.int64) * keys.stride_v_row
-    k = load_head(k_ptrs, key_indices, keys.n_keys, tl.arange(0, TILE.BLOCK_D), MASK_KEYS, TILE)
-    v = load_operand(v_ptrs, key_indices, keys.n_keys, MASK_KEYS, TILE)
-    k_rows = HeadRows(k, k_ptrs, key_indices, keys.n_keys)
-    v_rows = HeadRows(v, v_ptrs, key_indices, keys.n_keys)
-    scores = all_products(queries, k_rows, True, MASK_KEYS, TILE.BLOCK_M, TILE.BLOCK_N, TILE)
-    if MASK_KEYS:
-        scores = tl.where((key_indices < keys.n_keys)[None, :], scores, float("-inf"))
-    dp = all_products(grads, v_rows, True, MASK_KEYS, TILE.BLOCK_M, TILE.BLOCK_N, TILE)
-    if dropout.seed_lo is not None:
-        dp *= dropout_factor(dropout, dropout_rows[:, None], key_indices[None, :])
-    return scores, dp, k
-
-
-@triton.jit
-def _shift(row_max):
-    """What is subtracted from the scores of a row: its maximum, or 0 if that is -inf, whose difference to itself is NaN."""
-    return tl.where(row_max == float("-inf"), 0.0, row_max)
-
-
-@triton.jit
-def _add_to_row_sums(scores, dp, row_max, leading, leading_dp, rest, rest_dp, scale_log2):
-    """Adds a tile to four sums of each row: p and p * dp of the leading keys, and of all others. Also returns the weights p.
-
-    If a key dominates the row, it is the only leading key in the end and has weight 1: keys that led a smaller maximum have
-    joined the others by then.
-    """
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    rescale = tl.exp2((row_max - _shift(new_max)) * scale_log2)
-    p = _weights(scores, _shift(new_max)[:, None], scale_log2)
-    leads, overtaken = p > _LEADING, new_max > row_max
-    rest = (rest + tl.where(overtaken, leading, 0.0)) * rescale + tl.sum(tl.where(leads, 0.0, p), axis=1)
-    rest_dp = (rest_dp + tl.where(overtaken, leading_dp, 0.0)) * rescale + tl.sum(tl.where(leads, 0.0, p * dp), axis=1)
-    leading = tl.where(overtaken, 0.0, leading * rescale) + tl.sum(tl.where(leads, p, 0.0), axis=1)
-    leading_dp = tl.where(overtaken, 0.0, leading_dp * rescale) + tl.sum(tl.where(leads, p * dp, 0.0), axis=1)
-    return p, new_max, leading, leading_dp, rest, rest_dp
-
-
-@triton.jit
-def _probabilities(p, normal):
-    """Probabilities from weights p and normal = 1 / their sum. A dominant key's weight is 1, whatever the rounding of its score."""
-    probabilities = p * normal
-    return tl.where(probabilities > _DOMINANT, normal, probabilities)
-
-
-@triton.jit
-def _score_gradient(probabilities, dp, mean, dominant_gap):
-    """dS; `dominant_gap` is dp - mean of the key that dominates a row."""
-    return probabilities * tl.where(probabilities > _DOMINANT, dominant_gap, dp - mean)
-
-
 @triton.jit(
     do_not_specialize=["n_query_blocks", "n_queries_total", "n_keys_total", "seed_lo", "seed_hi", "dropout_threshold"]
 )
@@ -164,7 +93,7 @@ def _attention_bwd_dq_kernel(
     inputs,  # AttentionInputs
     grad_ptr,  # (Tq, num_heads * HEAD_DIM), gradient of the output, rows `stride_grad_row` elements apart
     dq_ptr,  # (Tq, num_heads * HEAD_DIM), rows `dq_row_heads` * HEAD_DIM elements apart
-    sums_ptr,  # (4, num_heads, Tq) float32: largest score, 1 / sum of weights, mean and dominant_gap of `_score_gradient`
+    sums_ptr,  # (4, num_heads, Tq) float32: largest score, 1 / sum of weights, mean and dominant_gap of `score_gradient`
     stride_grad_row,
     dq_row_heads,
     num_heads,
@@ -183,6 +112,7 @@ def _attention_bwd_dq_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,
     TF32: tl.constexpr,
+    CAUSAL: tl.constexpr,  # whether query i sees only the keys 0 to i + keys - queries
 ):
     # A program takes BLOCK_M queries of one head of one sequence.
     TILE: tl.constexpr = HeadTile(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32)
@@ -191,7 +121,7 @@ def _attention_bwd_dq_kernel(
     first_query, n_queries = sequence_range(inputs.cu_seqlens_q_ptr, sequence, n_queries_total)
     if query_block * BLOCK_M >= n_queries:
         return
-    first_token, n_keys = sequence_range(inputs.cu_seqlens_k_ptr, sequence, n_keys_total)
+    first_token, n_keys = key_range(inputs, sequence, n_keys_total)
 
     dims = tl.arange(0, BLOCK_D)
     query_indices = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -211,34 +141,63 @@ def _attention_bwd_dq_kernel(
     dropout_rows = head * HEAD_STRIDE + packed_queries
 
     # The row sums over all keys come first. The last block of keys, the only one that may be partly filled, stays in
-    # registers: short sequences are walked over once.
+    # registers: short sequences are walked over once. Causal: the last block that a query sees; blocks on the diagonal lie
+    # before it if BLOCK_M is larger than BLOCK_N.
+    n_seen, seen = n_keys, None
+    if CAUSAL:
+        n_seen = seen_keys(query_block * BLOCK_M + BLOCK_M, n_queries, n_keys)
+        seen = query_indices + (1 + n_keys - n_queries)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     leading = tl.zeros([BLOCK_M], dtype=tl.float32)
     leading_dp, rest, rest_dp = leading, leading, leading
-    last_key = (tl.maximum(n_keys, 1) - 1) // BLOCK_N * BLOCK_N
-    for first_key in range(0, last_key, BLOCK_N):
-        scores, dp, k = _scores_and_gradients(queries, grads, keys, first_key, dropout_rows, dropout, False, TILE)
-        _, row_max, leading, leading_dp, rest, rest_dp = _add_to_row_sums(
+    last_key = (tl.maximum(n_seen, 1) - 1) // BLOCK_N * BLOCK_N
+    full_keys = last_key
+    if CAUSAL:
+        full_keys = tl.minimum(last_key, unmasked_keys(query_block * BLOCK_M, n_queries, n_keys, BLOCK_N))
+    for first_key in range(0, full_keys, BLOCK_N):
+        scores, dp, k = scores_and_gradients(queries, grads, keys, first_key, dropout_rows, dropout, False, TILE)
+        _, row_max, leading, leading_dp, rest, rest_dp = add_to_row_sums(
             scores, dp, row_max, leading, leading_dp, rest, rest_dp, scale_log2
         )
-    scores, last_dp, last_k = _scores_and_gradients(queries, grads, keys, last_key, dropout_rows, dropout, True, TILE)
-    last_p, row_max, leading, leading_dp, rest, rest_dp = _add_to_row_sums(
+    if CAUSAL:
+        for first_key in range(full_keys, last_key, BLOCK_N):
+            scores, dp, k = scores_and_gradients(
+                queries, grads, keys, first_key, dropout_rows, dropout, True, TILE, seen
+            )
+            _, row_max, leading, leading_dp, rest, rest_dp = add_to_row_sums(
+                scores, dp, row_max, leading, leading_dp, rest, rest_dp, scale_log2
+            )
+    scores, last_dp, last_k = scores_and_gradients(
+        queries, grads, keys, last_key, dropout_rows, dropout, True, TILE, seen
+    )
+    last_p, row_max, leading, leading_dp, rest, rest_dp = add_to_row_sums(
         scores, last_dp, row_max, leading, leading_dp, rest, rest_dp, scale_log2
     )
     # Without keys all sums are 0, and so is the gradient; with keys a sum of 0 gives NaN, as in torch.
-    total = tl.where(n_keys == 0, 1.0, leading + rest)
-    normal, row_shift = 1.0 / total, _shift(row_max)
+    blind = n_keys == 0
+    if CAUSAL:
+        blind = seen <= 0
+    total = tl.where(blind, 1.0, leading + rest)
+    normal, row_shift = 1.0 / total, row_shift_of(row_max)
     mean = (leading_dp + rest_dp) / total
     # Read if one key dominates: then `leading` is 1, and leading_dp - mean would cancel.
     dominant_gap = (rest * leading_dp - rest_dp) / total
 
-    last_ds = _score_gradient(_probabilities(last_p, normal[:, None]), last_dp, mean[:, None], dominant_gap[:, None])
+    last_ds = score_gradient(probabilities_of(last_p, normal[:, None]), last_dp, mean[:, None], dominant_gap[:, None])
     dq = product(round_to(last_ds, last_k.dtype), last_k, tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32), TF32)
-    for first_key in range(0, last_key, BLOCK_N):
-        scores, dp, k = _scores_and_gradients(queries, grads, keys, first_key, dropout_rows, dropout, False, TILE)
-        probabilities = _probabilities(_weights(scores, row_shift[:, None], scale_log2), normal[:, None])
-        ds = _score_gradient(probabilities, dp, mean[:, None], dominant_gap[:, None])
+    for first_key in range(0, full_keys, BLOCK_N):
+        scores, dp, k = scores_and_gradients(queries, grads, keys, first_key, dropout_rows, dropout, False, TILE)
+        probabilities = probabilities_of(softmax_weights(scores, row_shift[:, None], scale_log2), normal[:, None])
+        ds = score_gradient(probabilities, dp, mean[:, None], dominant_gap[:, None])
         dq = product(round_to(ds, k.dtype), k, dq, TF32)
+    if CAUSAL:
+        for first_key in range(full_keys, last_key, BLOCK_N):
+            scores, dp, k = scores_and_gradients(
+                queries, grads, keys, first_key, dropout_rows, dropout, True, TILE, seen
+            )
+            probabilities = probabilities_of(softmax_weights(scores, row_shift[:, None], scale_log2), normal[:, None])
+            ds = score_gradient(probabilities, dp, mean[:, None], dominant_gap[:, None])
+            dq = product(round_to(ds, k.dtype), k, dq, TF32)
 
     row_mask = query_indices < n_queries
     dq_ptrs = dq_ptr + packed_queries[:, None] * (dq_row_heads * HEAD_DIM) + (column + dims)[None, :]
@@ -264,6 +223,7 @@ def _add_queries(
     dropout,  # Dropout
     MASK_QUERIES: tl.constexpr,  # whether some of the queries may be behind the end of the sequence
     TILE: tl.constexpr,  # HeadTile
+    n_keys=None,  # number of keys, where some of the queries may not see all of these; None: all see them
 ):
     """(dk, dv) with the part of BLOCK_M queries from `first_query` on added.
 
@@ -285,7 +245,10 @@ def _add_queries(
     q_rows = HeadRows(q, q_ptrs, query_indices, queries.n_queries)
     grad_rows = HeadRows(grad, grad_ptrs, query_indices, queries.n_queries)
     scores = all_products(keys, q_rows, True, MASK_QUERIES, TILE.BLOCK_N, TILE.BLOCK_M, TILE)
-    probabilities = _probabilities(_weights(scores, row_shift[None, :], scale_log2), normal[None, :])
+    if n_keys is not None:
+        seen = query_indices + (1 + n_keys - queries.n_queries)
+        scores = tl.where(keys.indices[:, None] < seen[None, :], scores, float("-inf"))
+    probabilities = probabilities_of(softmax_weights(scores, row_shift[None, :], scale_log2), normal[None, :])
     dp = all_products(values, grad_rows, True, MASK_QUERIES, TILE.BLOCK_N, TILE.BLOCK_M, TILE)
     kept = probabilities
     if dropout.seed_lo is not None:
@@ -293,7 +256,7 @@ def _add_queries(
         factor = dropout_factor(dropout, dropout_rows[None, :], keys.indices[:, None])
         dp *= factor
         kept *= factor
-    ds = _score_gradient(probabilities, dp, mean[None, :], dominant_gap[None, :])
+    ds = score_gradient(probabilities, dp, mean[None, :], dominant_gap[None, :])
     if MASK_QUERIES:
         # Zero times an infinite key would be NaN.
         kept = tl.where(valid[None, :], kept, 0.0)
@@ -330,12 +293,13 @@ def _attention_bwd_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK_D: tl.constexpr,
     TF32: tl.constexpr,
+    CAUSAL: tl.constexpr,  # whether query i sees only the keys 0 to i + keys - queries
 ):
     # A program takes BLOCK_N keys of one head of one sequence.
     TILE: tl.constexpr = HeadTile(HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CHUNK_D, TF32)
     dropout = Dropout(seed_lo, seed_hi, dropout_threshold, dropout_scale)
     key_block, head, sequence = program_work(inputs.sequence_order_ptr, n_key_blocks, num_heads)
-    first_token, n_keys = sequence_range(inputs.cu_seqlens_k_ptr, sequence, n_keys_total)
+    first_token, n_keys = key_range(inputs, sequence, n_keys_total)
     if key_block * BLOCK_N >= n_keys:
         return
     first_query, n_queries = sequence_range(inputs.cu_seqlens_q_ptr, sequence, n_queries_total)
@@ -362,11 +326,21 @@ def _attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     full_queries = n_queries // BLOCK_M * BLOCK_M
-    for block_query in range(0, full_queries, BLOCK_M):
+    unmasked_query = 0
+    if CAUSAL:
+        # Query i sees the keys up to i + n_keys - n_queries: the first that sees any of these keys, and that sees all.
+        first_seeing = tl.maximum(key_block * BLOCK_N - (n_keys - n_queries), 0) // BLOCK_M * BLOCK_M
+        all_seeing = tl.maximum(key_block * BLOCK_N + BLOCK_N - 1 - (n_keys - n_queries), 0)
+        unmasked_query = tl.minimum(tl.cdiv(all_seeing, BLOCK_M) * BLOCK_M, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M)
+        for block_query in range(first_seeing, unmasked_query, BLOCK_M):
+            dk, dv = _add_queries(
+                dk, dv, keys, values, queries, block_query, scale_log2, first_dropout_row, dropout, True, TILE, n_keys
+            )
+    for block_query in range(unmasked_query, full_queries, BLOCK_M):
         dk, dv = _add_queries(
             dk, dv, keys, values, queries, block_query, scale_log2, first_dropout_row, dropout, False, TILE
         )
-    if full_queries < n_queries:
+    if tl.maximum(full_queries, unmasked_query) < n_queries:
         dk, dv = _add_queries(
             dk, dv, keys, values, queries, full_queries, scale_log2, first_dropout_row, dropout, True, TILE
         )
@@ -394,6 +368,7 @@ def attention_bwd(
     softmax_scale: float,
     dropout_p: float = 0.0,
     seed: int = 0,
+    causal: bool = False,
 ) -> None:
     """Gradients of `attention_fwd` with respect to q, k and v.
 
@@ -402,7 +377,7 @@ def attention_bwd(
         dq, dk, dv: (Tq, H), (T, H) and (T, H) in q's dtype, fully written, zeros where a sequence has no keys or no
             queries; rows may be a multiple of the head size apart, and those of dk and dv are equally far apart.
         softmax_scale: not negative.
-        All others: as given to `attention_fwd`; the same dropout_p and seed drop the same probabilities again.
+        All others: as given to `attention_fwd`, without key_lengths; the same dropout_p and seed drop the same probabilities again.
 
     Raises:
         ValueError: a head size above 256, or dropout_p outside [0, 1).
@@ -416,18 +391,18 @@ def attention_bwd(
         wide_gradients = torch.empty_like(wide_q), torch.empty_like(wide_k), torch.empty_like(wide_v)
         wide_dq, wide_dk, wide_dv = wide_gradients
         lengths = (cu_seqlens_q, cu_seqlens_k, sequence_order, max_seqlen_q, max_seqlen_k)
-        numbers = num_heads, softmax_scale, dropout_p, seed
+        numbers = num_heads, softmax_scale, dropout_p, seed, causal
         attention_bwd(wide_grad, wide_q, wide_k, wide_v, wide_dq, wide_dk, wide_dv, *lengths, *numbers)
         for out, found in zip((dq, dk, dv), wide_gradients, strict=True):
             out.unflatten(1, (num_heads, head_dim)).copy_(own_columns(found, num_heads, head_dim))
         return
     sums = torch.empty((4, num_heads, len(q)), dtype=torch.float32, device=q.device)
     strides = (q.stride(0), k.stride(0), v.stride(0))
-    inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, sequence_order, *strides)
+    inputs = AttentionInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, None, sequence_order, *strides)
     # Zero times minus infinity, the maximum before the first key, would be NaN.
     scale_log2 = max(softmax_scale * LOG2_E, 1e-37)
     numbers = (len(q), len(k), softmax_scale, scale_log2, *dropout_arguments(dropout_p, seed))
-    options = {"HEAD_DIM": head_dim, **COMPILER_OPTIONS}
+    options = {"HEAD_DIM": head_dim, "CAUSAL": causal, **COMPILER_OPTIONS}
 
     def launch_dq(tiles: Tiles) -> None:
         n_blocks = triton.cdiv(max_seqlen_q, tiles["BLOCK_M"])

@@ -233,9 +233,9 @@ FILES = {
         "run"
     ),
     "kernels": (
-        "_attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs _layer_norm _matmul "
-        "_precision _rounding _tuning _vocabulary add_layer_norm attention attention_bwd bias_gelu "
-        "embedding_layer_norm encoder gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
+        "_attention_gradients _attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs "
+        "_layer_norm _matmul _precision _rounding _tuning _vocabulary add_layer_norm attention attention_bwd "
+        "bias_gelu embedding_layer_norm encoder gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
     ),
 }
 

@@ -236,9 +236,9 @@ def _cpp_numbers(call: AttentionCall) -> tuple[float, ...]:
 
 def _triton_arguments(call: AttentionCall) -> tuple[Any, ...]:
     """The fields as the Triton kernels read them: rows of adjacent columns, dense cu_seqlens, the seed's number."""
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, seed, _, _ = call
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *numbers, seed, causal, _ = call
     ends = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
-    return _rows(q), _rows(k), _rows(v), *ends, *numbers, seed_value(seed, call.dropout_p)
+    return _rows(q), _rows(k), _rows(v), *ends, *numbers, seed_value(seed, call.dropout_p), causal
 
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
@@ -246,17 +246,16 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     strided, dense = _operands(call)
     device, dtype = call.q.device, call.q.dtype
     backend = dispatch.resolve("attention", device.type, dtype, backend)
-    if call.causal or call.key_lengths is not None:
-        backend = "reference"
     if backend == "cpp":
         (memory, strides), ends = hold_rows("attention", device, strided), hold("attention", device, dense)
         shape = queries, width = strided[0][2]
         out, lse = torch.empty(shape, dtype=dtype), torch.empty((call.num_heads, queries), dtype=torch.float32)
         _check_order(call.sequence_order)
-        results, cu_seqlens = (out.data_ptr(), lse.data_ptr()), ends.addresses[:2]
+        results, (cu_q, cu_k, key_lengths, _) = (out.data_ptr(), lse.data_ptr()), ends.addresses
+        ranges = cu_q, cu_k, key_lengths, call.causal
         sizes, numbers = _cpp_sizes(call, strided, dense), _cpp_numbers(call)
         function = dispatch.extension().attention_fwd_cpu
-        if not function(*memory.addresses, *results, *cu_seqlens, *sizes, *strides, width, *numbers):
+        if not function(*memory.addresses, *results, *ranges, *sizes, *strides, width, *numbers):
             _raise_ranges(call)
         return out, lse
     check_launch("attention", backend, device, [*strided, *dense])
@@ -265,7 +264,8 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from ..kernels.attention import attention_fwd
 
-        return attention_fwd(*_triton_arguments(call))
+        key_lengths = None if call.key_lengths is None else call.key_lengths.contiguous()
+        return attention_fwd(*_triton_arguments(call), key_lengths)
     return _fwd_ref(call)
 
 
@@ -280,8 +280,6 @@ def _run_bwd(
     strided.insert(0, ("grad", grad, shape, dtype))
     dense.append(("lse", lse, (call.num_heads, shape[0]), torch.float32))
     backend = dispatch.resolve("attention", device.type, dtype, backend)
-    if call.causal:
-        backend = "reference"
     if backend != "cpp":
         check_launch("attention", backend, device, [*strided, *dense])
         _check_both_ranges(call)
@@ -298,7 +296,7 @@ def _run_bwd(
     (memory, strides), held = hold_rows("attention", device, strided), hold("attention", device, dense)
     cu_q, cu_k, _, _, lse_address = held.addresses
     results, result_strides = [t.data_ptr() for t in (dq, dk, dv)], [t.stride(0) for t in (dq, dk, dv)]
-    addresses, numbers = (*memory.addresses, lse_address, *results, cu_q, cu_k), _cpp_numbers(call)
+    addresses, numbers = (*memory.addresses, lse_address, *results, cu_q, cu_k, call.causal), _cpp_numbers(call)
     if not dispatch.extension().attention_bwd_cpu(*addresses, *sizes, *strides, *result_strides, *numbers):
         _raise_ranges(call)
     return dq, dk, dv

@@ -18,9 +18,13 @@ constexpr std::int64_t kQueryBlock = 48;
 struct Shape {
     std::int64_t sequences, heads, head_dim;
     const std::int32_t *cu_q, *cu_k;
+    const std::int32_t* key_lengths = nullptr;  // if given, cu_k holds where each sequence's keys begin, without an end
+    bool causal = false;                        // query i sees the keys 0 to i + keys - queries
 
     std::int64_t queries(std::int64_t sequence) const { return cu_q[sequence + 1] - cu_q[sequence]; }
-    std::int64_t keys(std::int64_t sequence) const { return cu_k[sequence + 1] - cu_k[sequence]; }
+    std::int64_t keys(std::int64_t sequence) const {
+        return key_lengths != nullptr ? key_lengths[sequence] : cu_k[sequence + 1] - cu_k[sequence];
+    }
     std::int64_t all_queries() const { return cu_q[sequences]; }
 };
 
@@ -31,6 +35,16 @@ static inline bool is_ranges(const std::int32_t* cu_seqlens, std::int64_t sequen
     for (std::int64_t b = 0; b < sequences; ++b) {
         const std::int64_t length = static_cast<std::int64_t>(cu_seqlens[b + 1]) - cu_seqlens[b];
         if (length < 0 || length > longest) return false;
+    }
+    return true;
+}
+
+// Whether the keys of every sequence lie in [0, tokens) and are at most `longest`.
+static inline bool is_key_ranges(const std::int32_t* begins, const std::int32_t* lengths, std::int64_t sequences,
+                                 std::int64_t tokens, std::int64_t longest) {
+    for (std::int64_t b = 0; b < sequences; ++b) {
+        const std::int64_t end = static_cast<std::int64_t>(begins[b]) + lengths[b];
+        if (begins[b] < 0 || lengths[b] < 0 || lengths[b] > longest || end > tokens) return false;
     }
     return true;
 }

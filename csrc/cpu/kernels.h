@@ -32,23 +32,25 @@ std::int64_t embedding_layer_norm_bwd_cpu(Address grad, Address ids, Address typ
                                           int num_threads);
 
 // out (Tq,H) = dropout(softmax(scale * q k^T)) v for every sequence and head, H = num_heads * head_dim; q (Tq,H), k and
-// v (T,H); cu_q, cu_k (B+1) int32; lse (num_heads,Tq) f32 = log of the sum of exp(scale * q k^T). A sequence without
-// keys gives out = 0 and lse = -inf. Returns false, and writes nothing, where cu_q or cu_k does not run from 0 to Tq or
-// T without falling, or a sequence has more than longest_q queries or longest_k keys.
+// v (T,H); cu_q, cu_k (B+1) int32; lse (num_heads,Tq) f32 = log of the sum of exp(scale * q k^T). With key_lengths (B)
+// int32, or 0 for none, cu_k (B) holds where the keys of each sequence begin, in any order. Causal: query i of Sq sees
+// the keys 0 to i + Sk - Sq. A query that sees no key gives out = 0 and lse = -inf. Returns false, and writes nothing,
+// where cu_q or cu_k does not run from 0 to Tq or T without falling, keys lie outside [0, T), or a sequence has more
+// than longest_q queries or longest_k keys.
 bool attention_fwd_cpu(Address q, Address k, Address v, Address out, Address lse, Address cu_q, Address cu_k,
-                       std::int64_t B, std::int64_t Tq, std::int64_t T, std::int64_t longest_q, std::int64_t longest_k,
-                       std::int64_t num_heads, std::int64_t head_dim, std::int64_t q_stride, std::int64_t k_stride,
-                       std::int64_t v_stride, std::int64_t out_stride, double scale, double dropout_p,
-                       std::int64_t seed, int dtype, int num_threads);
+                       Address key_lengths, bool causal, std::int64_t B, std::int64_t Tq, std::int64_t T,
+                       std::int64_t longest_q, std::int64_t longest_k, std::int64_t num_heads, std::int64_t head_dim,
+                       std::int64_t q_stride, std::int64_t k_stride, std::int64_t v_stride, std::int64_t out_stride,
+                       double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
 // dq (Tq,H), dk, dv (T,H) from grad_out (Tq,H), what the forward was given, and the lse that it returned. Returns what
 // the forward does.
 bool attention_bwd_cpu(Address grad_out, Address q, Address k, Address v, Address lse, Address dq, Address dk,
-                       Address dv, Address cu_q, Address cu_k, std::int64_t B, std::int64_t Tq, std::int64_t T,
-                       std::int64_t longest_q, std::int64_t longest_k, std::int64_t num_heads, std::int64_t head_dim,
-                       std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride, std::int64_t v_stride,
-                       std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride, double scale,
-                       double dropout_p, std::int64_t seed, int dtype, int num_threads);
+                       Address dv, Address cu_q, Address cu_k, bool causal, std::int64_t B, std::int64_t Tq,
+                       std::int64_t T, std::int64_t longest_q, std::int64_t longest_k, std::int64_t num_heads,
+                       std::int64_t head_dim, std::int64_t go_stride, std::int64_t q_stride, std::int64_t k_stride,
+                       std::int64_t v_stride, std::int64_t dq_stride, std::int64_t dk_stride, std::int64_t dv_stride,
+                       double scale, double dropout_p, std::int64_t seed, int dtype, int num_threads);
 
 // out (T,N) = dropout(act(x (T,N) + bias (N))); out may be x.
 void bias_gelu_fwd_cpu(Address x, Address bias, Address out, std::int64_t T, std::int64_t N, int act, double dropout_p,

@@ -194,9 +194,19 @@ def _pairs(queries: Tensor, keys: Tensor) -> int:
     return int((queries.diff().long() * keys.diff().long()).sum())
 
 
+def _attention_pairs(a: Arguments) -> float:
+    """The pairs of a query and a key that it sees."""
+    ends_q, ends_k, lengths = a["cu_seqlens_q_ptr"], a["cu_seqlens_k_ptr"], a["key_lengths_ptr"]
+    queries, keys = ends_q.diff().double(), (ends_k.diff() if lengths is None else lengths).double()
+    if not a["CAUSAL"]:
+        return float((queries * keys).sum())
+    seeing = torch.minimum(queries, keys)  # with more queries than keys, the first see none
+    return float((seeing * keys - seeing * (seeing - 1) / 2).sum())
+
+
 def _attention(products: int) -> Callable[[Arguments], float]:
     """The operations of that many products of the size of the scores."""
-    return lambda a: 2.0 * products * a["q_ptr"].shape[1] * _pairs(a["cu_seqlens_q_ptr"], a["cu_seqlens_k_ptr"])
+    return lambda a: 2.0 * products * a["q_ptr"].shape[1] * _attention_pairs(a)
 
 
 def _vocabulary_gradient(owned: str, walked: str) -> Callable[[Arguments], float]:

@@ -50,13 +50,20 @@ def _attention_launches() -> Iterator[Case]:
     sequences = 64
     sequence_order = _empty(sequences, dtype=torch.int32)
 
-    def run(dtype: torch.dtype, head_dim: int, lengths: tuple[int, int], dropout_p: float) -> None:
+    def run(
+        dtype: torch.dtype, head_dim: int, lengths: tuple[int, int], dropout_p: float, causal: bool, cached: bool
+    ) -> None:
         heads = 3 if head_dim % 2 else 12  # with an odd head size also an odd row length, so that slices begin anywhere
         q, k, v = _empty(sequences * max(lengths), 3 * heads * head_dim, dtype=dtype).chunk(3, dim=1)
         q, ends = q[: sequences * lengths[0]], torch.arange(sequences + 1, dtype=torch.int32)
         batch = (ends * lengths[0], ends * lengths[1], sequence_order if dropout_p else None, *lengths)
-        out, _ = attention_fwd(q, k, v, *batch, heads, 0.125, dropout_p, 1)
-        attention_bwd(out, q, k, v, q, k, v, *batch, heads, 0.125, dropout_p, 1)
+        numbers = heads, 0.125, dropout_p, 1, causal
+        if cached:
+            begins, counts = batch[1][:-1], batch[1].diff()
+            attention_fwd(q, k, v, batch[0], begins, *batch[2:], *numbers, counts)
+            return
+        out, _ = attention_fwd(q, k, v, *batch, *numbers)
+        attention_bwd(out, q, k, v, q, k, v, *batch, *numbers)
 
     # Few queries, short sequences, long sequences. Dropout takes the most registers, so every tile is compiled with it.
     few, short, long = (16, 512), (64, 64), (512, 512)
@@ -67,10 +74,16 @@ def _attention_launches() -> Iterator[Case]:
     # float16 takes the same tiles as bfloat16 and no more registers: one call is enough.
     chosen = {"f32": [*tiles, *padded], "bf16": [*tiles, *padded, *plain], "f16": [(64, short, 0.1)]}
     chosen["tf32"] = [*tiles, padded[1], plain[1]]
+    # Decoders: causal, whose masked blocks take the most registers in the largest tiles, and one query of a cache.
+    causal = {"f32": [(64, long, 0.1)], "bf16": [(64, long, 0.1), (64, long, 0.0), (128, long, 0.1)], "f16": []}
+    causal["tf32"] = [(64, long, 0.1)]
     for name, dtype in NUMBERS.items():
-        for head_dim, lengths, dropout_p in chosen[name]:
+        kinds = [*((row, False, False) for row in chosen[name]), *((row, True, False) for row in causal[name])]
+        kinds += [((64, few, 0.0), False, True)] if name == "bf16" else []
+        for (head_dim, lengths, dropout_p), is_causal, cached in kinds:
             label = f"{name} D{head_dim} Q{lengths[0]} K{lengths[1]}" + (" dropout" if dropout_p else "")
-            yield label, _with(name, partial(run, dtype, head_dim, lengths, dropout_p)), name != "f32"
+            label += " causal" * is_causal + " cached" * cached
+            yield label, _with(name, partial(run, dtype, head_dim, lengths, dropout_p, is_causal, cached)), name != "f32"
 
 
 def _add_layer_norm_launches() -> Iterator[Case]:
