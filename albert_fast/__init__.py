@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from .ops import synchronize as synchronize
     from .tasks.embed import TextEncoder as TextEncoder
     from .tasks.score import TextScorer as TextScorer
+    from .tasks.translate import Translator as Translator
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
@@ -130,6 +131,7 @@ _HOME = {
     "WantedTokens": "layers.wanted",
     "TextEncoder": "tasks.embed",
     "TextScorer": "tasks.score",
+    "Translator": "tasks.translate",
     "explain": "inspect.explain",
     "load_tokenizer": "text.tokenizer",
     "synchronize": "ops",

@@ -83,7 +83,11 @@ def _attention_launches() -> Iterator[Case]:
         for (head_dim, lengths, dropout_p), is_causal, cached in kinds:
             label = f"{name} D{head_dim} Q{lengths[0]} K{lengths[1]}" + (" dropout" if dropout_p else "")
             label += " causal" * is_causal + " cached" * cached
-            yield label, _with(name, partial(run, dtype, head_dim, lengths, dropout_p, is_causal, cached)), name != "f32"
+            yield (
+                label,
+                _with(name, partial(run, dtype, head_dim, lengths, dropout_p, is_causal, cached)),
+                name != "f32",
+            )
 
 
 def _add_layer_norm_launches() -> Iterator[Case]:
