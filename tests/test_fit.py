@@ -21,9 +21,9 @@ from albert_fast.tasks.classify import TextClassifier
 from albert_fast.testing import require_data
 from albert_fast.text.tokenizer import load_tokenizer
 from albert_fast.training import Recipe, evaluate, fit
-from albert_fast.training import run as run_module
 from albert_fast.training.checkpointing import LOCK_NAME, STATE_NAME, claimed
 from albert_fast.training.optimization import linear_schedule
+from albert_fast.training.tasks import base
 
 CONFIG = ALBERTConfig(
     embedding_size=16,
@@ -220,7 +220,7 @@ def test_an_error_in_the_dev_set_costs_no_epoch(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "test", fails)
+        patch.setattr(base, "test", fails)
         with pytest.raises(error, match=says):
             run_fit(text_files, tmp_path / "cut", recipe=recipe)
     steps, real = [], torch.optim.AdamW.step

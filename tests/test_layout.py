@@ -226,12 +226,14 @@ FILES = {
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
-        "batching line_reader normalization parquet_files text_files tokenizer vocabulary vocabulary_training windows"
+        "batching conll_files line_reader normalization parquet_files spans squad_files text_files tokenizer "
+        "vocabulary vocabulary_training windows words"
     ),
     "albert_fast/training": (
         "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization recipe "
-        "run"
+        "run sources"
     ),
+    "albert_fast/training/tasks": "answer base choose tag texts",
     "kernels": (
         "_attention_gradients _attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs "
         "_layer_norm _matmul _precision _rounding _tuning _vocabulary add_layer_norm attention attention_bwd "

@@ -120,6 +120,14 @@ class HeadModel(PretrainedMixin):
             encoded = replace(encoded, pooled=encoder.first_states(encoded.hidden, packing, not len(encoded.hidden)))
         return encoded
 
+    def encode_packed(self, inputs: Inputs, wanted_tokens: WantedTokens | Tensor | None = None) -> Encoded:
+        """The encoder's result for a batch that holds no padding; `inputs` has cu_seqlens and max_seqlen. Hooks do not run."""
+        check_heard(self.base_model, self.base_model_prefix, "forward_packed calls the encoder's parts")
+        encoded: Encoded = self.base_model.encode_packed(
+            inputs, self.wanted_tokens if wanted_tokens is None else wanted_tokens
+        )
+        return encoded
+
     def finish(self, output: Any, encoded: Encoded, return_dict: bool | None) -> Any:
         """`output` with the encoder's states; as a tuple of its set fields where the caller asked for one."""
         output.hidden_states, output.attentions = encoded.hidden_states, encoded.attentions

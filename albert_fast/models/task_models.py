@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapters import check_heard, project
+from ..layers.adapters import project
 from ..layers.inputs import Inputs
 from ..layers.wanted import WantedTokens
 from .head_model import HeadModel, MLMModel
@@ -128,8 +128,7 @@ class ForSequenceClassification(HeadModel):
             LogitsOutput: logits (B, num_labels).
         """
         inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
-        check_heard(self.base_model, self.base_model_prefix, "forward_packed calls the encoder's parts")
-        encoded = self.base_model.encode_packed(inputs, self.wanted_tokens)
+        encoded = self.encode_packed(inputs)
         return self.finish(LogitsOutput(logits=self.scores(encoded.pooled)), encoded, return_dict)
 
     def loss_function(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
@@ -144,6 +143,10 @@ class ForTokenClassification(HeadModel):
 
     def add_head(self, config: Any) -> None:
         self.add_classifier(config, config.num_labels)
+
+    def token_scores(self, hidden: Tensor) -> Tensor:
+        """(T, H) -> (T, num_labels)."""
+        return project(self.classifier, self.dropout(hidden))
 
     def forward(
         self,
@@ -175,9 +178,32 @@ class ForTokenClassification(HeadModel):
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self.encode(inputs, output_hidden_states, output_attentions, wanted_tokens)
-        logits = project(self.classifier, self.dropout(encoded.hidden))
+        logits = self.token_scores(encoded.hidden)
         loss = None if labels is None else cross_entropy(logits, encoded.labels(labels))
         return self.finish(LogitsOutput(loss, encoded.scatter(logits)), encoded, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+        wanted_tokens: WantedTokens | Tensor | None = None,
+    ) -> Any:
+        """`forward` without labels for a batch that holds no padding; hooks on the encoder do not run.
+
+        Args, Raises:
+            As the encoder's `forward_packed`.
+
+        Returns:
+            LogitsOutput: logits (T, num_labels), or (N, num_labels) of the wanted_tokens, a mask (T,).
+        """
+        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        encoded = self.encode_packed(inputs, wanted_tokens)
+        return self.finish(LogitsOutput(logits=self.token_scores(encoded.hidden)), encoded, return_dict)
 
 
 class ForQuestionAnswering(HeadModel):
@@ -232,6 +258,29 @@ class ForQuestionAnswering(HeadModel):
             loss = (position_loss(start, start_positions, real) + position_loss(end, end_positions, real)) / 2
         output = QuestionAnsweringOutput(loss, start.contiguous(), end.contiguous())
         return self.finish(output, encoded, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """`forward` without labels for a batch that holds no padding; hooks on the encoder do not run.
+
+        Args, Raises:
+            As the encoder's `forward_packed`.
+
+        Returns:
+            QuestionAnsweringOutput: start_logits and end_logits (T,).
+        """
+        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        encoded = self.encode_packed(inputs)
+        start, end = self.span_scores(encoded.hidden).unbind(-1)
+        return self.finish(QuestionAnsweringOutput(None, start.contiguous(), end.contiguous()), encoded, return_dict)
 
 
 class ForMultipleChoice(HeadModel):

@@ -29,7 +29,7 @@ def require_pyarrow() -> Any:
 
 def open_parquet(
     path: str | Path,
-    wanted: Sequence[str],
+    wanted: Sequence[str] | None,
     texts: Sequence[str] = (),
     beside: Sequence[str] = (),
     longest: int = LONGEST_LINE,
@@ -37,7 +37,7 @@ def open_parquet(
     """Opens a Parquet file whose rows come as lines, {"column": value, ...}. Line n is row n.
 
     Args:
-        wanted: columns that must be there.
+        wanted: columns that must be there; None: all columns are read.
         texts: columns of which at least one must be there, unless it is empty.
         beside: columns that are read where they are there. No other column is decoded.
 
@@ -55,6 +55,8 @@ def open_parquet(
         names = list(file.schema_arrow.names)
     except arrow.ArrowException as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+    if wanted is None:
+        wanted = names
     missing = next((repr(name) for name in wanted if name not in names), None)
     if missing is None and texts and not set(texts).intersection(names):
         missing = " or ".join(map(repr, texts))

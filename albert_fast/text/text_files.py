@@ -123,18 +123,39 @@ def open_table(
 
 def read_table(path: str | Path, columns: Columns) -> Iterator[Record]:
     """Yields every row of a table, without blank lines. ValueError: see the top of this file. OSError: see `open`."""
-    format = table_format(path)
-    if format is None:
-        raise ValueError(
-            f"{path}: cannot tell the format from the name; expected .tsv, .csv or .jsonl (also with .gz), or .parquet"
-        )
-    lines, format = open_table(path, format, columns, longest=LONGEST_ROW)
+    lines, format = open_table(path, _format_of(path), columns, longest=LONGEST_ROW)
     try:
         reader = RowReader(lines, format, columns, skip_blank=True)
         while (row := reader.read()) is not None:
             yield row
     finally:
         lines.close()
+
+
+def read_values(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line and all values by name of every row of a table with a header, JSON values as they are.
+
+    Raises:
+        ValueError: see the top of this file. OSError: see `open`.
+    """
+    format = _format_of(path)
+    packed = format is Format.parquet
+    lines = open_parquet(path, None, longest=LONGEST_ROW) if packed else open_lines(path, longest=LONGEST_ROW)
+    try:
+        reader = _ValueReader(lines, Format.jsonl if packed else format, Columns(), skip_blank=True)
+        while (row := reader.read()) is not None:
+            yield row.line, row.label
+    finally:
+        lines.close()
+
+
+def _format_of(path: str | Path) -> Format:
+    format = table_format(path)
+    if format is None:
+        raise ValueError(
+            f"{path}: cannot tell the format from the name; expected .tsv, .csv or .jsonl (also with .gz), or .parquet"
+        )
+    return format
 
 
 class RowReader:
@@ -293,21 +314,25 @@ class RowReader:
             )
         self._text = found[0]
 
-    def _table_row(self, fields: list[str], first: bool) -> Record:
+    def _table_values(self, fields: list[str]) -> Mapping[Any, str]:
+        """The fields of a row by the names of their columns; by their numbers in a table without a header."""
         if len(fields) != self._width:
             others = "the first row" if self._header is None else f"the header {self._header}"
             hint = "a text with a comma needs quotes" if self._format is Format.csv else "a text cannot hold a tab"
             count = f"{len(fields)} field{'s' * (len(fields) != 1)}"
             self._fail(f"{count}, but {others} has {self._width}; {hint}")
-        values: Mapping[Any, str] = dict(
-            enumerate(fields) if self._header is None else zip(self._header, fields, strict=True)
-        )
+        if fields == self._header:
+            self._fail("the header again")
+        return dict(enumerate(fields) if self._header is None else zip(self._header, fields, strict=True))
+
+    def _table_row(self, fields: list[str], first: bool) -> Record:
+        values = self._table_values(fields)
         text, pair, label = self._text, self._columns.pair, self._columns.label
         for column in (text, pair, label):
             if isinstance(column, int) and column >= len(fields):
                 self._fail(f"the row has {len(fields)} columns, numbered from 0", column)
-        if fields == self._header or (first and label is not None and self._like_a_header(values, label)):
-            self._fail("the header again" if self._header else "a header; name the columns instead of numbering them")
+        if first and label is not None and self._like_a_header(values, label):
+            self._fail("a header; name the columns instead of numbering them")
         if pair is None and PAIR_COLUMN in values:
             pair = PAIR_COLUMN
         if label is not None and not values[label].strip():
@@ -326,13 +351,17 @@ class RowReader:
 
     # JSON lines
 
-    def _json_row(self, content: str) -> Record:
+    def _json_values(self, content: str) -> dict[str, Any]:
         try:
             values = json.loads(content, parse_constant=_no_constant, object_pairs_hook=_distinct_keys)
         except (ValueError, RecursionError) as error:
             self._fail(f"not JSON: {'nested too deeply' if isinstance(error, RecursionError) else error}")
         if not isinstance(values, dict):
             self._fail(f'expected {{"text": ...}}, found {_name_of(values)}')
+        return values
+
+    def _json_row(self, content: str) -> Record:
+        values = self._json_values(content)
         self._find_text(list(values))
         text, pair, label = self._text, self._columns.pair, self._columns.label
         for column in (text, pair, label):
@@ -365,6 +394,19 @@ class RowReader:
         except (ValueError, RecursionError) as error:
             self._fail(f"cannot be given back as JSON: {error}", KEY_COLUMN)
         return value
+
+
+class _ValueReader(RowReader):
+    """Gives all values of a row as the label of its record, whatever the columns are named."""
+
+    def _find_text(self, names: Sequence[str]) -> None:
+        """No column has to be there."""
+
+    def _table_row(self, fields: list[str], first: bool) -> Record:
+        return Record(self._line, "", label=dict(self._table_values(fields)))
+
+    def _json_row(self, content: str) -> Record:
+        return Record(self._line, "", label=self._json_values(content))
 
 
 def _name_of(value: Any) -> str:

@@ -25,10 +25,20 @@ from ..text.text_files import LABEL_COLUMN, Columns, Record, read_table
 
 @dataclass
 class Examples:
-    """Texts, their labels, and the names of the classes; None: the labels are numbers to predict."""
+    """What a model is trained or measured on, for each task:
 
-    texts: list[str] | list[tuple[str, str]]
-    labels: list[int] | list[float] | list[list[float]]
+    | task | texts | labels | label_names |
+    |---|---|---|---|
+    | classify | str or (str, str) | ids of classes, or the probabilities of all | the classes |
+    | regress | str or (str, str) | numbers | None |
+    | multilabel | str or (str, str) | 0.0 or 1.0 for each label | the labels |
+    | tag | lists of words | lists of ids, one for each word | the tags |
+    | answer | (question, context) | lists of (answer, first character), empty without one | None |
+    | choose | (first text, list of choices) | the number of the right choice | None |
+    """
+
+    texts: Sequence[Any]
+    labels: Sequence[Any]
     label_names: list[str] | None
 
 
@@ -39,6 +49,7 @@ def read_examples(
     pair_column: str | int | None = None,
     label_column: str | int | None = None,
     label_names: Sequence[str] | None = None,
+    kind: str | None = None,
 ) -> Examples:
     """Reads .tsv (tab-separated, no quoting), .csv (comma-separated, quoted) or .jsonl (an object on each line), also .gz.
 
@@ -49,6 +60,7 @@ def read_examples(
         label_names: the classes in the order of their ids; the file's labels are these names or their ids. Default: found
             in the file: whole numbers 0..n-1 are ids, other numbers are values to predict, words are sorted and
             numbered. In .jsonl a label may also be a list, the probability of each class.
+        kind: "classes" or "numbers": what the labels are, whatever they look like.
 
     Raises:
         ValueError: an unknown suffix, a missing column, a row with more or fewer fields than the others, a text that is
@@ -60,11 +72,17 @@ def read_examples(
     )
     if not rows:
         raise ValueError(f"{path}: no examples")
-    sources = [f"{path}, line {row.line}" for row in rows]
-    return Examples(_texts(rows, sources), *_labels([row.label for row in rows], label_names, sources))
+    return examples_of(rows, [f"{path}, line {row.line}" for row in rows], label_names, kind)
 
 
-def _texts(rows: Sequence[Record], sources: Sequence[str]) -> list[str] | list[tuple[str, str]]:
+def examples_of(
+    rows: Sequence[Record], sources: Sequence[str], label_names: Sequence[str] | None, kind: str | None = None
+) -> Examples:
+    """The examples of rows with labels; see `read_examples`. `sources` name the rows in error messages."""
+    return Examples(texts_of(rows, sources), *_labels([row.label for row in rows], label_names, sources, kind))
+
+
+def texts_of(rows: Sequence[Record], sources: Sequence[str]) -> list[str] | list[tuple[str, str]]:
     """The texts; pairs of texts if every row has a second one."""
     single = next((source for row, source in zip(rows, sources, strict=True) if row.pair is None), None)
     if single is None:
@@ -75,12 +93,12 @@ def _texts(rows: Sequence[Record], sources: Sequence[str]) -> list[str] | list[t
 
 
 def _labels(
-    labels: Sequence[Any], label_names: Sequence[str] | None, sources: Sequence[str]
+    labels: Sequence[Any], label_names: Sequence[str] | None, sources: Sequence[str], kind: str | None
 ) -> tuple[list[int] | list[float] | list[list[float]], list[str] | None]:
     """Returns (ids, names), (numbers, None) or (probabilities of the classes, names). `sources` are for error messages."""
     soft = [isinstance(label, list) for label in labels]
     if not any(soft):
-        return encode_labels([str(label) for label in labels], label_names, sources)
+        return encode_labels([str(label) for label in labels], label_names, sources, kind)
     if not all(soft):
         raise ValueError(
             f"{sources[soft.index(False)]}: the label is one value, but that of {sources[soft.index(True)]} is a list of "
@@ -94,7 +112,10 @@ def _labels(
 
 
 def encode_labels(
-    labels: Sequence[str], label_names: Sequence[str] | None = None, sources: Sequence[str] | None = None
+    labels: Sequence[str],
+    label_names: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
+    kind: str | None = None,
 ) -> tuple[list[int] | list[float], list[str] | None]:
     """Turns the labels of a file into (ids, names) or (numbers, None); see `read_examples`.
 
@@ -113,20 +134,106 @@ def encode_labels(
         return [index[label] for label in labels], list(label_names)
     try:
         numbers = [float(label) for label in labels]
-    except ValueError:
-        names = sorted(set(labels))
-        ids = {name: i for i, name in enumerate(names)}
-        return [ids[label] for label in labels], names
+    except ValueError as error:
+        if kind == "numbers":
+            wrong = next(i for i, label in enumerate(labels) if not _is_number(label))
+            raise ValueError(f"{source(wrong)}: the label {labels[wrong]!r} is not a number") from error
+        return numbered(labels, sorted(set(labels)))
     wrong = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
     if wrong is not None:
         raise ValueError(f"{source(wrong)}: the label {labels[wrong]!r} is not a finite number")
+    if kind == "classes":
+        return numbered(labels, sorted(set(labels), key=float))
     whole = {int(number) for number in numbers if number == int(number) >= 0}
+    if kind == "numbers":
+        return numbers, None
     if all(number in whole for number in numbers) and whole == set(range(len(whole))) and len(whole) > 1:
         return [int(number) for number in numbers], [str(i) for i in range(len(whole))]
     return numbers, None
 
 
-class TextDataset(Dataset[dict[str, Any]]):
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
+
+
+def numbered(labels: Sequence[str], names: list[str]) -> tuple[list[int], list[str]]:
+    """The place of each label among the names, and the names."""
+    ids = {name: i for i, name in enumerate(names)}
+    return [ids[label] for label in labels], names
+
+
+class TokenRows(Dataset[dict[str, Any]]):
+    """A data set of rows of tokens and their labels; the base of the data sets of every task.
+
+    Args:
+        ids: N rows of tokens, special tokens included. types: their token types; None where the model takes none.
+        labels: N labels, in whatever form `label_tensors` makes tensors of.
+        tokenizer, piece_dropout, position_shift: as for `TextDataset`.
+
+    Raises:
+        ValueError: see `TextDataset`.
+    """
+
+    def __init__(
+        self,
+        ids: list[list[int]],
+        types: list[list[int]] | None,
+        labels: Sequence[Any],
+        tokenizer: Any,
+        *,
+        piece_dropout: float = 0.0,
+        position_shift: int = 0,
+    ) -> None:
+        if not 0 <= piece_dropout < 1:
+            raise ValueError(f"piece_dropout must lie in [0, 1), got {piece_dropout}")
+        if position_shift < 0:
+            raise ValueError(f"position_shift must not be negative, got {position_shift}")
+        if piece_dropout and tokenizer.mask_token_id is None:
+            raise ValueError("piece_dropout needs a tokenizer with a mask token")
+        self.input_ids, self.token_type_ids, self.labels = ids, types, list(labels)
+        self.lengths = [len(row) for row in ids]
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.mask_id: int | None = tokenizer.mask_token_id
+        self.special_ids = torch.tensor(sorted({int(i) for i in tokenizer.all_special_ids}), dtype=torch.int64)
+        self.piece_dropout, self.position_shift = piece_dropout, position_shift
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
+        if self.token_type_ids is not None:
+            item["token_type_ids"] = self.token_type_ids[index]
+        return item
+
+    def label_tensors(self, items: Sequence[Mapping[str, Any]], columns: int) -> dict[str, Tensor]:
+        """The labels of a batch of `columns` columns, by the names that the model takes."""
+        return {"labels": torch.tensor([item["labels"] for item in items])}
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Makes a batch: the labels; input_ids, attention_mask and token_type_ids (B, S), padded on the right."""
+        batch = {"input_ids": pad_rows([item["input_ids"] for item in items], self.pad_id)}
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        columns = batch["input_ids"].shape[1]
+        batch["attention_mask"] = (torch.arange(columns) < lengths[:, None]).long()
+        if self.token_type_ids is not None:
+            batch["token_type_ids"] = pad_rows([item["token_type_ids"] for item in items], 0)
+        if self.position_shift:
+            starts = torch.randint(self.position_shift + 1, (len(items), 1))
+            batch["position_ids"] = starts + torch.arange(columns)
+        batch |= self.label_tensors(items, columns)
+        if self.piece_dropout:
+            assert self.mask_id is not None
+            dropped = torch.rand(batch["input_ids"].shape, dtype=torch.float32) < self.piece_dropout
+            batch["input_ids"][dropped & ~torch.isin(batch["input_ids"], self.special_ids)] = self.mask_id
+        return batch
+
+
+class TextDataset(TokenRows):
     """A data set of tokenized texts (or pairs of texts) and their labels.
 
     Args:
@@ -158,21 +265,11 @@ class TextDataset(Dataset[dict[str, Any]]):
     ) -> None:
         if len(texts) != len(labels):
             raise ValueError(f"{len(texts)} texts but {len(labels)} labels")
-        if not 0 <= piece_dropout < 1:
-            raise ValueError(f"piece_dropout must lie in [0, 1), got {piece_dropout}")
-        if position_shift < 0:
-            raise ValueError(f"position_shift must not be negative, got {position_shift}")
-        if piece_dropout and tokenizer.mask_token_id is None:
-            raise ValueError("piece_dropout needs a tokenizer with a mask token")
         encoded = tokenizer(list(texts), truncation=True, max_length=max_length) if len(texts) else {"input_ids": []}
-        self.input_ids: list[list[int]] = encoded["input_ids"]
-        self.token_type_ids: list[list[int]] | None = encoded.get("token_type_ids") if token_types else None
-        self.labels = list(labels)
-        self.lengths = [len(ids) for ids in self.input_ids]
-        self.pad_id = int(tokenizer.pad_token_id)
-        self.mask_id: int | None = tokenizer.mask_token_id
-        self.special_ids = torch.tensor(sorted({int(i) for i in tokenizer.all_special_ids}), dtype=torch.int64)
-        self.piece_dropout, self.position_shift = piece_dropout, position_shift
+        types = encoded.get("token_type_ids") if token_types else None
+        super().__init__(
+            encoded["input_ids"], types, labels, tokenizer, piece_dropout=piece_dropout, position_shift=position_shift
+        )
 
     @classmethod
     def from_file(cls, path: str | Path, tokenizer: Any, max_length: int = 512, **options: Any) -> TextDataset:
@@ -180,32 +277,6 @@ class TextDataset(Dataset[dict[str, Any]]):
         piece_dropout = options.pop("piece_dropout", 0.0)
         examples = read_examples(path, **options)
         return cls(examples.texts, examples.labels, tokenizer, max_length, piece_dropout=piece_dropout)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = {"input_ids": self.input_ids[index], "labels": self.labels[index]}
-        if self.token_type_ids is not None:
-            item["token_type_ids"] = self.token_type_ids[index]
-        return item
-
-    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Makes a batch: labels (B,); input_ids, attention_mask and token_type_ids (B, S), padded on the right."""
-        batch = {"input_ids": pad_rows([item["input_ids"] for item in items], self.pad_id)}
-        lengths = torch.tensor([len(item["input_ids"]) for item in items])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-        if self.token_type_ids is not None:
-            batch["token_type_ids"] = pad_rows([item["token_type_ids"] for item in items], 0)
-        if self.position_shift:
-            starts = torch.randint(self.position_shift + 1, (len(items), 1))
-            batch["position_ids"] = starts + torch.arange(batch["input_ids"].shape[1])
-        batch["labels"] = torch.tensor([item["labels"] for item in items])
-        if self.piece_dropout:
-            assert self.mask_id is not None
-            dropped = torch.rand(batch["input_ids"].shape, dtype=torch.float32) < self.piece_dropout
-            batch["input_ids"][dropped & ~torch.isin(batch["input_ids"], self.special_ids)] = self.mask_id
-        return batch
 
 
 class LengthBucketSampler(Sampler[list[int]]):
@@ -258,4 +329,14 @@ class LengthBucketSampler(Sampler[list[int]]):
         yield from batches[self.first_batch :]
 
 
-__all__ = ["Examples", "LengthBucketSampler", "TextDataset", "encode_labels", "read_examples"]
+__all__ = [
+    "Examples",
+    "LengthBucketSampler",
+    "TextDataset",
+    "TokenRows",
+    "encode_labels",
+    "examples_of",
+    "numbered",
+    "read_examples",
+    "texts_of",
+]

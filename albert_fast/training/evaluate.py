@@ -1,4 +1,4 @@
-"""Measures a saved classifier on labelled text.
+"""Measures a stored model on labelled text, for the task that it was trained for.
 
 Example:
 
@@ -8,44 +8,50 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from ..checkpoints.saving import folder_of
 from ..checkpoints.weights import resolve
-from ..models.auto import AutoModelForSequenceClassification, config_of
+from ..models.auto import config_of
 from ..text.batching import for_plain_text
+from ..text.text_files import Columns
 from ..text.tokenizer import load_tokenizer
-from .checks import check_device, check_length, check_vocabulary, read_split
-from .data import LengthBucketSampler, TextDataset
-from .loop import test
-from .metrics import Metric, check_metrics, confidence_interval
+from .checks import check_device, check_length, check_vocabulary
+from .metrics import Metric, confidence_interval
+from .sources import Source
+from .tasks import task_of
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of a classifier.
+    """The figures of a model.
 
     Attributes:
-        loss: the mean over the examples.
+        loss: the mean over the examples; over the words for tags.
         metrics: by name.
-        interval: Wilson's 95 % interval of the accuracy; None where accuracy was not asked for.
+        interval: Wilson's 95 % interval of the accuracy; None where it was not asked for or counts words, not examples.
+        task: the name of the task.
+        expected, predicted: of each example, see `tasks.Measured`.
     """
 
     examples: int
     loss: float
     metrics: dict[str, float]
     interval: tuple[float, float] | None
+    task: str
+    expected: list[Any] = field(repr=False)
+    predicted: list[Any] = field(repr=False)
 
 
 def evaluate(
     checkpoint: str | Path,
-    file: str | Path,
+    file: Source,
     *,
-    metrics: Sequence[str | Metric] = ("accuracy",),
+    metrics: Sequence[str | Metric] | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
     text_column: str | int | None = None,
@@ -56,10 +62,11 @@ def evaluate(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures a checkpoint (folder, file of weights or hub id) on a TSV, CSV or JSONL file.
+    """Measures a checkpoint (folder, file of weights or hub id) on a file or data set, as `fit` takes them.
 
     Args:
-        metrics: as in `test`.
+        metrics: names, see `docs/training.md`; for classes and numbers also functions, as in `test`. None: the one that
+            chooses the best epoch in a training for the task.
         max_length: texts are cut to this many tokens; default: as many as the model has positions.
         text_column, pair_column, label_column: see `read_examples`.
         backend, precision: see `from_pretrained`.
@@ -72,28 +79,29 @@ def evaluate(
     device = check_device(device)
     path = resolve(checkpoint)
     config = config_of(path)
-    if config.problem_type == "multi_label_classification":
-        raise ValueError(
-            f"{checkpoint}: gives several labels for a text; evaluate measures one class or number for a text"
-        )
-    numbers = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
-    check_metrics(metrics, numbers=numbers)
-    names = None if numbers else [config.label(i) for i in range(config.num_labels)]
-    columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
-    examples = read_split(file, names, columns, for_metrics=bool(metrics))
+    task = task_of(config)
+    names = [config.label(i) for i in range(config.num_labels)] if task.has_labels else None
+    if metrics is None:
+        metrics = [task.default_metric(names)]
+    task.check_metrics(metrics)
+    columns = Columns(text_column, pair_column, label_column)
+    examples = task.read_split(file, columns, names, for_metrics=bool(metrics))
     length = config.longest if max_length is None else max_length
     check_length(length, config)
     tokenizer = for_plain_text(load_tokenizer(folder_of(path)))
     check_vocabulary(tokenizer, config, checkpoint)
     where = {"backend": backend, "precision": precision, "device": device}
-    model = AutoModelForSequenceClassification.from_pretrained(path, **where)
-    types = model.base_model.takes_types
-    data = TextDataset(examples.texts, examples.labels, tokenizer, length, token_types=types)
-    sampler = LengthBucketSampler(data.lengths, batch_size, shuffle=False)
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate)
-    loss, values = test(model, loader, None, device, metrics=metrics, progress=progress)
-    interval = confidence_interval(round(values["accuracy"] * len(data)), len(data)) if "accuracy" in values else None
-    return Evaluation(len(data), loss, values, interval)
+    model = task.model.from_pretrained(path, **where)
+    data = task.data(examples, tokenizer, length, types=model.base_model.takes_types)
+    measured = task.measure(
+        model, data, examples, metrics=metrics, batch_size=batch_size, device=device, progress=progress
+    )
+    count, interval = len(examples.texts), None
+    if "accuracy" in measured.metrics and task.name != "tag":
+        interval = confidence_interval(round(measured.metrics["accuracy"] * count), count)
+    return Evaluation(
+        count, measured.loss, measured.metrics, interval, task.name, measured.expected, measured.predicted
+    )
 
 
 __all__ = ["Evaluation", "evaluate"]

@@ -1,11 +1,12 @@
 """Runs a whole training, from labelled text to a checkpoint: what `albert-fast train` does.
 
     fit("train.tsv", "out", dev_file="dev.tsv", recipe=Recipe(epochs=5, pretrain_epochs=10))
+    fit("train.conll", "out", dev_file="dev.conll", init_from="my-albert")
 
 1. All files, options and the folder are checked.
 2. The vocabulary is learnt from the training text, or taken from the checkpoint to start from.
 3. If wanted, the model is pre-trained on the same text by masked language modelling.
-4. The classifier is trained. After each epoch the dev set is measured, the log and the state of the run are written, and
+4. The model of the task is trained. After each epoch the dev set is measured, the log and the state of the run are written, and
    the best epoch's model is kept.
 5. The test set is measured once.
 
@@ -29,14 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
 from ..checkpoints.saving import folder_of
 from ..checkpoints.weights import load_checkpoint, load_into, rename_old_names, resolve
 from ..models.auto import (
     AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     class_of,
     config_of,
     family_of,
@@ -46,15 +44,17 @@ from ..models.encoder_config import EncoderConfig
 from ..models.encoder_model import EncoderModel
 from ..models.head_model import HeadModel
 from ..text.batching import for_plain_text
+from ..text.text_files import Columns
 from ..text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from . import checks
 from .checkpointing import STATE_NAME, claimed, other_files
-from .data import Examples, LengthBucketSampler, TextDataset, read_examples
+from .data import Examples
 from .evaluate import Evaluation, evaluate
 from .masking import MaskedTextDataset, drop_contained_lines
-from .metrics import check_metrics
 from .recipe import Recipe
 from .run import Stage, TrainingRun, counted, dev_metrics
+from .sources import Source, name_of
+from .tasks import Task, read_for
 
 FEW_STEPS = 400  # after fewer steps a new model mostly guesses
 
@@ -79,9 +79,10 @@ class FitResult:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Work:
     """What a run trains and on what; `init_from` is the checkpoint to start from, None for a new model."""
 
+    task: Task
     config: EncoderConfig
     tokenizer: Tokenizer
     examples: Examples
@@ -90,14 +91,16 @@ class _Task:
 
 
 def fit(
-    train_file: str | Path,
+    train_file: Source,
     output_dir: str | Path,
     *,
-    dev_file: str | Path | None = None,
-    test_file: str | Path | None = None,
+    task: str | None = None,
+    dev_file: Source | None = None,
+    test_file: Source | None = None,
     recipe: Recipe | None = None,
     config: EncoderConfig | None = None,
     vocab_size: int = 8000,
+    vocab_kind: str = "unigram",
     init_from: str | Path | None = None,
     label_names: list[str] | None = None,
     text_column: str | int | None = None,
@@ -108,15 +111,21 @@ def fit(
     progress: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> FitResult:
-    """Trains a text classifier (or a regressor, if the labels are numbers to predict) and keeps the best epoch's model.
+    """Trains a model for a task on labelled text and keeps the best epoch's.
 
     Args:
-        train_file, dev_file, test_file, label_names, *_column: labelled text, see `read_examples`. The dev set chooses
-            the best epoch; the test set is measured once, at the end.
+        train_file, dev_file, test_file: files, folders of saved Hugging Face data sets, data sets, or lists of dictionaries. The
+            dev set chooses the best epoch; the test set is measured once, at the end.
+        task: "classify", "regress", "multilabel", "tag", "answer" or "choose"; None: what the training set is certainly for, see
+            `tasks.read_for`.
+        label_names: the labels in the order of their ids, see `read_examples`.
+        text_column, pair_column, label_column: names of columns; the usual ones are in `docs/training.md`. For "answer" they are
+            the question, the context and the answer; for "choose" pair_column is the choices.
         output_dir: gets the files of the table at the top; it is created if necessary, and locked while the run lasts.
         config: sizes of a new model; vocabulary, labels and special tokens are filled in. Default: `small_config`. Not
             with `init_from`.
         vocab_size: pieces of the new vocabulary, at most: a short text gives fewer. Not used with `init_from`.
+        vocab_kind: "unigram" (SentencePiece) or "wordpiece", which makes a word of every Chinese character.
         init_from: a checkpoint folder, file of weights or hub id; its weights and vocabulary are the start, such as those of
             a pre-trained ALBERT, BERT or DistilBERT.
         resume: continue the run in output_dir if there is one. Files and settings must be the same, except for the number
@@ -142,47 +151,50 @@ def fit(
     with claimed(folder, resume):
         if not resume and (others := other_files(folder)):
             say(f"{folder} holds other files, which stay: {others[0]}{' ...' if len(others) > 1 else ''}")
-        columns: dict[str, Any] = {
-            "text_column": text_column,
-            "pair_column": pair_column,
-            "label_column": label_column,
-        }
-        examples = read_examples(train_file, label_names=label_names, **columns)
-        checks.check_train_labels(examples, train_file, label_names)
-        numbers = examples.label_names is None
-        recipe = recipe.completed(from_checkpoint=init_from is not None, numbers=numbers)
+        columns = Columns(text_column, pair_column, label_column)
+        chosen, examples = read_for(task, train_file, columns, label_names)
+        chosen.check(examples, train_file, label_names)
+        metric = chosen.default_metric(examples.label_names)
+        recipe = recipe.completed(from_checkpoint=init_from is not None, metric=metric)
+        _check_loss(chosen, recipe)
         metrics = dev_metrics(recipe.metric)
         if dev_file is not None or test_file is not None:
-            check_metrics(metrics, numbers=numbers)
+            chosen.check_metrics(metrics)
 
-        def read_for_measuring(file: str | Path) -> Examples:
-            return checks.read_split(file, examples.label_names, columns, for_metrics=bool(metrics))
+        def read_for_measuring(file: Source) -> Examples:
+            return chosen.read_split(file, columns, examples.label_names, for_metrics=bool(metrics))
 
         dev = None if dev_file is None else read_for_measuring(dev_file)
         if test_file is not None:
             read_for_measuring(test_file)  # only for its errors: `evaluate` reads it at the end
-        tokenizer, learnt = _tokenizer(folder, examples, vocab_size, init_from, recipe.seed, resume)
+        if resume and (folder / STATE_NAME).exists():  # written after the tokenizer
+            tokenizer, learnt = load_tokenizer(folder), False
+        else:
+            tokenizer, learnt = (
+                _new_tokenizer(chosen.lines(examples), vocab_size, vocab_kind, init_from, recipe.seed),
+                True,
+            )
         tokenizer = for_plain_text(tokenizer)
-        config = _complete(config, tokenizer, examples, init_from, recipe)
-        task = _Task(config, tokenizer, examples, dev, init_from)
+        config = chosen.configured(_complete(config, tokenizer, init_from, recipe), examples)
+        work = _Work(chosen, config, tokenizer, examples, dev, init_from)
         if learnt:
             # A checkpoint's tokenizer may say less; a new one says nothing of it.
             longest = config.longest if init_from is None else min(config.longest, tokenizer.model_max_length)
             tokenizer.model_max_length = tokenizer.settings["model_max_length"] = longest
-        settings = _settings(task, recipe, vocab_size)
+        settings = _settings(work, recipe, vocab_size)
         run = TrainingRun(
             folder, recipe, settings, device, tokenizer if learnt else None, progress=progress, report=say
         )
         if resume:
             run.load()
-        checks.check_disk(folder, config, recipe.ema_decay is not None)
-        for line in _introduction(run, task, train_file, vocab_size):
+        checks.check_disk(folder, chosen.model, config, recipe.ema_decay is not None)
+        for line in _introduction(run, work, name_of(train_file), vocab_size):
             say(line)
         torch.manual_seed(recipe.seed)
         encoder = None
         if recipe.pretrain_epochs and run.stage == "pretrain":
-            encoder = _pretrain(run, task)
-        _classify(run, task, encoder)
+            encoder = _pretrain(run, work)
+        _train(run, work, encoder)
         tested = None
         if test_file is not None:
             tested = evaluate(
@@ -192,7 +204,9 @@ def fit(
                 batch_size=recipe.batch_size,
                 device=device,
                 progress=progress,
-                **columns,
+                text_column=text_column,
+                pair_column=pair_column,
+                label_column=label_column,
             )
     return FitResult(folder, run.best_epoch, str(recipe.metric), run.best_value, run.history, tested)
 
@@ -201,34 +215,43 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _settings(task: _Task, recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+def _check_loss(task: Task, recipe: Recipe) -> None:
+    """ValueError for settings of the loss that the task's does not have."""
+    if recipe.label_smoothing and not task.smooths_labels:
+        raise ValueError(f"label_smoothing is for one of several classes; the task is {task.name}")
+    if recipe.class_weights and not task.weighs_classes:
+        raise ValueError(f"class_weights is for classes and tags; the task is {task.name}")
+
+
+def _settings(work: _Work, recipe: Recipe, vocab_size: int) -> dict[str, Any]:
     """What a resumed run must have in common with this one, for JSON."""
     return dataclasses.asdict(recipe) | {
-        "config": task.config.to_dict(),
-        "init_from": None if task.init_from is None else str(task.init_from),
-        "vocab_size": vocab_size if task.init_from is None else None,
-        "train": _digest(task.examples),
-        "dev": None if task.dev is None else _digest(task.dev),
+        "task": work.task.name,
+        "config": work.config.to_dict(),
+        "init_from": None if work.init_from is None else str(work.init_from),
+        "vocab_size": vocab_size if work.init_from is None else None,
+        "train": _digest(work.examples),
+        "dev": None if work.dev is None else _digest(work.dev),
     }
 
 
-def _introduction(run: TrainingRun, task: _Task, train_file: str | Path, vocab_size: int) -> Iterator[str]:
+def _introduction(run: TrainingRun, work: _Work, train_name: str, vocab_size: int) -> Iterator[str]:
     """Lines that a user should read before the first step."""
-    recipe, pieces = run.recipe, task.config.vocab_size
-    yield f"{train_file}: {checks.describe_examples(task.examples)}"
-    if task.dev is None:
+    recipe, pieces = run.recipe, work.config.vocab_size
+    yield f"{train_name}: {work.task.name}, {work.task.describe(work.examples)}"
+    if work.dev is None:
         yield "no dev set: the model of the last epoch is kept"
-    if task.init_from is None and pieces < vocab_size:
+    if work.init_from is None and pieces < vocab_size:
         yield f"vocabulary: {pieces} pieces, all that this text gives ({vocab_size} were asked for)"
     device = str(run.device) if run.device.type != "cpu" else f"cpu, {counted(torch.get_num_threads(), 'thread')}"
-    steps = -(-len(task.examples.texts) // recipe.batch_size)
-    start = "a new model" if task.init_from is None else f"from {task.init_from}"
+    steps = -(-len(work.examples.texts) // recipe.batch_size)
+    start = "a new model" if work.init_from is None else f"from {work.init_from}"
     yield (
         f"{start}; {counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')}, "
         f"learning rate {recipe.learning_rate:g}, batch size {recipe.batch_size}; {device}"
     )
     total = recipe.epochs * steps
-    if task.init_from is None and total < FEW_STEPS:
+    if work.init_from is None and total < FEW_STEPS:
         few = counted(total, "step")
         yield f"{few} {'is' if total == 1 else 'are'} few for a new model: more epochs or a start from a checkpoint learn more"
     yield (
@@ -259,22 +282,17 @@ def small_config(max_length: int) -> ALBERTConfig:
     )
 
 
-def _tokenizer(
-    folder: Path, examples: Examples, vocab_size: int, init_from: str | Path | None, seed: int, resume: bool
-) -> tuple[Tokenizer, bool]:
-    """The tokenizer of the run to resume, of `init_from`, or one learnt from the training text; and whether to save it."""
-    if resume and (folder / STATE_NAME).exists():  # written after the tokenizer
-        return load_tokenizer(folder), False
+def _new_tokenizer(lines: list[str], vocab_size: int, kind: str, init_from: str | Path | None, seed: int) -> Tokenizer:
+    """The tokenizer of `init_from`, or one learnt from the training text."""
     if init_from is not None:
-        return load_tokenizer(folder_of(resolve(init_from))), True
-    lines = {line for text in examples.texts for line in ([text] if isinstance(text, str) else text)}
-    return train_tokenizer(sorted(lines), vocab_size, at_most=True, seed=seed), True
+        return load_tokenizer(folder_of(resolve(init_from)))
+    return train_tokenizer(sorted(set(lines)), vocab_size, at_most=True, kind=kind, seed=seed)
 
 
 def _complete(
-    config: EncoderConfig | None, tokenizer: Tokenizer, examples: Examples, init_from: str | Path | None, recipe: Recipe
+    config: EncoderConfig | None, tokenizer: Tokenizer, init_from: str | Path | None, recipe: Recipe
 ) -> EncoderConfig:
-    """Fills the run's vocabulary, special tokens and labels into the configuration, and checks it."""
+    """Fills the run's vocabulary and special tokens into the configuration, and checks it."""
     if init_from is not None:
         config = config_of(resolve(init_from))
         checks.check_trainable(config, init_from)
@@ -292,28 +310,24 @@ def _complete(
         raise ValueError(f"position_shift: {config.model_type} counts positions from its pad token, and takes none")
     if (recipe.piece_dropout or recipe.pretrain_epochs) and tokenizer.mask_token_id is None:
         raise ValueError("piece_dropout and pretrain_epochs need a tokenizer with a mask token")
-    if examples.label_names is None:
-        return config.replace(id2label=None, label2id=None, num_labels=1, problem_type="regression")
-    names = dict(enumerate(examples.label_names))
-    return config.replace(id2label=names, label2id=None, problem_type="single_label_classification")
+    return config
 
 
-def _pretrain(run: TrainingRun, task: _Task) -> EncoderModel:
+def _pretrain(run: TrainingRun, work: _Work) -> EncoderModel:
     """Trains by masked language modelling on the training text; returns the encoder."""
-    recipe, texts = run.recipe, task.examples.texts
-    lines = drop_contained_lines([text if isinstance(text, str) else " ".join(text) for text in texts])
-    model = AutoModelForMaskedLM.from_config(task.config).float()
+    recipe, lines = run.recipe, drop_contained_lines(work.task.documents(work.examples))
+    model = AutoModelForMaskedLM.from_config(work.config).float()
     encoder: EncoderModel = model.base_model
     data = MaskedTextDataset(
         lines,
-        task.tokenizer,
+        work.tokenizer,
         recipe.max_length,
         mask_probability=recipe.mask_probability,
         with_wanted_tokens=True,
         token_types=encoder.takes_types,
     )
-    if task.init_from is not None:
-        _start_from(model, task.init_from)
+    if work.init_from is not None:
+        _start_from(model, work.init_from, keeps_head=True)
     stage = Stage(
         "pretrain", model, data, None, recipe.pretrain_epochs, recipe.pretrain_batch_size, recipe.pretrain_learning_rate
     )
@@ -321,50 +335,73 @@ def _pretrain(run: TrainingRun, task: _Task) -> EncoderModel:
     return encoder
 
 
-def _start_from(model: HeadModel, init_from: str | Path) -> None:
-    """Loads the weights of a checkpoint into a model, without its classifier if that is for other labels."""
+def _start_from(model: HeadModel, init_from: str | Path, *, keeps_head: bool) -> None:
+    """Loads the weights of a checkpoint into a model, without its head if that is for other labels or another task."""
     folder = resolve(init_from)
     state = rename_old_names(load_checkpoint(folder), model.family, model.prefix)
-    old, new = config_of(folder), model.config
-    if (old.num_labels, old.id2label, old.problem_type) != (new.num_labels, new.id2label, new.problem_type):
-        for key in [key for key in state if key.startswith("classifier.")]:
+    if not keeps_head:
+        for key in [key for key in state if key.startswith(("classifier.", "qa_outputs."))]:
             del state[key]
     load_into(model, state, model.family, allow_missing_head=True)
 
 
-def _classify(run: TrainingRun, task: _Task, encoder: EncoderModel | None) -> None:
-    """Trains the classifier (or regressor), starting from the pre-trained encoder, from `init_from` or at random."""
-    recipe, examples = run.recipe, task.examples
-    model = AutoModelForSequenceClassification.from_config(task.config).float()
+def _has_same_head(work: _Work) -> bool:
+    """Whether the head of the checkpoint to start from has the task and the labels of the run."""
+    assert work.init_from is not None
+    old, new = config_of(resolve(work.init_from)), work.config
+    same_labels = (old.num_labels, old.id2label, old.problem_type) == (new.num_labels, new.id2label, new.problem_type)
+    stated = old.architectures
+    return same_labels and (not stated or str(stated[0]).endswith(work.task.architecture))
+
+
+def _train(run: TrainingRun, work: _Work, encoder: EncoderModel | None) -> None:
+    """Trains the model of the task, starting from the pre-trained encoder, from `init_from` or at random."""
+    recipe, task = run.recipe, work.task
+    model = task.model.from_config(work.config).float()
     types = model.base_model.takes_types
     if encoder is not None:
         left = model.base_model.load_state_dict(encoder.state_dict(), strict=False)
         assert not left.unexpected_keys, left
         assert all(key.startswith("pooler.") for key in left.missing_keys), left
-    elif task.init_from is not None and run.saved is None:
-        _start_from(model, task.init_from)
-    data = TextDataset(
-        examples.texts,
-        examples.labels,
-        task.tokenizer,
-        recipe.max_length,
-        piece_dropout=recipe.piece_dropout,
-        position_shift=recipe.position_shift,
-        token_types=types,
-    )
-    regression = examples.label_names is None
-    criterion = nn.MSELoss() if regression else nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-    dev_loader = None
-    if task.dev is not None:
-        dev_data = TextDataset(task.dev.texts, task.dev.labels, task.tokenizer, recipe.max_length, token_types=types)
-        sampler = LengthBucketSampler(dev_data.lengths, recipe.batch_size, shuffle=False)
-        dev_loader = DataLoader(dev_data, batch_sampler=sampler, collate_fn=dev_data.collate)
+    elif work.init_from is not None and run.saved is None:
+        _start_from(model, work.init_from, keeps_head=_has_same_head(work))
+    data = task.data(work.examples, work.tokenizer, recipe.max_length, types=types, recipe=recipe)
     rate = recipe.learning_rate
     assert rate is not None, "the recipe is a completed one"
     stage = Stage(
-        "classify", model, data, criterion, recipe.epochs, recipe.batch_size, rate, dev_loader, keeps_best=True
+        task.name,
+        model,
+        data,
+        task.criterion(recipe, work.examples),
+        recipe.epochs,
+        recipe.batch_size,
+        rate,
+        _dev_figures(run, work, types),
+        keeps_best=True,
     )
     run.epochs(stage)
+
+
+def _dev_figures(run: TrainingRun, work: _Work, types: bool) -> Callable[[Any], dict[str, float]] | None:
+    """The function that measures a model on the dev set; None without one."""
+    recipe, dev = run.recipe, work.dev
+    if dev is None:
+        return None
+    data = work.task.data(dev, work.tokenizer, recipe.max_length, types=types)
+
+    def figures(model: Any) -> dict[str, float]:
+        measured = work.task.measure(
+            model,
+            data,
+            dev,
+            metrics=dev_metrics(recipe.metric),
+            batch_size=recipe.batch_size,
+            device=run.device,
+            progress=run.progress,
+        )
+        return {"loss": measured.loss, **measured.metrics}
+
+    return figures
 
 
 __all__ = ["FitResult", "Recipe", "fit", "small_config"]

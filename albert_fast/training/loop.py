@@ -75,7 +75,7 @@ def train(
     with _mode(model, training=True), _progress(data_loader, "train", progress) as (batches, show):
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
-            loss, examples, _ = _step(model, batch, criterion, device, predictions=False)
+            loss, examples, _, _ = _step(model, batch, criterion, device, predictions=False)
             loss.backward()
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -97,6 +97,7 @@ def test(
     device: torch.device | str,
     *,
     metrics: Sequence[str | Metric] | None = None,  # noqa: PT028
+    after_batch: Callable[[Any], None] | None = None,  # noqa: PT028
     progress: bool = True,  # noqa: PT028
 ) -> Any:
     """Evaluates without gradients; the table above says what `criterion` gets.
@@ -104,6 +105,7 @@ def test(
     Args:
         metrics: names ("accuracy", "f1", "precision", "recall", "matthews", "mse", "pearson", "spearman") or functions
             (labels, predictions) -> float, on arrays over the whole data set: see `predictions_of`.
+        after_batch: called with what the model returned for each batch.
         progress: a bar on standard error.
 
     Returns:
@@ -124,13 +126,16 @@ def test(
     # no_grad, not inference_mode: what a model caches during evaluation must be usable in training.
     with torch.no_grad(), _mode(model, training=False), _progress(data_loader, "test", progress) as (batches, show):
         for batch in batches:
-            loss, examples, pairs = _step(model, batch, criterion, device, predictions=metrics is not None)
+            predicts = metrics is not None or after_batch is not None
+            loss, examples, pairs, outputs = _step(model, batch, criterion, device, predictions=predicts)
             total, count = total + float(loss) * examples, count + examples
             show(total, count)
             if metrics is not None:
                 truth, guess = predictions_of(pairs)
                 labels_seen.append(truth.cpu())
                 predictions.append(guess.cpu())
+            if after_batch is not None:
+                after_batch(outputs)
     mean = _mean(total, count)
     if metrics is None:
         return mean
@@ -166,8 +171,8 @@ def _step(
     criterion: Criterion | None,
     device: torch.device | str,
     predictions: bool,
-) -> tuple[Tensor, int, list[tuple[Any, Any]]]:
-    """Returns the loss of a batch (a scalar), its number of examples, and its (outputs, labels) pairs.
+) -> tuple[Tensor, int, list[tuple[Any, Any]], Any]:
+    """Returns the loss of a batch (a scalar), its number of examples, its (outputs, labels) pairs, and what the model returned.
 
     If `predictions` is False, the outputs in the pairs may be None.
     """
@@ -201,7 +206,7 @@ def _step(
         raise TypeError(f"the criterion must return a tensor, got {type(loss).__name__}")
     if loss.dim():
         raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}: the criterion must take the mean")
-    return loss, _count(pairs[0][1]), pairs
+    return loss, _count(pairs[0][1]), pairs, outputs
 
 
 def _check_classes(criterion: Criterion, outputs: Any, labels: Any) -> None:

@@ -1,7 +1,7 @@
 """Makes predictions from a model's outputs, and computes metrics over a whole data set.
 
-Accuracy and the mean squared error need no library. The others come from scikit-learn and SciPy, which are imported when
-they are needed.
+Accuracy and the mean squared error need no library. The others come from scikit-learn, SciPy, seqeval and torchmetrics, which
+are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -99,9 +99,15 @@ METRICS: dict[str, Metric] = {
 }
 OF_CLASSES = ("accuracy", "f1", "precision", "recall", "matthews")
 # Metric -> (module to import, name of the library).
-LIBRARIES = dict.fromkeys(
+LIBRARIES: dict[str, tuple[str, str]] = dict.fromkeys(
     ("f1", "precision", "recall", "matthews"), ("sklearn.metrics", "scikit-learn")
 ) | dict.fromkeys(("pearson", "spearman"), ("scipy.stats", "SciPy"))
+
+
+# Of sentences of tagged words, and of answers to questions.
+TAG_METRICS = dict.fromkeys(("f1", "precision", "recall", "accuracy"), ("seqeval.metrics", "seqeval"))
+ANSWER_METRICS = dict.fromkeys(("f1", "exact_match"), ("torchmetrics.functional.text", "torchmetrics"))
+MULTILABEL_METRICS = dict.fromkeys(("f1", "precision", "recall", "accuracy"), ("sklearn.metrics", "scikit-learn"))
 
 
 def check_metrics(wanted: Sequence[str | Metric], *, numbers: bool = False) -> None:
@@ -125,13 +131,17 @@ def check_metrics(wanted: Sequence[str | Metric], *, numbers: bool = False) -> N
                 f"the metric {metric!r} counts classes, but the labels are numbers to predict; take {known}"
             )
         if metric in LIBRARIES:
-            module, library = LIBRARIES[metric]
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise ImportError(
-                    f"the metric {metric!r} needs {library}: pip install 'albert-fast[train]' (accuracy and mse do not)"
-                ) from error
+            require_library(metric, *LIBRARIES[metric])
+
+
+def require_library(metric: str, module: str, library: str) -> None:
+    """ImportError where the library of a metric is not installed; the message says how to get it."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"the metric {metric!r} needs {library}: pip install 'albert-fast[train]' (accuracy and mse do not)"
+        ) from error
 
 
 def compute_metrics(wanted: Sequence[str | Metric], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
@@ -146,6 +156,44 @@ def compute_metrics(wanted: Sequence[str | Metric], labels: np.ndarray, predicti
     return result
 
 
+def tag_metrics(
+    wanted: Sequence[str], expected: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Metrics of the tags of sentences: accuracy over words; f1, precision and recall over entities, by seqeval.
+
+    Args:
+        wanted: some of TAG_METRICS.
+        expected, predicted: the tags of the words of each sentence.
+    """
+    values = {}
+    for name in wanted:
+        from seqeval import metrics
+
+        options = {} if name == "accuracy" else {"zero_division": 0}
+        values[name] = float(getattr(metrics, f"{name}_score")(list(expected), list(predicted), **options))
+    return values
+
+
+def answer_metrics(
+    wanted: Sequence[str], expected: Sequence[Sequence[str]], predicted: Sequence[str]
+) -> dict[str, float]:
+    """Exact match and F1 of answers from 0 to 1, by SQuAD's rules (case, punctuation and articles do not count), by torchmetrics.
+
+    Args:
+        wanted: some of ANSWER_METRICS.
+        expected: the right answers to each question; none: there is no answer, and "" is right.
+        predicted: the answer to each question.
+    """
+    from torchmetrics.functional.text import squad
+
+    truth = [
+        {"id": str(i), "answers": {"text": list(texts) or [""], "answer_start": [0] * max(1, len(texts))}}
+        for i, texts in enumerate(expected)
+    ]
+    found = squad([{"id": str(i), "prediction_text": text} for i, text in enumerate(predicted)], truth)
+    return {name: float(found[name]) / 100 for name in wanted}
+
+
 def confidence_interval(correct: int, total: int) -> tuple[float, float]:
     """Wilson's score interval of a proportion, at 95 %. ValueError unless 0 <= correct <= total > 0."""
     if not 0 <= correct <= total or total <= 0:
@@ -156,4 +204,17 @@ def confidence_interval(correct: int, total: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-__all__ = ["METRICS", "Metric", "check_metrics", "compute_metrics", "confidence_interval", "predictions_of"]
+__all__ = [
+    "ANSWER_METRICS",
+    "METRICS",
+    "MULTILABEL_METRICS",
+    "TAG_METRICS",
+    "Metric",
+    "answer_metrics",
+    "check_metrics",
+    "compute_metrics",
+    "confidence_interval",
+    "predictions_of",
+    "require_library",
+    "tag_metrics",
+]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from .metrics import METRICS
+from .metrics import ANSWER_METRICS, METRICS
 
 # The highest learning rate: small steps for trained weights, larger ones for random weights.
 FINE_TUNING_RATE, FROM_SCRATCH_RATE = 5e-5, 5e-4
@@ -21,13 +21,16 @@ class Recipe:
             `warmup_ratio` of the steps, then linear decay to zero. learning_rate is the highest rate; None: 5e-5 if
             `fit` starts from a checkpoint, 5e-4 for a new model.
         max_length: longer texts are cut.
-        label_smoothing: of the cross-entropy over classes.
+        label_smoothing: of the cross-entropy over classes, tags or choices.
+        class_weights: "balanced": classes and tags weigh as much as others in sum, however rare they are; None: each example
+            weighs the same.
         piece_dropout, position_shift: of the training set, see `TextDataset`.
         ema_decay: evaluate and keep a running average of the weights with this decay; None: the weights themselves.
         pretrain_epochs, pretrain_batch_size, pretrain_learning_rate, mask_probability: masked language modelling first,
             on the training lines that no longer line contains.
-        metric: chooses the best epoch on the dev set: a metric of `test`, or "loss"; None: "accuracy" for classes,
-            "mse" for numbers.
+        metric: chooses the best epoch on the dev set: a metric of the task, or "loss"; None: "accuracy" for classes and choices,
+            "mse" for numbers, "f1" for several labels, entities and answers.
+        patience: end after so many epochs that were not better than the best; None: run all epochs.
         seed: of the vocabulary's sampling, the weights, the order and every random choice; 0 to 2**32 - 1.
         checkpoint_steps: also save the state every so many steps within an epoch.
     """
@@ -40,6 +43,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     max_length: int = 128
     label_smoothing: float = 0.0
+    class_weights: str | None = None
     piece_dropout: float = 0.0
     position_shift: int = 0
     ema_decay: float | None = None
@@ -48,17 +52,25 @@ class Recipe:
     pretrain_learning_rate: float = 5e-4
     mask_probability: float = 0.15
     metric: str | None = None
+    patience: int | None = None
     seed: int = 0
     checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.metric is not None and self.metric not in METRICS and self.metric != "loss":
-            raise ValueError(f"unknown metric {self.metric!r}; known: loss, {', '.join(METRICS)}")
+        known = [*dict.fromkeys(("loss", *METRICS, *ANSWER_METRICS))]
+        if self.metric is not None and self.metric not in known:
+            raise ValueError(f"unknown metric {self.metric!r}; known: {', '.join(known)}")
+        if self.class_weights not in (None, "balanced"):
+            raise ValueError(f"class_weights is {self.class_weights!r}; known: 'balanced', None")
         if self.epochs < 1 or self.pretrain_epochs < 0:
             raise ValueError(f"needs at least one epoch, got {self.epochs} (pre-training: {self.pretrain_epochs})")
         # Each condition is false for NaN.
         for names, fits, wanted in (
-            (("batch_size", "pretrain_batch_size", "checkpoint_steps"), lambda x: x >= 1, "must be at least 1"),
+            (
+                ("batch_size", "pretrain_batch_size", "checkpoint_steps", "patience"),
+                lambda x: x >= 1,
+                "must be at least 1",
+            ),
             (("max_length",), lambda x: x >= 3, "must be at least 3: a token between [CLS] and [SEP]"),
             (
                 ("learning_rate", "pretrain_learning_rate", "max_grad_norm"),
@@ -76,13 +88,13 @@ class Recipe:
                 if value is not None and not fits(value):
                     raise ValueError(f"{name} {wanted}, got {value}")
 
-    def completed(self, *, from_checkpoint: bool, numbers: bool) -> Recipe:
-        """This recipe with the default learning rate and metric in place of None."""
+    def completed(self, *, from_checkpoint: bool, metric: str) -> Recipe:
+        """This recipe with the default learning rate, and the task's default `metric`, in place of None."""
         rate = FINE_TUNING_RATE if from_checkpoint else FROM_SCRATCH_RATE
         return dataclasses.replace(
             self,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
-            metric=self.metric or ("mse" if numbers else "accuracy"),
+            metric=self.metric or metric,
         )
 
 

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from ..models.pretrained import PretrainedMixin
 from ..text.tokenizer import Tokenizer
 from .checkpointing import STATE_NAME, load_state, random_state, save_state, set_random_state, write_log
-from .data import LengthBucketSampler, TextDataset
+from .data import LengthBucketSampler, TokenRows
 from .interrupts import Interrupts
-from .loop import Criterion, test, train
+from .loop import Criterion, train
 from .optimization import WeightAverage, linear_schedule, make_optimizer, set_rates
 from .recipe import Recipe
 
@@ -36,21 +36,21 @@ class Stage:
     """A part of a run with a model and a data set of its own.
 
     Attributes:
-        name: "pretrain" or "classify".
+        name: "pretrain" or the task's.
         criterion: None: the model computes its own loss.
         learning_rate: the highest rate.
-        dev_loader: measured after each epoch.
+        measure: gives the loss and the metric of a model on the dev set, after each epoch.
         keeps_best: save the best epoch's model, and average the weights if the recipe says so.
     """
 
     name: str
     model: PretrainedMixin
-    data: TextDataset
+    data: TokenRows
     criterion: Criterion | None
     epochs: int
     batch_size: int
     learning_rate: float
-    dev_loader: DataLoader[Any] | None = None
+    measure: Callable[[PretrainedMixin], dict[str, float]] | None = None
     keeps_best: bool = False
 
 
@@ -123,7 +123,7 @@ class TrainingRun:
         self.best_epoch, self.best_value = self.saved["best"]
         epoch, step, *_ = self.saved["position"]
         begun = epoch + (step > 0)
-        if self.stage == "classify" and self.recipe.epochs < begun:
+        if self.stage != "pretrain" and self.recipe.epochs < begun:
             raise ValueError(
                 f"{self.folder / STATE_NAME}: {begun} epochs are done or begun, so the run cannot end after "
                 f"{self.recipe.epochs}; give epochs (--epochs) of {begun} or more"
@@ -165,7 +165,7 @@ class TrainingRun:
                 self._save(stage.name, parts, position)
             interrupts.check(f"in epoch {epoch} of {stage.epochs} ({stage.name}), after step {position.step}")
 
-        while position.epoch < stage.epochs:
+        while position.epoch < stage.epochs and not self._has_lost_patience(stage, position):
             epoch, started = position.epoch + 1, time.monotonic()
             with interrupts.located(f"in epoch {epoch} of {stage.epochs} ({stage.name})"):
                 if position.step < sampler.batches_per_epoch:
@@ -201,22 +201,27 @@ class TrainingRun:
 
     def _measure(self, stage: Stage, record: dict[str, Any]) -> None:
         """Adds the dev set's figures to the record of an epoch, and saves the model if it is the best so far."""
-        if stage.dev_loader is not None:
-            record |= self._evaluate(stage.model, stage.dev_loader)
+        if stage.measure is not None:
+            record |= {f"dev_{name}": value for name, value in stage.measure(stage.model).items()}
         if stage.keeps_best and self._is_best(record):
             self.best_epoch, self.best_value = record["epoch"], record.get(f"dev_{self.recipe.metric}")
             stage.model.save_pretrained(self.folder)
-
-    def _evaluate(self, model: PretrainedMixin, loader: DataLoader[Any]) -> dict[str, float]:
-        metrics = dev_metrics(self.recipe.metric)
-        loss, values = test(model, loader, None, self.device, metrics=metrics, progress=self.progress)
-        return {"dev_loss": loss} | {f"dev_{name}": value for name, value in values.items()}
 
     def _is_best(self, record: dict[str, Any]) -> bool:
         value: float | None = record.get(f"dev_{self.recipe.metric}")
         if value is None or self.best_value is None:
             return True
         return value < self.best_value if self.recipe.metric in LOWER_IS_BETTER else value > self.best_value
+
+    def _has_lost_patience(self, stage: Stage, position: Position) -> bool:
+        """Whether the best epoch is so long ago that the recipe ends the run."""
+        patience = self.recipe.patience
+        if patience is None or not stage.keeps_best or stage.measure is None or position.step:
+            return False
+        if position.epoch - self.best_epoch < patience or not self.best_epoch:
+            return False
+        self.report(f"no epoch after {self.best_epoch} was better: the run ends")
+        return True
 
     def _save(self, stage: str, parts: dict[str, Any], position: Position) -> None:
         state = {name: part.state_dict() for name, part in parts.items()} | {

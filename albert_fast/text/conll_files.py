@@ -1,0 +1,75 @@
+"""Reads sentences of words and their tags from CoNLL files: a word and its tag on each line, an empty line between sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .line_reader import open_lines
+
+ENDINGS = (".conll", ".conllu", ".bio", ".iob", ".iob2")
+
+
+@dataclass
+class Sentence:
+    """A sentence of a CoNLL file.
+
+    Attributes:
+        line: the number of its first line, from 1.
+        words, tags: one for each line.
+    """
+
+    line: int
+    words: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+
+
+def is_conll(path: str | Path) -> bool:
+    """Whether the ending of a name is that of a CoNLL file."""
+    return str(path).lower().removesuffix(".gz").endswith(ENDINGS)
+
+
+def read_conll(path: str | Path, word_column: int | None = None, tag_column: int | None = None) -> Iterator[Sentence]:
+    """Yields the sentences of a file, also .gz. Columns are separated by tabs or, in a line without one, by spaces.
+
+    Lines that begin with -DOCSTART-, and lines of a comment ("# " and no tab, in a file with tabs), are left out.
+
+    Args:
+        word_column, tag_column: numbers from 0; default: the first and the last column.
+
+    Raises:
+        ValueError: a line without these columns, bytes that are not UTF-8; the message names file and line. OSError: see `open`.
+    """
+    lines = open_lines(path)
+    sentence, has_tabs = Sentence(0), False
+    try:
+        while (line := lines.read()) is not None:
+            text = line.text.strip()
+            if not text:
+                if sentence.words:
+                    yield sentence
+                sentence = Sentence(0)
+                continue
+            if text.startswith("-DOCSTART-") or (
+                text.startswith("# ") and "\t" not in text and (has_tabs or "=" in text)
+            ):
+                continue
+            has_tabs = has_tabs or "\t" in text
+            columns = text.split("\t") if "\t" in text else text.split()
+            word, tag = (0 if word_column is None else word_column), (-1 if tag_column is None else tag_column)
+            needed = max(2, word + 1, tag + 1)
+            if len(columns) < needed:
+                raise ValueError(
+                    f"{lines.name}, line {line.number}: {len(columns)} column{'s' * (len(columns) != 1)}, expected a word "
+                    f"and a tag{f' in {needed} columns' if needed > 2 else ''}"
+                )
+            sentence.line = sentence.line or line.number
+            sentence.words.append(columns[word].strip())
+            sentence.tags.append(columns[tag].strip())
+            if not sentence.words[-1] or not sentence.tags[-1]:
+                raise ValueError(f"{lines.name}, line {line.number}: the word or the tag is empty")
+        if sentence.words:
+            yield sentence
+    finally:
+        lines.close()

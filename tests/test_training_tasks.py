@@ -1,0 +1,106 @@
+"""fit and evaluate for every task: what is read, learnt, measured and stored; what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from albert_fast import ALBERTConfig
+from albert_fast.training import Recipe, evaluate, fit
+from albert_fast.training.tasks import TASKS
+
+for library in ("tokenizers", "seqeval", "torchmetrics", "sklearn"):
+    pytest.importorskip(library, reason="an extra that [test] brings is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = ALBERTConfig(
+    embedding_size=16,
+    hidden_size=32,
+    num_attention_heads=2,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    max_position_embeddings=40,
+    hidden_act="relu",
+)
+WORDS = ["kalu", "misti", "penor", "robar", "tupil", "salu", "nemo", "dira"]
+Rows = list[dict[str, Any]]
+
+
+def tagged(count: int, generator: np.random.Generator) -> Rows:
+    """A name of one or two words is marked by the word before it."""
+    rows = []
+    for _ in range(count):
+        words, tags = list(generator.choice(WORDS, 3)), ["O", "O", "O"]
+        for kind in ("person", "place")[: generator.integers(1, 3)]:
+            words += [f"the{kind}", *generator.choice(["Anna", "Bern"], 2)]
+            tags += ["O", f"B-{kind}", f"I-{kind}"]
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+def asked(count: int, generator: np.random.Generator) -> Rows:
+    """The answer is the word between "it is" and a full stop; without that there is none."""
+    rows = []
+    for number in range(count):
+        before, after = (
+            " ".join(generator.choice(WORDS, 4)),
+            " ".join(generator.choice(WORDS, generator.integers(1, 60))),
+        )
+        answer = str(generator.choice(["anna", "bern"]))
+        has = bool(number % 4)
+        context = f"{before} it is {answer}. {after}" if has else f"{before} {after}"
+        rows.append({"question": "who is it?", "context": context, "answer": answer if has else "", "id": str(number)})
+    return rows
+
+
+def labelled(count: int, generator: np.random.Generator) -> Rows:
+    rows = []
+    for _ in range(count):
+        topics = [topic for topic in ("film", "money") if generator.random() < 0.5]
+        rows.append({"text": " ".join([*topics, *generator.choice(WORDS, 3), *topics]), "label": topics})
+    return rows
+
+
+def chosen(count: int, generator: np.random.Generator) -> Rows:
+    rows = []
+    for number in range(count):
+        choices = [" ".join(generator.choice(WORDS, generator.integers(1, 5))) for _ in range(3)]
+        choices[number % 3] += " right"
+        rows.append({"text": " ".join(generator.choice(WORDS, 2)), "choices": choices, "label": number % 3})
+    return rows
+
+
+MADE = {"tag": tagged, "answer": asked, "multilabel": labelled, "choose": chosen}
+
+
+def write(rows: Rows, path: Path) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"), [("tag", "f1"), ("answer", "f1"), ("multilabel", "f1"), ("choose", "accuracy")]
+)
+def test_a_model_learns_its_task_and_is_measured_for_it(tmp_path: Path, task: str, metric: str) -> None:
+    generator = np.random.default_rng(0)
+    train, dev = (write(MADE[task](n, generator), tmp_path / f"{n}.jsonl") for n in (160, 40))
+    recipe = Recipe(epochs=20, batch_size=8, learning_rate=3e-3, patience=5, max_length=40, seed=1)
+    arguments = {"config": CONFIG, "vocab_size": 90, "device": "cpu", "progress": False}
+    result = fit(train, tmp_path / "model", dev_file=dev, test_file=dev, recipe=recipe, **arguments)
+    assert (result.metric, result.best_value) == (metric, result.test.metrics[metric])
+    assert result.best_value > 0.9, result.history
+    assert result.test.task == task
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert stored["architectures"][0].endswith(TASKS[task].architecture)
+    measured = evaluate(tmp_path / "model", dev, device="cpu", progress=False, batch_size=8)
+    assert measured == result.test
+    equal = [one == two for one, two in zip(measured.expected, measured.predicted, strict=True)]
+    assert len(equal) == 40
+    if task == "answer":
+        equal = [two in (one or [""]) for one, two in zip(measured.expected, measured.predicted, strict=True)]
+        assert stored["answer_may_be_absent"] is True
+    assert sum(equal) > 30
