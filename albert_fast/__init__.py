@@ -67,9 +67,12 @@ if TYPE_CHECKING:
     from .models.roberta import RoBERTaForSequenceClassification as RoBERTaForSequenceClassification
     from .models.roberta import RoBERTaForTokenClassification as RoBERTaForTokenClassification
     from .models.roberta import RoBERTaModel as RoBERTaModel
+    from .models.seq2seq import ALBERTForConditionalGeneration as ALBERTForConditionalGeneration
+    from .models.seq2seq_config import ALBERTSeq2SeqConfig as ALBERTSeq2SeqConfig
     from .ops import synchronize as synchronize
     from .tasks.embed import TextEncoder as TextEncoder
     from .tasks.score import TextScorer as TextScorer
+    from .tasks.translate import Translator as Translator
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
@@ -85,6 +88,8 @@ _HOME = {
     "ALBERTForTokenClassification": "models.heads",
     "ALBERTForQuestionAnswering": "models.heads",
     "ALBERTForMultipleChoice": "models.heads",
+    "ALBERTForConditionalGeneration": "models.seq2seq",
+    "ALBERTSeq2SeqConfig": "models.seq2seq_config",
     "BERTConfig": "models.bert",
     "BERTModel": "models.bert",
     "BERTForMaskedLM": "models.bert",
@@ -126,6 +131,7 @@ _HOME = {
     "WantedTokens": "layers.wanted",
     "TextEncoder": "tasks.embed",
     "TextScorer": "tasks.score",
+    "Translator": "tasks.translate",
     "explain": "inspect.explain",
     "load_tokenizer": "text.tokenizer",
     "synchronize": "ops",

@@ -168,6 +168,7 @@ FLOORS = {
     "text": 3,
     "checkpoints": 4,
     "execution": 4,
+    "generation": 4,
     "quantization": 4,
     "models": 5,
     "accelerate": 6,

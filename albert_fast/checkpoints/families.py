@@ -145,6 +145,22 @@ ELECTRA = Family(
     lm_head=("", "generator_lm_head"),
     module="electra",
 )
+# An ALBERT encoder with a decoder; `models/seq2seq.py` alone reads it, so it is none of FAMILIES.
+ENCODER_DECODER = Family(
+    model_type="encoder-decoder",
+    prefix="encoder.",
+    class_name="ALBERTForConditionalGeneration",
+    hf_class_name="EncoderDecoderModel",
+    body=("embeddings.", "encoder."),
+    heads=("pooler.",),
+    old_names=ALBERT.old_names,
+    tied={
+        "decoder.electra.embeddings.word_embeddings.weight": "encoder.embeddings.word_embeddings.weight",
+        "decoder.generator_lm_head.weight": "encoder.embeddings.word_embeddings.weight",
+    },
+    lm_head=("decoder", "generator_lm_head"),
+    module="seq2seq",
+)
 FAMILIES = {
     family.model_type: family for family in (ALBERT, BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, ELECTRA)
 }

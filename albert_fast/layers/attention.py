@@ -1,9 +1,13 @@
-"""Self-attention of a layer: query, key and value are three Linears with parameters of their own, and one product at run time."""
+"""Attention of a layer: query, key and value are three Linears with parameters of their own, and one product at run time.
+
+An encoder's tokens attend to their own sequence. A decoder's attend to the tokens before them, whose keys and values may come
+from a cache, and to the source, whose keys and values are computed once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from ..runtime.derived import Derived
 from ..runtime.linear import linear
 from ..runtime.registration import is_traced
 from .adapters import check_read, is_plain_linear, product, project
+from .cache import DecoderCache, KeyRows
 from .packing import Packing
 from .run import Run
 from .spec import LayerSpec
@@ -35,7 +40,11 @@ class Attention(nn.Module):
 
     The names of modules are those of Hugging Face's ALBERT. A subclass of another family builds them in `build`, and has
     properties of these names.
+
+    causal: whether a token attends only to itself and the tokens before it.
     """
+
+    causal: ClassVar[bool] = False
 
     query: Any  # Linears, or their replacements
     key: Any
@@ -123,26 +132,75 @@ class Attention(nn.Module):
         q, k, v = self.query_key_value(residual, others, self.fused() if fused is None else fused)
         if run.attentions is not None:
             run.attentions.append(_probabilities(q, k, packing, self.num_heads, self.scale))
-        p, seed = dropout(self, self.probs_dropout_p)
-        context = ops.attention(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            keys.cu_seqlens,
-            max_seqlen_q,
-            keys.max_seqlen,
-            self.num_heads,
-            self.scale,
-            p,
-            seed,
-            sequence_order=packing.sequence_order,
-            backend=run.backend,
-        )
+        rows = KeyRows(k, v, keys.cu_seqlens, keys.max_seqlen)
+        context = self.context(q, rows, cu_seqlens_q, max_seqlen_q, run, packing.sequence_order)
         if run.listen is not None:
             run.listen(self, hidden)
             run.listen(self.dense, context)
         return add_norm(product(self.dense, context), residual, self.LayerNorm if norm is None else norm, self, run)
+
+    def context(
+        self,
+        q: Tensor,
+        rows: KeyRows,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        run: Run,
+        sequence_order: Tensor | None = None,
+    ) -> Tensor:
+        """What the queries (Tq, H) of the sequences `cu_seqlens` (B + 1,) read of the values in `rows`: (Tq, H)."""
+        p, seed = dropout(self, self.probs_dropout_p)
+        return ops.attention(
+            q,
+            rows.keys,
+            rows.values,
+            cu_seqlens,
+            rows.begins,
+            max_seqlen,
+            rows.max_seqlen,
+            self.num_heads,
+            self.scale,
+            p,
+            seed,
+            sequence_order=sequence_order,
+            causal=self.causal,
+            key_lengths=rows.lengths,
+            backend=run.backend,
+        )
+
+    def source_rows(self, states: Tensor, packing: Packing) -> KeyRows:
+        """The keys and values of a source's states (Ts, H), for `attend_source`."""
+        fused = self.fused()
+        if fused is None:
+            keys, values = project(self.key, states), project(self.value, states)
+        else:
+            (weight, bias), width = fused, states.shape[1]
+            keys, values = ops.split_columns(linear(states, weight[width:], bias[width:]), width)
+        return KeyRows(keys, values, packing.cu_seqlens, packing.max_seqlen)
+
+    def attend_source(self, hidden: Tensor, packing: Packing, rows: KeyRows, run: Run) -> Tensor:
+        """(T, H) -> (T, H): every token attends to all rows of its sequence's source."""
+        q = project(self.query, hidden)
+        context = self.context(q, rows, packing.cu_seqlens, packing.max_seqlen, run, packing.sequence_order)
+        return add_norm(product(self.dense, context), hidden, self.LayerNorm, self, run)
+
+    def attend_cache(
+        self, hidden: Tensor, packing: Packing, cache: DecoderCache, step: int, run: Run, fused: FusedQKV | None = None
+    ) -> Tensor:
+        """(B, H), the next token of each sequence -> (B, H): its keys and values join the cache, and it attends to all there.
+
+        Args:
+            step: which of the layers that run one after another this is; each has rows of its own in the cache.
+        """
+        width = hidden.shape[1]
+        if fused is None:
+            q = project(self.query, hidden)
+            rows = torch.cat([project(self.key, hidden), project(self.value, hidden)], 1)
+        else:
+            joined = linear(hidden, *fused)
+            q, rows = joined[:, :width], joined[:, width:]
+        context = self.context(q, cache.append(step, rows), packing.cu_seqlens, packing.max_seqlen, run)
+        return add_norm(product(self.dense, context), hidden, self.LayerNorm, self, run)
 
 
 def add_norm(

@@ -1,4 +1,4 @@
-"""One encoder layer on packed tokens (T, H): self-attention, add_layer_norm, feed-forward network, add_layer_norm."""
+"""One layer on packed tokens (T, H): self-attention, add_layer_norm, feed-forward network, add_layer_norm."""
 
 from __future__ import annotations
 
@@ -77,13 +77,17 @@ class Layer(nn.Module):
         self, hidden: Tensor, packing: Packing, wanted: WantedRows | None, run: Run, fused: FusedQKV | None = None
     ) -> Tensor:
         """(T, H) -> (T, H), or (Tq, H) for the rows that are wanted. `fused` is the attention's `fused()`, if known."""
-        attended, ffn = self.attend(hidden, packing, wanted, run, fused), self.up
+        return self.feed_forward(self.attend(hidden, packing, wanted, run, fused), run)
+
+    def feed_forward(self, attended: Tensor, run: Run) -> Tensor:
+        """The feed-forward network with its LayerNorm, (T, H) -> (T, H)."""
+        ffn = self.up
         if run.recompute == "activations":
             up = product(ffn, attended)
             # A replaced Linear may draw random numbers; our own dropout replays the seeds that it was given.
             draws = not is_linear(self.down)
             down = checkpoint(self._down, *up, run, use_reentrant=False, preserve_rng_state=draws)
-        elif fuses_ffn(hidden.device.type) and is_linear(ffn) and ffn.bias is not None:
+        elif fuses_ffn(attended.device.type) and is_linear(ffn) and ffn.bias is not None:
             middle = ops.linear_gelu(attended, ffn.weight, ffn.bias, self.act, backend=run.backend)
             down = product(self.down, middle)
         else:

@@ -14,10 +14,15 @@ from ..ops.linear_cross_entropy import IGNORED
 from .encoder_config import EncoderConfig
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits (n, N), labels (n,) -> the mean of -log softmax over the labels that are not ignored, 0 without any."""
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """logits (n, N), labels (n,) -> the mean of -log softmax over the labels that are not ignored, 0 without any.
+
+    `label_smoothing` is the share of each label's probability that is spread over all classes.
+    """
     labels = _with_shape(labels, logits.shape[:1]).long()
-    total = F.cross_entropy(widened(logits), labels, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(
+        widened(logits), labels, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
+    )
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 

@@ -154,6 +154,15 @@ class QuestionAnsweringOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+@dataclass
+class Seq2SeqOutput(ModelOutput):
+    """loss (); logits (B, T, V), or (Tt, V) packed; encoder_last_hidden_state (B, S, H)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+
+
 def _register(kind: type[ModelOutput]) -> None:
     """Let torch.export, DistributedDataParallel and torch.func look inside results of a class."""
     _pytree.register_pytree_node(
@@ -168,7 +177,14 @@ def _register(kind: type[ModelOutput]) -> None:
     )
 
 
-for _output in (BaseModelOutput, LogitsOutput, PreTrainingOutput, BERTPreTrainingOutput, QuestionAnsweringOutput):
+for _output in (
+    BaseModelOutput,
+    LogitsOutput,
+    PreTrainingOutput,
+    BERTPreTrainingOutput,
+    QuestionAnsweringOutput,
+    Seq2SeqOutput,
+):
     _register(_output)
 
 __all__ = [
@@ -178,4 +194,5 @@ __all__ = [
     "ModelOutput",
     "PreTrainingOutput",
     "QuestionAnsweringOutput",
+    "Seq2SeqOutput",
 ]

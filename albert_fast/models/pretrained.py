@@ -173,7 +173,7 @@ class PretrainedMixin(ModelMethods):
         if path is None and read.state_dict is None:
             raise TypeError("from_pretrained(None) needs config= and state_dict=")
         found = read.state_dict if read.state_dict is not None else load_checkpoint(path or "", read.names)
-        state = rename_old_names(found, cls.family, cls.prefix, read.key_mapping)
+        state = cls.own_tensors(rename_old_names(found, cls.family, cls.prefix, read.key_mapping), config)
         precision = read.chosen_precision(config, state, held)
         if held is not None and precision != held:
             raise ValueError(f"{path}: holds {held} weights: load it with precision={held!r}, not {precision!r}")
@@ -208,6 +208,15 @@ class PretrainedMixin(ModelMethods):
         if not cls.prefix and path is not None:
             _warn_of_pooling(path)
         return (model.eval(), info) if read.output_loading_info else model.eval()
+
+    @classmethod
+    def own_tensors(cls, state: Mapping[str, Tensor], config: Any) -> Mapping[str, Tensor]:
+        """The tensors of a checkpoint under the model's names, where a file may hold them otherwise.
+
+        Raises:
+            ValueError: tensors that contradict the configuration.
+        """
+        return state
 
     @classmethod
     def from_model(

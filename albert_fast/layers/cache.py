@@ -1,0 +1,98 @@
+"""Keys and values that queries attend to: those of a source, and the cache of a decoder, which grows in place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KeyRows(NamedTuple):
+    """The keys and values that queries attend to, and where each sequence's are.
+
+    keys, values: (N, H). begins: (B + 1,) int32, the first row of each sequence, and N at the end; with `lengths` (B,) int32 it
+    is (B,), and sequences may begin anywhere and share rows. max_seqlen: at least the rows of the longest sequence.
+    """
+
+    keys: Tensor
+    values: Tensor
+    begins: Tensor
+    max_seqlen: int
+    lengths: Tensor | None = None
+
+    def select(self, sequences: Tensor) -> KeyRows:
+        """The rows of `sequences` (B',) int64, which may repeat; nothing is copied but their begins and lengths."""
+        if self.lengths is None:
+            return self._replace(begins=self.begins[:-1], lengths=self.begins.diff()).select(sequences)
+        begins, lengths = (t.index_select(0, sequences) for t in (self.begins, self.lengths))
+        return self._replace(begins=begins, lengths=lengths)
+
+
+class DecoderCache:
+    """Keys and values of the tokens so far, for each layer that runs and each sequence.
+
+    A sequence has a slot of `longest` rows, of which the first `length` are filled. Which slot is a number: sequences that end
+    leave, and sequences change places, without any row being moved.
+
+    Args:
+        steps: layers that run one after another. sequences: at the start. slots: most sequences at a time. longest: most
+            tokens of a sequence. like: a tensor (..., H) of the states, for their width, dtype and device.
+    """
+
+    def __init__(self, steps: int, sequences: int, slots: int, longest: int, like: Tensor) -> None:
+        self.longest, self.length, self._width = longest, 0, like.shape[-1]
+        self.memory = like.new_empty(
+            steps, slots * longest, 2 * self._width
+        )  # pages that are never written cost nothing
+        self._free = list(range(sequences, slots))
+        self._place(list(range(sequences)))
+
+    def _place(self, slots: list[int]) -> None:
+        """Put sequence i of the batch into slots[i]."""
+        self._slots = slots
+        self._first = torch.tensor(slots, dtype=torch.int64, device=self.memory.device) * self.longest
+        self._begins = self._first.int()
+        self._count(self.length)
+
+    def _count(self, length: int) -> None:
+        self.length, self._next = length, self._first + length
+        self._lengths = torch.full_like(self._begins, length + 1)  # with the token that is coming
+
+    def append(self, step: int, rows: Tensor) -> KeyRows:
+        """Write the next token's keys and values (B, 2H) of one layer; returns all rows of that layer so far."""
+        memory, width = self.memory[step], self._width
+        memory.index_copy_(0, self._next, rows)
+        return KeyRows(memory[:, :width], memory[:, width:], self._begins, self.longest, self._lengths)
+
+    def advance(self) -> None:
+        """Count the token that all layers have appended."""
+        self._count(self.length + 1)
+
+    def continue_from(self, parents: list[int]) -> int:
+        """Make sequence i a continuation of what was sequence parents[i]; a sequence that nothing continues leaves.
+
+        The first continuation of a sequence takes over its slot. For each further one the rows so far, steps x length x 2H
+        numbers, are copied into a free slot.
+
+        Returns:
+            The number of slots that were copied.
+        """
+        old, kept = self._slots, {self._slots[parent] for parent in parents}
+        self._free += [slot for slot in old if slot not in kept]
+        new, copies = list[int](), list[tuple[int, int]]()
+        for parent in parents:
+            slot = old[parent]
+            if slot in kept:
+                kept.remove(slot)  # the next continuation needs a copy
+            else:
+                copies.append((slot, self._free.pop()))
+                slot = copies[-1][1]
+            new.append(slot)
+        if copies:
+            sources, targets = torch.tensor(copies, device=self.memory.device).t()
+            memory = self.memory.unflatten(1, (-1, self.longest))[:, :, : self.length]
+            memory[:, targets] = memory[:, sources]
+        if new != old:
+            self._place(new)
+        return len(copies)
