@@ -120,6 +120,13 @@ class HeadModel(PretrainedMixin):
             encoded = replace(encoded, pooled=encoder.first_states(encoded.hidden, packing, not len(encoded.hidden)))
         return encoded
 
+    def encode_packed(self, inputs: Inputs, wanted_tokens: WantedTokens | Tensor | str | None = None) -> Encoded:
+        """The encoder's result for `inputs` that came packed. Hooks on the encoder do not run."""
+        check_heard(self.base_model, self.base_model_prefix, "forward_packed calls the encoder's parts")
+        wanted = self.wanted_tokens if wanted_tokens is None else wanted_tokens
+        encoded: Encoded = self.base_model.encode_packed(inputs, wanted)
+        return encoded
+
     def finish(self, output: Any, encoded: Encoded, return_dict: bool | None) -> Any:
         """`output` with the encoder's states; as a tuple of its set fields where the caller asked for one."""
         output.hidden_states, output.attentions = encoded.hidden_states, encoded.attentions
@@ -142,7 +149,7 @@ class MLMModel(HeadModel):
     def scores_and_loss(
         self, encoded: Encoded, labels: Tensor | None, output_logits: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Scores (N, V) of the tokens in `encoded`, if asked for, and the loss of labels (B, S), if given."""
+        """Scores (N, V) of the tokens in `encoded`, if asked for, and the loss of labels (B, S) or (T,), if given."""
         hidden = encoded.hidden
         if self.config.tie_word_embeddings and not is_traced():
             self._check_tied()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapters import check_heard, project
+from ..layers.adapters import project
 from ..layers.inputs import Inputs
 from ..layers.wanted import WantedTokens
 from .head_model import HeadModel, MLMModel
@@ -62,6 +62,39 @@ class ForMaskedLM(MLMModel):
         return self.finish(
             LogitsOutput(loss, None if scores is None else encoded.scatter(scores)), encoded, return_dict
         )
+
+    def forward_packed(
+        self,
+        input_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        wanted_tokens: WantedTokens | Tensor | None = None,
+        output_logits: bool = True,
+    ) -> Any:
+        """`forward` for a batch that holds no padding; hooks on the encoder do not run.
+
+        Args:
+            input_ids, cu_seqlens, max_seqlen, token_type_ids, position_ids, inputs_embeds: as the encoder's
+                `forward_packed` takes them.
+            labels, wanted_tokens: as in `forward`, of shape (T,). output_logits: as in `forward`.
+
+        Returns:
+            LogitsOutput: loss (); logits (T, V), or (N, V) with wanted_tokens.
+
+        Raises:
+            As the encoder's `forward_packed`, and as `forward`.
+        """
+        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        encoded = self.encode_packed(inputs, wanted_tokens)
+        if labels is None and not output_logits:
+            raise ValueError("output_logits=False leaves the loss alone, which needs labels")
+        scores, loss = self.scores_and_loss(encoded, labels, output_logits)
+        return self.finish(LogitsOutput(loss, scores), encoded, return_dict)
 
 
 class ForSequenceClassification(HeadModel):
@@ -128,8 +161,7 @@ class ForSequenceClassification(HeadModel):
             LogitsOutput: logits (B, num_labels).
         """
         inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
-        check_heard(self.base_model, self.base_model_prefix, "forward_packed calls the encoder's parts")
-        encoded = self.base_model.encode_packed(inputs, self.wanted_tokens)
+        encoded = self.encode_packed(inputs)
         return self.finish(LogitsOutput(logits=self.scores(encoded.pooled)), encoded, return_dict)
 
     def loss_function(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
