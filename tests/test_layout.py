@@ -192,7 +192,7 @@ FILES = {
     ),
     "albert_fast/commands": (
         "_compare _errors _lines _options _progress _sinks bench classify convert demo encode evaluate fill_mask info "
-        "quantize rerank train"
+        "pretrain quantize rerank train"
     ),
     "albert_fast/execution": "capture graphs",
     "albert_fast/inspect": "explain info profiling timing",
@@ -225,11 +225,12 @@ FILES = {
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
-        "batching line_reader normalization parquet_files text_files tokenizer vocabulary vocabulary_training windows"
+        "batching documents line_reader normalization parquet_files text_files tokenizer vocabulary "
+        "vocabulary_training windows"
     ),
     "albert_fast/training": (
-        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization recipe "
-        "run"
+        "baseline checkpointing checks corpus curves data distill distributed evaluate fit interrupts loop masking "
+        "metrics optimization pretrain pretrain_config pretrain_run recipe run segments"
     ),
     "kernels": (
         "_attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs _layer_norm _matmul "

@@ -91,6 +91,17 @@ def test_masked_lm_packed_is_masked_lm_padded() -> None:
 
 
 @torch.no_grad()
+def test_each_label_gives_its_own_loss() -> None:
+    model = ALBERTForPreTraining(CONFIG).eval()
+    given, order = {**batches()[1], "max_seqlen": 17}, torch.tensor([0, 1, -100, 1, 0])
+    both = model.forward_packed(**given, sentence_order_label=order).loss
+    words = model.forward_packed(**given).loss
+    given["labels"] = None
+    assert model.forward_packed(**given).loss is None
+    torch.testing.assert_close(words + model.forward_packed(**given, sentence_order_label=order).loss, both)
+
+
+@torch.no_grad()
 def test_an_empty_sequence_pools_a_vector_of_zeros() -> None:
     model = ALBERTForPreTraining(CONFIG).eval()
     ids, ends = torch.randint(0, 61, (8,)), torch.tensor([0, 5, 5, 8, 8], dtype=torch.int32)
@@ -106,7 +117,7 @@ def test_an_empty_sequence_pools_a_vector_of_zeros() -> None:
         ({"labels": torch.zeros(33, dtype=torch.long)}, ValueError, r"labels \(33,\) do not fit the batch of \(34,\)"),
         ({"wanted_tokens": torch.ones(33, dtype=torch.bool)}, ValueError, r"wanted_tokens \(33,\) does not fit"),
         ({"wanted_tokens": torch.ones(34)}, TypeError, "wanted_tokens must be bool"),
-        ({"sentence_order_label": None, "output_logits": False}, ValueError, "needs labels and sentence_order_label"),
+        ({"labels": None, "output_logits": False}, ValueError, "needs labels"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, error: type[Exception], message: str) -> None:

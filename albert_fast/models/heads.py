@@ -110,7 +110,8 @@ class ALBERTForPreTraining(ALBERTFamily, MLMModel):
         Raises:
             As `ALBERTModel.forward`; ValueError for labels of another shape, or output_logits=False without both.
         """
-        self._check_labels(labels, sentence_order_label, output_logits)
+        if not output_logits and (labels is None or sentence_order_label is None):
+            raise ValueError("output_logits=False leaves the loss alone, which needs labels and sentence_order_label")
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self.encode(inputs, output_hidden_states, output_attentions)
         order = self.sop_classifier(encoded.pooled)
@@ -140,7 +141,8 @@ class ALBERTForPreTraining(ALBERTFamily, MLMModel):
         Args:
             input_ids, cu_seqlens, max_seqlen, token_type_ids, position_ids, inputs_embeds: as the encoder's
                 `forward_packed` takes them.
-            labels: (T,) ids, -100 where there is nothing to predict. sentence_order_label: (B,), also -100.
+            labels: (T,) ids, -100 where there is nothing to predict. sentence_order_label: (B,), as in `forward`. Each gives
+                its loss, both their sum.
             wanted_tokens: (T,) bool, such as `labels != -100`: the last layer is computed for those and each sequence's first
                 token, the scores for those alone.
             output_logits: as in `forward`.
@@ -149,19 +151,17 @@ class ALBERTForPreTraining(ALBERTFamily, MLMModel):
             PreTrainingOutput: as `forward`, with prediction_logits (T, V), or (N, V) with wanted_tokens.
 
         Raises:
-            As the encoder's `forward_packed`, and as `forward`.
+            As the encoder's `forward_packed`; ValueError for labels of another shape, or output_logits=False without labels.
         """
-        self._check_labels(labels, sentence_order_label, output_logits)
+        if labels is None and not output_logits:
+            raise ValueError("output_logits=False leaves the loss alone, which needs labels")
         inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
-        if wanted_tokens is None:
-            encoded = self.encode_packed(inputs)
-        else:
-            encoded = self._encode_wanted(inputs, wanted_tokens)
+        encoded = self.encode_packed(inputs) if wanted_tokens is None else self._encode_wanted(inputs, wanted_tokens)
         order = self.sop_classifier(encoded.pooled)
-        both = labels is not None and sentence_order_label is not None
-        scores, loss = self.scores_and_loss(encoded, labels if both else None, output_logits)
-        if loss is not None and sentence_order_label is not None:
-            loss = loss + cross_entropy(order, sentence_order_label.flatten())
+        scores, loss = self.scores_and_loss(encoded, labels, output_logits)
+        if sentence_order_label is not None:
+            order_loss = cross_entropy(order, sentence_order_label.flatten())
+            loss = order_loss if loss is None else loss + order_loss
         return self.finish(PreTrainingOutput(loss, scores, order), encoded, return_dict)
 
     def _encode_wanted(self, inputs: Inputs, wanted_tokens: Tensor) -> Encoded:
@@ -178,11 +178,6 @@ class ALBERTForPreTraining(ALBERTFamily, MLMModel):
         pooled = project_tanh(self.albert.pooler, blank_empty(encoded.hidden.index_select(0, rows), encoded.packing))
         hidden = encoded.hidden[wanted_tokens[computed]]
         return replace(encoded, wanted=WantedTokens.of(wanted_tokens), hidden=hidden, pooled=pooled)
-
-    @staticmethod
-    def _check_labels(labels: Tensor | None, sentence_order_label: Tensor | None, output_logits: bool) -> None:
-        if not output_logits and (labels is None or sentence_order_label is None):
-            raise ValueError("output_logits=False leaves the loss alone, which needs labels and sentence_order_label")
 
 
 class ALBERTForSequenceClassification(ALBERTFamily, ForSequenceClassification):
