@@ -131,16 +131,15 @@ def _prepare(
     documents = Documents(tuple(data.files), data.documents, data.text_column, rows)
     if rows is not None and iter(rows) is rows:
         raise ValueError("documents can be read only once; give a list, or another object that can be read again")
-    if resume and (folder / STATE_NAME).exists():
-        tokenizer = load_tokenizer(folder)
-    else:
+    if not (resume and (folder / STATE_NAME).exists()):
         tokenizer = _vocabulary(config, documents, say)
         tokenizer.model_max_length = tokenizer.settings["model_max_length"] = data.max_length
         tokenizer.save(folder)
+    tokenizer = for_plain_text(load_tokenizer(folder))
     sources = [documents]
     if data.held_out:
         sources.append(Documents(tuple(data.held_out), data.documents, data.text_column))
-    return [tokenised(source, for_plain_text(tokenizer), folder, say).name for source in sources]
+    return [tokenised(source, tokenizer, folder, say).name for source in sources]
 
 
 def _vocabulary(config: PretrainConfig, documents: Documents, say: Callable[[str], None]) -> Tokenizer:
