@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "rerank": "Sort lines of text by how well they answer a query.",
     "fill_mask": "Complete [MASK] in a text.",
     "translate": "Translate each line of a text.",
+    "pretrain": "Pre-train a model on plain text.",
     "train": "Train a classifier on labelled text.",
     "evaluate": "Measure a classifier on labelled text.",
     "quantize": "Store a model in int8 or int16.",
@@ -59,7 +60,7 @@ def build_app() -> typer.Typer:
 
     @app.callback()
     def root(version: bool = version) -> None:
-        """ALBERT with custom kernels: classify, encode, rerank, complete, translate, train and measure."""
+        """ALBERT with custom kernels: classify, encode, rerank, complete, translate, pre-train, train and measure."""
 
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f".commands.{name}", __package__)

@@ -193,17 +193,19 @@ FILES = {
     ),
     "albert_fast/commands": (
         "_compare _errors _lines _options _progress _sinks bench classify convert demo encode evaluate fill_mask info "
-        "quantize rerank train"
+        "pretrain quantize rerank train translate"
     ),
     "albert_fast/execution": "capture graphs",
+    "albert_fast/generation": "options search",
     "albert_fast/inspect": "explain info profiling timing",
     "albert_fast/layers": (
-        "adapters attention embeddings encoded inputs layer packed packing prepared quantized run single_layers spec "
-        "stack wanted watched"
+        "adapters attention cache embeddings encoded inputs layer packed packing prepared quantized run single_layers "
+        "spec stack wanted watched"
     ),
     "albert_fast/models": (
-        "albert auto bert config config_attributes config_checks distilbert electra encoder_config encoder_model "
-        "execution head_model heads load_arguments losses model_methods outputs pretrained roberta task_models"
+        "albert auto bert config config_attributes config_checks decoder distilbert electra encoder_config "
+        "encoder_model execution head_model heads load_arguments losses model_methods outputs pretrained roberta "
+        "seq2seq seq2seq_config task_models"
     ),
     "albert_fast/models/reference": "albert heads losses",
     "albert_fast/ops": (
@@ -218,20 +220,20 @@ FILES = {
     ),
     "albert_fast/tasks": (
         "classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
-        "sentence_steps token_batches vector_files"
+        "sentence_steps token_batches translate vector_files"
     ),
     "albert_fast/testing": (
         "accelerated_models case cases covering encoder_cases family_pairs google_checkpoints hostile model_pairs "
-        "parity small_checkpoints tolerances"
+        "parity seq2seq_pairs small_checkpoints tolerances"
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
-        "batching conll_files line_reader normalization parquet_files spans squad_files text_files tokenizer "
-        "vocabulary vocabulary_training windows words"
+        "aligned_files batching conll_files documents line_reader normalization parquet_files spans squad_files "
+        "text_files tokenizer vocabulary vocabulary_training windows words"
     ),
     "albert_fast/training": (
-        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization recipe "
-        "run sources"
+        "baseline checkpointing checks corpus curves data distill distributed evaluate fit interrupts loop masking "
+        "metrics optimization pretrain pretrain_config pretrain_run recipe run segments sources translation"
     ),
     "albert_fast/training/tasks": "answer base choose tag texts",
     "kernels": (

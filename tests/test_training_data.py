@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -176,19 +177,50 @@ def test_sampler_covers_all_sorts_by_length_and_starts_anywhere() -> None:
 
 
 def test_masking_hides_whole_words_in_runs_and_only_ordinary_tokens() -> None:
-    starts = torch.tensor([False] * 5 + [True] * 5 + [False] * 5)
-    ids = torch.tensor([[2, 5, 10, 6, 7, 11, 12, 8, 3, 0], [2, 5, 6, 7, 8, 9, 5, 6, 7, 3]])
-    special = ids < 5
-    torch.manual_seed(0)
-    share = 0.0
+    starts = np.array([False] * 5 + [True] * 5 + [False] * 5)
+    ids = np.array([2, 5, 10, 6, 7, 11, 12, 8, 3, 2, 5, 6, 7, 8, 9, 5, 6, 7, 3])
+    sequence, special = np.array([0] * 9 + [1] * 10), ids < 5
+    share, rng = 0.0, np.random.default_rng(0)
     for _ in range(200):
-        hidden = choose_tokens(ids, special, starts, 0.3)
+        hidden = choose_tokens(ids, sequence, special, starts, 0.3, rng.random((len(ids), 2)))
         assert not (hidden & special).any()
-        assert hidden[0, 1] == hidden[0, 2]
-        assert hidden[0, 4] == hidden[0, 5] == hidden[0, 6]
-        assert hidden.any(1).all()
-        share += hidden[1].sum().item() / 8 / 200
+        assert hidden[1] == hidden[2]
+        assert hidden[4] == hidden[5] == hidden[6]
+        assert hidden[:9].any()
+        assert hidden[9:].any()
+        share += hidden[9:].sum() / 8 / 200
     assert 0.25 <= share < 0.5
+
+
+def test_masking_visits_words_one_after_another() -> None:
+    """The sequential rule, word by word, hides the same tokens."""
+    rng = np.random.default_rng(0)
+    starts = rng.random(50) < 0.6
+    for _ in range(50):
+        lengths = rng.integers(0, 30, 6)
+        sequence = np.repeat(np.arange(6), lengths)
+        ids, chance = rng.integers(0, 50, len(sequence)), rng.random((len(sequence), 2))
+        special = rng.random(len(sequence)) < 0.1
+        expected = np.zeros(len(ids), dtype=bool)
+        for number in range(6):
+            words: list[list[int]] = []
+            for token in np.flatnonzero(sequence == number):
+                if special[token]:
+                    continue
+                follows = words and words[-1][-1] == token - 1
+                if starts[ids[token]] or not follows:
+                    words.append([])
+                words[-1].append(token)
+            budget = max(1, round(0.15 * sum(map(len, words))))
+            for word in sorted(range(len(words)), key=lambda word: chance[words[word][0], 0]):
+                run = 1 + sum(chance[words[word][0], 1] >= limit for limit in (6 / 11, 9 / 11))
+                expected[[token for one in words[word : word + run] for token in one]] = True
+                if expected[sequence == number].sum() >= budget:
+                    break
+        assert np.array_equal(choose_tokens(ids, sequence, special, starts, 0.15, chance), expected)
+
+
+def test_masked_batches_show_the_mask_a_random_token_or_the_token_itself() -> None:
     text = " ".join("abcdefgh")
     data = MaskedTextDataset([text] * 300, Words(text), mask_probability=0.25, with_wanted_tokens=True)
     batch = data.collate([data[i] for i in range(300)])

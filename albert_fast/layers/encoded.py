@@ -47,13 +47,14 @@ class Encoded:
         return per_token if self.wanted.which == "masked" else self.packing.scatter(per_token, fill)
 
     def labels(self, labels: Tensor) -> Tensor:
-        """The labels, of (B, S), of the tokens in `hidden`.
+        """The labels, of (B, S) or (T,) as the batch came, of the tokens in `hidden`.
 
         Raises:
             ValueError: labels of another shape than the batch.
         """
-        expected = self.packing.shape
+        flat = self.hidden if self.wanted.mask is None else self.wanted.mask
+        expected = flat.shape[:1] if self.packing.shape is None else self.packing.shape
         if labels.shape != expected:
-            raise ValueError(f"labels {tuple(labels.shape)} do not fit the batch of {expected}")
+            raise ValueError(f"labels {tuple(labels.shape)} do not fit the batch of {tuple(expected)}")
         packed = self.packing.gather(labels)
         return packed if self.wanted.mask is None else packed[self.packing.gather(self.wanted.mask)]

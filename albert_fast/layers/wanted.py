@@ -60,6 +60,15 @@ class WantedTokens:
             raise ValueError(f'wanted_tokens must be "all", "first" or a bool tensor, got {wanted!r}')
         return cls(wanted)
 
+    def check(self, expected: tuple[int, ...]) -> None:
+        """TypeError for a mask that is not bool, ValueError for a mask of another shape than the batch's."""
+        if self.mask is None:
+            return
+        if self.mask.dtype != torch.bool:
+            raise TypeError(f"wanted_tokens must be bool, got {self.mask.dtype}")
+        if self.mask.shape != expected:
+            raise ValueError(f"wanted_tokens {tuple(self.mask.shape)} does not fit the batch of {tuple(expected)}")
+
     def rows(self, packing: Packing, tokens: int) -> WantedRows | None:
         """The rows of the batch of `tokens` packed tokens that are wanted; None for all of them.
 
@@ -68,7 +77,10 @@ class WantedTokens:
         """
         if self.which == "all":
             return None
-        return first_rows(packing, tokens) if self.mask is None else _masked_rows(packing, self.mask, tokens)
+        if self.mask is None:
+            return first_rows(packing, tokens)
+        self.check(packing.shape if packing.shape is not None else (tokens,))
+        return _masked_rows(packing, self.mask)
 
 
 def first_rows(packing: Packing, tokens: int) -> WantedRows:
@@ -78,12 +90,7 @@ def first_rows(packing: Packing, tokens: int) -> WantedRows:
     return WantedRows(starts, cu_seqlens, 1)
 
 
-def _masked_rows(packing: Packing, mask: Tensor, tokens: int) -> WantedRows:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"wanted_tokens must be bool, got {mask.dtype}")
-    expected = packing.shape if packing.shape is not None else (tokens,)
-    if mask.shape != expected:
-        raise ValueError(f"wanted_tokens {tuple(mask.shape)} does not fit the batch of {tuple(expected)}")
+def _masked_rows(packing: Packing, mask: Tensor) -> WantedRows:
     rows, cu_seqlens = torch.ops.albert_fast.select_rows(packing.gather(mask), packing.cu_seqlens)
     return WantedRows(rows, cu_seqlens, packing.max_seqlen)
 

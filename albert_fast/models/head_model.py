@@ -150,7 +150,7 @@ class MLMModel(HeadModel):
     def scores_and_loss(
         self, encoded: Encoded, labels: Tensor | None, output_logits: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Scores (N, V) of the tokens in `encoded`, if asked for, and the loss of labels (B, S), if given."""
+        """Scores (N, V) of the tokens in `encoded`, if asked for, and the loss of labels (B, S) or (T,), if given."""
         hidden = encoded.hidden
         if self.config.tie_word_embeddings and not is_traced():
             self._check_tied()

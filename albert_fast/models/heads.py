@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapters import project
+from ..layers.adapters import project, project_tanh
+from ..layers.encoded import Encoded
 from ..layers.inputs import Inputs
+from ..layers.wanted import WantedTokens, blank_empty
 from .albert import ALBERTModel
 from .config import ALBERTConfig
 from .head_model import HeadModel, LMParts, MLMModel
@@ -96,7 +99,8 @@ class ALBERTForPreTraining(ALBERTFamily, MLMModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_hidden_states,
                 output_attentions, return_dict: as `ALBERTModel.forward` takes them.
             labels: (B, S) ids, -100 where there is nothing to predict.
-            sentence_order_label: (B,), 0 where the segments are in order, 1 where they are swapped. Both give a loss.
+            sentence_order_label: (B,), 0 where the segments are in order, 1 where they are swapped, -100 where there is
+                nothing to predict. Both give a loss.
             output_logits: False gives no prediction_logits, and needs no memory for them.
 
         Returns:
@@ -106,10 +110,10 @@ class ALBERTForPreTraining(ALBERTFamily, MLMModel):
         Raises:
             As `ALBERTModel.forward`; ValueError for labels of another shape, or output_logits=False without both.
         """
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        encoded = self.encode(inputs, output_hidden_states, output_attentions)
         if not output_logits and (labels is None or sentence_order_label is None):
             raise ValueError("output_logits=False leaves the loss alone, which needs labels and sentence_order_label")
+        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        encoded = self.encode(inputs, output_hidden_states, output_attentions)
         order = self.sop_classifier(encoded.pooled)
         both = labels is not None and sentence_order_label is not None
         scores, loss = self.scores_and_loss(encoded, labels if both else None, output_logits)
@@ -117,6 +121,63 @@ class ALBERTForPreTraining(ALBERTFamily, MLMModel):
             loss = loss + cross_entropy(order, sentence_order_label.flatten())
         output = PreTrainingOutput(loss, None if scores is None else encoded.scatter(scores), order)
         return self.finish(output, encoded, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        sentence_order_label: Tensor | None = None,
+        return_dict: bool | None = None,
+        wanted_tokens: Tensor | None = None,
+        output_logits: bool = True,
+    ) -> Any:
+        """`forward` for a batch that holds no padding; hooks on the encoder do not run.
+
+        Args:
+            input_ids, cu_seqlens, max_seqlen, token_type_ids, position_ids, inputs_embeds: as the encoder's
+                `forward_packed` takes them.
+            labels: (T,) ids, -100 where there is nothing to predict. sentence_order_label: (B,), as in `forward`. Each gives
+                its loss, both their sum.
+            wanted_tokens: (T,) bool, such as `labels != -100`: the last layer is computed for those and each sequence's first
+                token, the scores for those alone.
+            output_logits: as in `forward`.
+
+        Returns:
+            PreTrainingOutput: as `forward`, with prediction_logits (T, V), or (N, V) with wanted_tokens.
+
+        Raises:
+            As the encoder's `forward_packed`; ValueError for labels of another shape, or output_logits=False without labels.
+        """
+        if labels is None and not output_logits:
+            raise ValueError("output_logits=False leaves the loss alone, which needs labels")
+        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        encoded = self.encode_packed(inputs) if wanted_tokens is None else self._encode_wanted(inputs, wanted_tokens)
+        order = self.sop_classifier(encoded.pooled)
+        scores, loss = self.scores_and_loss(encoded, labels, output_logits)
+        if sentence_order_label is not None:
+            order_loss = cross_entropy(order, sentence_order_label.flatten())
+            loss = order_loss if loss is None else loss + order_loss
+        return self.finish(PreTrainingOutput(loss, scores, order), encoded, return_dict)
+
+    def _encode_wanted(self, inputs: Inputs, wanted_tokens: Tensor) -> Encoded:
+        """The wanted tokens' states (N, H), and the pooled first tokens, from one pass that computes the last layer for both."""
+        tokens, cu_seqlens = inputs.given().shape[0], inputs.cu_seqlens
+        assert cu_seqlens is not None
+        WantedTokens.of(wanted_tokens).check((tokens,))
+        # An empty sequence marks another token; `blank_empty` clears what is pooled for it.
+        first = cu_seqlens[:-1].to(wanted_tokens.device).long().clamp(max=tokens - 1)
+        computed = wanted_tokens.clone()
+        computed[first] = True
+        encoded = self.encode_packed(inputs, computed)
+        rows = computed.cumsum(0)[first] - 1
+        pooled = project_tanh(self.albert.pooler, blank_empty(encoded.hidden.index_select(0, rows), encoded.packing))
+        hidden = encoded.hidden[wanted_tokens[computed]]
+        return replace(encoded, wanted=WantedTokens.of(wanted_tokens), hidden=hidden, pooled=pooled)
 
 
 class ALBERTForSequenceClassification(ALBERTFamily, ForSequenceClassification):

@@ -63,6 +63,39 @@ class ForMaskedLM(MLMModel):
             LogitsOutput(loss, None if scores is None else encoded.scatter(scores)), encoded, return_dict
         )
 
+    def forward_packed(
+        self,
+        input_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        wanted_tokens: WantedTokens | Tensor | None = None,
+        output_logits: bool = True,
+    ) -> Any:
+        """`forward` for a batch that holds no padding; hooks on the encoder do not run.
+
+        Args:
+            input_ids, cu_seqlens, max_seqlen, token_type_ids, position_ids, inputs_embeds: as the encoder's
+                `forward_packed` takes them.
+            labels, wanted_tokens: as in `forward`, of shape (T,). output_logits: as in `forward`.
+
+        Returns:
+            LogitsOutput: loss (); logits (T, V), or (N, V) with wanted_tokens.
+
+        Raises:
+            As the encoder's `forward_packed`, and as `forward`.
+        """
+        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        encoded = self.encode_packed(inputs, wanted_tokens)
+        if labels is None and not output_logits:
+            raise ValueError("output_logits=False leaves the loss alone, which needs labels")
+        scores, loss = self.scores_and_loss(encoded, labels, output_logits)
+        return self.finish(LogitsOutput(loss, scores), encoded, return_dict)
+
 
 class ForSequenceClassification(HeadModel):
     """The encoder and a classifier of its pooled token; the last layer is computed for first tokens alone."""

@@ -21,8 +21,8 @@ from ..runtime.locking import LockedError, locked
 STATE_NAME = "training_state.pt"
 LOG_NAME = "log.jsonl"
 LOCK_NAME = ".train.lock"
-# Settings that may change when a run is resumed: how long it goes on, and how often it saves.
-CHANGEABLE = ("epochs", "checkpoint_steps")
+# Settings that may change when a run is resumed: how long it goes on, and how often it saves and measures.
+CHANGEABLE = ("epochs", "checkpoint_steps", "steps", "save_steps", "evaluate_steps", "log_steps", "evaluation_tokens")
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ def train(
     *,
     scheduler: Any = None,
     max_grad_norm: float | None = None,
+    accumulation: int = 1,
+    autocast: torch.dtype | None = None,
     after_step: Callable[[float, int], None] | None = None,
     progress: bool = True,
 ) -> float:
@@ -53,6 +56,8 @@ def train(
     Args:
         scheduler: its `step()` is called after every optimizer step.
         max_grad_norm: gradients with a larger L2 norm are scaled down to this one.
+        accumulation: batches whose mean gradient makes one optimizer step; the last step of a pass may have fewer.
+        autocast: compute forwards in this dtype where torch.autocast does, such as torch.bfloat16.
         after_step: called with (loss, number of examples) after every optimizer step.
         progress: a bar on standard error.
 
@@ -62,27 +67,34 @@ def train(
     Raises:
         TypeError: a batch that is not a dict, a criterion that cannot be called or returns no tensor.
         ValueError: no batch, no labels, a loss that is not a scalar or is a sum, `criterion=None` with a model that
-            returns no loss, an optimizer with parameters of another model.
+            returns no loss, an optimizer with parameters of another model, accumulation below 1.
         IndexError: a label outside the classes.
         BackendUnavailableError: a device that does not exist.
 
     The model is moved to `device` and trained in training mode. Afterwards, also after an error, it has its old mode.
     """
     _check(model, criterion, device)
+    if accumulation < 1:
+        raise ValueError(f"accumulation must be at least 1, got {accumulation}")
     model.to(device)
     _check_optimizer(model, optimizer)
-    total, count = 0.0, 0
+    device_type, total, count = torch.device(device).type, 0.0, 0
     with _mode(model, training=True), _progress(data_loader, "train", progress) as (batches, show):
-        for batch in batches:
+        source = iter(batches)
+        while group := list(islice(source, accumulation)):
             optimizer.zero_grad(set_to_none=True)
-            loss, examples, _, _ = _step(model, batch, criterion, device, predictions=False)
-            loss.backward()
+            value, examples = 0.0, 0
+            for left, batch in enumerate(group, 1 - len(group)):
+                with _sends_gradients(model, last=left == 0):
+                    with torch.autocast(device_type, autocast, enabled=autocast is not None):
+                        loss, number, _, _ = _step(model, batch, criterion, device, predictions=False)
+                    (loss / len(group)).backward()
+                value, examples = value + float(loss.detach()) / len(group), examples + number
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-            value = float(loss.detach())
             total, count = total + value * examples, count + examples
             show(total, count)
             if after_step is not None:
@@ -143,6 +155,17 @@ def test(
 
 
 test.__test__ = False  # type: ignore[attr-defined]  # pytest would collect a function of this name wherever it is imported
+
+
+@contextmanager
+def _sends_gradients(model: nn.Module, last: bool) -> Iterator[None]:
+    """Lets distributed modules exchange gradients in the last backward before an optimizer step, and in no other."""
+    set_sync = getattr(model, "set_requires_gradient_sync", None)  # FSDP2
+    if set_sync is not None:
+        set_sync(last)
+    waits = model.no_sync() if not last and isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+    with waits:
+        yield
 
 
 def _check(model: nn.Module, criterion: Criterion | None, device: torch.device | str) -> None:
