@@ -40,12 +40,17 @@ class Baseline:
 
 
 def train_baseline(
-    train_file: str | Path, dev_file: str | Path, test_file: str | Path, reviews_file: str | Path | None = None
+    train_file: str | Path,
+    dev_file: str | Path,
+    test_file: str | Path,
+    reviews_file: str | Path | None = None,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> Baseline:
     """Fits a model for each word pattern and strength, and tests the one that is best on the dev set.
 
     Args:
         reviews_file: more labelled texts to learn from, in the format that `distill` reads.
+        strengths: the values of C to try: the larger, the less the weights are held down.
 
     Raises:
         ImportError: scikit-learn is not installed. ValueError: files that do not fit, see `read_examples`.
@@ -55,10 +60,10 @@ def train_baseline(
     if reviews_file is not None:
         reviews, review_labels = read_reviews(reviews_file)
         texts, labels = [*texts, *map(spaced, reviews)], [*labels, *review_labels]
-    models = [_fit(words, strength, texts, labels) for words, strength in product(WORDS, STRENGTHS)]
+    models = [_fit(words, strength, texts, labels) for words, strength in product(WORDS, strengths)]
     scores = [float(model.score(dev.texts, dev.labels)) for model in models]
     best = scores.index(max(scores))
-    words, strength = list(product(WORDS, STRENGTHS))[best]
+    words, strength = list(product(WORDS, strengths))[best]
     test = read_examples(test_file)
     return Baseline(words, strength, scores[best], float(models[best].score(test.texts, test.labels)), len(test.texts))
 

@@ -1,0 +1,178 @@
+"""A small English ALBERT, from raw files to figures: pre-trained, then fine-tuned to tell good opinions from bad ones.
+
+    python -m albert_fast.training.recipes.english DATA OUT [--opinions FILE]
+
+DATA holds the data sets that english_texts.py names. Each stage continues where it stopped, so the same command goes on after an
+interruption.
+
+| in OUT | what |
+|---|---|
+| texts/, opinions/ | what is read, in plain files |
+| pretrained/ | the pre-trained model; its log.jsonl and curves.png show masked and order accuracy on held-out documents |
+| opinions-model/ | the classifier of opinions, the best epoch on the dev set |
+| report.json | every figure, with machine, versions, seed and seconds |
+
+The only teachers are the text and the labels of SST-2 and of the Large Movie Review Dataset's training reviews. The linear model
+that the classifier is compared with learns from the same lines, and its settings are chosen on the same dev set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...inspect.info import describe
+from ...runtime.files import replacing
+from ..baseline import train_baseline
+from ..evaluate import evaluate
+from ..fit import fit
+from ..pretrain import pretrain
+from ..pretrain_config import DataConfig, OptimizerConfig, PretrainConfig, VocabularyConfig
+from ..recipe import Recipe
+from .english_texts import write_documents, write_opinions
+
+# 4.9 million weights, 20 MB: layers that differ cost memory and no time, so a small model does not share them.
+MODEL: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_hidden_groups": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "embedding_size": 128,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "max_position_embeddings": 512,
+}
+
+
+def pretraining(files: Sequence[Path], output: Path, steps: int, seed: int) -> PretrainConfig:
+    """The run that makes pretrained/."""
+    return PretrainConfig(
+        output=str(output),
+        data=DataConfig(files=[str(file) for file in files], documents="lines", max_length=256),
+        vocabulary=VocabularyConfig(size=14_000, lines=400_000),
+        model=MODEL,
+        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.01),
+        steps=steps,
+        batch_tokens=8192,
+        save_steps=200,
+        evaluate_steps=500,
+        log_steps=50,
+        evaluation_tokens=100_000,
+        seed=seed,
+    )
+
+
+def fine_tuning(seed: int) -> Recipe:
+    """The recipe that makes opinions-model/."""
+    return Recipe(
+        epochs=3,
+        batch_size=32,
+        learning_rate=3e-4,
+        max_length=320,
+        label_smoothing=0.05,
+        ema_decay=0.998,
+        checkpoint_steps=500,
+        seed=seed,
+    )
+
+
+def run(
+    data: Path, output: Path, *, steps: int, seed: int, opinions: Path | None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Runs every stage that is not done, and returns the report.
+
+    Args:
+        opinions: a TSV file with the columns text, label (positive or negative) and form, by which accuracy is told apart.
+
+    Raises:
+        OSError: a data set is missing. Others as `pretrain` and `fit`.
+    """
+    report_file = output / "report.json"
+    report: dict[str, Any] = json.loads(report_file.read_text()) if report_file.exists() else {}
+    about = describe()
+    report["machine"] = {name: about[name] for name in ("cpu", "memory_gib", "system", "python", "libraries")}
+    report |= {"threads": torch.get_num_threads(), "seed": seed, "steps": steps}
+
+    def stage(name: str, work: Callable[[], Any]) -> None:
+        if name in report:
+            return
+        say(f"{name} ...")
+        started = time.monotonic()
+        report[name] = {"result": work(), "seconds": round(time.monotonic() - started)}
+        say(json.dumps({name: report[name]}))
+        with replacing(report_file) as file:
+            file.write(json.dumps(report, indent=1).encode() + b"\n")
+
+    documents = write_documents(data, output / "texts")
+    files = write_opinions(data, output / "opinions")
+    pretrained, classifier = output / "pretrained", output / "opinions-model"
+    config = pretraining(documents, pretrained, steps, seed)
+    stage("pretrained", lambda: pretrain(config, resume=True).figures)
+    stage(
+        "fine-tuned",
+        lambda: (
+            fit(
+                files["train"],
+                classifier,
+                dev_file=files["dev"],
+                recipe=fine_tuning(seed),
+                init_from=pretrained,
+                label_names=["negative", "positive"],
+                resume=True,
+            ).best_value
+        ),
+    )
+    for test in ("sst2", "imdb"):
+        stage(test, lambda test=test: _figures(classifier, files[test]))  # type: ignore[misc]
+        stage(f"linear model on {test}", lambda test=test: _linear(files, test))  # type: ignore[misc]
+    if opinions is not None:
+        stage("opinions", lambda: _by_form(classifier, opinions))
+    return report
+
+
+def _figures(model: Path, file: Path) -> dict[str, Any]:
+    found = evaluate(model, file, metrics=["accuracy"])
+    return {"examples": found.examples, **found.metrics, "interval_95": found.interval}
+
+
+def _linear(files: dict[str, Path], test: str) -> dict[str, Any]:
+    """TF-IDF of words and word pairs with logistic regression, fitted to the lines that the classifier learnt from."""
+    found = train_baseline(files["train"], files["dev"], files[test], strengths=(3.0, 10.0, 30.0))
+    return {"accuracy": found.test_accuracy, "interval_95": found.interval, "words": found.words, "C": found.strength}
+
+
+def _by_form(model: Path, file: Path) -> dict[str, Any]:
+    found = evaluate(model, file, text_column="text", label_column="label", metrics=["accuracy"])
+    with file.open(encoding="utf-8", newline="") as lines:
+        forms = [row["form"] for row in csv.DictReader(lines, delimiter="\t")]
+    right = Counter(form for form, a, b in zip(forms, found.expected, found.predicted, strict=True) if a == b)
+    return {"all": found.metrics["accuracy"]} | {form: f"{right[form]} of {n}" for form, n in Counter(forms).items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m albert_fast.training.recipes.english", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("data", type=Path, help="the folder with the data sets")
+    parser.add_argument("output", type=Path, help="the folder to write to; the same command continues in it")
+    parser.add_argument(
+        "--steps", type=int, default=5000, help="of pre-training, 8,192 tokens each (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--opinions", type=Path, help="a TSV file with text, label and form: more opinions to test on")
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    run(options.data, options.output, steps=options.steps, seed=options.seed, opinions=options.opinions)
+
+
+if __name__ == "__main__":
+    main()
