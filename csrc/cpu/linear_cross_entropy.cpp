@@ -319,8 +319,8 @@ void backward(const Inputs<T>& in, Rows<T> dx, float grad, Gradients g, int num_
     float* transposed = arrays.take(kBatch * width);
     float* shares = arrays.take(parts.count * share);
     g.scale = grad / static_cast<float>(larger(labelled.count, 1));
-    g.on_label = g.scale * (1.0f - in.smoothing);
     g.uniform = g.scale * in.smoothing / static_cast<float>(in.v);
+    g.on_label = g.scale - g.uniform * static_cast<float>(in.v);  // so that what a row loses adds up to the scale
     zero_rows(dx, 0, 0, in.n, in.e);
     if (labelled.count == 0) {
         __builtin_memset(g.dweight, 0, sizeof(float) * in.v * in.e);
