@@ -191,8 +191,8 @@ FILES = {
         "families hub saving sentence_modules tensorflow_files tensorflow_names tensorflow_process weights"
     ),
     "albert_fast/commands": (
-        "_compare _errors _lines _options _progress _sinks bench classify convert demo encode evaluate fill_mask info "
-        "quantize rerank train"
+        "_compare _errors _lines _options _progress _sinks answer bench classify convert demo encode evaluate "
+        "fill_mask info quantize rerank tag train"
     ),
     "albert_fast/execution": "capture graphs",
     "albert_fast/inspect": "explain info profiling timing",
@@ -216,8 +216,8 @@ FILES = {
         "user_warnings version"
     ),
     "albert_fast/tasks": (
-        "classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
-        "sentence_steps token_batches vector_files"
+        "answer classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
+        "sentence_steps tag token_batches vector_files"
     ),
     "albert_fast/testing": (
         "accelerated_models case cases covering encoder_cases family_pairs google_checkpoints hostile model_pairs "
