@@ -21,14 +21,17 @@ def command(
     *,
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="May be repeated: accuracy, f1, matthews, pearson ...", show_default="that of train"),
+        typer.Option(
+            "--metric", help="May be repeated: accuracy, f1, matthews, pearson ...", show_default="that of train"
+        ),
     ] = None,
     predictions: Annotated[
         Path | None,
         typer.Option("--predictions", help="Write what was expected and predicted, an object for each example."),
     ] = None,
     confusion_matrix: Annotated[
-        Path | None, typer.Option("--confusion-matrix", help="Draw which class was taken for which, as .png, .svg or .pdf.")
+        Path | None,
+        typer.Option("--confusion-matrix", help="Draw which class was taken for which, as .png, .svg or .pdf."),
     ] = None,
     columns: options.TableColumns,
     batch_size: options.BatchSize = 32,

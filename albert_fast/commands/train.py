@@ -40,7 +40,9 @@ class RecipeOptions:
     )
     class_weights: Annotated[
         str | None,
-        typer.Option(help="balanced: rare classes and tags weigh as much as others.", show_default="all examples alike"),
+        typer.Option(
+            help="balanced: rare classes and tags weigh as much as others.", show_default="all examples alike"
+        ),
     ] = None
     piece_dropout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of tokens masked while training.")] = 0.0
     position_shift: Annotated[
@@ -156,8 +158,8 @@ def command(
     answer: a span of a context for each question; TRAIN is SQuAD's JSON, or has question, context and answer; --text-column,
     --pair-column and --label-column name others. choose: one of several texts; TRAIN has text, choice0, choice1 ... and label.
 
-    OUTPUT is a checkpoint folder for classify, tag, answer, encode and transformers. Everything is checked before the first step. An
-    interrupted run continues with --resume and the same options; a finished run continues with more --epochs.
+    OUTPUT is a checkpoint folder for classify, tag, answer, encode and transformers. Everything is checked before the first
+    step. An interrupted run continues with --resume and the same options; a finished run continues with more --epochs.
 
     \b
     Examples:
