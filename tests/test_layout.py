@@ -192,8 +192,8 @@ FILES = {
         "families hub saving sentence_modules tensorflow_files tensorflow_names tensorflow_process weights"
     ),
     "albert_fast/commands": (
-        "_compare _errors _lines _options _progress _sinks bench classify convert demo encode evaluate fill_mask info "
-        "pretrain quantize rerank train translate"
+        "_compare _errors _lines _options _progress _sinks answer bench classify convert demo encode evaluate "
+        "fill_mask info pretrain quantize rerank tag train translate"
     ),
     "albert_fast/execution": "capture graphs",
     "albert_fast/generation": "options search",
@@ -219,8 +219,8 @@ FILES = {
         "user_warnings version"
     ),
     "albert_fast/tasks": (
-        "classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
-        "sentence_steps token_batches translate vector_files"
+        "answer classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
+        "sentence_steps tag token_batches translate vector_files"
     ),
     "albert_fast/testing": (
         "accelerated_models case cases covering encoder_cases family_pairs google_checkpoints hostile model_pairs "
@@ -233,8 +233,9 @@ FILES = {
     ),
     "albert_fast/training": (
         "baseline checkpointing checks corpus curves data distill distributed evaluate fit interrupts loop masking "
-        "metrics optimization pretrain pretrain_config pretrain_run recipe run segments sources translation"
+        "metrics optimization plots pretrain pretrain_config pretrain_run recipe run segments sources translation"
     ),
+    "albert_fast/training/recipes": "english english_texts",
     "albert_fast/training/tasks": "answer base choose tag texts",
     "kernels": (
         "_attention_gradients _attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs "
