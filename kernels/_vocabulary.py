@@ -174,18 +174,27 @@ def out_columns(
 
 
 @triton.jit
+def finite_max(row_max):
+    """What is subtracted from a row's logits: its maximum, or 0 if that is -inf, whose difference to itself is NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
 def power(logits, row_max):
     """exp(logits - row_max), at most 1."""
-    # A maximum of -inf is not subtracted: -inf - -inf is NaN.
     # The difference is taken first: in one FMA with log2(e), huge logits would differ from their own maximum.
-    difference = (logits - tl.where(row_max == float("-inf"), 0.0, row_max)) * _LOG2_E
+    difference = (logits - finite_max(row_max)) * _LOG2_E
     # A kernel that sums the same logit in another order may find it above the maximum.
     return tl.exp2(tl.minimum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
-def logit_gradients(logits, row_max, factor, is_label):
-    """(softmax - one-hot label) * 2^15, float32; `factor` is 2^15 / sum of exponentials."""
-    p = power(logits, row_max) * factor
+def logit_gradients(logits, row_max, factor, uniform, is_label, on_label):
+    """(softmax - smoothed label) * 2^15, float32.
+
+    factor: 2^15 / sum of exponentials. uniform: what label smoothing takes from every logit. on_label: what the label's logit
+    loses; both times 2^15.
+    """
+    p = power(logits, row_max) * factor - uniform
     # Subtracted before rounding to a lower dtype, in which a probability near 1 would cancel to 0.
-    return tl.where(is_label, p - UNIT, p)
+    return tl.where(is_label, p - on_label, p)

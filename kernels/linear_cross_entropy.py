@@ -12,6 +12,9 @@ are over W, 2 V E bytes (bfloat16) for every block of rows, and W stays in the L
 exponential: at E = 128 that is as much work for the special-function units (16 a clock) as its 256 operations are for
 Hopper's tensor cores (4096 a clock).
 
+With label smoothing the forward sums logit - maximum of each row beside exp(logit - maximum); the gradient of every logit
+loses a constant.
+
 The labelled rows are found on the device, in order, so that no launch waits for their number. A grid has programs for N
 rows; those behind the last labelled row return at once.
 """
@@ -23,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ._common import COMPILER_OPTIONS, product, round_to, rows_contiguous
+from ._labelled_rows import find_labelled
 from ._precision import multiplies_tf32
 from ._vocabulary import (
     UNIT,
@@ -30,6 +34,7 @@ from ._vocabulary import (
     LossInputs,
     OwnedRows,
     VocabularyTile,
+    finite_max,
     linear_cross_entropy_tiles,
     load_whole,
     logit_gradients,
@@ -40,40 +45,8 @@ from ._vocabulary import (
 )
 
 _LN_2 = tl.constexpr(0.6931471805599453)
-IGNORED = tl.constexpr(-100)
 # Rows per program of the kernels that do not multiply.
-_LABEL_ROWS, _COUNT_ROWS, _MERGE_ROWS, _MEAN_ROWS, _GATHER_ROWS = 1024, 4096, 128, 1024, 16
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _linear_cross_entropy_labelled_kernel(
-    labels_ptr,  # (N,) int64
-    rows_ptr,  # (N,) int32, written: the labelled rows in order; what follows them is not written
-    targets_ptr,  # (N,) int32, written: the labels of these rows, -1 for a label outside the vocabulary
-    count_ptr,  # (1,) int32, written: how many rows are labelled
-    n_rows,  # N
-    n_words,  # V
-    BLOCK_M: tl.constexpr,  # labels of a program
-    COUNT_M: tl.constexpr,  # labels that it counts at a time
-):
-    # A program takes BLOCK_M labels and counts the labelled rows before its own, rather than wait for other programs' counts.
-    first_own = tl.program_id(0) * BLOCK_M
-    before = tl.zeros([COUNT_M], dtype=tl.int32)
-    for first_row in range(0, first_own, COUNT_M):
-        rows = first_row + tl.arange(0, COUNT_M)
-        before += (tl.load(labels_ptr + rows, mask=rows < first_own, other=IGNORED) != IGNORED).to(tl.int32)
-    count = tl.sum(before, axis=0)
-
-    rows = first_own + tl.arange(0, BLOCK_M)
-    labels = tl.load(labels_ptr + rows, mask=rows < n_rows, other=IGNORED)
-    labelled = labels != IGNORED
-    ones = labelled.to(tl.int32)
-    slots = count + tl.cumsum(ones, axis=0) - 1
-    targets = tl.where((labels >= 0) & (labels < n_words), labels, -1)
-    tl.store(rows_ptr + slots, rows, mask=labelled)
-    tl.store(targets_ptr + slots, targets.to(tl.int32), mask=labelled)
-    if tl.program_id(0) == tl.num_programs(0) - 1:
-        tl.store(count_ptr, count + tl.sum(ones, axis=0))
+_MERGE_ROWS, _MEAN_ROWS, _GATHER_ROWS = 128, 1024, 16
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_row_blocks"])
@@ -81,6 +54,7 @@ def _linear_cross_entropy_fwd_kernel(
     inputs,  # LossInputs
     max_ptr,  # (shares, N) float32, written: the largest logit of each labelled row in each share
     sum_ptr,  # (shares, N) float32, written: the sum of exp(logit - largest)
+    below_ptr,  # (shares, N) float32, written: the sum of logit - largest; None without label smoothing
     target_ptr,  # (N,) float32, written: the logit of each labelled row's label
     stride_x_row,
     n_rows,  # N
@@ -109,6 +83,7 @@ def _linear_cross_entropy_fwd_kernel(
 
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_below = tl.zeros([BLOCK_M], dtype=tl.float32)
     target_logits = tl.zeros([BLOCK_M], dtype=tl.float32)
     first_word = share * share_words
     last_word = tl.minimum(first_word + share_words, n_words)
@@ -122,18 +97,25 @@ def _linear_cross_entropy_fwd_kernel(
         logits += bias[None, :]
         new_max = tl.maximum(row_max, tl.max(logits, axis=1))
         row_sum = row_sum * power(row_max, new_max) + tl.sum(power(logits, new_max[:, None]), axis=1)
+        if below_ptr is not None:
+            shift = finite_max(new_max)
+            row_below += (finite_max(row_max) - shift) * (word - first_word)
+            row_below += tl.sum(tl.where(known[None, :], logits - shift[:, None], 0.0), axis=1)
         row_max = new_max
         target_logits += tl.sum(tl.where(words[None, :] == targets[:, None], logits, 0.0), axis=1)
 
     tl.store(max_ptr + share * n_rows + slots, row_max, mask=live)
     tl.store(sum_ptr + share * n_rows + slots, row_sum, mask=live)
+    if below_ptr is not None:
+        tl.store(below_ptr + share * n_rows + slots, row_below, mask=live)
     tl.store(target_ptr + slots, target_logits, mask=live & (targets >= first_word) & (targets < last_word))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_shares"])
+@triton.jit(do_not_specialize=["n_rows", "n_shares", "n_words", "share_words"])
 def _linear_cross_entropy_fwd_merge_kernel(
     max_ptr,  # (shares, N) float32, as the first pass wrote them
     sum_ptr,  # (shares, N) float32
+    below_ptr,  # (shares, N) float32, or None without label smoothing
     target_ptr,  # (N,) float32
     rows_ptr,  # (N,) int32, the labelled rows
     targets_ptr,  # (N,) int32, their labels
@@ -143,6 +125,9 @@ def _linear_cross_entropy_fwd_merge_kernel(
     row_sum_ptr,  # (N,) float32, written: the sum of exp(logit - largest); rows without a label are left unchanged
     n_rows,  # N
     n_shares,
+    n_words,  # V
+    share_words,  # words of a share
+    label_smoothing,
     BLOCK_M: tl.constexpr,
 ):
     # A program takes BLOCK_M labelled rows and merges their shares.
@@ -150,17 +135,27 @@ def _linear_cross_entropy_fwd_merge_kernel(
     live = slots < tl.load(count_ptr)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_below = tl.zeros([BLOCK_M], dtype=tl.float32)
     for share in range(n_shares):
         share_max = tl.load(max_ptr + share * n_rows + slots, mask=live, other=0.0)
         share_sum = tl.load(sum_ptr + share * n_rows + slots, mask=live, other=1.0)
         new_max = tl.maximum(row_max, share_max)
         row_sum = row_sum * power(row_max, new_max) + share_sum * power(share_max, new_max)
+        if below_ptr is not None:
+            share_below = tl.load(below_ptr + share * n_rows + slots, mask=live, other=0.0)
+            shift, before = finite_max(new_max), share * share_words
+            own_words = tl.minimum(n_words - before, share_words)
+            row_below += (finite_max(row_max) - shift) * before
+            row_below += share_below + (finite_max(share_max) - shift) * own_words
         row_max = new_max
     # A label outside the vocabulary has no logit: NaN reaches the loss and, by the maximum, every gradient.
     inside = tl.load(targets_ptr + slots, mask=live, other=-1) >= 0
     target_logits = tl.load(target_ptr + slots, mask=live & inside, other=float("nan"))
     # The large numbers are subtracted first, so that a loss near zero is not lost in the rounding of a log-sum-exp.
-    loss = tl.log2(row_sum) * _LN_2 + (row_max - target_logits)
+    loss = row_max - target_logits
+    if below_ptr is not None:
+        loss = loss * (1.0 - label_smoothing) - row_below / n_words * label_smoothing
+    loss += tl.log2(row_sum) * _LN_2
     tl.store(loss_ptr + slots, loss, mask=live)
     rows = tl.load(rows_ptr + slots, mask=live, other=0)
     tl.store(row_max_ptr + rows, tl.where(inside, row_max, float("nan")), mask=live)
@@ -223,6 +218,8 @@ def _linear_cross_entropy_bwd_x_kernel(
     n_words,  # V
     n_row_blocks,
     share_words,  # words of a share
+    on_label,  # 2^15 (1 - label_smoothing), what the label's logit loses
+    uniform,  # 2^15 label_smoothing / V, what every logit loses
     WIDTH: tl.constexpr,  # this and the next four: as in VocabularyTile; here rows are owned and words are walked over
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -242,6 +239,7 @@ def _linear_cross_entropy_bwd_x_kernel(
     targets = tl.load(inputs.targets_ptr + slots)
     row_max, factor = tl.load(inputs.row_max_ptr + slots), tl.load(inputs.factor_ptr + slots)
     owned = OwnedRows(load_whole(x_ptrs, None, TILE), x_ptrs, None)
+    lost = tl.where(targets < 0, 0.0, uniform)  # rows behind the last one have no gradient
     cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
 
     acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
@@ -253,8 +251,9 @@ def _linear_cross_entropy_bwd_x_kernel(
         bias = tl.load(inputs.bias_ptr + words, mask=known, other=float("-inf")).to(tl.float32)
         weight_ptrs = inputs.weight_ptr + words.to(tl.int64) * WIDTH
         logits, weight = multiply(owned, weight_ptrs, known, TILE)
+        is_label = words[None, :] == targets[:, None]
         gradients = logit_gradients(
-            logits + bias[None, :], row_max[:, None], factor[:, None], words[None, :] == targets[:, None]
+            logits + bias[None, :], row_max[:, None], factor[:, None], lost[:, None], is_label, on_label
         )
         weight = out_columns(weight, weight_ptrs, known, cols, TILE)
         acc = product(round_to(gradients, weight.dtype), weight, acc, TF32)
@@ -299,6 +298,8 @@ def _linear_cross_entropy_bwd_weight_kernel(
     dweight_ptr,  # (V, WIDTH), contiguous, written
     dbias_ptr,  # (V,), written
     n_words,  # V
+    on_label,  # this and the next: as in the kernel of dx
+    uniform,
     WIDTH: tl.constexpr,  # this and the next four: as in VocabularyTile; here words are owned and rows are walked over
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -326,8 +327,9 @@ def _linear_cross_entropy_bwd_weight_kernel(
         targets = tl.load(inputs.targets_ptr + slots)
         row_max, factor = tl.load(inputs.row_max_ptr + slots), tl.load(inputs.factor_ptr + slots)
         logits, x = multiply(owned, x_ptrs, None, TILE)
+        lost, is_label = tl.where(targets < 0, 0.0, uniform), words[:, None] == targets[None, :]
         gradients = logit_gradients(
-            logits + bias[:, None], row_max[None, :], factor[None, :], words[:, None] == targets[None, :]
+            logits + bias[:, None], row_max[None, :], factor[None, :], lost[None, :], is_label, on_label
         )
         dbias += tl.sum(gradients, axis=1)
         x = out_columns(x, x_ptrs, None, cols, TILE)
@@ -341,19 +343,8 @@ def _linear_cross_entropy_bwd_weight_kernel(
         tl.store(dbias_ptr + words, round_to(dbias * scale, dbias_ptr.dtype.element_ty), mask=known)
 
 
-def _find_labelled(labels: torch.Tensor, n_words: int, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rows, targets (slots,) int32, slots >= N, and count (1,) int32 of the labelled rows."""
-    n_rows = len(labels)
-    rows, targets = (torch.empty(slots, dtype=torch.int32, device=labels.device) for _ in range(2))
-    count = torch.empty(1, dtype=torch.int32, device=labels.device)
-    options = {"BLOCK_M": _LABEL_ROWS, "COUNT_M": _COUNT_ROWS, "num_warps": 8, **COMPILER_OPTIONS}
-    grid = (triton.cdiv(n_rows, _LABEL_ROWS),)
-    _linear_cross_entropy_labelled_kernel[grid](labels, rows, targets, count, n_rows, n_words, **options)
-    return rows, targets, count
-
-
 def linear_cross_entropy_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The mean over labelled rows of -log softmax(x @ weight^T + bias)[label].
 
@@ -361,6 +352,7 @@ def linear_cross_entropy_fwd(
         x: (N, E), E up to 1024; rows may be strided.
         weight: (V, E); bias: (V,); in x's dtype.
         labels: (N,) int64; -100 is ignored, any other number outside [0, V) makes the loss and all gradients NaN.
+        label_smoothing: in [0, 1], the weight of each label that all words share.
 
     Returns:
         loss () float32, 0 without a label; row_max and row_sum (N,) float32, each row's largest logit and its sum of
@@ -379,18 +371,19 @@ def linear_cross_entropy_fwd(
         return loss, row_max, row_sum
     row_blocks, shares, share_words = vocabulary_shares(n_rows, n_words, tiles)
     largest, sums = (torch.empty((shares, n_rows), dtype=torch.float32, device=x.device) for _ in range(2))
+    below = torch.empty_like(sums) if label_smoothing else None
     logits, losses = (torch.empty(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.cuda.device_of(x):
-        rows, targets, count = _find_labelled(labels, n_words, n_rows)
+        rows, targets, count = find_labelled(labels, n_words, n_rows)
         inputs = LossInputs(x, weight, bias, rows, targets, count)
         sizes = (x.stride(0), n_rows, n_words, row_blocks, share_words)
         _linear_cross_entropy_fwd_kernel[(row_blocks * shares,)](
-            inputs, largest, sums, logits, *sizes, WIDTH=width, **tiles, **COMPILER_OPTIONS
+            inputs, largest, sums, below, logits, *sizes, WIDTH=width, **tiles, **COMPILER_OPTIONS
         )
-        labelled = (rows, targets, count)
+        labelled, shared = (rows, targets, count), (n_rows, shares, n_words, share_words, label_smoothing)
         merge_options = {"BLOCK_M": _MERGE_ROWS, "num_warps": 4, **COMPILER_OPTIONS}
         _linear_cross_entropy_fwd_merge_kernel[(triton.cdiv(n_rows, _MERGE_ROWS),)](
-            largest, sums, logits, *labelled, losses, row_max, row_sum, n_rows, shares, **merge_options
+            largest, sums, below, logits, *labelled, losses, row_max, row_sum, *shared, **merge_options
         )
         mean_options = {"BLOCK_M": _MEAN_ROWS, "num_warps": 8, **COMPILER_OPTIONS}
         _linear_cross_entropy_fwd_mean_kernel[(1,)](losses, count, loss, **mean_options)
@@ -405,12 +398,13 @@ def linear_cross_entropy_bwd(
     labels: torch.Tensor,
     row_max: torch.Tensor,
     row_sum: torch.Tensor,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x (N, E), weight (V, E) and bias (V,), in their dtypes.
 
     Args:
         grad: () float32, the gradient of the loss.
-        x, weight, bias, labels: as given to the forward.
+        x, weight, bias, labels, label_smoothing: as given to the forward.
         row_max, row_sum: (N,) float32, as the forward returned them.
 
     Raises:
@@ -429,15 +423,17 @@ def linear_cross_entropy_bwd(
     slots = row_blocks * tiles["BLOCK_M"]  # a multiple of BLOCK_N, too
     gathered = torch.empty((slots, width), dtype=x.dtype, device=x.device)
     largest, factors = (torch.empty(slots, dtype=torch.float32, device=x.device) for _ in range(2))
+    uniform = torch.tensor(UNIT.value * label_smoothing / n_words, dtype=torch.float32).item()
+    lost = UNIT.value - uniform * n_words, uniform  # what a row loses adds up to UNIT, also once it is rounded to float32
     row_tile = {"WIDTH": width, "BLOCK_M": _GATHER_ROWS, "BLOCK_E": tiles["BLOCK_E"]}
     with torch.cuda.device_of(x):
-        rows, targets, count = _find_labelled(labels, n_words, slots)
+        rows, targets, count = find_labelled(labels, n_words, slots)
         outputs = (gathered, largest, factors, x.stride(0))
         _linear_cross_entropy_bwd_gather_kernel[(triton.cdiv(slots, _GATHER_ROWS),)](
             x, row_max, row_sum, rows, targets, count, *outputs, **row_tile, num_warps=4, **COMPILER_OPTIONS
         )
         inputs = GradientInputs(gathered, weight, bias, targets, count, largest, factors)
-        sizes = (n_rows, n_words, row_blocks, share_words)
+        sizes = (n_rows, n_words, row_blocks, share_words, *lost)
         _linear_cross_entropy_bwd_x_kernel[(row_blocks * shares, out_chunks)](
             inputs, dx_shares, *sizes, WIDTH=width, **tiles, **COMPILER_OPTIONS
         )
@@ -445,6 +441,6 @@ def linear_cross_entropy_bwd(
             dx_shares, grad, rows, count, dx, n_rows, shares, **row_tile, num_warps=4, **COMPILER_OPTIONS
         )
         _linear_cross_entropy_bwd_weight_kernel[(triton.cdiv(n_words, tiles["BLOCK_M"]), out_chunks)](
-            inputs, grad, dweight, dbias, n_words, WIDTH=width, **tiles, **COMPILER_OPTIONS
+            inputs, grad, dweight, dbias, n_words, *lost, WIDTH=width, **tiles, **COMPILER_OPTIONS
         )
     return dx, dweight, dbias

@@ -128,13 +128,13 @@ def test_kernels_import_torch_and_triton_alone():
 
 def test_triton_has_the_operators_numbers():
     pytest.importorskip("triton")
-    from albert_fast.kernels import _common, encoder, linear_cross_entropy
+    from albert_fast.kernels import _common, _labelled_rows, encoder
 
     from albert_fast.ops import _dropout
     from albert_fast.ops.linear_cross_entropy import IGNORED
 
     assert _common.HEAD_STRIDE.value == _dropout.HEAD_STRIDE
-    assert linear_cross_entropy.IGNORED.value == IGNORED
+    assert _labelled_rows.IGNORED.value == IGNORED
     assert encoder.MAX_HEAD_DIM == ops.MAX_KERNEL_HEAD_DIM
 
 
@@ -236,8 +236,9 @@ FILES = {
     "albert_fast/training/tasks": "answer base choose tag texts",
     "kernels": (
         "_attention_gradients _attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs "
-        "_layer_norm _matmul _precision _rounding _tuning _vocabulary add_layer_norm attention attention_bwd "
-        "bias_gelu embedding_layer_norm encoder gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
+        "_labelled_rows _layer_norm _matmul _precision _rounding _tuning _vocabulary add_layer_norm attention "
+        "attention_bwd bias_gelu embedding_layer_norm encoder gelu_layer_norm linear_cross_entropy linear_gelu "
+        "quantized_encoder"
     ),
 }
 

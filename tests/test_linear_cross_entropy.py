@@ -38,18 +38,19 @@ def test_any_shape(rows, width, vocabulary, labelled):
 def inputs(rows=37, width=16, vocabulary=307, dtype=torch.float32, labelled=0.5):
     made = ALL_CASES[OP].make_inputs((rows, width, vocabulary), dtype, generator=torch.Generator().manual_seed(3),
                                      labelled=labelled)  # fmt: skip
+    del made["label_smoothing"]
     return made | {name: made[name].requires_grad_() for name in ("x", "weight", "bias")}
 
 
-def run(made, backend):
+def run(made, backend, label_smoothing=0.0):
     """The loss, computed where `backend` runs."""
-    device = device_of(backend)
-    return ops.linear_cross_entropy(**{name: t.to(device) for name, t in made.items()}, backend=backend).cpu()
+    tensors = {name: t.to(device_of(backend)) for name, t in made.items()}
+    return ops.linear_cross_entropy(**tensors, label_smoothing=label_smoothing, backend=backend).cpu()
 
 
-def gradients(made, backend):
+def gradients(made, backend, label_smoothing=0.0):
     """The loss, and its gradients of x, weight and bias."""
-    loss = run(made, backend)
+    loss = run(made, backend, label_smoothing)
     return loss, *torch.autograd.grad(loss, [made[name] for name in ("x", "weight", "bias")])
 
 
@@ -57,13 +58,14 @@ def test_the_reference_has_the_derivative_that_differences_give():
     made = inputs(7, 5, 11, torch.float64)
     labels = made.pop("labels")
     assert (labels == -100).any()
-    function = lambda *tensors: ops.linear_cross_entropy(*tensors, labels, backend="reference")  # noqa: E731
-    assert torch.autograd.gradcheck(function, tuple(made.values()))
+    for smoothing in (0.0, 0.2):
+        function = lambda *tensors: ops.linear_cross_entropy(*tensors, labels, smoothing, backend="reference")  # noqa: B023, E731
+        assert torch.autograd.gradcheck(function, tuple(made.values()))
 
 
 @BACKENDS
-@pytest.mark.parametrize("scale", [1, 30])
-def test_against_float64(backend, scale):
+@pytest.mark.parametrize(("scale", "smoothing"), [(1, 0.0), (30, 0.0), (1, 0.1), (30, 0.1)])
+def test_against_float64(backend, scale, smoothing):
     """A logit of size s is rounded by s * 2^-24 in its product and its sum, and its probability by as much of itself."""
     made = inputs()
     made["x"] = (made["x"].detach() * scale).requires_grad_()
@@ -73,7 +75,8 @@ def test_against_float64(backend, scale):
         name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
         for name, t in made.items()
     }
-    for actual, expected in zip(gradients(made, backend), gradients(exact, "reference"), strict=True):
+    expected_ones = gradients(exact, "reference", smoothing)
+    for actual, expected in zip(gradients(made, backend, smoothing), expected_ones, strict=True):
         assert (actual - expected).abs().max() <= allowed * expected.abs().max()
 
 
@@ -138,6 +141,37 @@ def test_words_that_cannot_be_have_no_probability(backend):
     for actual, expected in zip(gradients(made, backend), gradients(made, "reference"), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     assert run(made, backend).isfinite()
+
+
+@BACKENDS
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_torch_s(backend, smoothing):
+    made = inputs(rows=70, vocabulary=1301)
+    exact = {name: t.detach().double() if t.is_floating_point() else t for name, t in made.items()}
+    leaves = [exact[name].requires_grad_() for name in ("x", "weight", "bias")]
+    logits = exact["x"] @ exact["weight"].t() + exact["bias"]
+    expected = F.cross_entropy(logits, made["labels"], label_smoothing=smoothing)
+    found = gradients(made, backend, smoothing)
+    for actual, wanted in zip(found, (expected, *torch.autograd.grad(expected, leaves)), strict=True):
+        torch.testing.assert_close(actual, wanted.float(), rtol=1e-5, atol=1e-7)
+
+
+@BACKENDS
+def test_what_all_logits_share_does_not_blur_a_smoothed_loss(backend):
+    made, shared = inputs(vocabulary=3001), 2.0**16
+    bias = (made["bias"].detach() * 3).round()  # whole numbers, which the shared one does not round
+    made |= {"x": torch.zeros(37, 16), "bias": bias + shared}
+    exact = F.cross_entropy(bias.double().expand(37, -1), made["labels"], label_smoothing=0.1)
+    torch.testing.assert_close(run(made, backend, 0.1), exact.float(), rtol=2e-6, atol=0)
+
+
+@BACKENDS
+def test_a_smoothed_loss_is_infinite_with_a_word_that_cannot_be(backend):
+    made = inputs(labelled=1.0)
+    bias = made["bias"].detach().clone()
+    bias[200:] = float("-inf")
+    made |= {"bias": bias, "labels": made["labels"].clamp(max=199)}
+    assert run(made, backend, 0.1).isposinf()
 
 
 @BACKENDS
@@ -244,6 +278,9 @@ def test_bad_input_is_named():
         ops.linear_cross_entropy(**made | {"weight": made["weight"].to("meta")})
     with pytest.raises(TypeError, match="float32"):
         ops.linear_cross_entropy(**made | {"labels": made["labels"].float()})
+    for smoothing in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\], got"):
+            ops.linear_cross_entropy(**made, label_smoothing=smoothing)
     with pytest.raises(ValueError, match="1025 columns"):
         ops.linear_cross_entropy(**inputs(2, 1025, 3), backend="triton")
 
@@ -251,12 +288,12 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("rows", [1, 1023, 1024, 1025, 6000])  # one program, two, one that counts in two steps
 @pytest.mark.parametrize("labelled", [0.0, 0.4, 1.0])
 def test_labelled_rows_are_found_in_order(rows, labelled):
-    kernel = pytest.importorskip("albert_fast.kernels.linear_cross_entropy")
+    kernel = pytest.importorskip("albert_fast.kernels._labelled_rows")
     device = device_of("triton")
     labels = torch.randint(0, 50, (rows,)).where(torch.rand(rows) < labelled, -100)
     labels[::7] = labels[::7].where(labels[::7] == -100, 51)
     with poison_empty():
-        found, targets, count = (t.cpu() for t in kernel._find_labelled(labels.to(device), 50, rows))
+        found, targets, count = (t.cpu() for t in kernel.find_labelled(labels.to(device), 50, rows))
     wanted = (labels != -100).nonzero()[:, 0]
     assert count.item() == len(wanted)
     assert torch.equal(found[: len(wanted)].long(), wanted)

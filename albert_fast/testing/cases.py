@@ -196,7 +196,9 @@ def _add_layer_norm_extra(inputs: Inputs) -> int:
 # linear_cross_entropy: shapes are (rows, E, V) ------------------------------------------------------------------------------
 
 
-def _linear_cross_entropy_inputs(shape, dtype, device="cpu", generator=None, labelled=1.0) -> Inputs:
+def _linear_cross_entropy_inputs(
+    shape, dtype, device="cpu", generator=None, labelled=1.0, label_smoothing=0.0
+) -> Inputs:
     rows, width, vocabulary = shape
     labels = torch.randint(0, vocabulary, (rows,), generator=generator)
     labels = labels.masked_fill(torch.rand(rows, generator=generator) >= labelled, IGNORED)
@@ -205,11 +207,17 @@ def _linear_cross_entropy_inputs(shape, dtype, device="cpu", generator=None, lab
         "weight": randn((vocabulary, width), dtype, device, generator) * width**-0.5,
         "bias": randn((vocabulary,), dtype, device, generator),
         "labels": labels.to(device),
+        "label_smoothing": label_smoothing,
     }
 
 
-def _linear_cross_entropy_eager(x, weight, bias, labels):
-    return losses.cross_entropy(F.linear(x, weight, bias), labels)
+def _linear_cross_entropy_eager(x, weight, bias, labels, label_smoothing):
+    logits = F.linear(x, weight, bias)
+    if not label_smoothing:
+        return losses.cross_entropy(logits, labels)
+    options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": label_smoothing}
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    return F.cross_entropy(logits, labels, **options) / (labels != IGNORED).sum().clamp(min=1)
 
 
 _ROWS = ((1, 1), (1, 128), (3, 7), (2, 31), (13, 768), (5, 1023), (67, 312), (512, 64), (2, 4096))
@@ -358,7 +366,7 @@ ALL_CASES: dict[str, OpCase] = {
             ),
             small_shapes=((1, 1, 1), (3, 7, 2), (0, 16, 11), (37, 128, 307), (5, 200, 131), (3, 16, 2053)),
             bench_shapes=((77, 128, 30000), (614, 128, 30000)),  # 15 % of 4 and of 32 sequences of 128
-            options=({}, {"labelled": 0.3}, {"labelled": 0.0}),
+            options=({}, {"labelled": 0.3}, {"labelled": 0.0}, {"label_smoothing": 0.1, "labelled": 0.7}),
             gradients=("x", "weight", "bias"),
             operations=lambda i: 2.0 * len(i["x"]) * i["weight"].numel(),
             backward_ratio=3.0,  # scores are computed again

@@ -45,8 +45,10 @@ class OperatorGroup(CallGroup):
         backward: bool,
         dtype: torch.dtype,
         device: torch.device,
+        make_options: dict[str, Any] | None = None,
     ) -> None:
         self.case, self.eager, self.shape, self.backward = case, eager, shape, backward
+        self.make_options = make_options or {}
         self.dtype, self.device = dtype, device
         self.key = f"{case.name}/{'bwd' if backward else 'fwd'}/{str(dtype).removeprefix('torch.')}/{shape_name}"
         self.backend = dispatch.resolve(case.name, device.type, dtype)
@@ -56,7 +58,8 @@ class OperatorGroup(CallGroup):
     def inputs(self) -> dict[str, Any]:
         """The operator's keyword arguments, drawn once."""
         if self._made is None:
-            self._made = self.case.make_inputs(self.shape, self.dtype, self.device, torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            self._made = self.case.make_inputs(self.shape, self.dtype, self.device, generator, **self.make_options)
         return self._made
 
     @property
@@ -136,18 +139,28 @@ def _is_float(value: Any) -> bool:
 
 
 def operator_groups(
-    op: str, options: Options, shape_name: Callable[[Any], str], eager: Eager | None = None
+    op: str,
+    options: Options,
+    shape_name: Callable[[Any], str],
+    eager: Eager | None = None,
+    shapes: tuple[Any, ...] = (),
+    directions: tuple[bool, ...] = (False, True),
+    **make_options: Any,
 ) -> Iterator[OperatorGroup]:
     """Every group of `op`: its largest shape (--long: all, --quick: the smallest), each dtype and direction.
 
     Args:
         shape_name: shape -> its name in ids.
         eager: plain torch at its best for these shapes, where that is not the OpCase's.
+        shapes: smallest first, if they are not the OpCase's.
+        directions: whether to measure the backward: False, True or both.
+        make_options: keywords of the OpCase's make_inputs.
     """
     case = ALL_CASES[op]
-    shapes = case.bench_shapes  # smallest first
-    if options.device.type == "cuda":
-        shapes = (*shapes, GPU_SHAPES[op])
+    if not shapes:
+        shapes = case.bench_shapes
+        if options.device.type == "cuda":
+            shapes = (*shapes, GPU_SHAPES[op])
     if options.quick:
         shapes = shapes[:1]
     elif not options.long:
@@ -156,7 +169,8 @@ def operator_groups(
         for dtype in _DTYPES:
             if dispatch.why_not(op, options.device.type, dispatch.TABLE[op][options.device.type][0], dtype) is not None:
                 continue
-            for backward in (False, True) if case.gradients else (False,):
+            for backward in directions if case.gradients else (False,):
+                name = shape_name(shape)
                 yield OperatorGroup(
-                    case, eager or case.eager, shape_name(shape), shape, backward, dtype, options.device
+                    case, eager or case.eager, name, shape, backward, dtype, options.device, make_options
                 )

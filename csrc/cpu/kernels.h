@@ -84,17 +84,19 @@ void gelu_layer_norm_bwd_cpu(Address grad, Address x, Address bias, Address weig
 
 // loss () f32 = the mean of -log softmax(logits)[label] over the rows whose label is not -100, 0 without any, for
 // logits (N,V) = x (N,E) weight (V,E)^T + bias (V); labels (N) int64. row_max, row_sum (N) f32: the largest logit of
-// each row and the sum of exp(logit - row_max), both 0 where the label is -100. Returns -1, or the first row whose
-// label is neither -100 nor within [0, V); then nothing is written.
+// each row and the sum of exp(logit - row_max), both 0 where the label is -100. label_smoothing in [0, 1] is the weight
+// of each label that all V words share. Returns -1, or the first row whose label is neither -100 nor within [0, V);
+// then nothing is written.
 std::int64_t linear_cross_entropy_fwd_cpu(Address x, Address weight, Address bias, Address labels, Address loss,
                                           Address row_max, Address row_sum, std::int64_t N, std::int64_t E,
-                                          std::int64_t V, int dtype, int num_threads);
+                                          std::int64_t V, double label_smoothing, int dtype, int num_threads);
 
 // dx (N,E), dweight (V,E) f32, dbias (V) f32 from grad () f32, what the forward accepted, and row_max and row_sum as it
 // returned them.
 void linear_cross_entropy_bwd_cpu(Address grad, Address x, Address weight, Address bias, Address labels,
                                   Address row_max, Address row_sum, Address dx, Address dweight, Address dbias,
-                                  std::int64_t N, std::int64_t E, std::int64_t V, int dtype, int num_threads);
+                                  std::int64_t N, std::int64_t E, std::int64_t V, double label_smoothing, int dtype,
+                                  int num_threads);
 
 // Floats of weight (N,K) f32 in the layout of linear_fwd_cpu, which differs between instruction sets; and that layout.
 std::int64_t linear_packed_size_cpu(std::int64_t N, std::int64_t K);

@@ -12,6 +12,10 @@
 // the parts. Operations 2 N V E. Backward: softmax is computed again from the same two numbers of each row. (The
 // rounding of their log-sum-exp would scale a whole row of large logits.) A part writes its rows of dW and its share of
 // dx; the shares are added in the order of the parts. Operations 6 N V E.
+//
+// Label smoothing s (Szegedy et al. 2016, section 7) gives each word s / V of the label's weight. The loss is then
+// logsumexp - (1 - s) logit[label] - s mean(logits): the forward sums the logits of every row beside their
+// exponentials.
 #include "choose.h"
 #include "gemm.h"
 #include "kernels.h"
@@ -33,6 +37,7 @@ struct Inputs {
     const T* bias;
     const std::int64_t* labels;
     std::int64_t n, e, v;
+    float smoothing;
 
     std::int64_t width() const { return round_up(e, kLanes); }
     Chunks parts() const { return Chunks(v, kVocabularyBlock, kMaxParts, kVocabularyBlock); }
@@ -116,15 +121,18 @@ struct Words {
     }
 };
 
-// The largest logit of every row, and the sum of exp(logit - largest).
+// The largest logit of every row, and the sum of exp(logit - largest); with label smoothing also the sum of
+// logit - largest, whose rounding does not grow with what all logits of a row share.
 struct Softmax {
-    float *maximum, *sum;
+    float *maximum, *sum, *below = nullptr;
 
     // A maximum of -infinity is not subtracted: a row of -infinity would become NaN.
     static Vec shift(Vec maximum) { return maximum == splat(-kInfinity) ? Vec{} : maximum; }
 
-    // Takes in one vector of columns of logits, `row` apart, and leaves the bias added to them.
-    void update(const Words& words, float* logits, std::int64_t row, std::int64_t at) const {
+    // Takes in one vector of columns of logits, `row` apart, and leaves the bias added to them; `words_before` of them
+    // were taken in before.
+    template <bool kSmoothing>
+    void update(const Words& words, float* logits, std::int64_t row, std::int64_t at, std::int64_t words_before) const {
         const Vec before = load(maximum + at, Full{});
         Vec largest = before;
         for (std::int64_t word = 0; word < words.count; ++word) {
@@ -133,16 +141,22 @@ struct Softmax {
             largest = larger(largest, logit);
         }
         const Vec subtracted = shift(largest);
-        Vec added{};
+        Vec added{}, differences{};
         for (std::int64_t word = 0; word < words.count; ++word) {
-            added += exp(load(logits + word * row, Full{}) - subtracted);
+            const Vec difference = load(logits + word * row, Full{}) - subtracted;
+            added += exp(difference);
+            if constexpr (kSmoothing) differences += difference;
+        }
+        if constexpr (kSmoothing) {
+            const Vec raised = (shift(before) - subtracted) * static_cast<float>(words_before);
+            store(below + at, load(below + at, Full{}) + (raised + differences), Full{});
         }
         store(maximum + at, largest, Full{});
         store(sum + at, load(sum + at, Full{}) * exp(before - subtracted) + added, Full{});
     }
 };
 
-template <class T>
+template <bool kSmoothing, class T>
 void forward_task(const Inputs<T>& in, const Batch& batch, std::int64_t begin, std::int64_t end, const Softmax& softmax,
                   float* targets) {
     const std::int64_t width = in.width();
@@ -153,6 +167,7 @@ void forward_task(const Inputs<T>& in, const Batch& batch, std::int64_t begin, s
     for_vectors(round_up(batch.size, kLanes), [&](std::int64_t i, auto lanes) {
         store(softmax.maximum + i, splat(-kInfinity), lanes);
         store(softmax.sum + i, Vec{}, lanes);
+        if constexpr (kSmoothing) store(softmax.below + i, Vec{}, lanes);
     });
     for (std::int64_t word = begin; word < end; word += kVocabularyBlock) {
         const Words words(in, word, end, weights, bias);
@@ -160,7 +175,7 @@ void forward_task(const Inputs<T>& in, const Batch& batch, std::int64_t begin, s
             const std::int64_t columns = batch.columns(block);
             words.multiply_rows(batch, block, in.e, width, logits);
             for (std::int64_t j = 0; j < columns; j += kLanes) {
-                softmax.update(words, logits + j, columns, batch.blocks.begin(block) + j);
+                softmax.update<kSmoothing>(words, logits + j, columns, batch.blocks.begin(block) + j, word - begin);
             }
             words.for_labels(in, batch, block, logits, [&](std::int64_t row, float logit) { targets[row] = logit; });
         }
@@ -168,8 +183,9 @@ void forward_task(const Inputs<T>& in, const Batch& batch, std::int64_t begin, s
 }
 
 // The softmax (n) of whole rows from that of all parts of the vocabulary; returns the sum of the rows' losses.
-double merge(const Batch& batch, const Softmax* parts, std::int64_t count, const float* targets,
-             const Softmax& softmax) {
+double merge(const Batch& batch, const Softmax* parts, const Chunks& words, const float* targets,
+             const Softmax& softmax, double smoothing) {
+    const std::int64_t count = words.count;
     double total = 0.0;
     for (std::int64_t i = 0; i < batch.size; i += kLanes) {
         Vec maximum = splat(-kInfinity), sum{};
@@ -183,7 +199,19 @@ double merge(const Batch& batch, const Softmax* parts, std::int64_t count, const
             softmax.sum[batch.rows[i + lane]] = sum[lane];
             // The large numbers are subtracted first, so that a small loss is not lost in the rounding of a
             // log-sum-exp.
-            total += __builtin_logf(sum[lane]) + (subtracted[lane] - targets[i + lane]);
+            const float behind = subtracted[lane] - targets[i + lane];
+            if (smoothing == 0.0) {
+                total += __builtin_logf(sum[lane]) + behind;
+                continue;
+            }
+            double below = 0.0;  // the sum of logit - largest over the whole vocabulary
+            for (std::int64_t p = 0; p < count; ++p) {
+                const float largest = parts[p].maximum[i + lane];
+                const double raised = largest == -kInfinity ? -subtracted[lane] : largest - subtracted[lane];
+                below += parts[p].below[i + lane] + raised * static_cast<double>(words.end(p) - words.begin(p));
+            }
+            const double mean = below / static_cast<double>(words.rows);
+            total += __builtin_logf(sum[lane]) + (1.0 - smoothing) * behind - smoothing * mean;
         }
     }
     return total;
@@ -193,29 +221,33 @@ template <class T>
 void forward(const Inputs<T>& in, float* loss, const Softmax& softmax, int num_threads) {
     const std::int64_t width = in.width();
     const Chunks parts = in.parts();
-    Arrays arrays(scratch<Purpose::kShared>(Arrays::padded(in.n) + 2 * kBatch * width + (2 * kMaxParts + 1) * kBatch));
+    Arrays arrays(scratch<Purpose::kShared>(Arrays::padded(in.n) + 2 * kBatch * width + (3 * kMaxParts + 1) * kBatch));
     const Labelled labelled = find_labelled(in, reinterpret_cast<std::int32_t*>(arrays.take(in.n)));
     float* lines = arrays.take(kBatch * width);
     float* transposed = arrays.take(kBatch * width);
     float* targets = arrays.take(kBatch);
     Softmax shares[kMaxParts];
-    for (Softmax& share : shares) share = {arrays.take(kBatch), arrays.take(kBatch)};
+    for (Softmax& share : shares) share = {arrays.take(kBatch), arrays.take(kBatch), arrays.take(kBatch)};
     for (std::int64_t row = 0; row < in.n; ++row) softmax.maximum[row] = softmax.sum[row] = 0.0f;
     double total = 0.0;
     for (std::int64_t row = 0; row < labelled.count; row += kBatch) {
         const Batch batch(labelled, row, lines, transposed);
         batch.pack(in, num_threads);
         parallel_for(parts.count, num_threads, [&](std::int64_t part) {
-            forward_task(in, batch, parts.begin(part), parts.end(part), shares[part], targets);
+            with_flag(in.smoothing != 0.0f, [&](auto smoothing) {
+                forward_task<smoothing.value>(in, batch, parts.begin(part), parts.end(part), shares[part], targets);
+            });
         });
-        total += merge(batch, shares, parts.count, targets, softmax);
+        total += merge(batch, shares, parts, targets, softmax, in.smoothing);
     }
     *loss = static_cast<float>(total / static_cast<double>(larger(labelled.count, 1)));
 }
 
 struct Gradients {
     Softmax softmax;
-    float scale;  // gradient of the loss / number of labelled rows
+    float scale;     // gradient of the loss / number of labelled rows
+    float on_label;  // what the label's logit loses: scale * (1 - smoothing)
+    float uniform;   // what every logit loses: scale * smoothing / V
     float *dweight, *dbias;
 };
 
@@ -233,10 +265,10 @@ void softmax_backward(const Inputs<T>& in, const Words& words, const Batch& batc
         for (std::int64_t j = 0; j < columns; j += kLanes) {
             float* at = logits + word * columns + j;
             const Vec logit = load(at, Full{}) + words.bias[word];
-            store(at, exp(logit - load(maximum + j, Full{})) * load(factor + j, Full{}), Full{});
+            store(at, exp(logit - load(maximum + j, Full{})) * load(factor + j, Full{}) - g.uniform, Full{});
         }
     }
-    words.for_labels(in, batch, block, logits, [&](std::int64_t, float& logit) { logit -= g.scale; });
+    words.for_labels(in, batch, block, logits, [&](std::int64_t, float& logit) { logit -= g.on_label; });
     for (std::int64_t word = 0; word < words.count; ++word) {
         const float* line = logits + word * columns;
         dbias[word] += sum_row(count, [&](std::int64_t j, auto lanes) { return load(line + j, lanes); });
@@ -287,6 +319,8 @@ void backward(const Inputs<T>& in, Rows<T> dx, float grad, Gradients g, int num_
     float* transposed = arrays.take(kBatch * width);
     float* shares = arrays.take(parts.count * share);
     g.scale = grad / static_cast<float>(larger(labelled.count, 1));
+    g.uniform = g.scale * in.smoothing / static_cast<float>(in.v);
+    g.on_label = g.scale - g.uniform * static_cast<float>(in.v);  // so that what a row loses adds up to the scale
     zero_rows(dx, 0, 0, in.n, in.e);
     if (labelled.count == 0) {
         __builtin_memset(g.dweight, 0, sizeof(float) * in.v * in.e);
@@ -314,21 +348,23 @@ void backward(const Inputs<T>& in, Rows<T> dx, float grad, Gradients g, int num_
 
 template <class T>
 Inputs<T> inputs(Address x, Address weight, Address bias, Address labels, std::int64_t n, std::int64_t e,
-                 std::int64_t v) {
-    return {{pointer<T>(x), e}, {pointer<T>(weight), e}, pointer<T>(bias), pointer<std::int64_t>(labels), n, e, v};
+                 std::int64_t v, double smoothing) {
+    return {
+        {pointer<T>(x), e},           {pointer<T>(weight), e}, pointer<T>(bias), pointer<std::int64_t>(labels), n, e, v,
+        static_cast<float>(smoothing)};
 }
 
 }  // namespace
 
 std::int64_t linear_cross_entropy_fwd_cpu(Address x, Address weight, Address bias, Address labels, Address loss,
                                           Address row_max, Address row_sum, std::int64_t N, std::int64_t E,
-                                          std::int64_t V, int dtype, int num_threads) {
+                                          std::int64_t V, double label_smoothing, int dtype, int num_threads) {
     for (std::int64_t row = 0; row < N; ++row) {
         const std::int64_t label = pointer<std::int64_t>(labels)[row];
         if (label != kIgnored && (label < 0 || label >= V)) return row;
     }
     with_dtype(dtype, [&](auto element) {
-        forward(inputs<decltype(element)>(x, weight, bias, labels, N, E, V), pointer<float>(loss),
+        forward(inputs<decltype(element)>(x, weight, bias, labels, N, E, V, label_smoothing), pointer<float>(loss),
                 Softmax{pointer<float>(row_max), pointer<float>(row_sum)}, num_threads);
     });
     return -1;
@@ -336,13 +372,16 @@ std::int64_t linear_cross_entropy_fwd_cpu(Address x, Address weight, Address bia
 
 void linear_cross_entropy_bwd_cpu(Address grad, Address x, Address weight, Address bias, Address labels,
                                   Address row_max, Address row_sum, Address dx, Address dweight, Address dbias,
-                                  std::int64_t N, std::int64_t E, std::int64_t V, int dtype, int num_threads) {
+                                  std::int64_t N, std::int64_t E, std::int64_t V, double label_smoothing, int dtype,
+                                  int num_threads) {
     with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
-        const Gradients gradients{
-            {pointer<float>(row_max), pointer<float>(row_sum)}, 0.0f, pointer<float>(dweight), pointer<float>(dbias)};
-        backward(inputs<T>(x, weight, bias, labels, N, E, V), Rows<T>{pointer<T>(dx), E}, *pointer<float>(grad),
-                 gradients, num_threads);
+        Gradients gradients{};
+        gradients.softmax = {pointer<float>(row_max), pointer<float>(row_sum)};
+        gradients.dweight = pointer<float>(dweight);
+        gradients.dbias = pointer<float>(dbias);
+        backward(inputs<T>(x, weight, bias, labels, N, E, V, label_smoothing), Rows<T>{pointer<T>(dx), E},
+                 *pointer<float>(grad), gradients, num_threads);
     });
 }
 
