@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 # Module in albert_fast.commands -> its line in `albert-fast --help`.
 SUBCOMMANDS = {
     "classify": "Label each line of a text.",
+    "tag": "Find entities in each line of a text.",
+    "answer": "Answer questions with words of their contexts.",
     "encode": "Turn lines of text into vectors.",
     "rerank": "Sort lines of text by how well they answer a query.",
     "fill_mask": "Complete [MASK] in a text.",
     "translate": "Translate each line of a text.",
-    "train": "Train a classifier on labelled text.",
-    "evaluate": "Measure a classifier on labelled text.",
+    "train": "Train a model on labelled text.",
+    "evaluate": "Measure a model on labelled text.",
     "quantize": "Store a model in int8 or int16.",
     "convert": "Convert Google's TensorFlow checkpoints.",
     "demo": "Check this installation.",
@@ -59,7 +61,7 @@ def build_app() -> typer.Typer:
 
     @app.callback()
     def root(version: bool = version) -> None:
-        """ALBERT with custom kernels: classify, encode, rerank, complete, translate, train and measure."""
+        """ALBERT with custom kernels: classify, tag, answer, encode, rerank, complete, translate, train and measure."""
 
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f".commands.{name}", __package__)

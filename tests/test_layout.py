@@ -192,18 +192,20 @@ FILES = {
         "families hub saving sentence_modules tensorflow_files tensorflow_names tensorflow_process weights"
     ),
     "albert_fast/commands": (
-        "_compare _errors _lines _options _progress _sinks bench classify convert demo encode evaluate fill_mask info "
-        "quantize rerank train"
+        "_compare _errors _lines _options _progress _sinks answer bench classify convert demo encode evaluate "
+        "fill_mask info quantize rerank tag train translate"
     ),
     "albert_fast/execution": "capture graphs",
+    "albert_fast/generation": "options search",
     "albert_fast/inspect": "explain info profiling timing",
     "albert_fast/layers": (
-        "adapters attention embeddings encoded inputs layer packed packing prepared quantized run single_layers spec "
-        "stack wanted watched"
+        "adapters attention cache embeddings encoded inputs layer packed packing prepared quantized run single_layers "
+        "spec stack wanted watched"
     ),
     "albert_fast/models": (
-        "albert auto bert config config_attributes config_checks distilbert electra encoder_config encoder_model "
-        "execution head_model heads load_arguments losses model_methods outputs pretrained roberta task_models"
+        "albert auto bert config config_attributes config_checks decoder distilbert electra encoder_config "
+        "encoder_model execution head_model heads load_arguments losses model_methods outputs pretrained roberta "
+        "seq2seq seq2seq_config task_models"
     ),
     "albert_fast/models/reference": "albert heads losses",
     "albert_fast/ops": (
@@ -217,23 +219,23 @@ FILES = {
         "user_warnings version"
     ),
     "albert_fast/tasks": (
-        "classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
-        "sentence_steps token_batches vector_files"
+        "answer classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
+        "sentence_steps tag token_batches translate vector_files"
     ),
     "albert_fast/testing": (
         "accelerated_models case cases covering encoder_cases family_pairs google_checkpoints hostile model_pairs "
-        "parity small_checkpoints tolerances"
+        "parity seq2seq_pairs small_checkpoints tolerances"
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
-        "batching conll_files line_reader normalization parquet_files spans squad_files text_files tokenizer "
-        "vocabulary vocabulary_training windows words"
+        "aligned_files batching conll_files line_reader normalization parquet_files spans squad_files text_files "
+        "tokenizer vocabulary vocabulary_training windows words"
     ),
     "albert_fast/training": (
-        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization recipe "
-        "run sources"
+        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization plots "
+        "recipe run sources"
     ),
-    "albert_fast/training/tasks": "answer base choose tag texts",
+    "albert_fast/training/tasks": "answer base choose tag texts translate",
     "kernels": (
         "_attention_gradients _attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs "
         "_labelled_rows _layer_norm _matmul _precision _rounding _tuning _vocabulary add_layer_norm attention "

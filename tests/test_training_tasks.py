@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from albert_fast import ALBERTConfig
+from albert_fast.tasks.answer import QuestionAnswerer
+from albert_fast.tasks.tag import TextTagger
 from albert_fast.training import Recipe, evaluate, fit
 from albert_fast.training.tasks import TASKS
 
@@ -83,12 +85,13 @@ def write(rows: Rows, path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("task", "metric"), [("tag", "f1"), ("answer", "f1"), ("multilabel", "f1"), ("choose", "accuracy")]
+    ("task", "metric", "epochs"),
+    [("tag", "f1", 6), ("answer", "f1", 6), ("multilabel", "f1", 20), ("choose", "accuracy", 6)],
 )
-def test_a_model_learns_its_task_and_is_measured_for_it(tmp_path: Path, task: str, metric: str) -> None:
+def test_a_model_learns_its_task_and_is_measured_for_it(tmp_path: Path, task: str, metric: str, epochs: int) -> None:
     generator = np.random.default_rng(0)
     train, dev = (write(MADE[task](n, generator), tmp_path / f"{n}.jsonl") for n in (160, 40))
-    recipe = Recipe(epochs=20, batch_size=8, learning_rate=3e-3, patience=5, max_length=40, seed=1)
+    recipe = Recipe(epochs=epochs, batch_size=8, learning_rate=3e-3, max_length=40, seed=1)
     arguments = {"config": CONFIG, "vocab_size": 90, "device": "cpu", "progress": False}
     result = fit(train, tmp_path / "model", dev_file=dev, test_file=dev, recipe=recipe, **arguments)
     assert (result.metric, result.best_value) == (metric, result.test.metrics[metric])
@@ -104,3 +107,17 @@ def test_a_model_learns_its_task_and_is_measured_for_it(tmp_path: Path, task: st
         equal = [two in (one or [""]) for one, two in zip(measured.expected, measured.predicted, strict=True)]
         assert stored["answer_may_be_absent"] is True
     assert sum(equal) > 30
+    if task == "tag":
+        tagger = TextTagger(tmp_path / "model", device="cpu")
+        sentences = [row["tokens"] for row in map(json.loads, dev.read_text().splitlines())]
+        assert [[word.tag for word in words] for words in tagger.tags(sentences)] == measured.predicted
+        found = tagger(["kalu misti penor theperson Anna Bern"])[0]
+        assert [(one.kind, one.text, one.start, one.end) for one in found] == [("person", "Anna Bern", 27, 36)]
+    if task == "answer":
+        answerer = QuestionAnswerer(tmp_path / "model", device="cpu", batch_size=3)
+        pairs = [(row["question"], row["context"]) for row in map(json.loads, dev.read_text().splitlines())]
+        answers = answerer(pairs)
+        assert [answer.text for answer in answers] == measured.predicted
+        assert [
+            context[one.start : one.end] for one, (_, context) in zip(answers, pairs, strict=True)
+        ] == measured.predicted

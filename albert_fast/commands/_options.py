@@ -38,7 +38,7 @@ class InputFormat(str, Enum):
 INPUT_HELP = (
     "Lines of text, or a table (.csv, .tsv, .jsonl, also as .gz; .parquet); - is standard input; or the text itself."
 )
-TABLE_HELP = "A table with text and label: .tsv, .csv or .jsonl, also as .gz, or .parquet."
+EXAMPLES_HELP = "A table (.tsv, .csv, .jsonl, also as .gz; .parquet), CoNLL (.conll, .bio ...), SQuAD's JSON, or the folder of a saved data set."
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder of a checkpoint, or its name on the Hugging Face hub.")
 ]

@@ -38,6 +38,12 @@ class RecipeOptions:
     label_smoothing: Annotated[float, typer.Option(min=0.0, max=1.0, help="Label smoothing of the cross-entropy.")] = (
         0.0
     )
+    class_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="balanced: rare classes and tags weigh as much as others.", show_default="all examples alike"
+        ),
+    ] = None
     piece_dropout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of tokens masked while training.")] = 0.0
     position_shift: Annotated[
         int, typer.Option(min=0, help="Training texts start at a random position up to this.")
@@ -54,9 +60,13 @@ class RecipeOptions:
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Chooses the best epoch: accuracy, f1, matthews, mse, pearson, loss ...",
-            show_default="accuracy; mse for numbers",
+            help="Chooses the best epoch: accuracy, f1, matthews, mse, pearson, exact_match, loss ...",
+            show_default="accuracy; mse for numbers; f1 for entities, answers, several labels",
         ),
+    ] = None
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="End after so many epochs that were not better.", show_default="run all epochs"),
     ] = None
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0
     checkpoint_steps: Annotated[
@@ -69,6 +79,9 @@ class NewModel:
     """Sizes of a model that starts from random weights."""
 
     vocab_size: Annotated[int, typer.Option(min=10, help="Pieces of a new model's vocabulary, at most.")] = 8000
+    vocab_kind: Annotated[
+        str, typer.Option(help="unigram, or wordpiece, in which every Chinese character is a word.")
+    ] = "unigram"
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of a new model.", show_default="4")] = None
     hidden_size: Annotated[int | None, typer.Option(min=1, help="Hidden size of a new model.", show_default="256")] = (
         None
@@ -102,14 +115,22 @@ class NewModel:
 @reports_errors
 @options.expands_groups
 def command(
-    train_file: Annotated[Path, typer.Argument(metavar="TRAIN", help=options.TABLE_HELP)],
+    train_file: Annotated[Path, typer.Argument(metavar="TRAIN", help=options.EXAMPLES_HELP)],
     output_dir: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="Folder for the best model, the log and the state.")
     ],
     *,
-    dev_file: Annotated[Path | None, typer.Option("--dev", help="A table like TRAIN; chooses the best epoch.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="classify, regress, multilabel, tag, answer or choose.",
+            show_default="told from TRAIN",
+        ),
+    ] = None,
+    dev_file: Annotated[Path | None, typer.Option("--dev", help="A file like TRAIN; chooses the best epoch.")] = None,
     test_file: Annotated[
-        Path | None, typer.Option("--test", help="A table like TRAIN; measured once, at the end.")
+        Path | None, typer.Option("--test", help="A file like TRAIN; measured once, at the end.")
     ] = None,
     init_from: Annotated[
         str | None, typer.Option("--init-from", help="Start from this checkpoint.", show_default="a new model")
@@ -130,15 +151,22 @@ def command(
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
-    """Train a text classifier, or a regressor if the labels are numbers, from scratch or from a checkpoint.
+    """Train a model on labelled text, from scratch or from a checkpoint.
 
-    OUTPUT is a checkpoint folder for classify, encode and transformers. Everything is checked before the first step. An
+    classify: one class for each text or pair of texts. regress: a number. multilabel: any of several labels; a list in JSON lines,
+    words separated by commas in other tables. tag: a tag for each word; TRAIN is a CoNLL file, or has lists of tokens and tags.
+    answer: a span of a context for each question; TRAIN is SQuAD's JSON, or has question, context and answer; --text-column,
+    --pair-column and --label-column name others. choose: one of several texts; TRAIN has text, choice0, choice1 ... and label.
+
+    OUTPUT is a checkpoint folder for classify, tag, answer, encode and transformers. Everything is checked before the first step. An
     interrupted run continues with --resume and the same options; a finished run continues with more --epochs.
 
     \b
     Examples:
       albert-fast train train.tsv my-model --dev dev.tsv
       albert-fast train train.csv my-model --init-from my-albert --epochs 5 --lr 2e-5
+      albert-fast train train.conll my-tagger --dev dev.conll --init-from my-albert
+      albert-fast train train.json my-answerer --dev dev.json --init-from my-albert --max-length 384
       albert-fast train train.jsonl my-model --dev dev.jsonl --pretrain-epochs 10 --layers 6
       albert-fast classify new.txt --model my-model
     """
@@ -153,11 +181,13 @@ def command(
         result = fit(
             train_file,
             output_dir,
+            task=task,
             dev_file=dev_file,
             test_file=test_file,
             recipe=Recipe(**dataclasses.asdict(recipe)),
             config=config,
             vocab_size=new_model.vocab_size,
+            vocab_kind=new_model.vocab_kind,
             init_from=init_from,
             label_names=None if label_names is None else label_names.split(","),
             resume=resume,

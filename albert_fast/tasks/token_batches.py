@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -99,14 +99,18 @@ class Batching:
         except ValueError:
             _find_surrogate(pairs, window.start)
             raise
-        ids, types = rows["input_ids"], rows["token_type_ids"]
-        batches = []
-        for chosen in _by_tokens([len(row) for row in ids], self.batch_tokens, self.batch_size):
-            flat_types = _flat([types[row] for row in chosen]) if self.types else None
-            lengths = [len(ids[row]) for row in chosen]
-            indices = [window[row] for row in chosen]
-            batches.append(TokenBatch(indices, _flat([ids[row] for row in chosen]), flat_types, lengths))
-        return batches
+        types = rows["token_type_ids"] if self.types else None
+        batches = batches_of_rows(rows["input_ids"], types, self.batch_tokens, self.batch_size)
+        return [replace(batch, indices=[window[row] for row in batch.indices]) for batch in batches]
+
+
+def batches_of_rows(
+    ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, batch_tokens: int, batch_size: int | None
+) -> Iterator[TokenBatch]:
+    """Batches of rows of tokens that are made already, rows of similar length together; their indices are those of the rows."""
+    for chosen in _by_tokens([len(row) for row in ids], batch_tokens, batch_size):
+        flat_types = None if types is None else _flat([types[row] for row in chosen])
+        yield TokenBatch(chosen, _flat([ids[row] for row in chosen]), flat_types, [len(ids[row]) for row in chosen])
 
 
 def _pair(text: str | TextPair) -> TextPair:
