@@ -94,4 +94,4 @@ def task_of(config: EncoderConfig) -> Task:
     return TASKS["regress" if numbers else "classify"]
 
 
-__all__ = ["TASKS", "Measured", "Task", "read_for", "task_named", "task_of"]
+__all__ = ["TASKS", "Measured", "Task", "aligned", "read_for", "task_named", "task_of"]

@@ -110,8 +110,8 @@ class Task(ABC):
                 raise ValueError(f"the task {self.name} has no metric {metric!r}; known: {', '.join(self.libraries)}")
             require_library(str(metric), *self.libraries[str(metric)])
 
-    def new_config(self, max_length: int) -> EncoderConfig | None:
-        """The sizes of a new model for texts of `max_length` tokens; None: those of every encoder."""
+    def new_config(self, max_length: int, **sizes: Any) -> EncoderConfig | None:
+        """The configuration of a new model for texts of `max_length` tokens, with some fields given; None: any encoder's."""
         return None
 
     @abstractmethod

@@ -125,21 +125,21 @@ class Translate(Task):
     def default_metric(self, label_names: list[str] | None) -> str:
         return "bleu"
 
-    def new_config(self, max_length: int) -> EncoderConfig:
+    def new_config(self, max_length: int, **sizes: Any) -> EncoderConfig:
         """About 4 million parameters with 8,000 pieces, for training from scratch on a CPU."""
-        return ALBERTSeq2SeqConfig(
-            hidden_size=256,
-            num_attention_heads=4,
-            intermediate_size=1024,
-            num_hidden_layers=4,
-            num_hidden_groups=2,
-            num_decoder_layers=4,
-            num_decoder_groups=2,
-            embedding_size=128,
-            hidden_dropout_prob=0.1,
-            attention_probs_dropout_prob=0.1,
-            max_position_embeddings=max(128, max_length),
-        )
+        usual: dict[str, Any] = {
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_hidden_groups": 2,
+            "num_decoder_groups": 2,
+            "embedding_size": 128,
+            "hidden_dropout_prob": 0.1,
+            "attention_probs_dropout_prob": 0.1,
+            "max_position_embeddings": max(128, max_length),
+        }
+        return ALBERTSeq2SeqConfig(**(usual | sizes))
 
     def configured(self, config: EncoderConfig, examples: Examples) -> EncoderConfig:
         if not isinstance(config, ALBERTSeq2SeqConfig):
