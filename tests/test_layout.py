@@ -233,10 +233,10 @@ FILES = {
     ),
     "albert_fast/training": (
         "baseline checkpointing checks corpus curves data distill distributed evaluate fit interrupts loop masking "
-        "metrics optimization plots pretrain pretrain_config pretrain_run recipe run segments sources translation"
+        "metrics optimization plots pretrain pretrain_config pretrain_run recipe run segments sources"
     ),
     "albert_fast/training/recipes": "english english_texts",
-    "albert_fast/training/tasks": "answer base choose tag texts",
+    "albert_fast/training/tasks": "answer base choose tag texts translate",
     "kernels": (
         "_attention_gradients _attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs "
         "_labelled_rows _layer_norm _matmul _precision _rounding _tuning _vocabulary add_layer_norm attention "

@@ -86,6 +86,16 @@ class NewModel:
     hidden_size: Annotated[int | None, typer.Option(min=1, help="Hidden size of a new model.", show_default="256")] = (
         None
     )
+    groups: Annotated[
+        int | None,
+        typer.Option(min=1, help="Groups of layers with weights of their own.", show_default="1; 2 for translation"),
+    ] = None
+    decoder_layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of a translator's decoder.", show_default="as --layers")
+    ] = None
+    decoder_groups: Annotated[
+        int | None, typer.Option(min=1, help="The decoder's groups, as --groups.", show_default="2")
+    ] = None
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a new model.", show_default="4")] = None
     intermediate_size: Annotated[
         int | None, typer.Option(min=1, help="Intermediate size of a new model.", show_default="1024")
@@ -99,9 +109,12 @@ class NewModel:
     ] = None
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields of ALBERTConfig that were given."""
+        """The fields of the configuration that were given."""
         sizes = {
             "num_hidden_layers": self.layers,
+            "num_hidden_groups": self.groups,
+            "num_decoder_layers": self.decoder_layers,
+            "num_decoder_groups": self.decoder_groups,
             "hidden_size": self.hidden_size,
             "num_attention_heads": self.heads,
             "intermediate_size": self.intermediate_size,
@@ -124,7 +137,7 @@ def command(
         str | None,
         typer.Option(
             "--task",
-            help="classify, regress, multilabel, tag, answer or choose.",
+            help="classify, regress, multilabel, tag, answer, choose or translation.",
             show_default="told from TRAIN",
         ),
     ] = None,
@@ -157,6 +170,8 @@ def command(
     words separated by commas in other tables. tag: a tag for each word; TRAIN is a CoNLL file, or has lists of tokens and tags.
     answer: a span of a context for each question; TRAIN is SQuAD's JSON, or has question, context and answer; --text-column,
     --pair-column and --label-column name others. choose: one of several texts; TRAIN has text, choice0, choice1 ... and label.
+    translation: a text for each text; TRAIN is the names of two files with a comma between, of which line n of one belongs to
+    line n of the other, or a table with source and target.
 
     OUTPUT is a checkpoint folder for classify, tag, answer, encode and transformers. Everything is checked before the first
     step. An interrupted run continues with --resume and the same options; a finished run continues with more --epochs.
@@ -168,15 +183,16 @@ def command(
       albert-fast train train.conll my-tagger --dev dev.conll --init-from my-albert
       albert-fast train train.json my-answerer --dev dev.json --init-from my-albert --max-length 384
       albert-fast train train.jsonl my-model --dev dev.jsonl --pretrain-epochs 10 --layers 6
+      albert-fast train train.en,train.de my-translator --dev val.en,val.de --epochs 20 --lr 1e-3 --label-smoothing 0.1
       albert-fast classify new.txt --model my-model
     """
     sizes = new_model.config_fields()
     if init_from is not None and sizes:
         raise UsageError(f"--init-from has its own sizes; leave out what sets {', '.join(sizes)}")
-    from ..training import Recipe, fit, small_config
+    from ..training import Recipe, fit
 
     options.set_threads(threads)
-    config = small_config(recipe.max_length + recipe.position_shift).replace(**sizes) if sizes else None
+    config = _config(task, train_file, recipe, sizes) if sizes else None
     try:
         result = fit(
             train_file,
@@ -205,6 +221,20 @@ def command(
     if result.test is not None:
         figures = {"examples": result.test.examples, "loss": result.test.loss, **result.test.metrics}
         sys.stdout.write(f"{test_file}: {json.dumps(figures)}\n")
+
+
+def _config(task: str | None, train_file: Path, recipe: RecipeOptions, sizes: dict[str, Any]) -> Any:
+    """The configuration of a new model with these sizes, as the task has it."""
+    from ..training import small_config
+    from ..training.tasks import aligned, task_named
+
+    name = "translation" if task is None and aligned(train_file) is not None else task
+    own = None if name is None else task_named(name).new_config(recipe.max_length, **sizes)
+    if own is not None:
+        return own
+    if decoder := [name for name in sizes if "decoder" in name]:
+        raise UsageError(f"--{decoder[0].removeprefix('num_').replace('_', '-')} is for --task translation")
+    return small_config(recipe.max_length + recipe.position_shift).replace(**sizes)
 
 
 def _after_interrupt(where: str, output_dir: Path) -> str:

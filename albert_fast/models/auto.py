@@ -13,6 +13,7 @@ from ..checkpoints.saving import config_path, missing_config
 from ..checkpoints.weights import resolve
 from ..runtime.files import read_json_object
 from .config_attributes import HUB_ARGUMENTS
+from .seq2seq_config import ALBERTSeq2SeqConfig
 
 
 def family_of(model_type: Any, where: str) -> Family:
@@ -50,7 +51,10 @@ def config_of(folder_or_file: Path) -> Any:
         ValueError: as `family_of` and the configuration. OSError: config.json cannot be read.
     """
     file = config_path(folder_or_file)
-    family = family_of(read_json_object(file).get("model_type"), str(file))
+    model_type = read_json_object(file).get("model_type")
+    if model_type == ALBERTSeq2SeqConfig.model_type:
+        return ALBERTSeq2SeqConfig.from_json_file(file)
+    family = family_of(model_type, str(file))
     return class_of(family, "Model").config_class.from_json_file(file)
 
 

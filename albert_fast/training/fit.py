@@ -116,8 +116,8 @@ def fit(
     Args:
         train_file, dev_file, test_file: files, folders of saved Hugging Face data sets, data sets, or lists of dictionaries. The
             dev set chooses the best epoch; the test set is measured once, at the end.
-        task: "classify", "regress", "multilabel", "tag", "answer" or "choose"; None: what the training set is certainly for, see
-            `tasks.read_for`.
+        task: "classify", "regress", "multilabel", "tag", "answer", "choose" or "translation"; None: what the training set is
+            certainly for, see `tasks.read_for`.
         label_names: the labels in the order of their ids, see `read_examples`.
         text_column, pair_column, label_column: names of columns; the usual ones are in `docs/training.md`. For "answer" they are
             the question, the context and the answer; for "choose" pair_column is the choices.
@@ -171,10 +171,11 @@ def fit(
             tokenizer, learnt = load_tokenizer(folder), False
         else:
             tokenizer, learnt = (
-                _new_tokenizer(chosen.lines(examples), vocab_size, vocab_kind, init_from, recipe.seed),
+                _new_tokenizer(chosen, examples, vocab_size, vocab_kind, init_from, recipe.seed),
                 True,
             )
         tokenizer = for_plain_text(tokenizer)
+        config = config or chosen.new_config(recipe.max_length)
         config = chosen.configured(_complete(config, tokenizer, init_from, recipe), examples)
         work = _Work(chosen, config, tokenizer, examples, dev, init_from)
         if learnt:
@@ -221,6 +222,9 @@ def _check_loss(task: Task, recipe: Recipe) -> None:
         raise ValueError(f"label_smoothing is for one of several classes; the task is {task.name}")
     if recipe.class_weights and not task.weighs_classes:
         raise ValueError(f"class_weights is for classes and tags; the task is {task.name}")
+    for name in ("pretrain_epochs", "piece_dropout", "position_shift"):
+        if getattr(recipe, name) and not task.encoder_alone:
+            raise ValueError(f"{name} is for an encoder alone; the task is {task.name}")
 
 
 def _settings(work: _Work, recipe: Recipe, vocab_size: int) -> dict[str, Any]:
@@ -282,11 +286,14 @@ def small_config(max_length: int) -> ALBERTConfig:
     )
 
 
-def _new_tokenizer(lines: list[str], vocab_size: int, kind: str, init_from: str | Path | None, seed: int) -> Tokenizer:
+def _new_tokenizer(
+    task: Task, examples: Examples, vocab_size: int, kind: str, init_from: str | Path | None, seed: int
+) -> Tokenizer:
     """The tokenizer of `init_from`, or one learnt from the training text."""
     if init_from is not None:
         return load_tokenizer(folder_of(resolve(init_from)))
-    return train_tokenizer(sorted(set(lines)), vocab_size, at_most=True, kind=kind, seed=seed)
+    lines = sorted(set(task.lines(examples)))
+    return train_tokenizer(lines, vocab_size, at_most=True, kind=kind, seed=seed, **task.vocabulary)
 
 
 def _complete(

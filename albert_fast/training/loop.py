@@ -309,7 +309,7 @@ def _arrange(logits: Tensor | None, labels: Tensor, inputs: dict[str, Any]) -> t
     | (B, 1) | (B,) | (B,) and (B,) |
     | others | | unchanged |
     """
-    mask, wanted = inputs.get("attention_mask"), inputs.get("wanted_tokens")
+    mask, wanted = inputs.get("decoder_attention_mask", inputs.get("attention_mask")), inputs.get("wanted_tokens")
     real = torch.ones_like(labels, dtype=torch.bool) if mask is None or mask.shape != labels.shape else mask.bool()
     if logits is None:
         return None, labels[real if wanted is None else real & wanted]

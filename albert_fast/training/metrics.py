@@ -107,6 +107,7 @@ LIBRARIES: dict[str, tuple[str, str]] = dict.fromkeys(
 # Of sentences of tagged words, and of answers to questions.
 TAG_METRICS = dict.fromkeys(("f1", "precision", "recall", "accuracy"), ("seqeval.metrics", "seqeval"))
 ANSWER_METRICS = dict.fromkeys(("f1", "exact_match"), ("torchmetrics.functional.text", "torchmetrics"))
+TRANSLATION_METRICS = dict.fromkeys(("bleu", "chrf"), ("sacrebleu", "sacrebleu"))
 MULTILABEL_METRICS = dict.fromkeys(("f1", "precision", "recall", "accuracy"), ("sklearn.metrics", "scikit-learn"))
 
 
@@ -194,6 +195,24 @@ def answer_metrics(
     return {name: float(found[name]) / 100 for name in wanted}
 
 
+def translation_metrics(wanted: Sequence[str], expected: Sequence[str], written: Sequence[str]) -> dict[str, float]:
+    """BLEU and chrF from 0 to 100, of texts with their case, by sacrebleu with its own settings.
+
+    Args:
+        wanted: some of TRANSLATION_METRICS. expected, written: a text for each source.
+    """
+    values = {}
+    for name in wanted:
+        from sacrebleu import metrics
+
+        values[name] = float(
+            getattr(metrics, {"bleu": "BLEU", "chrf": "CHRF"}[name])()
+            .corpus_score(list(written), [list(expected)])
+            .score
+        )
+    return values
+
+
 def confidence_interval(correct: int, total: int) -> tuple[float, float]:
     """Wilson's score interval of a proportion, at 95 %. ValueError unless 0 <= correct <= total > 0."""
     if not 0 <= correct <= total or total <= 0:
@@ -209,6 +228,7 @@ __all__ = [
     "METRICS",
     "MULTILABEL_METRICS",
     "TAG_METRICS",
+    "TRANSLATION_METRICS",
     "Metric",
     "answer_metrics",
     "check_metrics",
@@ -217,4 +237,5 @@ __all__ = [
     "predictions_of",
     "require_library",
     "tag_metrics",
+    "translation_metrics",
 ]

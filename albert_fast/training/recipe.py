@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from .metrics import ANSWER_METRICS, METRICS
+from .metrics import ANSWER_METRICS, METRICS, TRANSLATION_METRICS
 
 # The highest learning rate: small steps for trained weights, larger ones for random weights.
 FINE_TUNING_RATE, FROM_SCRATCH_RATE = 5e-5, 5e-4
@@ -57,7 +57,7 @@ class Recipe:
     checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
-        known = [*dict.fromkeys(("loss", *METRICS, *ANSWER_METRICS))]
+        known = [*dict.fromkeys(("loss", *METRICS, *ANSWER_METRICS, *TRANSLATION_METRICS))]
         if self.metric is not None and self.metric not in known:
             raise ValueError(f"unknown metric {self.metric!r}; known: {', '.join(known)}")
         if self.class_weights not in (None, "balanced"):

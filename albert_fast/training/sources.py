@@ -18,6 +18,8 @@ def name_of(source: Source) -> str:
     """How messages call a source."""
     if isinstance(source, (str, Path)):
         return str(source)
+    if isinstance(source, tuple):
+        return " and ".join(map(str, source))
     return f"the {type(source).__name__} of {len(source)} rows"
 
 

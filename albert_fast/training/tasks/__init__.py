@@ -16,8 +16,11 @@ from .base import Measured, Task
 from .choose import CHOICES, NUMBERED, Choose
 from .tag import TAGS, WORDS, Tag
 from .texts import Classify, Multilabel, Regress, read_labelled
+from .translate import Translate, aligned
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classify(), Regress(), Multilabel(), Tag(), Answer(), Choose())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Classify(), Regress(), Multilabel(), Tag(), Answer(), Choose(), Translate())
+}
 
 
 def task_named(name: str) -> Task:
@@ -34,6 +37,7 @@ def read_for(
 
     | the source | the task |
     |---|---|
+    | two files, or their names with a comma between | translation |
     | .conll, .bio, .iob; lists of words and tags | tag |
     | .json; columns question, context and answer or answers | answer |
     | a list of choices, or choice0, choice1 ...; ending0, ending1 ... | choose |
@@ -53,6 +57,8 @@ def read_for(
 
 
 def _certain_task(source: Source, columns: Columns) -> str | None:
+    if aligned(source) is not None:
+        return "translation"
     if not is_data_set(source):
         if is_conll(source):
             return "tag"
@@ -88,4 +94,4 @@ def task_of(config: EncoderConfig) -> Task:
     return TASKS["regress" if numbers else "classify"]
 
 
-__all__ = ["TASKS", "Measured", "Task", "read_for", "task_named", "task_of"]
+__all__ = ["TASKS", "Measured", "Task", "aligned", "read_for", "task_named", "task_of"]

@@ -47,7 +47,8 @@ class Task(ABC):
 
     name: as `--task` takes it. model: the AutoModel class. architecture: the end of the names of its classes. libraries: each
     metric, with the module and the name of the library that it needs. has_labels: whether its labels have names. smooths_labels,
-    weighs_classes: whether label_smoothing and class_weights of a recipe apply.
+    weighs_classes: whether label_smoothing and class_weights of a recipe apply. encoder_alone: whether pre-training, piece_dropout
+    and position_shift do. vocabulary: arguments of `train_tokenizer` for a new vocabulary.
     """
 
     name: ClassVar[str]
@@ -57,6 +58,8 @@ class Task(ABC):
     has_labels: ClassVar[bool] = True
     smooths_labels: ClassVar[bool] = True
     weighs_classes: ClassVar[bool] = False
+    encoder_alone: ClassVar[bool] = True
+    vocabulary: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
     def read(self, source: Source, columns: Columns, label_names: Sequence[str] | None) -> Examples:
@@ -107,6 +110,10 @@ class Task(ABC):
                 raise ValueError(f"the task {self.name} has no metric {metric!r}; known: {', '.join(self.libraries)}")
             require_library(str(metric), *self.libraries[str(metric)])
 
+    def new_config(self, max_length: int, **sizes: Any) -> EncoderConfig | None:
+        """The configuration of a new model for texts of `max_length` tokens, with some fields given; None: any encoder's."""
+        return None
+
     @abstractmethod
     def configured(self, config: EncoderConfig, examples: Examples) -> EncoderConfig:
         """A configuration with the task's labels."""
@@ -122,8 +129,8 @@ class Task(ABC):
             recipe: of the training set, whose tokens it drops and moves; None: to measure a model.
         """
 
-    def criterion(self, recipe: Recipe, examples: Examples) -> Criterion:
-        """The loss to train with."""
+    def criterion(self, recipe: Recipe, examples: Examples) -> Criterion | None:
+        """The loss to train with; None: the model's own."""
         weight = class_weights(examples, recipe) if self.weighs_classes else None
         return nn.CrossEntropyLoss(weight=weight, label_smoothing=recipe.label_smoothing)
 

@@ -1,0 +1,144 @@
+"""Training and measuring a translator: two aligned files in, a model that reverses words out."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from albert_fast import ALBERTSeq2SeqConfig, Translator
+from albert_fast.checkpoints.weights import shipped_model
+from albert_fast.text.aligned_files import read_aligned
+from albert_fast.text.tokenizer import train_tokenizer
+from albert_fast.training import Recipe, evaluate, fit, train
+from albert_fast.training.tasks.translate import PairDataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WORDS = ["Hund", "Katze", "Haus", "Caf\u00e9", "rot", "blau", "gro\u00df", "klein"]
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 3))) for _ in range(count)]
+
+
+def write_pairs(folder: Path, name: str, count: int, seed: int) -> tuple[Path, Path]:
+    """A file of sentences, and a packed one of the same in capitals."""
+    lines = sentences(count, seed)
+    files = folder / f"{name}.de", folder / f"{name}.up.gz"
+    files[0].write_text("\n".join(lines) + "\n")
+    files[1].write_bytes(gzip.compress(("\n".join(line.upper() for line in lines) + "\n").encode()))
+    return files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    folder = tmp_path_factory.mktemp("pairs")
+    return {name: write_pairs(folder, name, count, seed) for name, count, seed in (("train", 200, 1), ("dev", 20, 2))}
+
+
+def small(**changes) -> ALBERTSeq2SeqConfig:
+    return ALBERTSeq2SeqConfig(
+        embedding_size=32,
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_decoder_layers=2,
+        max_position_embeddings=32,
+        **changes,
+    )
+
+
+def test_a_translator_learns_resumes_and_is_measured(files, tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu")
+    recipe = Recipe(epochs=7, batch_size=16, learning_rate=4e-3, max_length=20, label_smoothing=0.1)
+    options = {"task": "translation", "dev_file": files["dev"], "config": small(), "vocab_size": 60, "progress": False}
+    whole = fit(files["train"], tmp_path / "whole", recipe=recipe, **options)
+    losses = [record["train_loss"] for record in whole.history]
+    assert losses[-1] < 0.6 * losses[0]
+    assert whole.metric == "bleu"
+    assert whole.best_value == max(record["dev_bleu"] for record in whole.history)
+    # An end after two epochs, and the rest from the saved state: the same numbers.
+    first = Recipe(**{**vars(recipe), "epochs": 2})
+    name = ",".join(map(str, files["train"]))
+    fit(name, tmp_path / "parts", recipe=first, **options)
+    resumed = fit(name, tmp_path / "parts", recipe=recipe, resume=True, **options)
+    assert len(resumed.history) == 7
+    assert [record["epoch"] for record in resumed.history] == list(range(1, 8))
+
+    measured = evaluate(tmp_path / "whole", files["dev"], metrics=["bleu", "chrf"], progress=False)
+    assert measured.task == "translation"
+    assert measured.metrics["bleu"] == pytest.approx(whole.best_value)
+    assert measured.expected == [target for _, target in read_aligned(*files["dev"])]
+    sources = [source for source, _ in read_aligned(*files["dev"])]
+    assert measured.predicted == Translator(tmp_path / "whole").translate(sources, num_beams=1)
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["model_type"] == "encoder-decoder"
+
+
+def test_tables_and_other_sources(tmp_path: Path) -> None:
+    rows = [{"source": line, "target": line.upper()} for line in sentences(12, 3)]
+    table = tmp_path / "pairs.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"task": "translation", "config": small(), "vocab_size": 60, "progress": False}
+    recipe, losses = Recipe(epochs=1, max_length=20, metric="loss"), []
+    for number, source in enumerate((table, rows)):
+        losses.append(fit(source, tmp_path / str(number), recipe=recipe, **options).history[0]["train_loss"])
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match="no column 'source' or 'text' for the source"):
+        fit([{"a": "b"}], tmp_path / "c", recipe=recipe, **options)
+    long = [{"source": "Hund Katze Haus", "target": "HUND"}] * 2
+    with pytest.raises(ValueError, match="all 2 pairs have a text of more than 3 tokens"):
+        fit(long, tmp_path / "c", recipe=Recipe(epochs=1, max_length=3), **options)
+    with pytest.raises(ValueError, match="piece_dropout is for an encoder alone; the task is translation"):
+        fit(rows, tmp_path / "c", recipe=Recipe(piece_dropout=0.1), **options)
+    with pytest.raises(ValueError, match="needs an ALBERTSeq2SeqConfig, got ALBERTConfig"):
+        fit(rows, tmp_path / "c", task="translation", init_from=shipped_model(), progress=False)
+
+
+def test_aligned_files(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(b"a b\r\n\nc\nnull\n")
+    other.write_text("A B\nX\n \nNA\n")
+    assert read_aligned(one, other) == [("a b", "A B"), ("null", "NA")], "pairs without a word on one side are left out"
+    other.write_text("A B\n")
+    with pytest.raises(ValueError, match=r"one has 4 lines and .*other 1: line n of one must belong to line n"):
+        read_aligned(one, other)
+    other.write_bytes(b"x\n\xff\nx\nx\n")
+    with pytest.raises(ValueError, match="other, line 2: byte 1 of the line is not utf-8"):
+        read_aligned(one, other)
+    for path in (one, other):
+        path.write_text("")
+    with pytest.raises(ValueError, match="no pair of lines with words on both sides"):
+        read_aligned(one, other)
+    with pytest.raises(FileNotFoundError):
+        read_aligned(one, tmp_path / "absent")
+
+
+def test_batches_train_on_the_labels_alone() -> None:
+    """The mean loss counts target tokens, also where a batch has as many source as target columns."""
+    from albert_fast import ALBERTForConditionalGeneration
+
+    tokenizer = train_tokenizer(sentences(200, 5), 40, at_most=True, lower_case=False, keep_accents=True)
+    texts = sentences(6, 6)
+    data = PairDataset(texts, texts[::-1], tokenizer, 20)
+    batch = data.collate([data[index] for index in range(6)])
+    labels, given = batch["labels"], batch["decoder_input_ids"]
+    real = labels != -100
+    assert torch.equal(batch["decoder_attention_mask"].bool(), real)
+    assert (given[:, 0] == tokenizer.cls_token_id).all()
+    assert torch.equal(given[:, 1:][real[:, 1:]], labels[:, :-1][real[:, 1:]])
+    assert [int(row[mask][-1]) for row, mask in zip(labels, real, strict=True)] == [tokenizer.sep_token_id] * 6
+    model = ALBERTForConditionalGeneration(small(vocab_size=tokenizer.vocab_size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    counted = []
+    square = {key: value[:, :3] for key, value in batch.items()}
+    for one in (batch, square):
+        train(
+            model, [one], None, optimizer, "cpu", after_step=lambda loss, count: counted.append(count), progress=False
+        )
+    assert counted == [int(real.sum()), int(real[:, :3].sum())]
