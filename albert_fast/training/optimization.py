@@ -43,9 +43,11 @@ def make_lamb(
     except ImportError as error:
         raise ImportError("LAMB needs pytorch-optimizer: pip install 'albert-fast[pretrain]'") from error
     decayed, others = parameter_groups(model, weight_decay)
-    # weight_decouple=True would add the decay beside the trust ratio; the paper has it inside. `adam`: the ratio is 1.
+    # weight_decouple=True would add the decay beside the trust ratio; the paper has it inside. adam_debias=True divides no step by
+    # 1 - beta1 ** step. `adam`: the ratio is 1.
+    groups = [decayed, others | {"adam": True}]
     optimizer: torch.optim.Optimizer = Lamb(
-        [decayed, others | {"adam": True}], lr=learning_rate, betas=betas, eps=1e-6, weight_decouple=False
+        groups, lr=learning_rate, betas=betas, eps=1e-6, weight_decouple=False, adam_debias=True
     )
     optimizer.clamp = math.inf  # type: ignore[attr-defined]  # the library's bound of 10 on a weight's norm; the release has none
     return optimizer
