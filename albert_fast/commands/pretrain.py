@@ -57,6 +57,8 @@ def command(
     except KeyboardInterrupt as interrupt:
         where = f"interrupted {interrupt}".strip()
         raise KeyboardInterrupt(f"{where}; the same command with --resume continues") from None
+    if result.rank:
+        return
     sys.stdout.write(json.dumps({"output": str(result.output_dir), "steps": result.steps, **result.figures}) + "\n")
 
 

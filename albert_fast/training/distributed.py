@@ -99,8 +99,7 @@ def spread(module: nn.Module, processes: Processes, device: torch.device, *, sha
         return module
     if processes.size == 1:
         return module
-    ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
 _WHOLE = shared_state.StateDictOptions(full_state_dict=True, cpu_offload=True)

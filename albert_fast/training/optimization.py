@@ -29,26 +29,52 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-6, fused=True)
 
 
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2019, algorithm 2) as ALBERT's release has it: without bias correction.
+
+    It is here because pytorch-optimizer's cannot step weights that FSDP2 shards, and bounds their norm by 10.
+
+    Args:
+        params: groups with a `weight_decay`, which is part of the update that the trust ratio scales, and with `adapts`; False
+            leaves the ratio at 1. Query, key and value have a ratio each, as on Hugging Face's model.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "adapts": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Takes one step; returns what `closure`, which computes the loss and the gradients, gave."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+        update = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + group["eps"])
+        update.add_(parameter, alpha=group["weight_decay"])
+        if group["adapts"]:
+            weight, change = parameter.norm(), update.norm()
+            update.mul_(torch.where((weight > 0) & (change > 0), weight / change, 1.0))
+        parameter.add_(update, alpha=-group["lr"])
+
+
 def make_lamb(
     model: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)
-) -> torch.optim.Optimizer:
-    """LAMB (You et al. 2019, algorithm 2) as ALBERT's release has it: without bias correction, and with Adam's step, without a
-    trust ratio, for biases and LayerNorm. Query, key and value have a ratio each, as on Hugging Face's model.
-
-    Raises:
-        ImportError: pytorch-optimizer is not installed.
-    """
-    try:
-        from pytorch_optimizer import Lamb
-    except ImportError as error:
-        raise ImportError("LAMB needs pytorch-optimizer: pip install 'albert-fast[pretrain]'") from error
+) -> Lamb:
+    """LAMB with the groups of `parameter_groups`; as in ALBERT's release, biases and LayerNorm have no trust ratio."""
     decayed, others = parameter_groups(model, weight_decay)
-    # weight_decouple=True would add the decay beside the trust ratio; the paper has it inside. `adam`: the ratio is 1.
-    optimizer: torch.optim.Optimizer = Lamb(
-        [decayed, others | {"adam": True}], lr=learning_rate, betas=betas, eps=1e-6, weight_decouple=False
-    )
-    optimizer.clamp = math.inf  # type: ignore[attr-defined]  # the library's bound of 10 on a weight's norm; the release has none
-    return optimizer
+    return Lamb([decayed, others | {"adapts": False}], learning_rate, betas)
 
 
 def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float) -> LambdaLR:
@@ -131,6 +157,7 @@ def _assign(model: nn.Module, values: list[Tensor]) -> None:
 
 
 __all__ = [
+    "Lamb",
     "WeightAverage",
     "cosine_schedule",
     "linear_schedule",

@@ -57,12 +57,14 @@ class PretrainResult:
         steps: optimizer steps that are done.
         history: the records of the log.
         figures: the last measurement of the held-out text, see `PretrainingRun.evaluate`; empty without one.
+        rank: the number of this process under torchrun; all of them return the same.
     """
 
     output_dir: Path
     steps: int
     history: list[dict[str, Any]]
     figures: dict[str, float]
+    rank: int = 0
 
 
 def pretrain(
@@ -112,7 +114,7 @@ def pretrain(
             run.run()
     measured = [record for record in run.history if "masked_accuracy" in record]
     figures = {key: value for key, value in measured[-1].items() if key != "step"} if measured else {}
-    return PretrainResult(folder, run.step, run.history, figures)
+    return PretrainResult(folder, run.step, run.history, figures, processes.rank)
 
 
 def _say(line: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..models.heads import ALBERTForPreTraining
 from ..models.losses import cross_entropy
+from ..models.outputs import PreTrainingOutput
 from ..ops.linear_cross_entropy import IGNORED
 from .checkpointing import STATE_NAME, load_state, random_state, save_state, set_random_state, write_log
 from .curves import Curves
@@ -39,12 +40,10 @@ class PretrainingStep(nn.Module):
             their number; the same for sentence order.
     """
 
-    sums: Tensor
-
-    def __init__(self, model: ALBERTForPreTraining) -> None:
+    def __init__(self, model: ALBERTForPreTraining, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("sums", torch.zeros(4, dtype=torch.float64), persistent=False)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # no buffer: processes do not share it
 
     def forward(
         self,
@@ -57,7 +56,7 @@ class PretrainingStep(nn.Module):
         max_seqlen: int,
         shares: tuple[float, float] = (1.0, 1.0),
     ) -> Any:
-        """The model's output for a micro-batch of `PretrainingData`; logits of the hidden tokens in eval mode only.
+        """The loss of a micro-batch of `PretrainingData`; in eval mode also the logits of its hidden tokens and of the order.
 
         Args:
             shares: weights of the two losses.
@@ -74,10 +73,11 @@ class PretrainingStep(nn.Module):
         )
         losses = output.loss, cross_entropy(output.sop_logits, sentence_order_label)
         output.loss = losses[0] * shares[0] + losses[1] * shares[1]
-        if self.training:
-            hidden, ordered = wanted_tokens.sum(), (sentence_order_label != IGNORED).sum()
-            self.sums += torch.stack([losses[0].detach() * hidden, hidden, losses[1].detach() * ordered, ordered])
-        return output
+        if not self.training:
+            return output
+        hidden, ordered = wanted_tokens.sum(), (sentence_order_label != IGNORED).sum()
+        self.sums += torch.stack([losses[0].detach() * hidden, hidden, losses[1].detach() * ordered, ordered])
+        return PreTrainingOutput(output.loss)
 
 
 class PretrainingRun:
@@ -111,7 +111,7 @@ class PretrainingRun:
         self.config, self.model, self.data, self.held_out = config, model, data, held_out
         self.settings, self.processes, self.device, self.say = settings, processes, device, say
         self.folder, self.bar = Path(config.output), bar and processes.is_first
-        self.inner = PretrainingStep(model)
+        self.inner = PretrainingStep(model, device)
         self.module = spread(self.inner, processes, device, sharded=config.sharded)
         how = config.optimizer
         make = make_lamb if how.name == "lamb" else make_optimizer
