@@ -130,6 +130,8 @@ def test_dropout_draws_and_recomputation_repeats_it():
 def test_logits_with_the_cache_are_those_without(backend):
     """Scores of each next token, for texts that go on, change places, are continued twice, and leave."""
     ours, _ = seq2seq_pair(1, backend)
+    exact = copy.deepcopy(ours).double()
+    exact.execution.backend = "reference"
     inputs = batch(9, rows=5)
     source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     texts = [[ours.config.decoder_start_token_id] for _ in range(5)]
@@ -142,10 +144,10 @@ def test_logits_with_the_cache_are_those_without(backend):
 
         def __call__(self, writer, count, start, end, options, device):
             nonlocal texts, sources
-            for step in range(8):
+            for step in range(6):
                 found.append(writer.scores(torch.tensor([text[-1] for text in texts])))
                 self.compare(found[-1])
-                size = [8, 8, 5, 6, 3, 3, 4, 2][step]
+                size = [8, 8, 5, 6, 3, 4][step]
                 parents = torch.randint(len(texts), (size,), generator=generator).tolist()
                 writer.continue_from(parents)
                 tokens = torch.randint(4, 50, (size,), generator=generator).tolist()
@@ -157,14 +159,12 @@ def test_logits_with_the_cache_are_those_without(backend):
             chosen = {name: value[torch.tensor(sources)] for name, value in source.items()}
             ids = torch.tensor(texts)
             same = ours(**chosen, decoder_input_ids=ids).logits[:, -1]
-            exact = copy.deepcopy(ours).double()
-            exact.execution.backend = "reference"
             assert_close_calibrated(scores, same, exact(**chosen, decoder_input_ids=ids).logits[:, -1], slack=1e-6)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("albert_fast.models.seq2seq.generate", Search())
         ours.generate(**source, max_new_tokens=9, num_beams=2)
-    assert len(found) == 8
+    assert len(found) == 6
 
 
 SEARCHES = [
@@ -180,30 +180,30 @@ SEARCHES = [
 @pytest.mark.parametrize("search", SEARCHES, ids=str)
 def test_generated_texts_are_those_of_transformers(search):
     lengths = set()
-    for seed in range(3):
+    for seed in range(2):
         ours, theirs = seq2seq_pair(seed)
         for model in (ours.decoder, theirs.decoder):
             # An end token that comes at many lengths.
             model.generator_lm_head.bias.data[3] += 0.8
-        source = ragged_ids(6, 9, seed)
+        source = ragged_ids(5, 9, seed)
         inputs = {"input_ids": source, "attention_mask": (source != 0).long()}
         wanted = theirs.generate(
             **inputs,
             **search,
-            max_new_tokens=12,
+            max_new_tokens=10,
             decoder_start_token_id=2,
             eos_token_id=3,
             pad_token_id=0,
             do_sample=False,
         )
-        found = texts(ours.generate(**inputs, **search, max_new_tokens=12))
+        found = texts(ours.generate(**inputs, **search, max_new_tokens=10))
         assert found == texts(wanted)
         lengths |= set(map(len, found))
     assert len(lengths) > 1, "texts of many lengths were compared"
 
 
 def test_beams_are_copied_only_where_two_continue_one():
-    cache = DecoderCache(2, 3, 4, 5, torch.zeros(1, 2))
+    cache = DecoderCache(2, 3, 4, 5, torch.device("cpu"))
     for token in range(2):
         for step in range(2):
             cache.append(step, torch.tensor([[i, token, step, 0.0] for i in range(3)]))
@@ -252,6 +252,25 @@ def test_sampling_of_the_likeliest_is_greedy_search():
     ours.train()
     assert torch.equal(ours.generate(ids, max_new_tokens=6), greedy)
     assert ours.training
+
+
+def test_other_number_formats():
+    ours, _ = seq2seq_pair(5)
+    inputs = batch(5)
+    source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    wanted = ours(**inputs)
+    ours.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(**inputs, output_logits=False).loss
+        loss.backward()
+        assert ours.generate(**source, max_new_tokens=5, num_beams=2).shape[0] == 4
+    assert all(parameter.grad.isfinite().all() for parameter in ours.parameters())
+    assert abs(float(loss) - float(wanted.loss)) < 0.05 * float(wanted.loss)
+    ours.execution.use("auto", "bf16")
+    half = ours(**inputs)
+    assert half.logits.dtype == torch.bfloat16
+    assert abs(float(half.loss) - float(wanted.loss)) < 0.05 * float(wanted.loss)
+    assert ours.generate(**source, max_new_tokens=5).shape[0] == 4
 
 
 def test_a_saved_model_loads_here_and_in_transformers(tmp_path):

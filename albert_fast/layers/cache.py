@@ -37,21 +37,21 @@ class DecoderCache:
 
     Args:
         steps: layers that run one after another. sequences: at the start. slots: most sequences at a time. longest: most
-            tokens of a sequence. like: a tensor (..., H) of the states, for their width, dtype and device.
+            tokens of a sequence.
     """
 
-    def __init__(self, steps: int, sequences: int, slots: int, longest: int, like: Tensor) -> None:
-        self.longest, self.length, self._width = longest, 0, like.shape[-1]
-        self.memory = like.new_empty(
-            steps, slots * longest, 2 * self._width
-        )  # pages that are never written cost nothing
+    memory: Tensor  # (steps, slots * longest, 2H), made when the first rows say their width and dtype
+
+    def __init__(self, steps: int, sequences: int, slots: int, longest: int, device: torch.device) -> None:
+        self.longest, self.length, self.device = longest, 0, device
+        self._sizes = steps, slots * longest
         self._free = list(range(sequences, slots))
         self._place(list(range(sequences)))
 
     def _place(self, slots: list[int]) -> None:
         """Put sequence i of the batch into slots[i]."""
         self._slots = slots
-        self._first = torch.tensor(slots, dtype=torch.int64, device=self.memory.device) * self.longest
+        self._first = torch.tensor(slots, dtype=torch.int64, device=self.device) * self.longest
         self._begins = self._first.int()
         self._count(self.length)
 
@@ -61,7 +61,9 @@ class DecoderCache:
 
     def append(self, step: int, rows: Tensor) -> KeyRows:
         """Write the next token's keys and values (B, 2H) of one layer; returns all rows of that layer so far."""
-        memory, width = self.memory[step], self._width
+        if step == 0 and self.length == 0:
+            self.memory = rows.new_empty(*self._sizes, rows.shape[1])  # pages that are never written cost nothing
+        memory, width = self.memory[step], rows.shape[1] // 2
         memory.index_copy_(0, self._next, rows)
         return KeyRows(memory[:, :width], memory[:, width:], self._begins, self.longest, self._lengths)
 
@@ -90,7 +92,7 @@ class DecoderCache:
                 slot = copies[-1][1]
             new.append(slot)
         if copies:
-            sources, targets = torch.tensor(copies, device=self.memory.device).t()
+            sources, targets = torch.tensor(copies, device=self.device).t()
             memory = self.memory.unflatten(1, (-1, self.longest))[:, :, : self.length]
             memory[:, targets] = memory[:, sources]
         if new != old:

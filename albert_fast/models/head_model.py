@@ -44,11 +44,11 @@ class LMParts(NamedTuple):
         x, bias = product(self.dense, hidden)
         return ops.gelu_layer_norm(x, bias, norm.weight, norm.bias, norm.eps, self.act, backend=backend)
 
-    def loss(self, hidden: Tensor, labels: Tensor, backend: str) -> Tensor:
+    def loss(self, hidden: Tensor, labels: Tensor, backend: str, label_smoothing: float = 0.0) -> Tensor:
         """Cross-entropy of the scores of `hidden` (N, H) with labels (N,), computed without the scores in memory."""
         check_read(self.decoder, nn.Linear, f"{self.name}.decoder")
         x, decoder = self.transform(hidden, backend), self.decoder
-        return ops.linear_cross_entropy(x, decoder.weight, decoder.bias, labels, backend=backend)
+        return ops.linear_cross_entropy(x, decoder.weight, decoder.bias, labels, label_smoothing, backend=backend)
 
 
 class HeadModel(PretrainedMixin):

@@ -209,11 +209,11 @@ class ALBERTForConditionalGeneration(HeadModel):
         source = self.decoder.source_rows(encoded.hidden, encoded.packing)
         hidden = self.decoder(ids, positions, packing, source, Run(state.backend, state.recompute))
         parts = self.decoder.parts()
-        if labels is not None and not output_logits and not label_smoothing:
-            return Seq2SeqOutput(loss=parts.loss(hidden, labels, self.backend))
+        if not output_logits:
+            assert labels is not None
+            return Seq2SeqOutput(loss=parts.loss(hidden, labels, self.backend, label_smoothing))
         logits = parts.scores(hidden, self.backend)
-        loss = None if labels is None else cross_entropy(logits, labels, label_smoothing)
-        return Seq2SeqOutput(loss, logits if output_logits else None)
+        return Seq2SeqOutput(None if labels is None else cross_entropy(logits, labels, label_smoothing), logits)
 
     def generate(
         self,
@@ -307,14 +307,14 @@ class _Writer:
     def __init__(self, model: ALBERTForConditionalGeneration, encoded: Encoded, slots: int, longest: int) -> None:
         self._decoder, self._run = model.decoder, Run(model.backend)
         count = encoded.packing.num_sequences
-        cache = DecoderCache(len(self._decoder.group_indices), count, slots, longest, encoded.hidden)
+        cache = DecoderCache(len(self._decoder.group_indices), count, slots, longest, encoded.hidden.device)
         self._sources = list(range(count))
         self._every_source = self._decoder.source_rows(encoded.hidden, encoded.packing)
         self._past = Past(cache, ())
         self._place()
 
     def _place(self) -> None:
-        device = self._past.cache.memory.device
+        device = self._past.cache.device
         chosen = torch.tensor(self._sources, dtype=torch.int64, device=device)
         self._past = self._past._replace(source=[rows.select(chosen) for rows in self._every_source])
         cu_seqlens = torch.arange(len(chosen) + 1, dtype=torch.int32, device=device)

@@ -150,8 +150,9 @@ class Translate(Task):
         self, examples: Examples, tokenizer: Any, max_length: int, *, types: bool, recipe: Recipe | None = None
     ) -> TokenRows:
         smoothing = 0.0 if recipe is None else recipe.label_smoothing
-        training = {"drops": recipe is not None, "label_smoothing": smoothing}
-        return PairDataset(examples.texts, examples.labels, tokenizer, max_length, **training)
+        return PairDataset(
+            examples.texts, examples.labels, tokenizer, max_length, drops=recipe is not None, label_smoothing=smoothing
+        )
 
     def criterion(self, recipe: Recipe, examples: Examples) -> None:
         """None: the model computes its own loss, without the scores in memory."""
