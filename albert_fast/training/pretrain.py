@@ -149,8 +149,6 @@ def _vocabulary(config: PretrainConfig, documents: Documents, say: Callable[[str
     if path is not None:
         return load_tokenizer(folder_of(resolve(path)))
     sentences = (sentence for document in documents for sentence in split_sentences(document))
-    if how.kind == "wordpiece" and how.lines:
-        raise ValueError("vocabulary.lines: the WordPiece trainer takes all sentences; set vocabulary.lines=0")
     tokenizer = train_tokenizer(
         sentences,
         how.size,
