@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..models.encoder_config import EncoderConfig
 from ..runtime.devices import choose_device
@@ -53,10 +54,12 @@ def check_length(max_length: int, config: EncoderConfig, position_shift: int = 0
         )
 
 
-def check_disk(folder: Path, model_class: Any, config: EncoderConfig, averaged: bool) -> None:
-    """OSError where the disk has no room for the state and the model, twice: the old ones exist until the new are written."""
-    with torch.device("meta"):
-        model = model_class.from_config(config)
+def check_disk(folder: Path, model: nn.Module, averaged: bool) -> None:
+    """OSError where the disk has no room for the state and the model, twice: the old ones exist until the new are written.
+
+    Args:
+        model: it may be on the meta device.
+    """
     size = FLOAT_BYTES * sum(parameter.numel() for parameter in model.parameters())
     state = size * (4 if averaged else 3)  # the weights, two moments of AdamW, the average
     held = sum(path.stat().st_size for path in (folder / STATE_NAME, folder / "model.safetensors") if path.exists())

@@ -132,7 +132,7 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def _write(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    dtype: np.dtype[Any] = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     counts = dict.fromkeys(("tokens", "sentences", "documents"), 0)
     unknown, started = 0, time.monotonic()
     due = started + REPORT_SECONDS
@@ -142,8 +142,8 @@ def _write(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Callab
         while group := list(itertools.islice(source, DOCUMENTS_AT_A_TIME)):
             written = _encode(group, tokenizer, counts["tokens"])
             unknown += int((written[0] == tokenizer.unk_token_id).sum())
-            for (name, file), values, kind in zip(files.items(), written, (dtype, np.int64, np.int64), strict=True):
-                file.write(values.astype(kind).tobytes())
+            for (name, file), values in zip(files.items(), written, strict=True):
+                file.write(values.astype(dtype if name == "tokens" else np.int64).tobytes())
                 counts[name] += len(values)
             if time.monotonic() >= due:
                 due += REPORT_SECONDS

@@ -194,7 +194,8 @@ def fit(
         )
         if resume:
             run.load()
-        checks.check_disk(folder, chosen.model, config, recipe.ema_decay is not None)
+        with torch.device("meta"):
+            checks.check_disk(folder, chosen.model.from_config(config), recipe.ema_decay is not None)
         for line in _introduction(run, work, name_of(train_file), vocab_size):
             say(line)
         torch.manual_seed(recipe.seed)

@@ -149,8 +149,6 @@ def _vocabulary(config: PretrainConfig, documents: Documents, say: Callable[[str
     if path is not None:
         return load_tokenizer(folder_of(resolve(path)))
     sentences = (sentence for document in documents for sentence in split_sentences(document))
-    if how.kind == "wordpiece" and how.lines:
-        raise ValueError("vocabulary.lines: the WordPiece trainer takes all sentences; set vocabulary.lines=0")
     tokenizer = train_tokenizer(
         sentences,
         how.size,
@@ -181,7 +179,7 @@ def _make_run(
     model = _model(config, tokenizer)
     if processes.rank:  # after the weights, which all processes have in common, each draws dropout of its own
         torch.manual_seed(config.seed + processes.rank)
-    checks.check_disk(Path(config.output), model.config, averaged=False)
+    checks.check_disk(Path(config.output), model, averaged=False)
     data = config.data
     masks = Masks(tokenizer, data.mask_probability, data.longest_run)
     ids = (tokenizer.cls_token_id, tokenizer.sep_token_id)

@@ -82,7 +82,7 @@ class VocabularyConfig:
         size: pieces, at most: a short text gives fewer.
         kind, lower_case, keep_accents, character_coverage: as `train_tokenizer` takes them. keep_accents keeps every combining
             mark, for scripts that need them.
-        lines: sentences to learn from, drawn at random; 0: all.
+        lines: sentences that a unigram vocabulary is learnt from, drawn at random; 0: all. WordPiece takes all.
     """
 
     path: str | None = None

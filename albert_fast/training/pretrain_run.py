@@ -205,7 +205,7 @@ class PretrainingRun:
         loader = DataLoader(
             self.data,
             batch_size=None,
-            sampler=itertools.islice(self.data.positions(*self.position), left),  # type: ignore[arg-type]
+            sampler=itertools.islice(self.data.positions(*self.position), left),
             collate_fn=_unchanged,
             num_workers=self.config.data.workers,
             generator=torch.Generator(),

@@ -170,7 +170,7 @@ class PretrainingData(torch.utils.data.Dataset[tuple[Position, list[dict[str, An
         first, second = self.corpus.tokens[begin:middle], self.corpus.tokens[middle:end]
         if swapped:
             first, second = second, first
-        pieces = [cls, first, sep, second, sep] if len(second) else [cls, first, sep]
+        pieces: list[Any] = [cls, first, sep, second, sep] if len(second) else [cls, first, sep]
         return np.concatenate(pieces).astype(np.int64), len(first) + 2
 
     def _packed(self, rows: list[tuple[Array, int]], chances: list[Array], order: Array) -> dict[str, Any]:
