@@ -235,7 +235,7 @@ FILES = {
         "baseline checkpointing checks corpus curves data distill distributed evaluate fit interrupts loop masking "
         "metrics optimization plots pretrain pretrain_config pretrain_run recipe run segments sources"
     ),
-    "albert_fast/training/recipes": "english english_texts",
+    "albert_fast/training/recipes": "english english_texts multi30k report",
     "albert_fast/training/tasks": "answer base choose tag texts translate",
     "kernels": (
         "_attention_gradients _attention_tiles _capture _common _encoder_phases _encoder_weights _graph_inputs "

@@ -20,17 +20,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ...inspect.info import describe
-from ...runtime.files import replacing
 from ..baseline import train_baseline
 from ..evaluate import evaluate
 from ..fit import fit
@@ -38,6 +33,7 @@ from ..pretrain import pretrain
 from ..pretrain_config import DataConfig, OptimizerConfig, PretrainConfig, VocabularyConfig
 from ..recipe import Recipe
 from .english_texts import write_documents, write_opinions
+from .report import Report
 
 # 4.9 million weights, 20 MB: layers that differ cost memory and no time, so a small model does not share them.
 MODEL: dict[str, Any] = {
@@ -85,58 +81,33 @@ def fine_tuning(seed: int) -> Recipe:
     )
 
 
-def run(
-    data: Path, output: Path, *, steps: int, seed: int, opinions: Path | None, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Runs every stage that is not done, and returns the report.
+def run(data: Path, output: Path, *, steps: int, seed: int, opinions: Path | None) -> None:
+    """Runs every stage that is not done.
 
     Args:
         opinions: a TSV file with the columns text, label (positive or negative) and form, by which accuracy is told apart.
 
     Raises:
-        OSError: a data set is missing. Others as `pretrain` and `fit`.
+        OSError: a data set is missing. Others as `pretrain`, `fit` and `Report.stage`.
     """
-    report_file = output / "report.json"
-    report: dict[str, Any] = json.loads(report_file.read_text()) if report_file.exists() else {}
-    about = describe()
-    report["machine"] = {name: about[name] for name in ("cpu", "memory_gib", "system", "python", "libraries")}
-    report |= {"threads": torch.get_num_threads(), "seed": seed, "steps": steps}
-
-    def stage(name: str, work: Callable[[], Any]) -> None:
-        if name in report:
-            return
-        say(f"{name} ...")
-        started = time.monotonic()
-        report[name] = {"result": work(), "seconds": round(time.monotonic() - started)}
-        say(json.dumps({name: report[name]}))
-        with replacing(report_file) as file:
-            file.write(json.dumps(report, indent=1).encode() + b"\n")
-
+    report = Report(output / "report.json")
     documents = write_documents(data, output / "texts")
     files = write_opinions(data, output / "opinions")
     pretrained, classifier = output / "pretrained", output / "opinions-model"
     config = pretraining(documents, pretrained, steps, seed)
-    stage("pretrained", lambda: pretrain(config, resume=True).figures)
-    stage(
-        "fine-tuned",
-        lambda: (
-            fit(
-                files["train"],
-                classifier,
-                dev_file=files["dev"],
-                recipe=fine_tuning(seed),
-                init_from=pretrained,
-                label_names=["negative", "positive"],
-                resume=True,
-            ).best_value
-        ),
-    )
+    report.stage("pretrained", lambda: pretrain(config, resume=True).figures, steps=steps, seed=seed)
+
+    def fine_tuned() -> Any:
+        names = ["negative", "positive"]
+        given: dict[str, Any] = {"init_from": pretrained, "label_names": names, "recipe": fine_tuning(seed)}
+        return fit(files["train"], classifier, dev_file=files["dev"], resume=True, **given).history
+
+    report.stage("fine-tuned", fine_tuned, seed=seed)
     for test in ("sst2", "imdb"):
-        stage(test, lambda test=test: _figures(classifier, files[test]))  # type: ignore[misc]
-        stage(f"linear model on {test}", lambda test=test: _linear(files, test))  # type: ignore[misc]
+        report.stage(test, partial(_figures, classifier, files[test]))
+        report.stage(f"linear model on {test}", partial(_linear, files, files[test]))
     if opinions is not None:
-        stage("opinions", lambda: _by_form(classifier, opinions))
-    return report
+        report.stage("opinions", lambda: _by_form(classifier, opinions))
 
 
 def _figures(model: Path, file: Path) -> dict[str, Any]:
@@ -144,9 +115,9 @@ def _figures(model: Path, file: Path) -> dict[str, Any]:
     return {"examples": found.examples, **found.metrics, "interval_95": found.interval}
 
 
-def _linear(files: dict[str, Path], test: str) -> dict[str, Any]:
+def _linear(files: dict[str, Path], test: Path) -> dict[str, Any]:
     """TF-IDF of words and word pairs with logistic regression, fitted to the lines that the classifier learnt from."""
-    found = train_baseline(files["train"], files["dev"], files[test], strengths=(3.0, 10.0, 30.0))
+    found = train_baseline(files["train"], files["dev"], test, strengths=(3.0, 10.0, 30.0))
     return {"accuracy": found.test_accuracy, "interval_95": found.interval, "words": found.words, "C": found.strength}
 
 
@@ -170,7 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--opinions", type=Path, help="a TSV file with text, label and form: more opinions to test on")
     options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
     run(options.data, options.output, steps=options.steps, seed=options.seed, opinions=options.opinions)
 
 
