@@ -424,7 +424,10 @@ def linear_cross_entropy_bwd(
     gathered = torch.empty((slots, width), dtype=x.dtype, device=x.device)
     largest, factors = (torch.empty(slots, dtype=torch.float32, device=x.device) for _ in range(2))
     uniform = torch.tensor(UNIT.value * label_smoothing / n_words, dtype=torch.float32).item()
-    lost = UNIT.value - uniform * n_words, uniform  # what a row loses adds up to UNIT, also once it is rounded to float32
+    lost = (
+        UNIT.value - uniform * n_words,
+        uniform,
+    )  # what a row loses adds up to UNIT, also once it is rounded to float32
     row_tile = {"WIDTH": width, "BLOCK_M": _GATHER_ROWS, "BLOCK_E": tiles["BLOCK_E"]}
     with torch.cuda.device_of(x):
         rows, targets, count = find_labelled(labels, n_words, slots)
