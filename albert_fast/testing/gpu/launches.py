@@ -175,18 +175,20 @@ def _linear_gelu_launches() -> Iterator[Case]:
 def _linear_cross_entropy_launches() -> Iterator[Case]:
     from ...kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
-    def run(dtype: torch.dtype, width: int) -> None:
+    def run(dtype: torch.dtype, width: int, label_smoothing: float) -> None:
         # The vocabulary of the released models, and 15 % of the tokens.
         weight, bias = _empty(30000, width, dtype=dtype), _empty(30000, dtype=dtype)
         x, labels = _empty(4915, width, dtype=dtype), _empty(4915, dtype=torch.int64)
-        loss, row_max, row_sum = linear_cross_entropy_fwd(x, weight, bias, labels)
-        linear_cross_entropy_bwd(loss, x, weight, bias, labels, row_max, row_sum)
+        loss, row_max, row_sum = linear_cross_entropy_fwd(x, weight, bias, labels, label_smoothing)
+        linear_cross_entropy_bwd(loss, x, weight, bias, labels, row_max, row_sum, label_smoothing)
 
-    # One width for every tile, and one that is padded.
+    # One width for every tile, and one that is padded. Label smoothing changes the code of the forward alone.
     widths = (16, 32, 64, 128, 200, 256, 512, 1024)
     for name, dtype in NUMBERS.items():
         for width in widths if name != "f16" else [128]:
-            yield f"{name} E{width}", _with(name, partial(run, dtype, width)), name != "f32"
+            yield f"{name} E{width}", _with(name, partial(run, dtype, width, 0.0)), name != "f32"
+        for width in (128, 200) if name != "f16" else []:
+            yield f"{name} E{width} smoothed", _with(name, partial(run, dtype, width, 0.1)), name != "f32"
 
 
 def _graph_inputs_launches() -> Iterator[Case]:
