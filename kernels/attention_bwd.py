@@ -331,16 +331,21 @@ def _attention_bwd_dkdv_kernel(
         # Query i sees the keys up to i + n_keys - n_queries: the first that sees any of these keys, and that sees all.
         first_seeing = tl.maximum(key_block * BLOCK_N - (n_keys - n_queries), 0) // BLOCK_M * BLOCK_M
         all_seeing = tl.maximum(key_block * BLOCK_N + BLOCK_N - 1 - (n_keys - n_queries), 0)
-        unmasked_query = tl.minimum(tl.cdiv(all_seeing, BLOCK_M) * BLOCK_M, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M)
-        for block_query in range(first_seeing, unmasked_query, BLOCK_M):
-            dk, dv = _add_queries(
-                dk, dv, keys, values, queries, block_query, scale_log2, first_dropout_row, dropout, True, TILE, n_keys
-            )
+        unmasked_query = tl.minimum(tl.cdiv(all_seeing, BLOCK_M), tl.cdiv(n_queries, BLOCK_M)) * BLOCK_M
     for block_query in range(unmasked_query, full_queries, BLOCK_M):
         dk, dv = _add_queries(
             dk, dv, keys, values, queries, block_query, scale_log2, first_dropout_row, dropout, False, TILE
         )
-    if tl.maximum(full_queries, unmasked_query) < n_queries:
+    if CAUSAL:
+        # The blocks on the diagonal, then the last one if it is partly filled: one body, for the registers' sake.
+        n_diagonal = (unmasked_query - first_seeing) // BLOCK_M
+        n_masked = n_diagonal + (tl.maximum(full_queries, unmasked_query) < n_queries).to(tl.int32)
+        for number in range(n_masked):
+            block_query = tl.where(number < n_diagonal, first_seeing + number * BLOCK_M, full_queries)
+            dk, dv = _add_queries(
+                dk, dv, keys, values, queries, block_query, scale_log2, first_dropout_row, dropout, True, TILE, n_keys
+            )
+    elif full_queries < n_queries:
         dk, dv = _add_queries(
             dk, dv, keys, values, queries, full_queries, scale_log2, first_dropout_row, dropout, True, TILE
         )
