@@ -390,7 +390,8 @@ def attention_bwd(
     head_dim, sequences = q.shape[1] // num_heads, len(cu_seqlens_q) - 1
     grad = rows_contiguous(grad)
     tf32 = multiplies_tf32(q.dtype)
-    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k, dropout_p > 0.0, tf32)
+    longest, kind = (max_seqlen_q, max_seqlen_k), (dropout_p > 0.0, tf32, causal)
+    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, *longest, *kind)
     if not heads_in_words(num_heads, grad, q, k, v):
         wide_grad, wide_q, wide_k, wide_v = (padded_heads(t, num_heads) for t in (grad, q, k, v))
         wide_gradients = torch.empty_like(wide_q), torch.empty_like(wide_k), torch.empty_like(wide_v)
@@ -421,7 +422,7 @@ def attention_bwd(
         grid = (n_blocks * num_heads * sequences,)
         _attention_bwd_dkdv_kernel[grid](inputs, grad, sums, dk, dv, *sizes, **options, **tiles)
 
-    key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, max_seqlen_q, max_seqlen_k)
+    key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, causal, max_seqlen_q, max_seqlen_k)
     with torch.cuda.device_of(q):
         if len(q):
             launch_dq(_tuning.choose("attention_bwd_dq", key, dq_tiles, launch_dq))

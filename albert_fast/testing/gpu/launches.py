@@ -57,10 +57,10 @@ def _attention_launches() -> Iterator[Case]:
         q, k, v = _empty(sequences * max(lengths), 3 * heads * head_dim, dtype=dtype).chunk(3, dim=1)
         q, ends = q[: sequences * lengths[0]], torch.arange(sequences + 1, dtype=torch.int32)
         batch = (ends * lengths[0], ends * lengths[1], sequence_order if dropout_p else None, *lengths)
-        numbers = heads, 0.125, dropout_p, 1, causal
+        numbers: tuple[Any, ...] = heads, 0.125, dropout_p, 1, causal
         if cached:
             begins, counts = batch[1][:-1], batch[1].diff()
-            attention_fwd(q, k, v, batch[0], begins, *batch[2:], *numbers, counts)
+            attention_fwd(q, k, v, batch[0], begins, *batch[2:], *numbers, key_lengths=counts)
             return
         out, _ = attention_fwd(q, k, v, *batch, *numbers)
         attention_bwd(out, q, k, v, q, k, v, *batch, *numbers)
@@ -76,6 +76,7 @@ def _attention_launches() -> Iterator[Case]:
     chosen["tf32"] = [*tiles, padded[1], plain[1]]
     # Decoders: causal, whose masked blocks take the most registers in the largest tiles, and one query of a cache.
     causal = {"f32": [(64, long, 0.1)], "bf16": [(64, long, 0.1), (64, long, 0.0), (128, long, 0.1)], "f16": []}
+    causal["bf16"].append((32, short, 0.1))  # has a limit on registers of its own
     causal["tf32"] = [(64, long, 0.1)]
     for name, dtype in NUMBERS.items():
         kinds = [*((row, False, False) for row in chosen[name]), *((row, True, False) for row in causal[name])]
