@@ -229,8 +229,8 @@ FILES = {
         "vocabulary vocabulary_training windows words"
     ),
     "albert_fast/training": (
-        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization recipe "
-        "run sources"
+        "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization plots "
+        "progress recipe run sources"
     ),
     "albert_fast/training/tasks": "answer base choose tag texts",
     "kernels": (

@@ -151,9 +151,9 @@ def command(
     recipe: RecipeOptions,
     new_model: NewModel,
     progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="Bars on standard error.", show_default="on a terminal"),
-    ] = None,
+        bool,
+        typer.Option("--progress/--no-progress", help="A bar on a terminal, elsewhere a line now and then."),
+    ] = True,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
@@ -199,7 +199,7 @@ def command(
             label_names=None if label_names is None else label_names.split(","),
             resume=resume,
             device=device,
-            progress=sys.stderr.isatty() if progress is None else progress,
+            progress=progress,
             report=warn,
             **columns.as_keywords(),
         )

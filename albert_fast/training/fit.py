@@ -134,7 +134,7 @@ def fit(
         resume: continue the run in output_dir if there is one. Files and settings must be the same, except for the number
             of epochs: the learning rate of each later step is then that of a run planned with the new number.
         device: default: a GPU if there is one.
-        progress: bars on standard error.
+        progress: on standard error, a bar on a terminal, elsewhere a line now and then.
         report: called with lines about the run; default: they go to standard error if `progress` is on.
 
     Raises:
