@@ -28,7 +28,7 @@ class RecipeOptions:
             "--lr",
             min=0.0,
             help="Peak learning rate.",
-            show_default="5e-5 with --init-from, else 5e-4",
+            show_default="5e-5 with a base model in --init-from, more with a narrower one; else 5e-4",
         ),
     ] = None
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.01

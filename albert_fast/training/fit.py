@@ -158,7 +158,8 @@ def fit(
         chosen, examples = read_for(task, train_file, columns, label_names)
         chosen.check(examples, train_file, label_names)
         metric = chosen.default_metric(examples.label_names)
-        recipe = recipe.completed(from_checkpoint=init_from is not None, metric=metric)
+        width = None if init_from is None else config_of(resolve(init_from)).hidden_size
+        recipe = recipe.completed(trained_width=width, metric=metric)
         _check_loss(chosen, recipe)
         metrics = dev_metrics(recipe.metric)
         if dev_file is not None or test_file is not None:
