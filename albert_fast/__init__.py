@@ -68,8 +68,10 @@ if TYPE_CHECKING:
     from .models.roberta import RoBERTaForTokenClassification as RoBERTaForTokenClassification
     from .models.roberta import RoBERTaModel as RoBERTaModel
     from .ops import synchronize as synchronize
+    from .tasks.answer import QuestionAnswerer as QuestionAnswerer
     from .tasks.embed import TextEncoder as TextEncoder
     from .tasks.score import TextScorer as TextScorer
+    from .tasks.tag import TextTagger as TextTagger
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
 _HOME = {
@@ -124,8 +126,10 @@ _HOME = {
     "AutoModelForMultipleChoice": "models.auto",
     "aligned_representation": "layers.packing",
     "WantedTokens": "layers.wanted",
+    "QuestionAnswerer": "tasks.answer",
     "TextEncoder": "tasks.embed",
     "TextScorer": "tasks.score",
+    "TextTagger": "tasks.tag",
     "explain": "inspect.explain",
     "load_tokenizer": "text.tokenizer",
     "synchronize": "ops",

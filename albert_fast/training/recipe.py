@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .metrics import ANSWER_METRICS, METRICS
 
 # The highest learning rate: small steps for trained weights, larger ones for random weights. That of trained weights is for the
-# width of base models; Adam's best rate falls as 1 / width (Yang et al. 2022, "Tensor Programs V", arXiv 2203.03466, table 8).
+# width of base models; Adam's best rate falls as 1 / width (Yang et al. 2022, "Tensor Programs V", arXiv 2203.03466, table 3).
 FINE_TUNING_RATE, FROM_SCRATCH_RATE = 5e-5, 5e-4
 BASE_WIDTH = 768
 
