@@ -383,13 +383,14 @@ def _train(run: TrainingRun, work: _Work, encoder: EncoderModel | None) -> None:
     elif work.init_from is not None and run.saved is None:
         _start_from(model, work.init_from, keeps_head=_has_same_head(work))
     data = task.data(work.examples, work.tokenizer, recipe.max_length, types=types, recipe=recipe)
+    criterion = task.criterion(recipe, work.examples).to(run.device)  # weights of classes are on it
     rate = recipe.learning_rate
     assert rate is not None, "the recipe is a completed one"
     stage = Stage(
         task.name,
         model,
         data,
-        task.criterion(recipe, work.examples),
+        criterion,
         recipe.epochs,
         recipe.batch_size,
         rate,
