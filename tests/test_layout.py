@@ -233,7 +233,7 @@ FILES = {
     ),
     "albert_fast/training": (
         "baseline checkpointing checks corpus curves data distill distributed evaluate fit interrupts loop masking "
-        "metrics optimization plots pretrain pretrain_config pretrain_run recipe run segments sources"
+        "metrics optimization plots pretrain pretrain_config pretrain_run progress recipe run segments sources"
     ),
     "albert_fast/training/recipes": "english english_texts multi30k report",
     "albert_fast/training/tasks": "answer base choose tag texts translate",

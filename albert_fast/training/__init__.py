@@ -8,6 +8,7 @@ from .fit import FitResult, fit, small_config
 from .loop import test, train
 from .masking import MaskedTextDataset
 from .metrics import compute_metrics
+from .plots import draw_confusion_matrix
 from .pretrain import PretrainResult, pretrain
 from .pretrain_config import DataConfig, OptimizerConfig, PretrainConfig, VocabularyConfig, load_config
 from .recipe import Recipe
@@ -25,6 +26,7 @@ __all__ = [
     "TextDataset",
     "VocabularyConfig",
     "compute_metrics",
+    "draw_confusion_matrix",
     "evaluate",
     "fit",
     "load_config",

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..ops.linear_cross_entropy import IGNORED
 from ..runtime.dispatch import check_device
 from .metrics import Metric, check_metrics, compute_metrics, predictions_of
+from .progress import epoch_progress
 
 LABEL_KEYS = ("labels", "start_positions", "end_positions", "sentence_order_label")
 Criterion = Callable[[Any, Any], Tensor]
@@ -49,7 +50,7 @@ def train(
     accumulation: int = 1,
     autocast: torch.dtype | None = None,
     after_step: Callable[[float, int], None] | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> float:
     """Trains for one pass over `data_loader`; the table above says what `criterion` gets.
 
@@ -59,7 +60,7 @@ def train(
         accumulation: batches whose mean gradient makes one optimizer step; the last step of a pass may have fewer.
         autocast: compute forwards in this dtype where torch.autocast does, such as torch.bfloat16.
         after_step: called with (loss, number of examples) after every optimizer step.
-        progress: a bar on standard error.
+        progress: on standard error, a bar on a terminal, elsewhere a line now and then; a str is its label.
 
     Returns:
         The mean loss over all examples (over all labelled tokens for token labels), measured before each step.
@@ -79,7 +80,7 @@ def train(
     model.to(device)
     _check_optimizer(model, optimizer)
     device_type, total, count = torch.device(device).type, 0.0, 0
-    with _mode(model, training=True), _progress(data_loader, "train", progress) as (batches, show):
+    with _mode(model, training=True), epoch_progress(data_loader, "train", progress) as (batches, show):
         source = iter(batches)
         while group := list(islice(source, accumulation)):
             optimizer.zero_grad(set_to_none=True)
@@ -87,7 +88,7 @@ def train(
             for left, batch in enumerate(group, 1 - len(group)):
                 with _sends_gradients(model, last=left == 0):
                     with torch.autocast(device_type, autocast, enabled=autocast is not None):
-                        loss, number, _, _ = _step(model, batch, criterion, device, predictions=False)
+                        loss, number, _ = _step(model, batch, criterion, device, predictions=False)
                     (loss / len(group)).backward()
                 value, examples = value + float(loss.detach()) / len(group), examples + number
             if max_grad_norm is not None:
@@ -110,7 +111,7 @@ def test(
     *,
     metrics: Sequence[str | Metric] | None = None,  # noqa: PT028
     after_batch: Callable[[Any], None] | None = None,  # noqa: PT028
-    progress: bool = True,  # noqa: PT028
+    progress: bool | str = True,  # noqa: PT028
 ) -> Any:
     """Evaluates without gradients; the table above says what `criterion` gets.
 
@@ -118,7 +119,7 @@ def test(
         metrics: names ("accuracy", "f1", "precision", "recall", "matthews", "mse", "pearson", "spearman") or functions
             (labels, predictions) -> float, on arrays over the whole data set: see `predictions_of`.
         after_batch: called with what the model returned for each batch.
-        progress: a bar on standard error.
+        progress: on standard error, a bar on a terminal, elsewhere a line now and then; a str is its label.
 
     Returns:
         The mean loss over all examples (labelled tokens for token labels); with `metrics`, (mean loss, {name: value}).
@@ -136,18 +137,20 @@ def test(
     labels_seen: list[Tensor] = []
     predictions: list[Tensor] = []
     # no_grad, not inference_mode: what a model caches during evaluation must be usable in training.
-    with torch.no_grad(), _mode(model, training=False), _progress(data_loader, "test", progress) as (batches, show):
+    with (
+        torch.no_grad(),
+        _mode(model, training=False),
+        epoch_progress(data_loader, "test", progress) as (batches, show),
+    ):
         for batch in batches:
             predicts = metrics is not None or after_batch is not None
-            loss, examples, pairs, outputs = _step(model, batch, criterion, device, predictions=predicts)
+            loss, examples, pairs = _step(model, batch, criterion, device, predicts, after_batch)
             total, count = total + float(loss) * examples, count + examples
             show(total, count)
             if metrics is not None:
                 truth, guess = predictions_of(pairs)
                 labels_seen.append(truth.cpu())
                 predictions.append(guess.cpu())
-            if after_batch is not None:
-                after_batch(outputs)
     mean = _mean(total, count)
     if metrics is None:
         return mean
@@ -194,8 +197,9 @@ def _step(
     criterion: Criterion | None,
     device: torch.device | str,
     predictions: bool,
-) -> tuple[Tensor, int, list[tuple[Any, Any]], Any]:
-    """Returns the loss of a batch (a scalar), its number of examples, its (outputs, labels) pairs, and what the model returned.
+    after_batch: Callable[[Any], None] | None = None,
+) -> tuple[Tensor, int, list[tuple[Any, Any]]]:
+    """Returns the loss of a batch (a scalar), its number of examples, and its (outputs, labels) pairs.
 
     If `predictions` is False, the outputs in the pairs may be None.
     """
@@ -229,7 +233,9 @@ def _step(
         raise TypeError(f"the criterion must return a tensor, got {type(loss).__name__}")
     if loss.dim():
         raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}: the criterion must take the mean")
-    return loss, _count(pairs[0][1]), pairs, outputs
+    if after_batch is not None:
+        after_batch(outputs)
+    return loss, _count(pairs[0][1]), pairs
 
 
 def _check_classes(criterion: Criterion, outputs: Any, labels: Any) -> None:
@@ -351,30 +357,6 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
-
-
-Show = Callable[[float, int], None]
-
-
-@contextmanager
-def _progress(data: Iterable[Any], label: str, enabled: bool) -> Iterator[tuple[Iterable[Any], Show]]:
-    """Yields the batches, with a tqdm bar on standard error if `enabled`, and a function that shows the running mean."""
-    tqdm = _tqdm() if enabled else None
-    if tqdm is None:
-        yield data, lambda total, count: None
-        return
-    with tqdm(data, desc=label, unit="batch", leave=False, dynamic_ncols=True) as bar:
-        yield bar, lambda total, count: bar.set_postfix(loss=f"{total / max(count, 1):.4f}", refresh=False)
-
-
-@cache
-def _tqdm() -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        warnings.warn("no progress bar: tqdm is not installed (pip install 'albert-fast[train]')", stacklevel=5)
-        return None
-    return tqdm
 
 
 __all__ = ["Criterion", "test", "train"]

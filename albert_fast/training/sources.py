@@ -6,11 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..text.text_files import Columns, Record, read_values, table_format
+from ..text.text_files import (
+    LABEL_COLUMN,
+    PAIR_COLUMN,
+    TEXT_COLUMNS,
+    Columns,
+    Record,
+    read_values,
+    table_format,
+)
 
 # A file, the folder of a saved data set, a data set, or a list of dictionaries.
 Source = Any
-TEXTS = ("text", "sentence", "review")
 _SAVED = ("dataset_info.json", "state.json")
 
 
@@ -130,13 +137,13 @@ def labelled_records(source: Source, columns: Columns) -> tuple[list[Record], li
     """
     records: list[Record] = []
     places: list[str] = []
-    texts = TEXTS if columns.text is None else (str(columns.text),)
+    texts = TEXT_COLUMNS if columns.text is None else (str(columns.text),)
     for where, values in rows_of(source):
-        if columns.text is None and sum(name in values for name in TEXTS) > 1:
+        if columns.text is None and sum(name in values for name in TEXT_COLUMNS) > 1:
             raise ValueError(f"{where}: which column is the text? It has {list(values)}; name one (text_column)")
-        pair = "text_pair" if columns.pair is None else str(columns.pair)
+        pair = PAIR_COLUMN if columns.pair is None else str(columns.pair)
         second = text_value(values, (pair,), where, "the second text") if columns.pair or pair in values else None
-        label = value_of(values, (str(columns.label or "label"),), where, "the label")
+        label = value_of(values, (str(columns.label or LABEL_COLUMN),), where, "the label")
         records.append(Record(len(records) + 1, text_value(values, texts, where, "the text"), second, label))
         places.append(where)
     return records, places

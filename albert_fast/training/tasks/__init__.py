@@ -8,7 +8,7 @@ from typing import Any
 from ...models.encoder_config import EncoderConfig
 from ...text.conll_files import is_conll
 from ...text.squad_files import is_squad
-from ...text.text_files import Columns
+from ...text.text_files import LABEL_COLUMN, Columns
 from ..data import Examples
 from ..sources import Source, columns_of, is_data_set, rows_of
 from .answer import ANSWERS, Answer
@@ -73,7 +73,7 @@ def _certain_task(source: Source, columns: Columns) -> str | None:
         return "answer"
     if CHOICES in names or any({f"{prefix}0", f"{prefix}1"} <= names for prefix in NUMBERED):
         return "choose"
-    label = str(columns.label or "label")
+    label = str(columns.label or LABEL_COLUMN)
     if label in names and not isinstance(columns.label, int):
         first = next((values[label] for _, values in rows_of(source) if values.get(label)), None)
         if isinstance(first, (list, tuple)) and all(isinstance(part, str) for part in first):

@@ -14,7 +14,6 @@ from ...text.spans import ContextRows, answer_text, best_spans, context_rows, sp
 from ...text.squad_files import Question, is_squad, place_of, read_squad
 from ...text.text_files import Columns
 from ..data import Examples, TokenRows
-from ..loop import Criterion
 from ..metrics import ANSWER_METRICS, answer_metrics
 from ..sources import Source, is_data_set, name_of, rows_of, text_value, value_of
 from .base import Libraries, Measured, Task, rows_options
@@ -114,7 +113,7 @@ class Answer(Task):
     ) -> TokenRows:
         return SpanDataset(examples.texts, examples.labels, tokenizer, max_length, types=types, **rows_options(recipe))
 
-    def criterion(self, recipe: Any, examples: Examples) -> Criterion:
+    def criterion(self, recipe: Any, examples: Examples) -> nn.Module:
         return nn.CrossEntropyLoss()
 
     def rows(self, outputs: Any, data: TokenRows, chosen: list[int]) -> Sequence[Any]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ...models.encoder_config import EncoderConfig
 from ...text.text_files import Columns
 from ..data import Examples, LengthBucketSampler, TokenRows
-from ..loop import Criterion, test
+from ..loop import test
 from ..metrics import Metric, require_library
 from ..sources import Source
 
@@ -129,7 +129,7 @@ class Task(ABC):
             recipe: of the training set, whose tokens it drops and moves; None: to measure a model.
         """
 
-    def criterion(self, recipe: Recipe, examples: Examples) -> Criterion | None:
+    def criterion(self, recipe: Recipe, examples: Examples) -> nn.Module | None:
         """The loss to train with; None: the model's own."""
         weight = class_weights(examples, recipe) if self.weighs_classes else None
         return nn.CrossEntropyLoss(weight=weight, label_smoothing=recipe.label_smoothing)

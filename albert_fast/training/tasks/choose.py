@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ...models.auto import AutoModelForMultipleChoice
 from ...models.encoder_config import EncoderConfig
-from ...text.text_files import Columns
+from ...text.text_files import LABEL_COLUMN, TEXT_COLUMNS, Columns
 from ..data import Examples, TokenRows
 from ..metrics import compute_metrics
-from ..sources import TEXTS, Source, name_of, rows_of, text_value, value_of
+from ..sources import Source, name_of, rows_of, text_value, value_of
 from .base import Libraries, Measured, Task, rows_options
 from .texts import refuse_one_label
 
 CHOICES = "choices"
 NUMBERED = ("choice", "ending")  # choice0, choice1 ... or ending0, ending1 ...
-FIRST = (*TEXTS, "question", "sent1")
+FIRST = (*TEXT_COLUMNS, "question", "sent1")
 
 
 class ChoiceDataset(TokenRows):
@@ -49,7 +49,7 @@ class ChoiceDataset(TokenRows):
         super().__init__(
             encoded["input_ids"], encoded["token_type_ids"] if types else None, labels, tokenizer, **options
         )
-        lengths, self.row_lengths = self.lengths, self.lengths
+        lengths = self.lengths
         self.lengths = [max(lengths[start : start + self.choices]) for start in range(0, len(pairs), self.choices)]
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class Choose(Task):
             choices = _choices(values, columns.pair, where)
             if texts and len(choices) != len(texts[0][1]):
                 raise ValueError(f"{where}: {len(choices)} choices, but the first row has {len(texts[0][1])}")
-            given = value_of(values, (str(columns.label or "label"),), where, "the label")
+            given = value_of(values, (str(columns.label or LABEL_COLUMN),), where, "the label")
             texts.append((first, choices))
             labels.append(_number(given, choices, where))
         if not texts:

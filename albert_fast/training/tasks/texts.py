@@ -15,7 +15,6 @@ from ...models.auto import AutoModelForSequenceClassification
 from ...models.encoder_config import EncoderConfig
 from ...text.text_files import LABEL_COLUMN, Columns
 from ..data import Examples, TextDataset, TokenRows, examples_of, read_examples, texts_of
-from ..loop import Criterion
 from ..metrics import LIBRARIES, METRICS, MULTILABEL_METRICS, OF_CLASSES, Metric, check_metrics, compute_metrics
 from ..recipe import Recipe
 from ..sources import Source, is_data_set, labelled_records, name_of
@@ -168,7 +167,7 @@ class Regress(_Texts):
     def configured(self, config: EncoderConfig, examples: Examples) -> EncoderConfig:
         return config.replace(id2label=None, label2id=None, num_labels=1, problem_type="regression")
 
-    def criterion(self, recipe: Recipe, examples: Examples) -> Criterion:
+    def criterion(self, recipe: Recipe, examples: Examples) -> nn.Module:
         return nn.MSELoss()
 
     def measured(
@@ -221,7 +220,7 @@ class Multilabel(_Texts):
         names = dict(enumerate(examples.label_names))
         return config.replace(id2label=names, label2id=None, problem_type="multi_label_classification")
 
-    def criterion(self, recipe: Recipe, examples: Examples) -> Criterion:
+    def criterion(self, recipe: Recipe, examples: Examples) -> nn.Module:
         return nn.BCEWithLogitsLoss()
 
     def measured(
