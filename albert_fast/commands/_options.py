@@ -38,7 +38,9 @@ class InputFormat(str, Enum):
 INPUT_HELP = (
     "Lines of text, or a table (.csv, .tsv, .jsonl, also as .gz; .parquet); - is standard input; or the text itself."
 )
-EXAMPLES_HELP = "A table (.tsv, .csv, .jsonl, also as .gz; .parquet), CoNLL (.conll, .bio ...), SQuAD's JSON, or the folder of a saved data set."
+EXAMPLES_HELP = (
+    "A table (.tsv, .csv, .jsonl, .parquet), CoNLL (.conll, .bio), SQuAD's JSON, or a saved data set's folder."
+)
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder of a checkpoint, or its name on the Hugging Face hub.")
 ]

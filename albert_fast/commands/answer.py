@@ -93,7 +93,11 @@ def command(
         raise UsageError("--question takes the place of --question-column; give one of them")
     else:
         columns = options.TableColumns(context_column).as_columns()
-    with Lines(file, input, columns, may_be_text=question is not None) as lines:
+    try:
+        opened = Lines(file, input, columns, may_be_text=question is not None)
+    except UsageError as error:
+        raise UsageError(f"{error}, and --question asks one question of every line") from None
+    with opened as lines:
         answerer = _answerer(model, may_be_absent, max_length, batch_size, compute)
         with Progress(lines, "answer", answers_on_stdout=True) as progress:
 

@@ -97,7 +97,7 @@ def _tagger(model: str, max_length: int | None, batch_size: int, compute: option
 
 def _tag_conll(file: str, tagger: TextTagger) -> None:
     sentences = read_conll(file)
-    while part := list(itertools.islice(sentences, tagger.batch_size * WINDOW)):
+    while part := list(itertools.islice(sentences, 32 * WINDOW)):
         for sentence, tags in zip(part, tagger.tags([sentence.words for sentence in part]), strict=True):
             for word, expected, found in zip(sentence.words, sentence.tags, tags, strict=True):
                 sys.stdout.write(f"{word}\t{expected}\t{found.tag}\n")

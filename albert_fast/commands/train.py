@@ -148,6 +148,12 @@ def command(
     init_from: Annotated[
         str | None, typer.Option("--init-from", help="Start from this checkpoint.", show_default="a new model")
     ] = None,
+    pair_pooling: Annotated[
+        str | None,
+        typer.Option(
+            help="aligned: a pair's representation without its [SEP] is pooled, and not [CLS]; cls.", show_default="cls"
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in OUTPUT; the number of --epochs may change.")
     ] = False,
@@ -173,8 +179,8 @@ def command(
     translation: a text for each text; TRAIN is the names of two files with a comma between, of which line n of one belongs to
     line n of the other, or a table with source and target.
 
-    OUTPUT is a checkpoint folder for classify, tag, answer, encode and transformers. Everything is checked before the first step. An
-    interrupted run continues with --resume and the same options; a finished run continues with more --epochs.
+    OUTPUT is a checkpoint folder for classify, tag, answer, encode and transformers. Everything is checked before the first
+    step. An interrupted run continues with --resume and the same options; a finished run continues with more --epochs.
 
     \b
     Examples:
@@ -205,6 +211,7 @@ def command(
             vocab_size=new_model.vocab_size,
             vocab_kind=new_model.vocab_kind,
             init_from=init_from,
+            pair_pooling=pair_pooling,
             label_names=None if label_names is None else label_names.split(","),
             resume=resume,
             device=device,

@@ -1,7 +1,8 @@
 """Padding is removed once, before the embedding: the real tokens become rows (T, ...), and cu_seqlens says where each sequence
 begins.
 
-Also `aligned_representation`, the representation of a pair, which reads unpacked hidden states.
+Also `aligned_representation`, the representation of a pair, which reads unpacked hidden states, and `aligned_mean`, its mean,
+of packed ones.
 """
 
 from __future__ import annotations
@@ -215,3 +216,23 @@ def aligned_representation(hidden_states: Tensor, position: int | Tensor) -> Ten
     columns_kept = torch.arange(columns - 1, device=hidden_states.device)[None, :]
     columns_kept = columns_kept + (columns_kept >= where - 1)
     return hidden_states.gather(1, columns_kept[:, :, None].expand(-1, -1, width))
+
+
+def aligned_mean(hidden: Tensor, types: Tensor, packing: Packing) -> Tensor:
+    """The mean of each sequence's `aligned_representation`, where L is the last token of its first segment, the [SEP].
+
+    Args:
+        hidden: (T, H) states of the real tokens.
+        types: (T,) token types, 0 in the first segment.
+
+    Returns:
+        (B, H), in the dtype of `hidden`; zeros for a sequence of fewer than two tokens.
+    """
+    counts, rows = packing.cu_seqlens.diff().long(), torch.arange(len(hidden), device=hidden.device)
+    sequence = torch.repeat_interleave(counts, output_size=len(hidden))
+    starts = packing.cu_seqlens[:-1].long()[sequence]
+    first_segment = torch.zeros_like(counts).index_add(0, sequence, (types == 0).long())
+    kept = (rows - starts != first_segment[sequence] - 1)[:, None]
+    states = hidden.float() if hidden.dtype in (torch.float16, torch.bfloat16) else hidden
+    sums = states.new_zeros(len(counts), hidden.shape[1]).index_add(0, sequence, states * kept)
+    return (sums / (counts - 1).clamp(min=1)[:, None]).to(hidden.dtype)

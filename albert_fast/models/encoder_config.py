@@ -26,6 +26,21 @@ ACTIVATIONS = {
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 
+PAIR_POOLINGS = ("cls", "aligned")
+
+
+def pools_pairs(config: Any) -> bool:
+    """Whether a classifier pools the aligned representation of a pair: `pair_pooling` of config.json, a key of this library.
+
+    Raises:
+        ValueError: another value than "cls", the default, and "aligned".
+    """
+    stated = getattr(config, "pair_pooling", "cls")
+    if stated not in PAIR_POOLINGS:
+        raise ValueError(f"config: pair_pooling is {stated!r}; known: {', '.join(map(repr, PAIR_POOLINGS))}")
+    return bool(stated == "aligned")
+
+
 Config = TypeVar("Config", bound="EncoderConfig")
 
 

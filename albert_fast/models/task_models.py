@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapters import project
+from ..layers.adapters import project, project_tanh
+from ..layers.encoded import Encoded
 from ..layers.inputs import Inputs
+from ..layers.packing import aligned_mean
 from ..layers.wanted import WantedTokens
+from .encoder_config import pools_pairs
 from .head_model import HeadModel, MLMModel
 from .losses import cross_entropy, position_loss, row_loss
 from .outputs import LogitsOutput, QuestionAnsweringOutput
@@ -65,12 +68,38 @@ class ForMaskedLM(MLMModel):
 
 
 class ForSequenceClassification(HeadModel):
-    """The encoder and a classifier of its pooled token; the last layer is computed for first tokens alone."""
+    """The encoder and a classifier of its pooled token; the last layer is computed for first tokens alone.
+
+    With `pair_pooling="aligned"` in config.json the pooler reads the mean of a pair's `aligned_representation` instead.
+    """
 
     wanted_tokens = "first"
 
+    def __init__(self, config: Any, *, backend: str = "auto") -> None:
+        super().__init__(config, backend=backend)
+        self.pools_pairs = pools_pairs(config)
+        if self.pools_pairs and (self.pools_first or not self.base_model.takes_types):
+            raise ValueError(
+                f"pair_pooling 'aligned' needs a pooler and token types, which {config.model_type} has not"
+            )
+        if self.pools_pairs:
+            self.wanted_tokens = "all"
+
     def add_head(self, config: Any) -> None:
         self.add_classifier(config, config.num_labels)
+
+    def pooled(self, encoded: Encoded, inputs: Inputs) -> Any:
+        """(B, H) of the pooler."""
+        if not self.pools_pairs:
+            return encoded.pooled
+        types = (inputs if encoded.packing.shape is None else inputs.for_all_rows()).token_type_ids
+        types = (
+            torch.zeros_like(encoded.hidden[:, 0], dtype=torch.int64)
+            if types is None
+            else encoded.packing.gather(types)
+        )
+        mean = aligned_mean(encoded.hidden, types, encoded.packing)
+        return project_tanh(self.base_model.pooling(), mean)
 
     def scores(self, pooled: Any) -> Tensor:
         """(B, H) -> (B, num_labels)."""
@@ -105,7 +134,7 @@ class ForSequenceClassification(HeadModel):
         """
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self.encode(inputs, output_hidden_states, output_attentions)
-        logits = self.scores(encoded.pooled)
+        logits = self.scores(self.pooled(encoded, inputs))
         loss = None if labels is None else row_loss(logits, labels, self.config)
         return self.finish(LogitsOutput(loss, logits), encoded, return_dict)
 
@@ -129,7 +158,7 @@ class ForSequenceClassification(HeadModel):
         """
         inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
         encoded = self.encode_packed(inputs)
-        return self.finish(LogitsOutput(logits=self.scores(encoded.pooled)), encoded, return_dict)
+        return self.finish(LogitsOutput(logits=self.scores(self.pooled(encoded, inputs))), encoded, return_dict)
 
     def loss_function(self, logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
         """The loss that `forward` computes of logits (B, num_labels) and labels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def _question(name: str, context: Any, asked: dict[str, Any]) -> Question:
 def place_of(answer: Any, context: str, start: Any, where: str) -> tuple[str, int]:
     """(answer, its first character in the context): at `start`, or where it occurs nearest to it or first.
 
+    An answer whose words are split otherwise ("it 's" for "it's") is found too, and is returned as the context has it.
+
     Raises:
         ValueError: the context does not contain the answer; `where` begins the message.
     """
@@ -78,11 +81,12 @@ def place_of(answer: Any, context: str, start: Any, where: str) -> tuple[str, in
         raise ValueError(f"{where}: the first character of the answer is {start!r}, not a whole number")
     if start is not None and start >= 0 and context.startswith(answer, start):
         return answer, start
-    places = []
-    at = context.find(answer)
-    while at >= 0:
-        places.append(at)
-        at = context.find(answer, at + 1)
-    if not places:
-        raise ValueError(f"{where}: the context does not contain the answer {answer!r:.80}")
-    return answer, places[0] if start is None else min(places, key=lambda place: abs(place - start))
+    spaced = re.compile(r"\s*".join(re.escape(character) for character in answer if not character.isspace()))
+    for pattern in (re.compile(re.escape(answer)), spaced):
+        # With a lookahead, so that places that overlap are all found.
+        if places := [match.start() for match in re.finditer(f"(?={pattern.pattern})", context)]:
+            place = places[0] if start is None else min(places, key=lambda place: abs(place - start))
+            found = pattern.match(context, place)
+            assert found is not None
+            return found.group(), place
+    raise ValueError(f"{where}: the context does not contain the answer {answer!r:.80}")

@@ -351,7 +351,7 @@ class RowReader:
 
     # JSON lines
 
-    def _json_values(self, content: str) -> dict[str, Any]:
+    def _json_values(self, content: str) -> Mapping[Any, Any]:
         try:
             values = json.loads(content, parse_constant=_no_constant, object_pairs_hook=_distinct_keys)
         except (ValueError, RecursionError) as error:

@@ -85,8 +85,8 @@ def _first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> d
     found: dict[int, int] = {}
     for token, (start, end) in enumerate(offsets):
         # By its last character: a token may begin with the space before its word.
-        if end > start and (number := owner.get(end - 1)) is not None:
-            found.setdefault(number, token)
+        if end > start and (word_number := owner.get(end - 1)) is not None:
+            found.setdefault(word_number, token)
     return found
 
 

@@ -102,6 +102,7 @@ def fit(
     vocab_size: int = 8000,
     vocab_kind: str = "unigram",
     init_from: str | Path | None = None,
+    pair_pooling: str | None = None,
     label_names: list[str] | None = None,
     text_column: str | int | None = None,
     pair_column: str | int | None = None,
@@ -128,6 +129,8 @@ def fit(
         vocab_kind: "unigram" (SentencePiece) or "wordpiece", which makes a word of every Chinese character.
         init_from: a checkpoint folder, file of weights or hub id; its weights and vocabulary are the start, such as those of
             a pre-trained ALBERT, BERT or DistilBERT.
+        pair_pooling: "aligned": a classifier of pairs pools the mean of their `aligned_representation` and not [CLS], here and
+            wherever the model is loaded by this library; None: as in the checkpoint, by default "cls".
         resume: continue the run in output_dir if there is one. Files and settings must be the same, except for the number
             of epochs: the learning rate of each later step is then that of a run planned with the new number.
         device: default: a GPU if there is one.
@@ -177,6 +180,9 @@ def fit(
         tokenizer = for_plain_text(tokenizer)
         config = config or chosen.new_config(recipe.max_length)
         config = chosen.configured(_complete(config, tokenizer, init_from, recipe), examples)
+        if pair_pooling is not None:
+            _check_pairs(chosen, examples, pair_pooling)
+            config.pair_pooling = pair_pooling
         work = _Work(chosen, config, tokenizer, examples, dev, init_from)
         if learnt:
             # A checkpoint's tokenizer may say less; a new one says nothing of it.
@@ -225,6 +231,16 @@ def _check_loss(task: Task, recipe: Recipe) -> None:
     for name in ("pretrain_epochs", "piece_dropout", "position_shift"):
         if getattr(recipe, name) and not task.encoder_alone:
             raise ValueError(f"{name} is for an encoder alone; the task is {task.name}")
+
+
+def _check_pairs(task: Task, examples: Examples, pair_pooling: str) -> None:
+    """ValueError where there are no pairs to pool."""
+    if pair_pooling == "aligned" and (
+        not task.architecture.endswith("SequenceClassification") or isinstance(examples.texts[0], str)
+    ):
+        raise ValueError(
+            "pair_pooling 'aligned' is for classes or numbers of pairs of texts; the examples are not such pairs"
+        )
 
 
 def _settings(work: _Work, recipe: Recipe, vocab_size: int) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def answer_metrics(
     """
     from torchmetrics.functional.text import squad
 
-    truth = [
+    truth: list[Any] = [
         {"id": str(i), "answers": {"text": list(texts) or [""], "answer_start": [0] * max(1, len(texts))}}
         for i, texts in enumerate(expected)
     ]

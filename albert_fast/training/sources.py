@@ -128,7 +128,8 @@ def labelled_records(source: Source, columns: Columns) -> tuple[list[Record], li
     Raises:
         ValueError: a column that is missing, or a text that is no string.
     """
-    records, places = [], []
+    records: list[Record] = []
+    places: list[str] = []
     texts = TEXTS if columns.text is None else (str(columns.text),)
     for where, values in rows_of(source):
         if columns.text is None and sum(name in values for name in TEXTS) > 1:

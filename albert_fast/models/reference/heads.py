@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...layers.packing import aligned_representation
 from ..config import ALBERTConfig
+from ..encoder_config import pools_pairs
 from ..outputs import BaseModelOutput, LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 from ..pretrained import PretrainedMixin
 from .albert import ACTIVATIONS, ALBERTModel, LayerNorm, token_mask
@@ -75,9 +77,14 @@ class HeadModel(PretrainedMixin):
         mask = token_mask(input_ids, attention_mask, inputs_embeds)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         encoded = self.albert(*inputs, output_hidden_states, output_attentions, True)
+        encoded.pooler_output = self.pooled(encoded, mask, token_type_ids)
         output = self.head(encoded, mask, labels, **more)
         output.hidden_states, output.attentions = encoded.hidden_states, encoded.attentions
         return output if self.asked("use_return_dict", return_dict) else output.to_tuple()
+
+    def pooled(self, encoded: BaseModelOutput, mask: Tensor, token_type_ids: Tensor | None) -> Tensor | None:
+        """(B, H), what a classifier reads of each sequence."""
+        return encoded.pooler_output
 
 
 class ALBERTForMaskedLM(HeadModel):
@@ -123,6 +130,19 @@ class ALBERTForSequenceClassification(HeadModel):
         self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.init_weights()
+
+    def pooled(self, encoded: BaseModelOutput, mask: Tensor, token_type_ids: Tensor | None) -> Tensor | None:
+        if not pools_pairs(self.config):
+            return encoded.pooler_output
+        types = torch.zeros_like(mask) if token_type_ids is None else token_type_ids.expand_as(mask)
+        means = []
+        for states, real, own in zip(encoded.last_hidden_state, mask.bool(), types, strict=True):
+            kept, separator = states[real], int((own[real] == 0).sum())
+            short = len(kept) < 2  # nothing is left without the separator
+            means.append(
+                states.new_zeros(states.shape[1]) if short else aligned_representation(kept, separator).mean(0)
+            )
+        return torch.tanh(self.albert.pooler(torch.stack(means)))
 
     def head(self, encoded: BaseModelOutput, mask: Tensor, labels: Tensor | None) -> LogitsOutput:
         logits = self.classifier(self.dropout(encoded.pooler_output))

@@ -87,7 +87,8 @@ class Choose(Task):
     def read(self, source: Source, columns: Columns, label_names: Sequence[str] | None) -> Examples:
         if label_names is not None:
             raise ValueError("label_names: choices are texts, and have no names")
-        texts, labels = [], []
+        texts: list[tuple[str, list[str]]] = []
+        labels: list[int] = []
         for where, values in rows_of(source):
             first = text_value(values, FIRST if columns.text is None else (str(columns.text),), where, "the first text")
             choices = _choices(values, columns.pair, where)
