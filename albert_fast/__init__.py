@@ -70,8 +70,10 @@ if TYPE_CHECKING:
     from .models.seq2seq import ALBERTForConditionalGeneration as ALBERTForConditionalGeneration
     from .models.seq2seq_config import ALBERTSeq2SeqConfig as ALBERTSeq2SeqConfig
     from .ops import synchronize as synchronize
+    from .tasks.answer import QuestionAnswerer as QuestionAnswerer
     from .tasks.embed import TextEncoder as TextEncoder
     from .tasks.score import TextScorer as TextScorer
+    from .tasks.tag import TextTagger as TextTagger
     from .tasks.translate import Translator as Translator
     from .text.tokenizer import load_tokenizer as load_tokenizer
 
@@ -129,8 +131,10 @@ _HOME = {
     "AutoModelForMultipleChoice": "models.auto",
     "aligned_representation": "layers.packing",
     "WantedTokens": "layers.wanted",
+    "QuestionAnswerer": "tasks.answer",
     "TextEncoder": "tasks.embed",
     "TextScorer": "tasks.score",
+    "TextTagger": "tasks.tag",
     "Translator": "tasks.translate",
     "explain": "inspect.explain",
     "load_tokenizer": "text.tokenizer",

@@ -20,6 +20,8 @@ from albert_fast.testing.accelerated_models import (
 )
 from albert_fast.testing.model_pairs import assert_gradients_equal, drawn_mask
 from albert_fast.testing.tolerances import assert_close_calibrated
+from albert_fast.training import test as test_loop
+from albert_fast.training import train
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.usefixtures("one_thread", "warn_again"), pytest.mark.filterwarnings("error:albert_fast")]
@@ -219,3 +221,17 @@ def test_functional_call_sees_other_parameters():
         return torch.func.functional_call(model, scaled, (), batch).last_hidden_state
 
     assert_like_original(fast, model, original)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
+def test_an_accelerated_model_trains_through_this_librarys_loop(head):
+    batches = [labelled(head, None) for _ in range(3)]
+    plain = tiny_model("albert", head, **NO_DROPOUT, classifier_dropout_prob=0.0)
+    fast = albert_fast.accelerate(copy.deepcopy(plain))
+    losses = []
+    for model in (plain, fast):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        passes = [train(model, batches, None, optimizer, "cpu", progress=False) for _ in range(2)]
+        losses.append([*passes, test_loop(model, batches, None, "cpu", progress=False)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][2] < losses[0][0], "nothing was learnt"

@@ -166,7 +166,9 @@ def test_the_default_rate_learns_from_scratch(text_files: tuple[Path, Path], tmp
     assert json.loads((tmp_path / "new" / "log.jsonl").read_text().splitlines()[0])["learning_rate"] == 5e-4
     tuned = dataclasses.replace(recipe, epochs=1)
     run_fit(text_files, tmp_path / "tuned", recipe=tuned, config=None, init_from=tmp_path / "new")
-    assert json.loads((tmp_path / "tuned" / "log.jsonl").read_text().splitlines()[0])["learning_rate"] == 5e-5
+    assert json.loads((tmp_path / "tuned" / "log.jsonl").read_text().splitlines()[0])["learning_rate"] == 5e-4
+    rates = [recipe.completed(trained_width=width, metric="f1").learning_rate for width in (None, 16, 128, 768, 4096)]
+    assert rates == pytest.approx([5e-4, 5e-4, 3e-4, 5e-5, 9.375e-6])
 
 
 def test_ctrl_c_finishes_the_step_and_saves(

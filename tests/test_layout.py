@@ -233,7 +233,7 @@ FILES = {
     ),
     "albert_fast/training": (
         "baseline checkpointing checks data distill evaluate fit interrupts loop masking metrics optimization plots "
-        "recipe run sources"
+        "progress recipe run sources"
     ),
     "albert_fast/training/tasks": "answer base choose tag texts translate",
     "kernels": (

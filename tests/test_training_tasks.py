@@ -11,7 +11,9 @@ import pytest
 
 from albert_fast import ALBERTConfig
 from albert_fast.tasks.answer import QuestionAnswerer
+from albert_fast.tasks.classify import TextClassifier, best_label
 from albert_fast.tasks.tag import TextTagger
+from albert_fast.text.tokenizer import load_tokenizer
 from albert_fast.training import Recipe, evaluate, fit
 from albert_fast.training.tasks import TASKS
 
@@ -121,3 +123,16 @@ def test_a_model_learns_its_task_and_is_measured_for_it(tmp_path: Path, task: st
         assert [
             context[one.start : one.end] for one, (_, context) in zip(answers, pairs, strict=True)
         ] == measured.predicted
+
+
+def test_chinese_from_scratch_by_characters(tmp_path: Path) -> None:
+    good, bad = "\u5f88\u597d", "\u5f88\u5dee"  # very good, very bad
+    nouns = ["\u623f\u95f4", "\u670d\u52a1", "\u65e9\u9910", "\u4f4d\u7f6e"]
+    rows = [{"text": f"{nouns[i % 4]}{(good, bad)[i // 4 % 2]}\u3002", "label": i // 4 % 2} for i in range(64)]
+    recipe = Recipe(epochs=6, batch_size=8, max_length=16, learning_rate=5e-3)
+    arguments = {"config": CONFIG, "vocab_kind": "wordpiece", "vocab_size": 60, "device": "cpu", "progress": False}
+    result = fit(rows, tmp_path / "model", dev_file=rows, recipe=recipe, **arguments)
+    assert result.best_value == 1.0
+    assert load_tokenizer(tmp_path / "model").tokenize(rows[0]["text"]) == list(rows[0]["text"])
+    found = TextClassifier(tmp_path / "model", device="cpu")([rows[1]["text"], rows[5]["text"]])
+    assert [best_label(scores) for scores in found] == ["0", "1"]

@@ -61,7 +61,7 @@ def command(
         metrics=metric,
         batch_size=batch_size,
         max_length=max_length,
-        progress=sys.stderr.isatty(),
+        progress=True,
         **columns.as_keywords(),
         **compute.as_keywords(),
     )

@@ -28,7 +28,7 @@ class RecipeOptions:
             "--lr",
             min=0.0,
             help="Peak learning rate.",
-            show_default="5e-5 with --init-from, else 5e-4",
+            show_default="5e-5 with a base model in --init-from, more with a narrower one; else 5e-4",
         ),
     ] = None
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.01
@@ -164,9 +164,9 @@ def command(
     recipe: RecipeOptions,
     new_model: NewModel,
     progress: Annotated[
-        bool | None,
-        typer.Option("--progress/--no-progress", help="Bars on standard error.", show_default="on a terminal"),
-    ] = None,
+        bool,
+        typer.Option("--progress/--no-progress", help="A bar on a terminal, elsewhere a line now and then."),
+    ] = True,
     device: options.Device = None,
     threads: options.Threads = None,
 ) -> None:
@@ -215,7 +215,7 @@ def command(
             label_names=None if label_names is None else label_names.split(","),
             resume=resume,
             device=device,
-            progress=sys.stderr.isatty() if progress is None else progress,
+            progress=progress,
             report=warn,
             **columns.as_keywords(),
         )

@@ -8,6 +8,7 @@ from .fit import FitResult, fit, small_config
 from .loop import test, train
 from .masking import MaskedTextDataset
 from .metrics import compute_metrics
+from .plots import draw_confusion_matrix
 from .recipe import Recipe
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Recipe",
     "TextDataset",
     "compute_metrics",
+    "draw_confusion_matrix",
     "evaluate",
     "fit",
     "read_examples",

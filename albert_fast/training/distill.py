@@ -151,7 +151,7 @@ def write_soft_labels(
     if train.label_names is None:
         raise ValueError(f"{train_file}: soft labels are for classes, its labels are numbers to predict")
     texts = [" ".join(str(text).split()) for text in train.texts]
-    teacher = LinearTeacher(texts, train.labels)  # type: ignore[arg-type]
+    teacher = LinearTeacher(texts, train.labels)
     labels = np.asarray(train.labels)
     if reviews_file is None:
         more = recombine(texts, examples, seed)

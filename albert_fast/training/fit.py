@@ -134,7 +134,7 @@ def fit(
         resume: continue the run in output_dir if there is one. Files and settings must be the same, except for the number
             of epochs: the learning rate of each later step is then that of a run planned with the new number.
         device: default: a GPU if there is one.
-        progress: bars on standard error.
+        progress: on standard error, a bar on a terminal, elsewhere a line now and then.
         report: called with lines about the run; default: they go to standard error if `progress` is on.
 
     Raises:
@@ -158,7 +158,8 @@ def fit(
         chosen, examples = read_for(task, train_file, columns, label_names)
         chosen.check(examples, train_file, label_names)
         metric = chosen.default_metric(examples.label_names)
-        recipe = recipe.completed(from_checkpoint=init_from is not None, metric=metric)
+        width = None if init_from is None else config_of(resolve(init_from)).hidden_size
+        recipe = recipe.completed(trained_width=width, metric=metric)
         _check_loss(chosen, recipe)
         metrics = dev_metrics(recipe.metric)
         if dev_file is not None or test_file is not None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..ops.linear_cross_entropy import IGNORED
 from ..runtime.dispatch import check_device
 from .metrics import Metric, check_metrics, compute_metrics, predictions_of
+from .progress import epoch_progress
 
 LABEL_KEYS = ("labels", "start_positions", "end_positions", "sentence_order_label")
 Criterion = Callable[[Any, Any], Tensor]
@@ -46,7 +47,7 @@ def train(
     scheduler: Any = None,
     max_grad_norm: float | None = None,
     after_step: Callable[[float, int], None] | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> float:
     """Trains for one pass over `data_loader`; the table above says what `criterion` gets.
 
@@ -54,7 +55,7 @@ def train(
         scheduler: its `step()` is called after every optimizer step.
         max_grad_norm: gradients with a larger L2 norm are scaled down to this one.
         after_step: called with (loss, number of examples) after every optimizer step.
-        progress: a bar on standard error.
+        progress: on standard error, a bar on a terminal, elsewhere a line now and then; a str is its label.
 
     Returns:
         The mean loss over all examples (over all labelled tokens for token labels), measured before each step.
@@ -72,10 +73,10 @@ def train(
     model.to(device)
     _check_optimizer(model, optimizer)
     total, count = 0.0, 0
-    with _mode(model, training=True), _progress(data_loader, "train", progress) as (batches, show):
+    with _mode(model, training=True), epoch_progress(data_loader, "train", progress) as (batches, show):
         for batch in batches:
             optimizer.zero_grad(set_to_none=True)
-            loss, examples, _, _ = _step(model, batch, criterion, device, predictions=False)
+            loss, examples, _ = _step(model, batch, criterion, device, predictions=False)
             loss.backward()
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -98,7 +99,7 @@ def test(
     *,
     metrics: Sequence[str | Metric] | None = None,  # noqa: PT028
     after_batch: Callable[[Any], None] | None = None,  # noqa: PT028
-    progress: bool = True,  # noqa: PT028
+    progress: bool | str = True,  # noqa: PT028
 ) -> Any:
     """Evaluates without gradients; the table above says what `criterion` gets.
 
@@ -106,7 +107,7 @@ def test(
         metrics: names ("accuracy", "f1", "precision", "recall", "matthews", "mse", "pearson", "spearman") or functions
             (labels, predictions) -> float, on arrays over the whole data set: see `predictions_of`.
         after_batch: called with what the model returned for each batch.
-        progress: a bar on standard error.
+        progress: on standard error, a bar on a terminal, elsewhere a line now and then; a str is its label.
 
     Returns:
         The mean loss over all examples (labelled tokens for token labels); with `metrics`, (mean loss, {name: value}).
@@ -124,18 +125,20 @@ def test(
     labels_seen: list[Tensor] = []
     predictions: list[Tensor] = []
     # no_grad, not inference_mode: what a model caches during evaluation must be usable in training.
-    with torch.no_grad(), _mode(model, training=False), _progress(data_loader, "test", progress) as (batches, show):
+    with (
+        torch.no_grad(),
+        _mode(model, training=False),
+        epoch_progress(data_loader, "test", progress) as (batches, show),
+    ):
         for batch in batches:
             predicts = metrics is not None or after_batch is not None
-            loss, examples, pairs, outputs = _step(model, batch, criterion, device, predictions=predicts)
+            loss, examples, pairs = _step(model, batch, criterion, device, predicts, after_batch)
             total, count = total + float(loss) * examples, count + examples
             show(total, count)
             if metrics is not None:
                 truth, guess = predictions_of(pairs)
                 labels_seen.append(truth.cpu())
                 predictions.append(guess.cpu())
-            if after_batch is not None:
-                after_batch(outputs)
     mean = _mean(total, count)
     if metrics is None:
         return mean
@@ -171,8 +174,9 @@ def _step(
     criterion: Criterion | None,
     device: torch.device | str,
     predictions: bool,
-) -> tuple[Tensor, int, list[tuple[Any, Any]], Any]:
-    """Returns the loss of a batch (a scalar), its number of examples, its (outputs, labels) pairs, and what the model returned.
+    after_batch: Callable[[Any], None] | None = None,
+) -> tuple[Tensor, int, list[tuple[Any, Any]]]:
+    """Returns the loss of a batch (a scalar), its number of examples, and its (outputs, labels) pairs.
 
     If `predictions` is False, the outputs in the pairs may be None.
     """
@@ -206,7 +210,9 @@ def _step(
         raise TypeError(f"the criterion must return a tensor, got {type(loss).__name__}")
     if loss.dim():
         raise ValueError(f"the loss must be a scalar, got shape {tuple(loss.shape)}: the criterion must take the mean")
-    return loss, _count(pairs[0][1]), pairs, outputs
+    if after_batch is not None:
+        after_batch(outputs)
+    return loss, _count(pairs[0][1]), pairs
 
 
 def _check_classes(criterion: Criterion, outputs: Any, labels: Any) -> None:
@@ -328,30 +334,6 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
-
-
-Show = Callable[[float, int], None]
-
-
-@contextmanager
-def _progress(data: Iterable[Any], label: str, enabled: bool) -> Iterator[tuple[Iterable[Any], Show]]:
-    """Yields the batches, with a tqdm bar on standard error if `enabled`, and a function that shows the running mean."""
-    tqdm = _tqdm() if enabled else None
-    if tqdm is None:
-        yield data, lambda total, count: None
-        return
-    with tqdm(data, desc=label, unit="batch", leave=False, dynamic_ncols=True) as bar:
-        yield bar, lambda total, count: bar.set_postfix(loss=f"{total / max(count, 1):.4f}", refresh=False)
-
-
-@cache
-def _tqdm() -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        warnings.warn("no progress bar: tqdm is not installed (pip install 'albert-fast[train]')", stacklevel=5)
-        return None
-    return tqdm
 
 
 __all__ = ["Criterion", "test", "train"]

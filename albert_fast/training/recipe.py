@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 from .metrics import ANSWER_METRICS, METRICS, TRANSLATION_METRICS
 
-# The highest learning rate: small steps for trained weights, larger ones for random weights.
+# The highest learning rate: small steps for trained weights, larger ones for random weights. That of trained weights is for the
+# width of base models; Adam's best rate falls as 1 / width (Yang et al. 2022, "Tensor Programs V", arXiv 2203.03466, table 3).
 FINE_TUNING_RATE, FROM_SCRATCH_RATE = 5e-5, 5e-4
+BASE_WIDTH = 768
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,9 @@ class Recipe:
 
     Attributes:
         epochs, batch_size, learning_rate, weight_decay, warmup_ratio, max_grad_norm: AdamW with linear warm-up over
-            `warmup_ratio` of the steps, then linear decay to zero. learning_rate is the highest rate; None: 5e-5 if
-            `fit` starts from a checkpoint, 5e-4 for a new model.
+            `warmup_ratio` of the steps, then linear decay to zero. learning_rate is the highest rate; None: if
+            `fit` starts from a checkpoint, 5e-5 for a hidden size of 768, and in inverse proportion for others, at most 5e-4;
+            5e-4 for a new model.
         max_length: longer texts are cut.
         label_smoothing: of the cross-entropy over classes, tags or choices.
         class_weights: "balanced": classes and tags weigh as much as others in sum, however rare they are; None: each example
@@ -88,9 +91,15 @@ class Recipe:
                 if value is not None and not fits(value):
                     raise ValueError(f"{name} {wanted}, got {value}")
 
-    def completed(self, *, from_checkpoint: bool, metric: str) -> Recipe:
-        """This recipe with the default learning rate, and the task's default `metric`, in place of None."""
-        rate = FINE_TUNING_RATE if from_checkpoint else FROM_SCRATCH_RATE
+    def completed(self, *, trained_width: int | None, metric: str) -> Recipe:
+        """This recipe with the default learning rate, and the task's default `metric`, in place of None.
+
+        Args:
+            trained_width: the hidden size of the checkpoint to start from; None: a new model.
+        """
+        rate = FROM_SCRATCH_RATE
+        if trained_width is not None:
+            rate = min(rate, FINE_TUNING_RATE * BASE_WIDTH / trained_width)
         return dataclasses.replace(
             self,
             learning_rate=rate if self.learning_rate is None else self.learning_rate,

@@ -180,7 +180,7 @@ class TrainingRun:
                             scheduler=schedule,
                             max_grad_norm=recipe.max_grad_norm,
                             after_step=after_step,
-                            progress=self.progress,
+                            progress=self.progress and f"{stage.name}, epoch {epoch} of {stage.epochs}",
                         )
                     # Before the dev set, where an error would lose the epoch, and before there is a model without a state.
                     self._save(stage.name, parts, position)

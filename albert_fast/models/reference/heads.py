@@ -134,6 +134,8 @@ class ALBERTForSequenceClassification(HeadModel):
     def pooled(self, encoded: BaseModelOutput, mask: Tensor, token_type_ids: Tensor | None) -> Tensor | None:
         if not pools_pairs(self.config):
             return encoded.pooler_output
+        assert encoded.last_hidden_state is not None
+        assert self.albert.pooler is not None
         types = torch.zeros_like(mask) if token_type_ids is None else token_type_ids.expand_as(mask)
         means = []
         for states, real, own in zip(encoded.last_hidden_state, mask.bool(), types, strict=True):
