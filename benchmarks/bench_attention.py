@@ -47,6 +47,13 @@ def sdpa(
     return out.transpose(1, 2).reshape(q.shape)
 
 
+class DecoderGroup(OperatorGroup):
+    """Attention as a decoder calls it; torch.compile would only call the same fused operator."""
+
+    def sides(self) -> tuple[str, ...]:
+        return self.backend, "eager"
+
+
 def _shape_name(shape: Any) -> str:
     lengths, _, heads, head_size = shape
     return f"{len(lengths)}x{lengths[0]}x{heads}x{head_size}"
@@ -54,8 +61,10 @@ def _shape_name(shape: Any) -> str:
 
 def groups(options: Options) -> Iterator[OperatorGroup]:
     yield from operator_groups("attention", options, _shape_name, sdpa)
-    yield from operator_groups("attention", options, lambda shape: f"{_shape_name(shape)}-causal", sdpa, causal=True)
-    decoding = {"shapes": (DECODING,), "directions": (False,), "cached": True}
+    yield from operator_groups(
+        "attention", options, lambda shape: f"{_shape_name(shape)}-causal", sdpa, kind=DecoderGroup, causal=True
+    )
+    decoding = {"shapes": (DECODING,), "directions": (False,), "kind": DecoderGroup, "cached": True}
     yield from operator_groups("attention", options, lambda shape: "64x32x8x64-decode", sdpa, **decoding)
 
 

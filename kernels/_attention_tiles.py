@@ -39,7 +39,7 @@ _TILES: TileTable = {
     ("tf32", 128): ((128, 32, 128, 8, 2), (64, 32, 32, 8, 2)),
     ("tf32", 256): ((64, 16, 64, 8, 2),),
 }
-# Candidates that spill with dropout: 2 to 8 registers, on sm_80 or sm_100.
+# Candidates that spill with dropout, or causal: 2 to 8 registers, on sm_80 or sm_100.
 _NOT_WITH_DROPOUT: tuple[Tiles, ...] = (
     {"TF32": False, "BLOCK_D": 64, "BLOCK_M": 128, "BLOCK_N": 128},
     {"TF32": False, "BLOCK_D": 128, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4},
@@ -100,7 +100,12 @@ def _candidates(table: TileTable, head_dim: int, dtype: torch.dtype, tf32: bool)
 
 
 def attention_tiles(
-    head_dim: int, dtype: torch.dtype, max_seqlen_q: int, dropout: bool = False, tf32: bool = False
+    head_dim: int,
+    dtype: torch.dtype,
+    max_seqlen_q: int,
+    dropout: bool = False,
+    tf32: bool = False,
+    causal: bool = False,
 ) -> list[Tiles]:
     """Candidates for at most `max_seqlen_q` queries per sequence, the default first, as keywords of the kernel.
 
@@ -128,16 +133,22 @@ def attention_tiles(
     bounded = [
         tiles | ({} if limit is None else {"maxnreg": limit}) for tiles, limit in zip(candidates, limits, strict=True)
     ]
-    return _with_room(bounded, dropout, _NOT_WITH_DROPOUT)
+    return _with_room(bounded, dropout or causal, _NOT_WITH_DROPOUT)
 
 
-def _with_room(candidates: list[Tiles], dropout: bool, too_large: Sequence[Tiles]) -> list[Tiles]:
-    """The candidates without those that are too large with dropout."""
-    return [tiles for tiles in candidates if not (dropout and any(some.items() <= tiles.items() for some in too_large))]
+def _with_room(candidates: list[Tiles], masked: bool, too_large: Sequence[Tiles]) -> list[Tiles]:
+    """The candidates; if probabilities are masked (dropout, causal), without those that are too large then."""
+    return [tiles for tiles in candidates if not (masked and any(some.items() <= tiles.items() for some in too_large))]
 
 
 def attention_bwd_tiles(
-    head_dim: int, dtype: torch.dtype, max_seqlen_q: int, max_seqlen_k: int, dropout: bool = False, tf32: bool = False
+    head_dim: int,
+    dtype: torch.dtype,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout: bool = False,
+    tf32: bool = False,
+    causal: bool = False,
 ) -> tuple[list[Tiles], list[Tiles]]:
     """Candidates for the kernel of dQ and for that of dK and dV, for sequences of at most these lengths, the default first.
 
@@ -146,7 +157,7 @@ def attention_bwd_tiles(
     """
     dq, dkdv = (_candidates(table, head_dim, dtype, tf32) for table in (_DQ_TILES, _DKDV_TILES))
     kind = ("tf32" if tf32 else dtype.itemsize, dq[0]["BLOCK_D"])
-    if kind == ("tf32", 64):  # without a limit ptxas spills on sm_100
+    if kind == ("tf32", 64) or (causal and kind == (2, 32)):  # without a limit ptxas spills on sm_100, on sm_80
         dkdv = [tiles | {"maxnreg": 255} for tiles in dkdv]
     if max_seqlen_q <= FEW_QUERIES:
         # Float32 and wide heads keep their number of warps: with fewer they would spill. So would float32 heads of 64 in short
@@ -158,15 +169,15 @@ def attention_bwd_tiles(
         dq, dkdv = [dq[0] | {"BLOCK_M": 16} | fewer | other], [tiles | {"BLOCK_M": 16} | limit for tiles in dkdv]
     elif kind in _DQ_REGISTERS:
         dq = [tiles | {"maxnreg": _DQ_REGISTERS[kind]} for tiles in dq]
-    dq = _with_room(dq, dropout, _DQ_NOT_WITH_DROPOUT)
+    dq = _with_room(dq, dropout or causal, _DQ_NOT_WITH_DROPOUT)
     # Short sequences take no more rows than the smallest tile has.
     dq = [tiles for tiles in dq if max_seqlen_q > 64 or tiles["BLOCK_M"] <= 64]
     return dq, [tiles for tiles in dkdv if max_seqlen_k > 64 or tiles["BLOCK_N"] <= 64]
 
 
 def choice_key(
-    head_dim: int, dtype: torch.dtype, tf32: bool, dropout_p: float, max_seqlen_q: int, max_seqlen_k: int
+    head_dim: int, dtype: torch.dtype, tf32: bool, dropout_p: float, causal: bool, max_seqlen_q: int, max_seqlen_k: int
 ) -> str:
     """What the fastest tiles depend on, apart from the chip; lengths are rounded up to powers of two."""
     lengths = f"Q{triton.next_power_of_2(max_seqlen_q)} K{triton.next_power_of_2(max_seqlen_k)}"
-    return f"{numbers_name(dtype, tf32)} D{head_dim} {lengths}" + (" dropout" if dropout_p else "")
+    return f"{numbers_name(dtype, tf32)} D{head_dim} {lengths}" + " dropout" * bool(dropout_p) + " causal" * causal

@@ -386,7 +386,7 @@ def attention_fwd(
     n_queries_total, width = q.shape
     head_dim, sequences = width // num_heads, len(cu_seqlens_q) - 1
     tf32 = multiplies_tf32(q.dtype)
-    candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q, dropout_p > 0.0, tf32)
+    candidates = attention_tiles(head_dim, q.dtype, max_seqlen_q, dropout_p > 0.0, tf32, causal)
     if not heads_in_words(num_heads, q, k, v):
         wide_q, wide_k, wide_v = (padded_heads(t, num_heads) for t in (q, k, v))
         lengths = (cu_seqlens_q, cu_seqlens_k, sequence_order, max_seqlen_q, max_seqlen_k)
@@ -408,7 +408,7 @@ def attention_fwd(
             inputs, out, lse, num_heads, n_blocks, *numbers, **tiles, **options
         )
 
-    key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, max_seqlen_q, max_seqlen_k)
+    key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, causal, max_seqlen_q, max_seqlen_k)
     with torch.cuda.device_of(q):
         launch(_tuning.choose("attention_fwd", key, candidates, launch))
     return out, lse

@@ -331,16 +331,21 @@ def _attention_bwd_dkdv_kernel(
         # Query i sees the keys up to i + n_keys - n_queries: the first that sees any of these keys, and that sees all.
         first_seeing = tl.maximum(key_block * BLOCK_N - (n_keys - n_queries), 0) // BLOCK_M * BLOCK_M
         all_seeing = tl.maximum(key_block * BLOCK_N + BLOCK_N - 1 - (n_keys - n_queries), 0)
-        unmasked_query = tl.minimum(tl.cdiv(all_seeing, BLOCK_M) * BLOCK_M, tl.cdiv(n_queries, BLOCK_M) * BLOCK_M)
-        for block_query in range(first_seeing, unmasked_query, BLOCK_M):
-            dk, dv = _add_queries(
-                dk, dv, keys, values, queries, block_query, scale_log2, first_dropout_row, dropout, True, TILE, n_keys
-            )
+        unmasked_query = tl.minimum(tl.cdiv(all_seeing, BLOCK_M), tl.cdiv(n_queries, BLOCK_M)) * BLOCK_M
     for block_query in range(unmasked_query, full_queries, BLOCK_M):
         dk, dv = _add_queries(
             dk, dv, keys, values, queries, block_query, scale_log2, first_dropout_row, dropout, False, TILE
         )
-    if tl.maximum(full_queries, unmasked_query) < n_queries:
+    if CAUSAL:
+        # The blocks on the diagonal, then the last one if it is partly filled: one body, for the registers' sake.
+        n_diagonal = (unmasked_query - first_seeing) // BLOCK_M
+        n_masked = n_diagonal + (tl.maximum(full_queries, unmasked_query) < n_queries).to(tl.int32)
+        for number in range(n_masked):
+            block_query = tl.where(number < n_diagonal, first_seeing + number * BLOCK_M, full_queries)
+            dk, dv = _add_queries(
+                dk, dv, keys, values, queries, block_query, scale_log2, first_dropout_row, dropout, True, TILE, n_keys
+            )
+    elif full_queries < n_queries:
         dk, dv = _add_queries(
             dk, dv, keys, values, queries, full_queries, scale_log2, first_dropout_row, dropout, True, TILE
         )
@@ -385,7 +390,8 @@ def attention_bwd(
     head_dim, sequences = q.shape[1] // num_heads, len(cu_seqlens_q) - 1
     grad = rows_contiguous(grad)
     tf32 = multiplies_tf32(q.dtype)
-    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, max_seqlen_q, max_seqlen_k, dropout_p > 0.0, tf32)
+    longest, kind = (max_seqlen_q, max_seqlen_k), (dropout_p > 0.0, tf32, causal)
+    dq_tiles, dkdv_tiles = attention_bwd_tiles(head_dim, q.dtype, *longest, *kind)
     if not heads_in_words(num_heads, grad, q, k, v):
         wide_grad, wide_q, wide_k, wide_v = (padded_heads(t, num_heads) for t in (grad, q, k, v))
         wide_gradients = torch.empty_like(wide_q), torch.empty_like(wide_k), torch.empty_like(wide_v)
@@ -416,7 +422,7 @@ def attention_bwd(
         grid = (n_blocks * num_heads * sequences,)
         _attention_bwd_dkdv_kernel[grid](inputs, grad, sums, dk, dv, *sizes, **options, **tiles)
 
-    key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, max_seqlen_q, max_seqlen_k)
+    key = functools.partial(choice_key, head_dim, q.dtype, tf32, dropout_p, causal, max_seqlen_q, max_seqlen_k)
     with torch.cuda.device_of(q):
         if len(q):
             launch_dq(_tuning.choose("attention_bwd_dq", key, dq_tiles, launch_dq))

@@ -67,6 +67,14 @@ def test_causal_attention_is_what_it_is_without_the_later_tokens(backend):
     torch.testing.assert_close(whole[:25], call(q[:25], k[:25], v[:25], [25], [25], backend, causal=True))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("options", [{"dropout_p": 0.2}, {"sharpness": 40.0}], ids=str)
+def test_several_blocks_of_queries(backend, options):
+    shape = ((150, 0, 20, 70), (150, 3, 9, 131), 2, 26)
+    check_forward(CASE, shape, {"causal": True, **options}, torch.float32, backend)
+    check_backward(CASE, shape, {"causal": True, **options}, torch.float32, backend)
+
+
 # Keys that are shared, absent, behind one another in reverse; one query, as in decoding, several, and more than keys.
 CACHED_SHAPES = (
     ((1, 1, 1, 1), (7, 7, 0, 33), 2, 16),
@@ -164,3 +172,28 @@ def test_bad_key_lengths_are_named():
 def test_triton_over_several_blocks(shape, options, dtype):
     check_forward(CASE, shape, options, dtype, "triton")
     check_backward(CASE, shape, options, dtype, "triton")
+
+
+def test_triton_reads_no_key_outside_the_tensors_whatever_the_ranges_hold():
+    attention_fwd = pytest.importorskip("albert_fast.kernels.attention").attention_fwd
+    device, around = device_of("triton"), torch.full((30, 32), float("nan"))
+    around[10:20] = random_rows(10)
+    q, k = random_rows(5).to(device), around.to(device)[10:20]
+    begins = torch.tensor([-5, 2**31 - 1, 3, -(2**31), 8], dtype=torch.int32, device=device)
+    lengths = torch.tensor([10, 5, 2**31 - 1, -1, 2], dtype=torch.int32, device=device)
+    ends = packed([1] * 5, device)
+    out, _ = attention_fwd(q, k, k, ends, begins, None, 1, 10, 2, 0.25, key_lengths=lengths)
+    assert out.isfinite().all()
+    expected = ops.attention_ref(q[4:], k[8:], k[8:], packed([1], device), packed([2], device), 2, 0.25)
+    torch.testing.assert_close(out[4:], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"cached": True}], ids=str)
+def test_the_result_does_not_depend_on_the_number_of_threads(threads, options):
+    shape = CACHED_SHAPES[1] if "cached" in options else ((150, 0, 20), (150, 3, 9), 1, 16)
+    inputs = make_inputs(CASE, shape, options, torch.float32)
+    threads(1)
+    expected = ops.attention(**inputs)
+    for count in (2, 5):
+        threads(count)
+        assert torch.equal(ops.attention(**inputs), expected)

@@ -251,8 +251,7 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
         shape = queries, width = strided[0][2]
         out, lse = torch.empty(shape, dtype=dtype), torch.empty((call.num_heads, queries), dtype=torch.float32)
         _check_order(call.sequence_order)
-        results, (cu_q, cu_k, key_lengths, _) = (out.data_ptr(), lse.data_ptr()), ends.addresses
-        ranges = cu_q, cu_k, key_lengths, call.causal
+        results, ranges = (out.data_ptr(), lse.data_ptr()), (*ends.addresses[:3], call.causal)
         sizes, numbers = _cpp_sizes(call, strided, dense), _cpp_numbers(call)
         function = dispatch.extension().attention_fwd_cpu
         if not function(*memory.addresses, *results, *ranges, *sizes, *strides, width, *numbers):
@@ -265,7 +264,7 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
         from ..kernels.attention import attention_fwd
 
         key_lengths = None if call.key_lengths is None else call.key_lengths.contiguous()
-        return attention_fwd(*_triton_arguments(call), key_lengths)
+        return attention_fwd(*_triton_arguments(call), key_lengths=key_lengths)
     return _fwd_ref(call)
 
 

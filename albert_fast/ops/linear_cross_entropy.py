@@ -54,8 +54,8 @@ def linear_cross_entropy_ref(
 
 def _mean_ref(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
     """The loss () of logits (n, V) and targets (n,), 0 without any."""
-    options = {"reduction": "sum", "label_smoothing": label_smoothing}
-    return torch.nn.functional.cross_entropy(logits, targets, **options) / max(len(targets), 1)
+    total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    return total / max(len(targets), 1)
 
 
 def _fwd_ref(

@@ -145,6 +145,7 @@ def operator_groups(
     eager: Eager | None = None,
     shapes: tuple[Any, ...] = (),
     directions: tuple[bool, ...] = (False, True),
+    kind: type[OperatorGroup] = OperatorGroup,
     **make_options: Any,
 ) -> Iterator[OperatorGroup]:
     """Every group of `op`: its largest shape (--long: all, --quick: the smallest), each dtype and direction.
@@ -154,6 +155,7 @@ def operator_groups(
         eager: plain torch at its best for these shapes, where that is not the OpCase's.
         shapes: smallest first, if they are not the OpCase's.
         directions: whether to measure the backward: False, True or both.
+        kind: the class of the groups.
         make_options: keywords of the OpCase's make_inputs.
     """
     case = ALL_CASES[op]
@@ -171,6 +173,4 @@ def operator_groups(
                 continue
             for backward in directions if case.gradients else (False,):
                 name = shape_name(shape)
-                yield OperatorGroup(
-                    case, eager or case.eager, name, shape, backward, dtype, options.device, make_options
-                )
+                yield kind(case, eager or case.eager, name, shape, backward, dtype, options.device, make_options)

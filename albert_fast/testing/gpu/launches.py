@@ -57,10 +57,10 @@ def _attention_launches() -> Iterator[Case]:
         q, k, v = _empty(sequences * max(lengths), 3 * heads * head_dim, dtype=dtype).chunk(3, dim=1)
         q, ends = q[: sequences * lengths[0]], torch.arange(sequences + 1, dtype=torch.int32)
         batch = (ends * lengths[0], ends * lengths[1], sequence_order if dropout_p else None, *lengths)
-        numbers = heads, 0.125, dropout_p, 1, causal
+        numbers: tuple[Any, ...] = heads, 0.125, dropout_p, 1, causal
         if cached:
             begins, counts = batch[1][:-1], batch[1].diff()
-            attention_fwd(q, k, v, batch[0], begins, *batch[2:], *numbers, counts)
+            attention_fwd(q, k, v, batch[0], begins, *batch[2:], *numbers, key_lengths=counts)
             return
         out, _ = attention_fwd(q, k, v, *batch, *numbers)
         attention_bwd(out, q, k, v, q, k, v, *batch, *numbers)
@@ -76,6 +76,7 @@ def _attention_launches() -> Iterator[Case]:
     chosen["tf32"] = [*tiles, padded[1], plain[1]]
     # Decoders: causal, whose masked blocks take the most registers in the largest tiles, and one query of a cache.
     causal = {"f32": [(64, long, 0.1)], "bf16": [(64, long, 0.1), (64, long, 0.0), (128, long, 0.1)], "f16": []}
+    causal["bf16"].append((32, short, 0.1))  # has a limit on registers of its own
     causal["tf32"] = [(64, long, 0.1)]
     for name, dtype in NUMBERS.items():
         kinds = [*((row, False, False) for row in chosen[name]), *((row, True, False) for row in causal[name])]
@@ -175,18 +176,20 @@ def _linear_gelu_launches() -> Iterator[Case]:
 def _linear_cross_entropy_launches() -> Iterator[Case]:
     from ...kernels.linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
-    def run(dtype: torch.dtype, width: int) -> None:
+    def run(dtype: torch.dtype, width: int, label_smoothing: float) -> None:
         # The vocabulary of the released models, and 15 % of the tokens.
         weight, bias = _empty(30000, width, dtype=dtype), _empty(30000, dtype=dtype)
         x, labels = _empty(4915, width, dtype=dtype), _empty(4915, dtype=torch.int64)
-        loss, row_max, row_sum = linear_cross_entropy_fwd(x, weight, bias, labels)
-        linear_cross_entropy_bwd(loss, x, weight, bias, labels, row_max, row_sum)
+        loss, row_max, row_sum = linear_cross_entropy_fwd(x, weight, bias, labels, label_smoothing)
+        linear_cross_entropy_bwd(loss, x, weight, bias, labels, row_max, row_sum, label_smoothing)
 
-    # One width for every tile, and one that is padded.
+    # One width for every tile, and one that is padded. Label smoothing changes the code of the forward alone.
     widths = (16, 32, 64, 128, 200, 256, 512, 1024)
     for name, dtype in NUMBERS.items():
         for width in widths if name != "f16" else [128]:
-            yield f"{name} E{width}", _with(name, partial(run, dtype, width)), name != "f32"
+            yield f"{name} E{width}", _with(name, partial(run, dtype, width, 0.0)), name != "f32"
+        for width in (128, 200) if name != "f16" else []:
+            yield f"{name} E{width} smoothed", _with(name, partial(run, dtype, width, 0.1)), name != "f32"
 
 
 def _graph_inputs_launches() -> Iterator[Case]:
