@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from albert_fast import ALBERTSeq2SeqConfig, Translator
 from albert_fast.checkpoints.weights import shipped_model
+from albert_fast.cli import build_app
 from albert_fast.text.aligned_files import read_aligned
 from albert_fast.text.tokenizer import train_tokenizer
 from albert_fast.training import Recipe, evaluate, fit, train
@@ -136,9 +138,46 @@ def test_batches_train_on_the_labels_alone() -> None:
     model = ALBERTForConditionalGeneration(small(vocab_size=tokenizer.vocab_size))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     counted = []
-    square = {key: value[:, :3] for key, value in batch.items()}
+    width = min(batch["input_ids"].shape[1], labels.shape[1])
+    square = {key: value[:, :width] for key, value in batch.items()}
+    assert not square["attention_mask"].bool()[real[:, :width]].all(), "a source is shorter than its target"
     for one in (batch, square):
         train(
             model, [one], None, optimizer, "cpu", after_step=lambda loss, count: counted.append(count), progress=False
         )
-    assert counted == [int(real.sum()), int(real[:, :3].sum())]
+    assert counted == [int(real.sum()), int(real[:, :width].sum())]
+
+
+def test_train_from_the_command_line(files, tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu")
+
+    def run(*arguments: object, code: int = 0):
+        result = CliRunner().invoke(build_app(), list(map(str, arguments)))
+        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+        return result
+
+    pairs, model = ",".join(map(str, files["dev"])), tmp_path / "model"
+    sizes = (
+        "--layers",
+        2,
+        "--decoder-layers",
+        3,
+        "--groups",
+        1,
+        "--decoder-groups",
+        1,
+        "--heads",
+        2,
+        "--hidden-size",
+        32,
+    )
+    sizes += "--embedding-size", 16, "--intermediate-size", 64, "--vocab-size", 60
+    run("train", pairs, model, *sizes, "--epochs", 1, "--max-length", 20, "--dev", pairs)
+    config = ALBERTSeq2SeqConfig.from_json_file(model / "config.json")
+    assert (config.num_hidden_layers, config.num_decoder_layers, config.num_decoder_groups) == (2, 3, 1)
+    assert (config.num_attention_heads, config.decoder_attention_heads) == (2, 2)
+    figures = json.loads(run("evaluate", pairs, "-m", model, "--metric", "chrf").stdout)
+    assert figures.keys() == {"examples", "loss", "chrf"}
+    assert len(run("translate", files["dev"][0], "-m", model, "--max-new-tokens", 5).stdout.splitlines()) == 20
+    message = run("train", files["dev"][0], tmp_path / "c", "--decoder-layers", 3, code=2).stderr
+    assert "--decoder-layers is for --task translation" in message

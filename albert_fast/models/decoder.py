@@ -28,10 +28,14 @@ from .seq2seq_config import ALBERTSeq2SeqConfig
 
 
 class Past(NamedTuple):
-    """What the decoder of one batch keeps from token to token: its cache, and the source's keys and values of each group."""
+    """What the decoder of one batch keeps from token to token.
+
+    source: the source's keys and values of each group. fused: query, key and value of each group, see `Decoder.fused_once`.
+    """
 
     cache: DecoderCache
     source: Sequence[KeyRows]
+    fused: Sequence[FusedQKV | None]
 
 
 class CausalAttention(BERTAttention):
@@ -128,6 +132,11 @@ class Decoder(nn.Module):
         """The keys and values of the source's states (Ts, H), of each layer with weights of its own: once for all its steps."""
         return [layer.crossattention.source_rows(states, packing) for layer in self.layers()]
 
+    def fused_once(self) -> list[FusedQKV | None]:
+        """`fused()` of each group's self-attention, for all tokens of a text: as Parameters, whose packed copies are kept."""
+        every = [layer.attention.fused() for layer in self.layers()]
+        return [None if one is None else (nn.Parameter(one[0], requires_grad=False), one[1]) for one in every]
+
     def forward(self, ids: Tensor, positions: Tensor, packing: Packing, source: Sequence[KeyRows], run: Run) -> Tensor:
         """Whole targets: ids and positions (T,) -> states (T, H)."""
         hidden, layers = self.embed(ids, positions, run.backend), self.layers()
@@ -142,9 +151,8 @@ class Decoder(nn.Module):
         """The last token (B,) of each target so far -> its states (B, H). Without a gradient; the cache grows by a row each."""
         cache, layers = past.cache, self.layers()
         hidden = self.embed(ids, torch.full_like(ids, cache.length), run.backend)
-        fused = [layer.attention.fused() for layer in layers]
         for step, group in enumerate(self.group_indices):
-            hidden = layers[group].next_token(hidden, packing, past.source[group], cache, step, run, fused[group])
+            hidden = layers[group].next_token(hidden, packing, past.source[group], cache, step, run, past.fused[group])
         cache.advance()
         return hidden
 

@@ -310,7 +310,7 @@ class _Writer:
         cache = DecoderCache(len(self._decoder.group_indices), count, slots, longest, encoded.hidden.device)
         self._sources = list(range(count))
         self._every_source = self._decoder.source_rows(encoded.hidden, encoded.packing)
-        self._past = Past(cache, ())
+        self._past = Past(cache, (), self._decoder.fused_once())
         self._place()
 
     def _place(self) -> None:
