@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,9 @@ def test_a_corpus_holds_the_tokens_and_ends_of_all_documents(tokenizer: Tokenize
         assert corpus.tokens[begin:end].tolist() == [token for piece in pieces for token in piece]
         inside = (corpus.sentence_ends > begin) & (corpus.sentence_ends <= end)
         assert np.array_equal(corpus.sentence_ends[inside], begin + np.cumsum([len(piece) for piece in pieces]))
+    copy = pickle.loads(pickle.dumps(corpus))
+    assert isinstance(copy.tokens, np.memmap)
+    assert np.array_equal(copy.tokens, corpus.tokens)
     said.clear()
     assert tokenised(Documents(rows=texts), tokenizer, tmp_path, said.append) == folder
     assert said == []

@@ -83,12 +83,18 @@ class Documents:
 class Corpus:
     """Tokenised documents: tokens (T,), and where sentences and documents end in them, ascending.
 
-    The end of a document is the end of a sentence too.
+    The end of a document is the end of a sentence too. A process that gets a copy maps the files of `folder` itself.
     """
 
     tokens: Array
     sentence_ends: Array
     document_ends: Array
+    folder: Path | None = None
+
+    def __reduce__(self) -> Any:
+        if self.folder is None:
+            return type(self), (self.tokens, self.sentence_ends, self.document_ends)
+        return open_corpus, (self.folder,)
 
     @property
     def document_begins(self) -> Array:
@@ -122,13 +128,14 @@ def open_corpus(folder: Path) -> Corpus:
         ValueError: a file that is missing or has another size than corpus.json says.
     """
     about = read_json_object(folder / "corpus.json")
-    arrays = []
+    arrays: list[Array] = []
     for name, dtype in (("tokens", about["dtype"]), ("sentences", "int64"), ("documents", "int64")):
         path, size = folder / f"{name}.bin", about[name] * np.dtype(dtype).itemsize
         if not path.exists() or path.stat().st_size != size:
             raise ValueError(f"{path}: is missing or not {size} bytes long; delete {folder}, and it is made again")
         arrays.append(np.memmap(path, dtype, mode="r"))
-    return Corpus(*arrays)
+    tokens, sentences, documents = arrays
+    return Corpus(tokens, sentences, documents, folder)
 
 
 def _write(documents: Documents, tokenizer: Tokenizer, folder: Path, say: Callable[[str], None]) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as shared_state
 
 from ..runtime.devices import choose_device
 
@@ -102,7 +101,11 @@ def spread(module: nn.Module, processes: Processes, device: torch.device, *, sha
     return nn.parallel.DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
-_WHOLE = shared_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _states() -> tuple[Any, Any]:
+    """torch's functions for states, and options that ask for whole ones; importing them takes a second."""
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -110,7 +113,8 @@ def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
 
     All processes must call it; the first one gets the states, the others empty ones.
     """
-    model, steps = shared_state.get_state_dict(module, optimizer, options=_WHOLE)
+    functions, whole = _states()
+    model, steps = functions.get_state_dict(module, optimizer, options=whole)
     return model, dict(steps)
 
 
@@ -118,7 +122,8 @@ def load_whole_state(
     module: nn.Module, optimizer: torch.optim.Optimizer, model: dict[str, Any], steps: dict[str, Any]
 ) -> None:
     """Loads what `whole_state` gave. All processes must call it, each with the whole states."""
-    shared_state.set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=steps, options=_WHOLE)
+    functions, whole = _states()
+    functions.set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=steps, options=whole)
 
 
 __all__ = ["Processes", "joined_processes", "load_whole_state", "spread", "whole_state"]

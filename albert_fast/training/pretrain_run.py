@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +160,11 @@ class PretrainingRun:
         config, interrupts = self.config, Interrupts()
         if self.step >= config.steps:
             return
-        if self.processes.is_first:
-            self.curves = Curves(self.folder, self.step, self.say)
-        self.since = time.monotonic()
-        with self._shown_bar() as bar:
+        with contextlib.ExitStack() as stack:
+            if self.processes.is_first:
+                self.curves = stack.enter_context(contextlib.closing(Curves(self.folder, self.step, self.say)))
+            bar = stack.enter_context(self._shown_bar())
+            self.since = time.monotonic()
 
             def after_step(loss: float, examples: int) -> None:
                 self.step += 1
@@ -172,16 +173,18 @@ class PretrainingRun:
                 ends = self.step == config.steps
                 if self.step % config.log_steps == 0 or ends:
                     self._log(bar)
+                stopped = time.monotonic()
                 if self.held_out is not None and (self.step % config.evaluate_steps == 0 or ends):
                     self._record(self.evaluate(), bar)
                 if self.step % config.save_steps == 0 or ends or interrupts.asked:
                     self.save()
+                self.since += time.monotonic() - stopped  # tokens per second are those of training
                 if bar is not None:
                     bar.update()
                 interrupts.check(f"after step {self.step} of {config.steps}")
 
             # Ctrl-C reaches the processes of torchrun at different steps, where they would wait for each other.
-            with interrupts if self.processes.size == 1 else nullcontext():
+            with interrupts if self.processes.size == 1 else contextlib.nullcontext():
                 train(
                     self.module,
                     self._batches(),
@@ -195,8 +198,6 @@ class PretrainingRun:
                     after_step=after_step,
                     progress=False,
                 )
-        if self.curves is not None:
-            self.curves.close()
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """The micro-batches of the steps that are left, with the shares of their losses."""
@@ -231,7 +232,7 @@ class PretrainingRun:
             "loss": words + order,
             "masked_loss": words,
             "order_loss": order,
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": self.schedule.base_lrs[0] * self.schedule.lr_lambdas[0](self.step - 1),
         }
         self._record(record, bar, rate)
 
@@ -267,12 +268,12 @@ class PretrainingRun:
             held_out_loss, held_out_masked_loss, masked_accuracy, and, where a sequence has two segments, order_accuracy.
         """
         assert self.held_out is not None
-        started, mode = time.monotonic(), self.module.training
+        mode = self.module.training
         # Sums of: the losses of hidden tokens, right ones, hidden ones; the same for sentence order.
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)
         self.module.eval()
+        seen = 0
         try:
-            seen = 0
             for step in range(len(self.held_out.plan(0))):
                 if seen >= self.config.evaluation_tokens:
                     break
@@ -287,7 +288,6 @@ class PretrainingRun:
         figures["masked_accuracy"] = right / max(1.0, hidden)
         if ordered:
             figures["order_accuracy"] = right_order / ordered
-        self.since += time.monotonic() - started  # tokens per second are those of training
         return figures
 
     def _measured(self, batch: dict[str, Any]) -> Tensor:
@@ -337,7 +337,7 @@ class PretrainingRun:
 
     def _shown_bar(self) -> Any:
         if not self.bar:
-            return nullcontext()
+            return contextlib.nullcontext()
         from tqdm import tqdm
 
         return tqdm(desc="pretrain", total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True)
