@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from albert_fast.training.recipes import english, english_texts, multi30k
-from albert_fast.training.recipes.report import Report
+from albert_fast.recipes import english, english_texts, multi30k
+from albert_fast.recipes.report import Report
 
 WORDS = {0: ["awful", "dull", "boring", "a mess"], 1: ["superb", "lovely", "touching", "a joy"]}
 

@@ -16,9 +16,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ...runtime.files import replacing
-from ..data import read_examples
-from ..masking import drop_contained_lines
+from ..runtime.files import replacing
+from ..training.data import read_examples
+from ..training.masking import drop_contained_lines
 
 NAMES = ("negative", "positive")
 TITLE = re.compile(r" = [^=]+ = ")  # of an article of wikitext-2; sections have more signs

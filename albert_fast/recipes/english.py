@@ -1,6 +1,6 @@
 """A small English ALBERT, from raw files to figures: pre-trained, then fine-tuned to tell good opinions from bad ones.
 
-    python -m albert_fast.training.recipes.english DATA OUT [--opinions FILE]
+    python -m albert_fast.recipes.english DATA OUT [--opinions FILE]
 
 DATA holds the data sets that english_texts.py names. Each stage continues where it stopped, so the same command goes on after an
 interruption.
@@ -26,12 +26,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..baseline import train_baseline
-from ..evaluate import evaluate
-from ..fit import fit
-from ..pretrain import pretrain
-from ..pretrain_config import DataConfig, OptimizerConfig, PretrainConfig, VocabularyConfig
-from ..recipe import Recipe
+from ..training.baseline import train_baseline
+from ..training.evaluate import evaluate
+from ..training.fit import fit
+from ..training.pretrain import pretrain
+from ..training.pretrain_config import DataConfig, OptimizerConfig, PretrainConfig, VocabularyConfig
+from ..training.recipe import Recipe
 from .english_texts import write_documents, write_opinions
 from .report import Report
 
@@ -131,7 +131,7 @@ def _by_form(model: Path, file: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m albert_fast.training.recipes.english", description=(__doc__ or "").split("\n")[0]
+        prog="python -m albert_fast.recipes.english", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("data", type=Path, help="the folder with the data sets")
     parser.add_argument("output", type=Path, help="the folder to write to; the same command continues in it")

@@ -1,6 +1,6 @@
 """Translators of short descriptions of pictures, from the raw files of Multi30k (Elliott et al. 2016) to BLEU and chrF.
 
-    python -m albert_fast.training.recipes.multi30k DATA OUT [--pair en-de]
+    python -m albert_fast.recipes.multi30k DATA OUT [--pair en-de]
 
 DATA holds {train,val,test_2016_flickr}.{en,de,fr}.gz. The same command continues where it stopped. In OUT: the translator, in a
 folder with the name of the pair, and report.json with every figure, machine, versions, seed and seconds.
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...models.seq2seq_config import ALBERTSeq2SeqConfig
-from ...tasks.translate import Translator
-from ...text.aligned_files import read_aligned
-from ..fit import fit
-from ..metrics import translation_metrics
-from ..recipe import Recipe
+from ..models.seq2seq_config import ALBERTSeq2SeqConfig
+from ..tasks.translate import Translator
+from ..text.aligned_files import read_aligned
+from ..training.fit import fit
+from ..training.metrics import translation_metrics
+from ..training.recipe import Recipe
 from .report import Report
 
 TEST = "test_2016_flickr"
@@ -82,7 +82,7 @@ def run(data: Path, output: Path, *, pair: str, epochs: int, seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m albert_fast.training.recipes.multi30k", description=(__doc__ or "").split("\n")[0]
+        prog="python -m albert_fast.recipes.multi30k", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("data", type=Path, help="the folder with Multi30k's files")
     parser.add_argument("output", type=Path, help="the folder to write to; the same command continues in it")

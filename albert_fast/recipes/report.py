@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ...inspect.info import describe
-from ...runtime.files import replacing
+from ..inspect.info import describe
+from ..runtime.files import replacing
 
 
 class Report:
