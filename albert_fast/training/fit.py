@@ -391,7 +391,9 @@ def _train(run: TrainingRun, work: _Work, encoder: EncoderModel | None) -> None:
     elif work.init_from is not None and run.saved is None:
         _start_from(model, work.init_from, keeps_head=_has_same_head(work))
     data = task.data(work.examples, work.tokenizer, recipe.max_length, types=types, recipe=recipe)
-    criterion = task.criterion(recipe, work.examples).to(run.device)  # weights of classes are on it
+    criterion = task.criterion(recipe, work.examples)
+    if criterion is not None:
+        criterion.to(run.device)  # weights of classes are on it
     rate = recipe.learning_rate
     assert rate is not None, "the recipe is a completed one"
     stage = Stage(
