@@ -143,10 +143,11 @@ def _attention_bwd_dq_kernel(
     # The row sums over all keys come first. The last block of keys, the only one that may be partly filled, stays in
     # registers: short sequences are walked over once. Causal: the last block that a query sees; blocks on the diagonal lie
     # before it if BLOCK_M is larger than BLOCK_N.
-    n_seen, seen = n_keys, None
+    n_seen, seen, blind = n_keys, None, n_keys == 0
     if CAUSAL:
         n_seen = seen_keys(query_block * BLOCK_M + BLOCK_M, n_queries, n_keys)
         seen = query_indices + (1 + n_keys - n_queries)
+        blind = seen <= 0
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     leading = tl.zeros([BLOCK_M], dtype=tl.float32)
     leading_dp, rest, rest_dp = leading, leading, leading
@@ -174,9 +175,6 @@ def _attention_bwd_dq_kernel(
         scores, last_dp, row_max, leading, leading_dp, rest, rest_dp, scale_log2
     )
     # Without keys all sums are 0, and so is the gradient; with keys a sum of 0 gives NaN, as in torch.
-    blind = n_keys == 0
-    if CAUSAL:
-        blind = seen <= 0
     total = tl.where(blind, 1.0, leading + rest)
     normal, row_shift = 1.0 / total, row_shift_of(row_max)
     mean = (leading_dp + rest_dp) / total

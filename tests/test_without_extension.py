@@ -97,6 +97,21 @@ def test_attention_of_unequal_sequences(no_extension):
     assert ops.attention(q[:0], k[:0], v[:0], none, none, 0, 0, 3).shape == (0, 24)
 
 
+def test_attention_of_decoders(no_extension):
+    cu_q, cu_k = torch.tensor([[0, 3, 6, 6, 11, 12], [0, 5, 10, 12, 14, 14]], dtype=torch.int32)
+    q, k, v = torch.randn(12, 24).requires_grad_(), *torch.randn(2, 14, 24).requires_grad_()
+    expected = ops.attention_ref(q, k, v, cu_q, cu_k, 3, 0.3, causal=True)
+    outs = ops.attention(q, k, v, cu_q, cu_k, 5, 5, 3, 0.3, causal=True), expected
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), q)[0] for out in outs))
+    begins, lengths = torch.tensor([[9, 2, 0, 2, 0], [5, 5, 2, 5, 0]], dtype=torch.int32)
+    with torch.no_grad():
+        found = ops.attention(q, k, v, cu_q, begins, 5, 5, 3, 0.3, key_lengths=lengths)
+        torch.testing.assert_close(found, ops.attention_ref(q, k, v, cu_q, begins, 3, 0.3, key_lengths=lengths))
+    with pytest.raises(ValueError, match="key_lengths has no gradient"):
+        ops.attention(q, k, v, cu_q, begins, 5, 5, 3, 0.3, key_lengths=lengths)
+
+
 def test_a_bad_id_is_named(no_extension):
     with pytest.raises(ops.TokenIndexError, match="61"):
         ALBERTModel(CONFIG).eval()(torch.tensor([[3, 61]]))

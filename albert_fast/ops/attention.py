@@ -264,7 +264,8 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
         from ..kernels.attention import attention_fwd
 
         key_lengths = None if call.key_lengths is None else call.key_lengths.contiguous()
-        return attention_fwd(*_triton_arguments(call), key_lengths=key_lengths)
+        arguments: list[Any] = [*_triton_arguments(call), key_lengths]
+        return attention_fwd(*arguments)
     return _fwd_ref(call)
 
 

@@ -57,10 +57,10 @@ def _attention_launches() -> Iterator[Case]:
         q, k, v = _empty(sequences * max(lengths), 3 * heads * head_dim, dtype=dtype).chunk(3, dim=1)
         q, ends = q[: sequences * lengths[0]], torch.arange(sequences + 1, dtype=torch.int32)
         batch = (ends * lengths[0], ends * lengths[1], sequence_order if dropout_p else None, *lengths)
-        numbers: tuple[Any, ...] = heads, 0.125, dropout_p, 1, causal
+        numbers: list[Any] = [heads, 0.125, dropout_p, 1, causal]
         if cached:
-            begins, counts = batch[1][:-1], batch[1].diff()
-            attention_fwd(q, k, v, batch[0], begins, *batch[2:], *numbers, key_lengths=counts)
+            in_cache: list[Any] = [batch[0], batch[1][:-1], *batch[2:], *numbers, batch[1].diff()]
+            attention_fwd(q, k, v, *in_cache)
             return
         out, _ = attention_fwd(q, k, v, *batch, *numbers)
         attention_bwd(out, q, k, v, q, k, v, *batch, *numbers)
