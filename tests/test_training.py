@@ -17,8 +17,8 @@ import albert_fast
 from albert_fast import ALBERTConfig
 from albert_fast.models import heads
 from albert_fast.runtime.dispatch import BackendUnavailableError
+from albert_fast.training import progress, train
 from albert_fast.training import test as evaluate_epoch
-from albert_fast.training import train
 from albert_fast.training.metrics import compute_metrics, confidence_interval
 from albert_fast.training.optimization import WeightAverage, linear_schedule, make_optimizer
 
@@ -289,7 +289,10 @@ def test_whole_numbers_are_predicted_with_a_plain_criterion() -> None:
         evaluate_epoch(model, [batch], nn.MSELoss(), metrics=["accuracy"], **quietly)
 
 
-def test_progress_goes_to_standard_error_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_standard_error_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     evaluate_epoch(Bag(), toy_loader(1), nn.CrossEntropyLoss(), "cpu", progress=True)
     assert "test" in capsys.readouterr().err
     evaluate_epoch(Bag(), toy_loader(1), nn.CrossEntropyLoss(), "cpu", progress=False)
