@@ -125,7 +125,7 @@ def electronics(data: Path) -> Iterator[str]:
 
 
 def _write_gz(path: Path, lines: Iterable[str]) -> None:
-    with replacing(path) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:  # type: ignore[arg-type]
+    with replacing(path) as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0) as file:
         for line in lines:
             file.write(line.encode())
 
