@@ -31,8 +31,12 @@ _TILES: dict[tuple[int | str, bool], tuple[int, ...]] = {
 _MAX_OUT = 128
 
 
-def linear_cross_entropy_tiles(width: int, dtype: torch.dtype, tf32: bool = False) -> dict[str, int]:
+def linear_cross_entropy_tiles(
+    width: int, dtype: torch.dtype, tf32: bool = False, smoothed: bool = False
+) -> dict[str, int]:
     """Tile sizes and launch options of the kernels that multiply, as keywords; tf32: whether float32 is multiplied as TF32.
+
+    smoothed: whether the kernel also sums logits, for label smoothing.
 
     Raises:
         ValueError: more than 1024 columns.
@@ -44,6 +48,8 @@ def linear_cross_entropy_tiles(width: int, dtype: torch.dtype, tf32: bool = Fals
     block_e = max(16, triton.next_power_of_2(width))
     # Without a limit ptxas spills a few registers at this width to fit one more program.
     limit = {"maxnreg": 128 if dtype.itemsize == 4 else 255} if block_e == 64 and not tf32 else {}
+    if smoothed and block_e == 128 and dtype.itemsize == 2:  # likewise, on sm_100
+        limit = {"maxnreg": 255}
     return {
         "TF32": tf32,
         "BLOCK_M": owned,

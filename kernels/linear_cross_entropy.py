@@ -364,7 +364,7 @@ def linear_cross_entropy_fwd(
     """
     x, weight, labels, bias = rows_contiguous(x), weight.contiguous(), labels.contiguous(), bias.contiguous()
     (n_rows, width), n_words = x.shape, len(weight)
-    tiles = linear_cross_entropy_tiles(width, x.dtype, multiplies_tf32(x.dtype))
+    tiles = linear_cross_entropy_tiles(width, x.dtype, multiplies_tf32(x.dtype), label_smoothing > 0.0)
     loss = torch.zeros((), dtype=torch.float32, device=x.device)
     row_max, row_sum = (torch.zeros(n_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if n_rows == 0:
