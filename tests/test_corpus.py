@@ -54,11 +54,15 @@ def test_saved_data_sets_and_rows_in_memory(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": made}).save_to_disk(str(tmp_path / "splits"))
     assert list(read_documents(tmp_path / "set", text_column="body")) == TEXTS
     assert list(read_documents(tmp_path / "splits" / "train", text_column="body")) == TEXTS
-    with pytest.raises(ValueError, match=r"several splits; name one of them: .*splits/train"):
+    with pytest.raises(ValueError, match=r"splits: has the splits train; give one of them"):
         list(read_documents(tmp_path / "splits"))
     assert list(Documents(rows=made, text_column="body")) == TEXTS
     assert list(Documents(rows=TEXTS)) == TEXTS
     assert Documents(rows=made, text_column="body").digest() != Documents(rows=TEXTS[:-1], text_column="body").digest()
+    with pytest.raises(ValueError, match="documents: has the splits train, test; give one of them"):
+        list(Documents(rows={"train": TEXTS, "test": TEXTS}))
+    with pytest.raises(TypeError, match="documents must be a list of texts, got one string"):
+        list(Documents(rows=TEXTS[0]))
     with pytest.raises(ValueError, match="row 0: name the text column; the row has 'body'"):
         list(dataset_texts([{"body": "a"}], None, "rows"))
     with pytest.raises(ValueError, match="row 1, column 'text': expected a string, got int"):

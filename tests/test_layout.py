@@ -217,8 +217,8 @@ FILES = {
     "albert_fast/quantization": "calibration rounding",
     "albert_fast/recipes": "english english_texts multi30k report",
     "albert_fast/runtime": (
-        "derived devices dispatch files kept_operands linear locking operands progress registration unused_gradients "
-        "user_warnings version"
+        "derived devices dispatch files kept_operands linear locking modes operands progress registration "
+        "unused_gradients user_warnings version"
     ),
     "albert_fast/tasks": (
         "answer classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
@@ -230,8 +230,8 @@ FILES = {
     ),
     "albert_fast/testing/gpu": "compile_check costs coverage cubins fake_graphs floors launches recording tf32",
     "albert_fast/text": (
-        "aligned_files batching conll_files documents line_reader normalization parquet_files spans squad_files "
-        "text_files tokenizer vocabulary vocabulary_training windows words"
+        "aligned_files batching conll_files documents line_reader normalization parquet_files saved_datasets spans "
+        "squad_files text_files tokenizer vocabulary vocabulary_training windows words"
     ),
     "albert_fast/training": (
         "baseline checkpointing checks corpus curves data distill distributed evaluate fit interrupts loop masking "

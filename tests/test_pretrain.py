@@ -125,6 +125,21 @@ def test_a_killed_run_goes_on_with_the_same_losses(corpus: Path, tmp_path: Path)
     assert not list(killed.glob(".*.part"))
 
 
+def test_a_run_killed_behind_its_last_state_still_gets_its_model(corpus: Path, tmp_path: Path) -> None:
+    config, out = configuration(tmp_path / "out", corpus, steps=3), tmp_path / "out"
+    whole = pretrain(config, progress=False)
+    last, state = weights(out), (out / STATE_NAME).read_bytes()
+    for name in ("model.safetensors", "config.json", "log.jsonl", "curves.png"):
+        (out / name).unlink()
+    resumed = pretrain(config, resume=True, progress=False)
+    assert resumed.history == whole.history
+    for name, value in weights(out).items():
+        assert torch.equal(last[name], value), name
+    assert (out / "log.jsonl").exists()
+    assert (out / "curves.png").exists()
+    assert len((out / STATE_NAME).read_bytes()) == len(state)
+
+
 def test_ctrl_c_saves_and_goes_on(corpus: Path, tmp_path: Path) -> None:
     whole = pretrain(configuration(tmp_path / "whole", corpus), progress=False)
 
@@ -247,6 +262,7 @@ def test_parameter_counts_are_the_papers(size: str, millions: int) -> None:
         (["data.files=[none.txt]"], "none.txt: no such file"),
         (["data.files=[]"], "give data.files or documents"),
         (["output=''"], "output is missing"),
+        (["sharded=true"], "sharded=true shares weights among the processes of torchrun"),
     ],
 )
 def test_a_wrong_setting_is_one_line_before_any_work(

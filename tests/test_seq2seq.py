@@ -250,8 +250,10 @@ def test_sampling_of_the_likeliest_is_greedy_search():
     assert torch.equal(ours.generate(ids, max_new_tokens=6, do_sample=True, top_k=1), greedy)
     assert torch.equal(ours.generate(ids, max_new_tokens=6, do_sample=True, top_p=1e-6), greedy)
     ours.train()
+    ours.encoder.eval()
     assert torch.equal(ours.generate(ids, max_new_tokens=6), greedy)
     assert ours.training
+    assert not ours.encoder.training
 
 
 def test_other_number_formats():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import Parameter, signature
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from ..layers.adapters import project
 from ..layers.packing import Packing
 from ..quantization.calibration import calibration_batches, quantize
 from ..runtime import dispatch
+from ..runtime.modes import mode
 from ..runtime.user_warnings import warn_user
 from .families import Family
 from .plans import at_the_stack
@@ -81,7 +81,7 @@ def rounded_layers(
         for holder, name in ((layer, "full_layer_layer_norm"), (layer.attention, "LayerNorm")):
             setattr(holder, name, copy.deepcopy(getattr(holder, name)).requires_grad_(False))
     embedder = _Embedder(owner, stack, family, view)
-    with _in_eval(owner), torch.no_grad():
+    with mode(owner, training=False), torch.no_grad():
         quantize(embedder, precision, _batches(calibration, tokenizer, embedder), "auto")
     view.to(dispatch.quantized_dtype(precision, device.type))
     return ReducedLayers(view, precision, source)
@@ -168,15 +168,3 @@ def positions(owner: nn.Module) -> int:
     # Roberta counts positions from behind the pad token.
     padding = getattr(getattr(owner, "embeddings", None), "padding_idx", None)
     return int(config.max_position_embeddings - (0 if padding is None else padding + 1))
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -39,7 +39,7 @@ def command(
 
     Text comes from files of plain text (documents apart by blank lines), .jsonl, .csv, .tsv, also .gz, .parquet, and folders
     that `datasets` saved. It is tokenised once, into the output folder. A killed run continues with --resume, with the same
-    losses as without the kill. docs/training.md lists the settings.
+    losses as without the kill. docs/pretraining.md lists the settings.
 
     \b
     Examples:

@@ -16,6 +16,7 @@ from ..ops._schema import PRODUCTS, matrix_sizes
 from ..quantization.calibration import Calibration, quantize
 from ..quantization.rounding import ROUNDED
 from ..runtime import derived, dispatch
+from ..runtime.modes import mode
 from ..runtime.user_warnings import warn_user
 from .load_arguments import FLOAT_DTYPES
 
@@ -209,18 +210,14 @@ class Execution(EagerExecution):
         """
         self.cuda_graphs = True
         encoder = self._encoder
-        device, training = encoder.embeddings.word_embeddings.weight.device, encoder.training
+        device = encoder.embeddings.word_embeddings.weight.device
         wanted = getattr(self._model, "wanted_tokens", "all")
-        encoder.eval()
-        try:
-            with torch.no_grad():
-                for batch, columns in shapes:
-                    ids = torch.zeros((batch, columns), dtype=torch.int64, device=device)
-                    # A graph is captured the second time; a mask has kernels of its own.
-                    for mask in (None, None, torch.ones_like(ids)):
-                        encoder(ids, mask, output_hidden_states=False, output_attentions=False, wanted_tokens=wanted)
-        finally:
-            encoder.train(training)
+        with mode(encoder, training=False), torch.no_grad():
+            for batch, columns in shapes:
+                ids = torch.zeros((batch, columns), dtype=torch.int64, device=device)
+                # A graph is captured the second time; a mask has kernels of its own.
+                for mask in (None, None, torch.ones_like(ids)):
+                    encoder(ids, mask, output_hidden_states=False, output_attentions=False, wanted_tokens=wanted)
 
     @property
     def cuda_graphs(self) -> bool:

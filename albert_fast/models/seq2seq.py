@@ -27,6 +27,7 @@ from ..layers.inputs import Inputs, check_ids
 from ..layers.packing import Packing, pack, packed_already
 from ..layers.run import Run
 from ..ops.linear_cross_entropy import IGNORED
+from ..runtime.modes import mode
 from ..runtime.registration import is_traced
 from .albert import ALBERTModel
 from .decoder import Decoder, Past, gather_layers, spread_layers
@@ -257,9 +258,7 @@ class ALBERTForConditionalGeneration(HeadModel):
             raise ValueError(
                 f"max_new_tokens {options.max_new_tokens} is more than max_position_embeddings = {self.config.longest}"
             )
-        was_training = self.training
-        self.eval()
-        try:
+        with mode(self, training=False):
             encoded = (
                 self.encode(inputs, False, False) if inputs.cu_seqlens is None else self.encoder.encode_packed(inputs)
             )
@@ -267,8 +266,6 @@ class ALBERTForConditionalGeneration(HeadModel):
             writer = _Writer(self, encoded, sources * options.num_beams, options.max_new_tokens)
             start, end = config.decoder_start_token_id, config.eos_token_id
             return generate(writer, sources, start, end, options, encoded.hidden.device)
-        finally:
-            self.train(was_training)
 
     def save_pretrained(
         self,

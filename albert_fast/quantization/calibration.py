@@ -19,6 +19,7 @@ from ..layers.quantized import QuantizedLinear
 from ..layers.run import Run
 from ..layers.stack import LayerStack
 from ..runtime import dispatch
+from ..runtime.modes import mode
 from ..runtime.progress import progress_of_long_work
 from .rounding import NEAREST, Fit, rounded_linear
 
@@ -183,13 +184,8 @@ class Sample:
         packing = pack((ids.shape[0], ids.shape[1]), mask, ids.device)
         embedded = self._model.embed_ids(packing, ids)
         encoder = self._model.encoder
-        training = [module for module in encoder.modules() if module.training]
-        encoder.eval()
-        try:
+        with mode(encoder, training=False):
             return embedded, encoder(embedded, packing, None, Run(listen=listen))
-        finally:
-            for module in training:
-                module.training = True
 
     def _is_uneven(self) -> bool:
         """Whether a layer's input rows differ much in size."""

@@ -19,7 +19,6 @@ that the classifier is compared with learns from the same lines, and its setting
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -32,6 +31,7 @@ from ..training.fit import fit
 from ..training.pretrain import pretrain
 from ..training.pretrain_config import DataConfig, OptimizerConfig, PretrainConfig, VocabularyConfig
 from ..training.recipe import Recipe
+from ..training.sources import rows_of
 from .english_texts import write_documents, write_opinions
 from .report import Report
 
@@ -123,8 +123,7 @@ def _linear(files: dict[str, Path], test: Path) -> dict[str, Any]:
 
 def _by_form(model: Path, file: Path) -> dict[str, Any]:
     found = evaluate(model, file, text_column="text", label_column="label", metrics=["accuracy"])
-    with file.open(encoding="utf-8", newline="") as lines:
-        forms = [row["form"] for row in csv.DictReader(lines, delimiter="\t")]
+    forms = [values["form"] for _, values in rows_of(file)]
     right = Counter(form for form, a, b in zip(forms, found.expected, found.predicted, strict=True) if a == b)
     return {"all": found.metrics["accuracy"]} | {form: f"{right[form]} of {n}" for form, n in Counter(forms).items()}
 

@@ -48,8 +48,8 @@ def write_documents(data: Path, folder: Path) -> list[Path]:
 def write_opinions(data: Path, folder: Path, reviews_held_out: int = 2500) -> dict[str, Path]:
     """Writes labelled opinions as TSV files with the columns text and label, and returns them by name.
 
-    train: the labelled reviews but the last `reviews_held_out`, and SST-2's training lines. dev: those reviews, and SST-2's dev
-    lines. sst2, imdb: the test sets. Files that exist stay as they are.
+    train: the labelled reviews but about `reviews_held_out`, and SST-2's training lines. dev: those reviews, and SST-2's dev lines.
+    sst2, imdb: the test sets. Files that exist stay as they are.
 
     Raises:
         OSError: a data set is missing.

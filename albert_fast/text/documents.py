@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .line_reader import open_lines
+from .saved_datasets import one_split, open_saved_dataset
 from .text_files import LONGEST_ROW, TEXT_COLUMNS, Columns, read_table, table_format
 
 CUTS = ("blank_lines", "lines")
@@ -42,7 +43,7 @@ def read_documents(path: str | Path, cut: str = "blank_lines", text_column: str 
     if cut not in CUTS:
         raise ValueError(f"cut must be one of {', '.join(CUTS)}, got {cut!r}")
     if Path(path).is_dir():
-        documents: Iterable[str] = dataset_texts(_saved_dataset(path), text_column, str(path))
+        documents: Iterable[str] = dataset_texts(open_saved_dataset(path), text_column, str(path))
     elif table_format(path) is not None:
         documents = (row.text for row in read_table(path, Columns(text=text_column)))
     else:
@@ -56,8 +57,12 @@ def dataset_texts(rows: Iterable[Any], text_column: str | None, name: str) -> It
     """Yields the texts of rows that are strings or dicts, such as those of a `datasets.Dataset`.
 
     Raises:
-        ValueError: a row without that column, or a value that is not a string; the message names the row.
+        ValueError: several splits, a row without that column, or a value that is not a string; the message names the row.
+        TypeError: one string.
     """
+    if isinstance(rows, str):
+        raise TypeError(f"{name} must be a list of texts, got one string")
+    rows = one_split(rows, name)
     select = getattr(rows, "select_columns", None)
     if select is not None and text_column is not None and text_column in (getattr(rows, "column_names", None) or ()):
         rows = select([text_column])  # reads nothing of the other columns
@@ -74,21 +79,6 @@ def dataset_texts(rows: Iterable[Any], text_column: str | None, name: str) -> It
         if not isinstance(row[found[0]], str):
             raise ValueError(f"{where}, column {found[0]!r}: expected a string, got {type(row[found[0]]).__name__}")
         yield row[found[0]]
-
-
-def _saved_dataset(path: str | Path) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{path} is a folder; reading a data set needs datasets: pip install datasets") from error
-    try:
-        found = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: is a folder, but no data set that save_to_disk wrote") from error
-    if isinstance(found, dict):
-        splits = ", ".join(str(Path(path) / name) for name in found)
-        raise ValueError(f"{path}: holds several splits; name one of them: {splits}")
-    return found
 
 
 def _plain_documents(path: str | Path, cut: str) -> Iterator[str]:

@@ -29,7 +29,7 @@ class Processes:
 
     Attributes:
         rank, size: its number, from 0, and how many there are.
-        waiting: the group whose barrier allows long waits; None for a single process.
+        waiting: the group whose calls may wait for long; None without torchrun.
     """
 
     rank: int = 0
@@ -39,11 +39,6 @@ class Processes:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
-
-    def wait(self) -> None:
-        """Returns when all processes are here."""
-        if self.waiting is not None:
-            dist.barrier(group=self.waiting)
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes, in place."""

@@ -189,7 +189,7 @@ def fit(
             # A checkpoint's tokenizer may say less; a new one says nothing of it.
             longest = config.longest if init_from is None else min(config.longest, tokenizer.model_max_length)
             tokenizer.model_max_length = tokenizer.settings["model_max_length"] = longest
-        settings = _settings(work, recipe, vocab_size)
+        settings = _settings(work, recipe, vocab_size, vocab_kind)
         run = TrainingRun(
             folder, recipe, settings, device, tokenizer if learnt else None, progress=progress, report=say
         )
@@ -245,13 +245,14 @@ def _check_pairs(task: Task, examples: Examples, pair_pooling: str) -> None:
         )
 
 
-def _settings(work: _Work, recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+def _settings(work: _Work, recipe: Recipe, vocab_size: int, vocab_kind: str) -> dict[str, Any]:
     """What a resumed run must have in common with this one, for JSON."""
     return dataclasses.asdict(recipe) | {
         "task": work.task.name,
         "config": work.config.to_dict(),
         "init_from": None if work.init_from is None else str(work.init_from),
         "vocab_size": vocab_size if work.init_from is None else None,
+        "vocab_kind": vocab_kind if work.init_from is None else None,
         "train": _digest(work.examples),
         "dev": None if work.dev is None else _digest(work.dev),
     }

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..ops.linear_cross_entropy import IGNORED
 from ..runtime.dispatch import check_device
+from ..runtime.modes import mode
 from .metrics import Metric, check_metrics, compute_metrics, predictions_of
 from .progress import epoch_progress
 
@@ -80,7 +81,7 @@ def train(
     model.to(device)
     _check_optimizer(model, optimizer)
     device_type, total, count = torch.device(device).type, 0.0, 0
-    with _mode(model, training=True), epoch_progress(data_loader, "train", progress) as (batches, show):
+    with mode(model, training=True), epoch_progress(data_loader, "train", progress) as (batches, show):
         source = iter(batches)
         while group := list(islice(source, accumulation)):
             optimizer.zero_grad(set_to_none=True)
@@ -139,7 +140,7 @@ def test(
     # no_grad, not inference_mode: what a model caches during evaluation must be usable in training.
     with (
         torch.no_grad(),
-        _mode(model, training=False),
+        mode(model, training=False),
         epoch_progress(data_loader, "test", progress) as (batches, show),
     ):
         for batch in batches:
@@ -345,18 +346,6 @@ def _mean(total: float, count: int) -> float:
             "labels are -100"
         )
     return total / count
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Puts the model in training or eval mode while the block runs; then every module gets its old mode back."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 __all__ = ["Criterion", "test", "train"]

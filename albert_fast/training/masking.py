@@ -122,7 +122,7 @@ def choose_tokens(
         ids: (T,). sequence: (T,), the number of each token's sequence, ascending.
         special: (T,) bool, tokens that are never hidden.
         starts_word: (V,) bool, the pieces that begin a word; the others continue one.
-        probability: share of a sequence's ordinary tokens to hide, at least one; the last run of words may exceed it.
+        probability: share of a sequence's ordinary tokens to hide, at least one; the last run is cut there, between words.
         chance: (T, 2) random numbers in [0, 1).
     """
     hidden = np.zeros(len(ids), dtype=bool)
@@ -145,15 +145,13 @@ def choose_tokens(
         reaches = (run[:-step] > step) & (word_owner[step:] == word_owner[:-step])
         hides[step:] = np.where(reaches, np.minimum(hides[step:], visit[:-step]), hides[step:])
     order = np.argsort(hides, kind="stable")
-    owners, hides = word_owner[order], hides[order]
+    owners = word_owner[order]
     before = np.cumsum(sizes[order]) - sizes[order]  # tokens hidden by earlier words, of all sequences
-    run_begins = np.diff(hides, prepend=-1.0) > 0
     sequence_begins = np.diff(owners, prepend=-1) > 0
-    before_run = np.maximum.accumulate(np.where(run_begins, before, 0))
     before_sequence = np.maximum.accumulate(np.where(sequence_begins, before, 0))
     budget = np.maximum(1, np.round(probability * np.bincount(owner)))[owners]
     chosen = np.empty(len(first), dtype=bool)
-    chosen[order] = before_run - before_sequence < budget
+    chosen[order] = before - before_sequence < budget
     hidden[at] = np.repeat(chosen, sizes)
     return hidden
 

@@ -94,11 +94,14 @@ def pretrain(
             missing. OSError: a file that cannot be read, a folder that cannot be written, a full disk; the last state is
             unchanged.
         FloatingPointError: the loss is no longer finite; the state on disk is that of an earlier step.
-        KeyboardInterrupt: Ctrl-C, after the current step was finished and the state saved.
+        KeyboardInterrupt: Ctrl-C, after the current step was finished and the state saved; under torchrun at once, with the
+            state of the last save.
     """
     config.check_complete(documents is not None)
     folder = Path(config.output)
     with joined_processes(device) as (processes, device):
+        if config.sharded and processes.waiting is None:
+            raise ValueError("sharded=true shares weights among the processes of torchrun: start the run with it")
         shown = (report or _say) if (progress or report) and processes.is_first else lambda line: None
         checks.check_device(device)
         # The folder's lock belongs to the first process, which alone writes there.

@@ -140,7 +140,7 @@ class PretrainConfig:
 
     Attributes:
         output: the folder of the run.
-        model: `size`, a name of SIZES, and fields of ALBERTConfig that replace its sizes.
+        model: `size`, a name of SIZES ("small" if there is none), and fields of ALBERTConfig that replace its sizes.
         init_from: a checkpoint to start from, of ALBERT; then `model` stays empty and the vocabulary is the checkpoint's.
         steps: optimizer steps. batch_tokens: tokens of a step, over all processes and micro-batches.
         accumulation: micro-batches of a step, so that a large batch needs less memory.
@@ -154,7 +154,7 @@ class PretrainConfig:
     output: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
-    model: dict[str, Any] = field(default_factory=lambda: {"size": "small"})
+    model: dict[str, Any] = field(default_factory=dict)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     init_from: str | None = None
     steps: int = 10_000
@@ -188,7 +188,7 @@ class PretrainConfig:
         for file in (*self.data.files, *self.data.held_out):
             if not Path(file).exists():
                 raise FileNotFoundError(f"{file}: no such file or folder")
-        if self.init_from is not None and (self.model.keys() - {"size"} or self.vocabulary.path is not None):
+        if self.init_from is not None and (self.model or self.vocabulary.path is not None):
             raise ValueError("init_from has its own sizes and vocabulary: leave out model and vocabulary.path")
         if self.init_from is None:
             self.new_model()

@@ -20,6 +20,7 @@ from ..models.heads import ALBERTForPreTraining
 from ..models.losses import cross_entropy
 from ..models.outputs import PreTrainingOutput
 from ..ops.linear_cross_entropy import IGNORED
+from ..runtime.modes import mode
 from .checkpointing import STATE_NAME, load_state, random_state, save_state, set_random_state, write_log
 from .curves import Curves
 from .distributed import Processes, load_whole_state, spread, whole_state
@@ -27,6 +28,7 @@ from .interrupts import Interrupts
 from .loop import train
 from .optimization import cosine_schedule, linear_schedule, make_lamb, make_optimizer, set_rates
 from .pretrain_config import PretrainConfig
+from .progress import tqdm_or_none
 from .segments import PretrainingData
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -158,11 +160,12 @@ class PretrainingRun:
                 state is that of an earlier step. OSError: the state cannot be saved; the last one is unchanged.
         """
         config, interrupts = self.config, Interrupts()
-        if self.step >= config.steps:
-            return
         with contextlib.ExitStack() as stack:
             if self.processes.is_first:
                 self.curves = stack.enter_context(contextlib.closing(Curves(self.folder, self.step, self.say)))
+            if self.step >= config.steps:
+                self.save()  # a kill right after the last state left an older model
+                return
             bar = stack.enter_context(self._shown_bar())
             self.since = time.monotonic()
 
@@ -268,20 +271,16 @@ class PretrainingRun:
             held_out_loss, held_out_masked_loss, masked_accuracy, and, where a sequence has two segments, order_accuracy.
         """
         assert self.held_out is not None
-        mode = self.module.training
         # Sums of: the losses of hidden tokens, right ones, hidden ones; the same for sentence order.
         sums = torch.zeros(6, dtype=torch.float64, device=self.device)
-        self.module.eval()
         seen = 0
-        try:
+        with mode(self.module, training=False):
             for step in range(len(self.held_out.plan(0))):
                 if seen >= self.config.evaluation_tokens:
                     break
                 seen += self.held_out.batch_tokens
                 for batch in self.held_out[0, step][1]:
                     sums += self._measured(batch)
-        finally:
-            self.module.train(mode)
         loss, right, hidden, order_loss, right_order, ordered = self.processes.summed(sums).tolist()
         words, order = loss / max(1.0, hidden), order_loss / max(1.0, ordered)
         figures = {"held_out_loss": words + order, "held_out_masked_loss": words}
@@ -336,11 +335,10 @@ class PretrainingRun:
         return whole
 
     def _shown_bar(self) -> Any:
-        if not self.bar:
+        bar = tqdm_or_none() if self.bar else None
+        if bar is None:
             return contextlib.nullcontext()
-        from tqdm import tqdm
-
-        return tqdm(desc="pretrain", total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        return bar(desc="pretrain", total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True)
 
 
 def _unchanged(item: Any) -> Any:

@@ -27,7 +27,7 @@ def epoch_progress(data: Iterable[Any], label: str, shown: bool | str) -> Iterat
         yield data, lambda total, count: None
         return
     meter = _Meter(len(data) if isinstance(data, Sized) else None, shown if isinstance(shown, str) else label)
-    bar_class = _tqdm() if sys.stderr.isatty() else None
+    bar_class = tqdm_or_none() if sys.stderr.isatty() else None
     if bar_class is None:
         yield meter.counted(data), meter.line_now_and_then
         return
@@ -78,7 +78,8 @@ def _rows(batch: Any) -> int:
 
 
 @cache
-def _tqdm() -> Any:
+def tqdm_or_none() -> Any:
+    """The class of tqdm's bars; None, with one warning, where it is not installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -87,4 +88,4 @@ def _tqdm() -> Any:
     return tqdm
 
 
-__all__ = ["Show", "epoch_progress"]
+__all__ = ["Show", "epoch_progress", "tqdm_or_none"]

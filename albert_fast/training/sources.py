@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+from ..text.saved_datasets import one_split, open_saved_dataset
 from ..text.text_files import (
     LABEL_COLUMN,
     PAIR_COLUMN,
@@ -18,7 +19,6 @@ from ..text.text_files import (
 
 # A file, the folder of a saved data set, a data set, or a list of dictionaries.
 Source = Any
-_SAVED = ("dataset_info.json", "state.json")
 
 
 def name_of(source: Source) -> str:
@@ -27,7 +27,8 @@ def name_of(source: Source) -> str:
         return str(source)
     if isinstance(source, tuple):
         return " and ".join(map(str, source))
-    return f"the {type(source).__name__} of {len(source)} rows"
+    rows = f" of {len(source)} rows" if isinstance(source, Sized) else ""
+    return f"the {type(source).__name__}{rows}"
 
 
 def is_data_set(source: Source) -> bool:
@@ -50,26 +51,13 @@ def rows_of(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         for line, values in read_values(source):
             yield f"{source}, line {line}", values
         return
-    rows = _loaded(source) if isinstance(source, (str, Path)) else source
-    if isinstance(rows, Mapping):
-        raise ValueError(f"{name_of(source)}: has the splits {', '.join(map(str, rows))}; give one of them")
-    name, names = name_of(source), _class_names(rows)
+    name = name_of(source)
+    rows = open_saved_dataset(source) if isinstance(source, (str, Path)) else one_split(source, name)
+    names = _class_names(rows)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise TypeError(f"{name}, row {number}: expected a dictionary of columns, got {type(row).__name__}")
         yield f"{name}, row {number}", {key: _named(value, names.get(key)) for key, value in row.items()}
-
-
-def _loaded(folder: str | Path) -> Any:
-    if not any((Path(folder) / file).is_file() for file in (*_SAVED, "dataset_dict.json")):
-        raise ValueError(
-            f"{folder}: a folder without a saved data set ({_SAVED[0]}); expected a file, or such a folder"
-        )
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{folder}: a saved data set needs datasets: pip install 'albert-fast[datasets]'") from error
-    return datasets.load_from_disk(str(folder))
 
 
 def _class_names(rows: Any) -> dict[str, list[str]]:
