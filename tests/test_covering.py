@@ -50,8 +50,11 @@ def test_thorough_tests_run_when_they_are_asked_for(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import pytest\ndef test_a(): pass\n@pytest.mark.thorough\ndef test_b(): pass\n"
     )
-    for argument, passed in (("test_it.py", 1), ("--thorough", 2), ("test_it.py::test_b", 1)):
-        command = [sys.executable, "-m", "pytest", "-q", "-rA", argument]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert f"{passed} passed" in done.stdout, done.stdout + done.stderr
-        assert ("test_b" in done.stdout) == (argument != "test_it.py")
+    passed = {"test_it.py": 1, "--thorough": 2, "test_it.py::test_b": 1}
+    # In one process, so that libraries are imported once.
+    script = f"import pytest\nfor one in {list(passed)}: pytest.main(['-q', '-rA', one]); print('END')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    outputs = done.stdout.split("END\n")[:-1]
+    for (argument, count), output in zip(passed.items(), outputs, strict=True):
+        assert f"{count} passed" in output, done.stdout + done.stderr
+        assert ("test_b" in output) == (argument != "test_it.py")

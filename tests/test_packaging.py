@@ -177,6 +177,7 @@ class TestInstalls:
             "albert_fast.kernels.probe"
         )
 
+    @pytest.mark.thorough  # half a minute; TestModes has the error where a compiler was asked for
     def test_without_a_compiler(self, registry, bare_path, tmp_path):
         source = copy_sources(tmp_path / "source")
         python = new_environment(tmp_path / "venv")
