@@ -108,7 +108,13 @@ def test_answer(run, folders: dict[str, Path]) -> None:
         assert "question" in run("answer", *arguments, "-m", model, code=2).stderr
 
 
-def test_evaluate_writes_predictions_and_a_picture(run, folders: dict[str, Path]) -> None:
+def full_disk(*_: object) -> None:
+    raise OSError("no space left on device")
+
+
+def test_evaluate_writes_predictions_and_a_picture(
+    run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     Path("a.tsv").write_text(
         "text\tlabel\n" + "".join(f"{line or 'NA'}\t{'good' if line else 'bad'}\n" for line in LINES)
@@ -124,6 +130,14 @@ def test_evaluate_writes_predictions_and_a_picture(run, folders: dict[str, Path]
     assert b"B-person" in Path("tags.svg").read_bytes() or b"<svg" in Path("tags.svg").read_bytes()
     wrong = run("evaluate", "a.tsv", "-m", folders["classifier"], "--confusion-matrix", "matrix.txt", code=1)
     assert "matrix.txt: a picture's name ends in .png, .svg, .pdf" in wrong.stderr
+    # A task without classes is refused before the file is read.
+    no_classes = run("evaluate", "absent.json", "-m", folders["answerer"], "--confusion-matrix", "x.svg", code=1)
+    assert "x.svg: a confusion matrix counts one class for each example or word; the task is answer" in no_classes.stderr
+    # Figures are printed before a picture that fails.
+    with monkeypatch.context() as patch:
+        patch.setattr("albert_fast.training.plots.draw_confusion_matrix", full_disk)
+        failed = run("evaluate", "a.tsv", "-m", folders["classifier"], "--confusion-matrix", "matrix.png", code=1)
+    assert json.loads(failed.stdout)["accuracy"] == figures["accuracy"]
     assert (
         "the task answer has no metric 'accuracy'"
         in run("evaluate", "a.json", "-m", folders["answerer"], "--metric", "accuracy", code=1).stderr
