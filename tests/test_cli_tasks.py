@@ -82,6 +82,9 @@ def test_tag_conll(run, folders: dict[str, Path]) -> None:
     blocks = run("tag", "a.conll", "-m", model).stdout.split("\n\n")
     for block, words, tags in zip(blocks, sentences, expected, strict=False):
         assert block.split("\n") == [f"{word}\tO\t{one.tag}" for word, one in zip(words, tags, strict=True)]
+    Path("words.conll").write_text("\n\n".join("\n".join(words) for words in sentences) + "\n")
+    alone = run("tag", "words.conll", "-m", model).stdout
+    assert alone.splitlines() == [line.replace("\tO\t", "\t", 1) for line in "\n\n".join(blocks).splitlines()]
     Path("a.conll").write_bytes(b"anna O\n\nb\xff O\n")
     failed = run("tag", "a.conll", "-m", model, code=1)
     assert "a.conll, line 3: byte 2 of the line is not utf-8" in failed.stderr
@@ -132,7 +135,9 @@ def test_evaluate_writes_predictions_and_a_picture(
     assert "matrix.txt: a picture's name ends in .png, .svg, .pdf" in wrong.stderr
     # A task without classes is refused before the file is read.
     no_classes = run("evaluate", "absent.json", "-m", folders["answerer"], "--confusion-matrix", "x.svg", code=1)
-    assert "x.svg: a confusion matrix counts one class for each example or word; the task is answer" in no_classes.stderr
+    assert (
+        "x.svg: a confusion matrix counts one class for each example or word; the task is answer" in no_classes.stderr
+    )
     # Figures are printed before a picture that fails.
     with monkeypatch.context() as patch:
         patch.setattr("albert_fast.training.plots.draw_confusion_matrix", full_disk)

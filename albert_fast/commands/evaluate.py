@@ -22,7 +22,7 @@ def command(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", help="May be repeated: accuracy, f1, matthews, pearson ...", show_default="that of train"
+            "--metric", help="May be repeated: accuracy, f1, matthews, pearson, bleu ...", show_default="that of train"
         ),
     ] = None,
     predictions: Annotated[
@@ -31,7 +31,9 @@ def command(
     ] = None,
     confusion_matrix: Annotated[
         Path | None,
-        typer.Option("--confusion-matrix", help="Draw which class, or tag, was taken for which, as .png, .svg or .pdf."),
+        typer.Option(
+            "--confusion-matrix", help="Draw which class, or tag, was taken for which, as .png, .svg or .pdf."
+        ),
     ] = None,
     columns: options.TableColumns,
     batch_size: options.BatchSize = 32,

@@ -60,8 +60,8 @@ class RecipeOptions:
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Chooses the best epoch: accuracy, f1, matthews, mse, pearson, exact_match, loss ...",
-            show_default="accuracy; mse for numbers; f1 for entities, answers, several labels",
+            help="Chooses the best epoch: accuracy, f1, matthews, mse, pearson, exact_match, bleu, loss ...",
+            show_default="accuracy; mse for numbers; f1 for entities, answers, several labels; bleu for translations",
         ),
     ] = None
     patience: Annotated[

@@ -21,8 +21,8 @@ def check_can_draw(path: str | Path, task: str) -> None:
         task: the name of the task that is evaluated.
 
     Raises:
-        ValueError: a task without one class for each example or word, another ending than .png, .svg or .pdf. FileNotFoundError: no such folder. ImportError: scikit-learn or
-            matplotlib is not installed.
+        ValueError: a task without one class for each example or word, another ending than .png, .svg or .pdf.
+            FileNotFoundError: no such folder. ImportError: scikit-learn or matplotlib is not installed.
     """
     if task not in _TASKS:
         raise ValueError(f"{path}: a confusion matrix counts one class for each example or word; the task is {task}")
