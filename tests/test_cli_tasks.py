@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from albert_fast import ALBERTForQuestionAnswering, ALBERTForSequenceClassification, ALBERTForTokenClassification
+from albert_fast import (
+    ALBERTForMultipleChoice,
+    ALBERTForQuestionAnswering,
+    ALBERTForSequenceClassification,
+    ALBERTForTokenClassification,
+)
 from albert_fast.cli import build_app
+from albert_fast.commands._progress import counted
 from albert_fast.tasks.answer import QuestionAnswerer
 from albert_fast.tasks.tag import TextTagger
 from albert_fast.testing.small_checkpoints import save_small_model, small_text_config
-from albert_fast.text.tokenizer import train_tokenizer
+from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
 
 pytest.importorskip("tokenizers", reason="the text extra is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,6 +32,7 @@ KINDS = {
     "tagger": ALBERTForTokenClassification,
     "answerer": ALBERTForQuestionAnswering,
     "classifier": ALBERTForSequenceClassification,
+    "chooser": ALBERTForMultipleChoice,
 }
 
 
@@ -31,6 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny random checkpoints with one vocabulary."""
     tokenizer = train_tokenizer(LINES * 4, 38)
     labels = {"tagger": ("O", "B-person", "B-place", "I-place"), "answerer": ("x", "y"), "classifier": ("bad", "good")}
+    labels["chooser"] = ("x", "y")
     return {
         name: save_small_model(
             kind, small_text_config(tokenizer, *labels[name]), tokenizer, tmp_path_factory.mktemp(name)
@@ -109,6 +120,44 @@ def test_answer(run, folders: dict[str, Path]) -> None:
     assert run("answer", LINES[0], "-m", model, "-q", question).stdout == out.splitlines(keepends=True)[0]
     for arguments in (["a.json", "-q", "x"], ["a.jsonl", "-q", "x", "--question-column", "y"], ["a.txt"]):
         assert "question" in run("answer", *arguments, "-m", model, code=2).stderr
+
+
+def test_choose(run, folders: dict[str, Path]) -> None:
+    model, choices = folders["chooser"], ["in bern", "", "an odd bridge"]
+    tokenizer, plain = load_tokenizer(model), ALBERTForMultipleChoice.from_pretrained(model).eval()
+    rows = [
+        {"id": place, "sent1": line, "ending0": choices[0], "ending1": choices[place]}
+        for place, line in enumerate(LINES)
+    ]
+    expected = []
+    for row in rows:
+        pairs = [(row["sent1"], row["ending0"]), (row["sent1"], row["ending1"])]
+        given = tokenizer(pairs, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            expected.append(plain(**{key: value[None] for key, value in given.items()}).logits[0].softmax(0).tolist())
+    assert max(map(max, expected)) > 0.501
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [json.loads(line) for line in run("choose", "a.jsonl", "-m", model, "-f", "jsonl").stdout.splitlines()]
+    for row, answer, scores in zip(rows, found, expected, strict=True):
+        assert answer["scores"] == pytest.approx(scores, abs=1e-5)
+        assert (answer["id"], answer["text"]) == (row["id"], row[f"ending{answer['choice']}"])
+        assert answer["score"] == max(answer["scores"])
+    out = [line.split("\t") for line in run("choose", "a.jsonl", "-m", model).stdout.splitlines()]
+    assert [(int(number), text) for number, _, text in out] == [(one["choice"], one["text"]) for one in found]
+    listed = {"text": "x", "several": ["in bern", "a bridge", "old"]}
+    Path("b.jsonl").write_text(json.dumps(listed) + "\n" + json.dumps({"text": "x"}) + "\n")
+    failed = run("choose", "b.jsonl", "-m", model, "--choices-column", "several", code=1)
+    assert "b.jsonl, line 2: no choices" in failed.stderr
+    assert "does not choose between texts" in run("choose", "a.jsonl", "-m", folders["classifier"], code=2).stderr
+
+
+def test_files_that_are_no_lines_show_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert list(counted(["a", "b"], "tag", " sentences")) == ["a", "b"]
+    assert "tag: 100%" in screen.getvalue()
+    assert "2/2" in screen.getvalue()
 
 
 def full_disk(*_: object) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from albert_fast import ALBERTConfig
 from albert_fast.tasks.answer import QuestionAnswerer
+from albert_fast.tasks.choose import TextChooser
 from albert_fast.tasks.classify import TextClassifier, best_label
 from albert_fast.tasks.tag import TextTagger
 from albert_fast.text.tokenizer import load_tokenizer
@@ -117,6 +118,10 @@ def test_a_model_learns_its_task_and_is_measured_for_it(tmp_path: Path, task: st
         assert [[word.tag for word in words] for words in tagger.tags(sentences)] == measured.predicted
         found = tagger(["kalu misti penor theperson Anna Bern"])[0]
         assert [(one.kind, one.text, one.start, one.end) for one in found] == [("person", "Anna Bern", 27, 36)]
+    if task == "choose":
+        chooser = TextChooser(tmp_path / "model", device="cpu")
+        scores = chooser([(row["text"], row["choices"]) for row in map(json.loads, dev.read_text().splitlines())])
+        assert [own.index(max(own)) for own in scores] == measured.predicted
     if task == "answer":
         answerer = QuestionAnswerer(tmp_path / "model", device="cpu", batch_size=3)
         pairs = [(row["question"], row["context"]) for row in map(json.loads, dev.read_text().splitlines())]

@@ -1,4 +1,4 @@
-"""Reads the rows of tables, of saved or loaded Hugging Face data sets and of lists, by the names of their columns."""
+"""Reads the rows of tables, of saved or loaded Hugging Face data sets and of lists, by the names or numbers of their columns."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,12 +90,7 @@ class Choose(ForwardTask):
             raise ValueError("label_names: choices are texts, and have no names")
         texts: list[tuple[str, list[str]]] = []
         labels: list[int] = []
-        for name in (columns.text, columns.pair, columns.label):
-            if isinstance(name, int):
-                raise ValueError(f"{name_of(source)}: column {name} is a number; columns of choices have names")
-        for where, values in rows_of(source):
-            first = text_value(values, columns_for(columns.text, *FIRST), where, "the first text")
-            choices = _choices(values, columns.pair, where)
+        for where, values, first, choices in choice_rows(source, columns):
             if texts and len(choices) != len(texts[0][1]):
                 raise ValueError(f"{where}: {len(choices)} choices, but the first row has {len(texts[0][1])}")
             given = value_of(values, columns_for(columns.label, LABEL_COLUMN), where, "the label")
@@ -140,6 +135,32 @@ class Choose(ForwardTask):
         return Measured(loss, values, list(examples.labels), found.tolist())
 
 
+class ChoiceRow(NamedTuple):
+    """A row of a table: its place for error messages, all values by name, the first text and its choices."""
+
+    where: str
+    values: dict[str, Any]
+    first: str
+    choices: list[str]
+
+
+def choice_rows(source: Source, columns: Columns) -> Iterator[ChoiceRow]:
+    """Yields the rows of a source, with or without labels.
+
+    Args:
+        columns: the first text; as the pair, the list of choices, or what comes before their numbers.
+
+    Raises:
+        ValueError: numbers of columns; a row without a text or choices; the message names the place.
+    """
+    for name in (columns.text, columns.pair, columns.label):
+        if isinstance(name, int):
+            raise ValueError(f"{name_of(source)}: column {name} is a number; columns of choices have names")
+    for where, values in rows_of(source):
+        first = text_value(values, columns_for(columns.text, *FIRST), where, "the first text")
+        yield ChoiceRow(where, values, first, _choices(values, columns.pair, where))
+
+
 def _choices(values: Mapping[str, Any], column: str | int | None, where: str) -> list[str]:
     """The choices of a row: the list in a column, or the texts of choice0, choice1 ..."""
     listed = values.get(CHOICES if column is None else str(column))
@@ -177,4 +198,4 @@ def _number(label: Any, choices: Sequence[str], where: str) -> int:
     return fitting.pop()
 
 
-__all__ = ["ChoiceDataset", "Choose"]
+__all__ = ["ChoiceDataset", "ChoiceRow", "Choose", "choice_rows"]
