@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from .models.seq2seq_config import ALBERTSeq2SeqConfig as ALBERTSeq2SeqConfig
     from .ops import synchronize as synchronize
     from .tasks.answer import QuestionAnswerer as QuestionAnswerer
+    from .tasks.choose import TextChooser as TextChooser
     from .tasks.embed import TextEncoder as TextEncoder
     from .tasks.score import TextScorer as TextScorer
     from .tasks.tag import TextTagger as TextTagger
@@ -132,6 +133,7 @@ _HOME = {
     "aligned_representation": "layers.packing",
     "WantedTokens": "layers.wanted",
     "QuestionAnswerer": "tasks.answer",
+    "TextChooser": "tasks.choose",
     "TextEncoder": "tasks.embed",
     "TextScorer": "tasks.score",
     "Translator": "tasks.translate",

@@ -20,6 +20,7 @@ SUBCOMMANDS = {
     "classify": "Label each line of a text.",
     "tag": "Find entities in each line of a text.",
     "answer": "Answer questions with words of their contexts.",
+    "choose": "Choose between texts that continue or answer another.",
     "encode": "Turn lines of text into vectors.",
     "rerank": "Sort lines of text by how well they answer a query.",
     "fill_mask": "Complete [MASK] in a text.",
@@ -62,7 +63,7 @@ def build_app() -> typer.Typer:
 
     @app.callback()
     def root(version: bool = version) -> None:
-        """ALBERT with custom kernels: classify, tag, answer, encode, rerank, translate, pre-train, train and measure."""
+        """ALBERT with custom kernels: classify, tag, answer, choose, encode, rerank, translate, pre-train, train and measure."""
 
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f".commands.{name}", __package__)

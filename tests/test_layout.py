@@ -193,7 +193,7 @@ FILES = {
         "families hub saving sentence_modules tensorflow_files tensorflow_names tensorflow_process weights"
     ),
     "albert_fast/commands": (
-        "_compare _errors _lines _options _progress _sinks answer bench classify convert demo encode evaluate "
+        "_compare _errors _lines _options _progress _sinks answer bench choose classify convert demo encode evaluate "
         "fill_mask info pretrain quantize rerank tag train translate"
     ),
     "albert_fast/execution": "capture graphs",
@@ -221,8 +221,8 @@ FILES = {
         "unused_gradients user_warnings version"
     ),
     "albert_fast/tasks": (
-        "answer classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize score "
-        "sentence_steps tag token_batches translate vector_files"
+        "answer choose classify convert embed errors fill_mask loading output_folder parquet_vectors pooling quantize "
+        "score sentence_steps tag token_batches translate vector_files"
     ),
     "albert_fast/testing": (
         "accelerated_models case cases covering encoder_cases family_pairs google_checkpoints hostile model_pairs "

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from albert_fast.testing import require_data
+from albert_fast.text.conll_files import read_conll
 from albert_fast.text.text_files import Columns
 from albert_fast.training import read_examples
 from albert_fast.training.tasks import TASKS, read_for
@@ -39,6 +40,16 @@ def test_conll(tmp_path: Path) -> None:
     tabs = written(tmp_path / "b.txt", "# id = 1\n1\t# a\tX\tsym\n2\tb\tY\tword\n \t\n1\tc\tX\tw\n")
     examples = TASKS["tag"].read(tabs, Columns(text=1, label=2), None)
     assert (examples.texts, examples.label_names) == ([["# a", "b"], ["c"]], ["X", "Y"])
+    words = written(tmp_path / "words.conll", "a\nb\n\nc\n")
+    assert [(one.line, one.words, one.tags) for one in read_conll(words, needs_tags=False)] == [
+        (1, ["a", "b"], []),
+        (4, ["c"], []),
+    ]
+    assert [one.tags for one in read_conll(tabs, 1, 2, needs_tags=False)] == [["X", "Y"], ["X"]]
+    with pytest.raises(ValueError, match=r"words.conll, line 1: 1 column, expected a word and a tag"):
+        list(read_conll(words))
+    with pytest.raises(ValueError, match=r"bad.bio, line 2: 2 columns, but the first line is a word alone"):
+        list(read_conll(written(tmp_path / "bad.bio", "a\nb O\n"), needs_tags=False))
     with pytest.raises(ValueError, match=r"bad.bio, line 3: 1 column, expected a word and a tag"):
         read_for(None, written(tmp_path / "bad.bio", "a O\nb O\nc\n"), NONE, None)
     with pytest.raises(ValueError, match=r"bad.bio, from line 4: the tag is 'B-odd', expected one of \['O', 'B-x'\]"):
@@ -119,11 +130,40 @@ def test_several_labels_and_choices(tmp_path: Path) -> None:
     assert (task.name, examples.texts, examples.labels) == ("choose", [("x", ["a", "b"]), ("y", ["c", "d"])], [1, 0])
     listed = [{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "label": "b"}]
     assert read_for(None, listed, NONE, None)[1].labels == [1]
+    digits = {"text": "q", "choices": ["1", "2"]}
+    assert read_for(None, [digits | {"label": 1}], NONE, None)[1].labels == [1], "a number is never a text"
+    assert read_for(None, [digits | {"choices": ["0", "x"], "label": "0"}], NONE, None)[1].labels == [0]
+    for choices, label in ((["1", "2"], "1"), (["a", "a"], "a")):
+        with pytest.raises(ValueError, match=f"row 0: the label '{label}' fits several choices"):
+            read_for(None, [digits | {"choices": choices, "label": label}], NONE, None)
     with pytest.raises(ValueError, match="row 0: the label is 2, expected the number of a choice, 0 to 1"):
         read_for(None, [{"text": "q", "choices": ["a", "b"], "label": 2}], NONE, None)
     two = {"text": "q", "choices": ["a", "b"], "label": 0}
     with pytest.raises(ValueError, match="row 1: 3 choices, but the first row has 2"):
         read_for(None, [two, two | {"choices": ["a", "b", "c"]}], NONE, None)
+
+
+def test_tables_without_a_header(tmp_path: Path) -> None:
+    """Columns are numbered from 0 for every task whose columns are not of unknown number."""
+    file = written(tmp_path / "a.csv", '"b,a",x\nb,y\n')
+    examples = TASKS["multilabel"].read(file, Columns(text=1, label=0), None)
+    assert (examples.texts, examples.label_names, examples.labels) == (["x", "y"], ["a", "b"], [[1.0, 1.0], [0.0, 1.0]])
+    file = written(tmp_path / "a.tsv", "Bern\twhere?\tin Bern\n")
+    examples = TASKS["answer"].read(file, Columns(1, 2, 0), None)
+    assert (examples.texts, examples.labels) == ([("where?", "in Bern")], [[("Bern", 3)]])
+    file = written(tmp_path / "b.tsv", "ein\tone\n")
+    assert TASKS["translation"].read(file, Columns(text=1, label=0), None).texts == ["one"]
+    rows = [{"text": "a", "label": "x"}]
+    for task, source, columns, says in (
+        ("multilabel", file, Columns(label=0), "needs the number of its text column too"),
+        ("multilabel", file, Columns(text=0, label=2), r"no column 2 for the label; it has \[0, 1\]"),
+        ("multilabel", written(tmp_path / "h.tsv", "label\ttext\n"), Columns(text=1, label=0), "line 1: a header"),
+        ("multilabel", rows, Columns(text=0, label=1), "column 0 is a number, .* a data set's columns have names"),
+        ("multilabel", written(tmp_path / "a.jsonl", lines(*rows)), Columns(0, None, 1), "JSON lines have names"),
+        ("choose", file, Columns(label=0), "column 0 is a number; columns of choices have names"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            TASKS[task].read(source, columns, None)
 
 
 def test_data_sets_in_memory_and_in_folders(tmp_path: Path) -> None:

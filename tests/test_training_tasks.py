@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from albert_fast import ALBERTConfig
 from albert_fast.tasks.answer import QuestionAnswerer
+from albert_fast.tasks.choose import TextChooser
 from albert_fast.tasks.classify import TextClassifier, best_label
 from albert_fast.tasks.tag import TextTagger
 from albert_fast.text.tokenizer import load_tokenizer
 from albert_fast.training import Recipe, evaluate, fit
+from albert_fast.training.data import Examples
 from albert_fast.training.tasks import TASKS
 
 for library in ("tokenizers", "seqeval", "torchmetrics", "sklearn"):
@@ -115,6 +118,10 @@ def test_a_model_learns_its_task_and_is_measured_for_it(tmp_path: Path, task: st
         assert [[word.tag for word in words] for words in tagger.tags(sentences)] == measured.predicted
         found = tagger(["kalu misti penor theperson Anna Bern"])[0]
         assert [(one.kind, one.text, one.start, one.end) for one in found] == [("person", "Anna Bern", 27, 36)]
+    if task == "choose":
+        chooser = TextChooser(tmp_path / "model", device="cpu")
+        scores = chooser([(row["text"], row["choices"]) for row in map(json.loads, dev.read_text().splitlines())])
+        assert [own.index(max(own)) for own in scores] == measured.predicted
     if task == "answer":
         answerer = QuestionAnswerer(tmp_path / "model", device="cpu", batch_size=3)
         pairs = [(row["question"], row["context"]) for row in map(json.loads, dev.read_text().splitlines())]
@@ -123,6 +130,36 @@ def test_a_model_learns_its_task_and_is_measured_for_it(tmp_path: Path, task: st
         assert [
             context[one.start : one.end] for one, (_, context) in zip(answers, pairs, strict=True)
         ] == measured.predicted
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_metrics_of_several_labels_count_every_label(labels: int) -> None:
+    """F1, precision and recall are over all labels of all examples, for a single label too."""
+    generator = np.random.default_rng(labels)
+    truth, found = (generator.random((40, labels)) < share for share in (0.4, 0.6))
+    examples = Examples(["x"] * 40, truth.astype(float).tolist(), [f"l{number}" for number in range(labels)])
+    scores = list(torch.from_numpy(np.where(found, 1.0, -1.0)))
+    measured = TASKS["multilabel"].measured(
+        0.0, None, examples, scores, ["f1", "accuracy", "precision", "recall"], None
+    )
+    right, precision, recall = (
+        (truth & found).sum(),
+        (truth & found).sum() / found.sum(),
+        (truth & found).sum() / truth.sum(),
+    )
+    expected = [2 * right / (truth.sum() + found.sum()), (truth == found).all(1).mean(), precision, recall]
+    assert list(measured.metrics.values()) == pytest.approx(expected)
+    nothing = TASKS["multilabel"].measured(0.0, None, examples, [-torch.ones(labels)] * 40, ["f1"], None)
+    assert nothing.metrics == {"f1": 0.0}, "no label is found"
+
+
+def test_a_new_head_on_a_checkpoint_is_no_surprise(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    arguments = {"device": "cpu", "progress": False, "recipe": Recipe(epochs=1, batch_size=8, max_length=40)}
+    rows = [{"text": word, "label": place % 2} for place, word in enumerate(WORDS)]
+    tags = [{"tokens": [word, "salu"], "tags": ["B-x", "O"]} for word in WORDS]
+    fit(rows, tmp_path / "classes", config=CONFIG, vocab_size=40, **arguments)
+    fit(tags, tmp_path / "tags", init_from=tmp_path / "classes", **arguments)
+    assert [str(one.message) for one in recwarn if "at random" in str(one.message)] == []
 
 
 def test_chinese_from_scratch_by_characters(tmp_path: Path) -> None:

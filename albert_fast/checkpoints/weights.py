@@ -286,6 +286,7 @@ def load_into(
     family: Family,
     *,
     allow_missing_head: bool = False,
+    warns_of_missing: bool = True,
     ignore_mismatched_sizes: bool = False,
     check: Callable[[str, Tensor], str | None] = lambda key, tensor: None,
     share: bool = False,
@@ -298,7 +299,8 @@ def load_into(
     Args:
         state: tensors under the model's names, see `rename_old_names`.
         family: the model's.
-        allow_missing_head: a head that `state` lacks entirely keeps its random weights, with a warning.
+        allow_missing_head: a head that `state` lacks entirely keeps its random weights, with a warning unless `warns_of_missing`
+            is False.
         ignore_mismatched_sizes: a tensor of another shape keeps its random weights, with a warning.
         check: returns what is wrong with a tensor of the right shape and dtype, or None.
         share: the tensors of `state` become the model's parameters, and are not copied.
@@ -368,7 +370,7 @@ def load_into(
         error = ValueError if others else MissingHeadError
         raise error(f"{type(model).__name__} cannot be loaded:\n" + "\n".join(sorted(problems)[:10]) + more)
 
-    if absent:
+    if absent and warns_of_missing:
         names = ", ".join(sorted(head.rstrip(".") for head in absent))
         warnings.warn(f"{_file(state)} has no weights for: {names}; they start at random", stacklevel=3)
     if mismatched:

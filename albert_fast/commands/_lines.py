@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import io
+import json
 import os
 from pathlib import PurePath
+from typing import Any
 
 from ..text.line_reader import LineReader
 from ..text.text_files import Columns, Format, Record, open_table, table_format
@@ -62,6 +64,12 @@ class Lines(RowWindows):
         return self
 
 
+def json_answer(record: Record, **content: Any) -> str:
+    """The line of a JSON answer to a row; it begins with the row's id, if it has one."""
+    key = {} if record.key is None else {"id": record.key}
+    return json.dumps(key | content, ensure_ascii=False)
+
+
 def given_text(text: str, name: str) -> str:
     """Checks a text that is an argument. ValueError where its bytes are no text: Python keeps such bytes as surrogates."""
     try:
@@ -98,4 +106,4 @@ def _checked_encoding(encoding: str) -> str:
     return name
 
 
-__all__ = ["InputError", "Lines", "Record", "given_text"]
+__all__ = ["InputError", "Lines", "Record", "given_text", "json_answer"]

@@ -35,6 +35,11 @@ class InputFormat(str, Enum):
     parquet = "parquet"
 
 
+class AnswerFormat(str, Enum):
+    tsv = "tsv"
+    jsonl = "jsonl"
+
+
 INPUT_HELP = (
     "Lines of text, or a table (.csv, .tsv, .jsonl, also as .gz; .parquet); - is standard input; or the text itself."
 )
@@ -101,8 +106,8 @@ class Input:
 
 
 @dataclass(frozen=True)
-class TableColumns:
-    """Which columns of a table to read."""
+class TextColumn:
+    """Which column of a table to read."""
 
     text_column: Annotated[
         str | None,
@@ -112,6 +117,15 @@ class TableColumns:
             show_default="text, sentence, review",
         ),
     ] = None
+
+    def as_columns(self) -> Columns:
+        return Columns(_column(self.text_column))
+
+
+@dataclass(frozen=True)
+class TableColumns(TextColumn):
+    """Which columns of a table to read."""
+
     pair_column: Annotated[str | None, typer.Option("--pair-column", help="Second text, for tasks over pairs.")] = None
     label_column: Annotated[
         str | None, typer.Option("--label-column", help="Name, or number.", show_default="label")

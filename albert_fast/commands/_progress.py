@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from ._lines import Lines
+
+Item = TypeVar("Item")
+
+
+def counted(items: Iterable[Item], label: str, unit: str) -> Iterator[Item]:
+    """Yields items that the answers on standard output are for, and shows how many of them are taken, and how many a second."""
+    from tqdm import tqdm
+
+    return iter(tqdm(items, desc=label, file=sys.stderr, disable=_hidden(answers_on_stdout=True), unit=unit))
+
+
+def _hidden(answers_on_stdout: bool) -> bool | None:
+    """tqdm's `disable`: True hides the bar, None shows it only on a terminal."""
+    return True if answers_on_stdout and sys.stdout.isatty() else None
 
 
 class Progress:
@@ -17,9 +32,15 @@ class Progress:
 
         self._lines = lines
         unit: dict[str, Any] = {"unit": " texts"} if lines.size is None else {"unit": "B", "unit_scale": True}
-        hidden = True if answers_on_stdout and sys.stdout.isatty() else None  # None: only on a terminal
         self._before, self._start = lines.count, time.monotonic()
-        self._bar = tqdm(total=lines.size, desc=label, file=sys.stderr, disable=hidden, initial=self._done(), **unit)
+        self._bar = tqdm(
+            total=lines.size,
+            desc=label,
+            file=sys.stderr,
+            disable=_hidden(answers_on_stdout),
+            initial=self._done(),
+            **unit,
+        )
 
     def __enter__(self) -> Progress:
         return self

@@ -15,8 +15,8 @@ import typer
 from ..text.squad_files import is_squad, read_squad
 from . import _options as options
 from ._errors import UsageError, reports_errors
-from ._lines import Lines, Record
-from ._progress import Progress
+from ._lines import Lines, Record, json_answer
+from ._progress import Progress, counted
 
 if TYPE_CHECKING:
     from ..tasks.answer import Answer
@@ -81,7 +81,7 @@ def command(
             raise UsageError("--question is for lines of contexts; SQuAD's JSON has its own questions")
         asked = [Record(place, one.question, one.context, key=one.key) for place, one in enumerate(read_squad(file), 1)]
         answerer = _answerer(model, may_be_absent, max_length, batch_size, compute)
-        parts = iter(asked)
+        parts = counted(asked, "answer", " questions")
         _write(
             ((part, answerer(_pairs(part, None))) for part in iter(lambda: list(itertools.islice(parts, 256)), [])),
             format,
@@ -139,10 +139,9 @@ def _write(parts: Iterable[tuple[list[Record], list[Answer]]], format: Format) -
             elif format is Format.tsv:
                 sys.stdout.write(re.sub(r"[\t\r\n]", " ", answer.text) + f"\t{answer.score:.6f}\n")
             else:
-                content: dict[str, Any] = {} if record.key is None else {"id": record.key}
-                content |= {"answer": answer.text, "score": round(answer.score, 6)}
-                content |= {"start": answer.start, "end": answer.end}
-                sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+                score = round(answer.score, 6)
+                line = json_answer(record, answer=answer.text, score=score, start=answer.start, end=answer.end)
+                sys.stdout.write(line + "\n")
         sys.stdout.flush()
     if format is Format.squad:
         sys.stdout.write(json.dumps(whole, ensure_ascii=False) + "\n")

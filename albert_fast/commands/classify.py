@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass
-from enum import Enum
 from typing import Annotated, Any
 
 import typer
 
 from . import _options as options
 from ._errors import reports_errors
-from ._lines import Lines, Record
+from ._lines import Lines, Record, json_answer
 from ._progress import Progress
 
 # Batches whose texts are sorted by length together. A pipe gives fewer at a time and is answered at once.
 WINDOW = 16
-
-
-class Format(str, Enum):
-    tsv = "tsv"
-    jsonl = "jsonl"
 
 
 @dataclass(frozen=True)
@@ -36,12 +29,14 @@ class Columns(options.TableColumns):
 class Answers:
     """The form of the answers."""
 
-    format: Annotated[Format, typer.Option("--format", "-f", help="Form of the answers.")] = Format.tsv
+    format: Annotated[options.AnswerFormat, typer.Option("--format", "-f", help="Form of the answers.")] = (
+        options.AnswerFormat.tsv
+    )
     all_scores: Annotated[bool, typer.Option("--all-scores", help="Add the score of every label.")] = False
     with_text: Annotated[bool, typer.Option("--with-text", help="Add the text that was classified.")] = False
 
     def line(self, answer: dict[str, float], record: Record) -> str:
-        return _tsv(answer, record, self) if self.format is Format.tsv else _jsonl(answer, record, self)
+        return _tsv(answer, record, self) if self.format is options.AnswerFormat.tsv else _jsonl(answer, record, self)
 
 
 @reports_errors
@@ -115,8 +110,7 @@ def _tsv(answer: dict[str, float], record: Record, form: Answers) -> str:
 
 def _jsonl(answer: dict[str, float], record: Record, form: Answers) -> str:
     label, score = _best(answer)
-    content: dict[str, Any] = {} if record.key is None else {"id": record.key}
-    content |= {"label": label, "score": round(score, 6)}
+    content: dict[str, Any] = {"label": label, "score": round(score, 6)}
     if form.all_scores:
         content["scores"] = {name: round(value, 6) for name, value in answer.items()}
     if record.label is not None:
@@ -125,4 +119,4 @@ def _jsonl(answer: dict[str, float], record: Record, form: Answers) -> str:
         content["text"] = record.text
         if record.pair is not None:
             content["text_pair"] = record.pair
-    return json.dumps(content, ensure_ascii=False)
+    return json_answer(record, **content)

@@ -22,7 +22,7 @@ def command(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", help="May be repeated: accuracy, f1, matthews, pearson ...", show_default="that of train"
+            "--metric", help="May be repeated: accuracy, f1, matthews, pearson, bleu ...", show_default="that of train"
         ),
     ] = None,
     predictions: Annotated[
@@ -31,7 +31,9 @@ def command(
     ] = None,
     confusion_matrix: Annotated[
         Path | None,
-        typer.Option("--confusion-matrix", help="Draw which class was taken for which, as .png, .svg or .pdf."),
+        typer.Option(
+            "--confusion-matrix", help="Draw which class, or tag, was taken for which, as .png, .svg or .pdf."
+        ),
     ] = None,
     columns: options.TableColumns,
     batch_size: options.BatchSize = 32,
@@ -47,16 +49,19 @@ def command(
       albert-fast evaluate test.tsv -m my-model --predictions out.jsonl --confusion-matrix matrix.png
       albert-fast evaluate dev.json -m my-answerer --metric exact_match --metric f1
     """
-    from ..checkpoints.weights import shipped_model
+    from ..checkpoints.weights import resolve, shipped_model
+    from ..models.auto import config_of
     from ..runtime.files import replacing
     from ..training import evaluate
     from ..training.plots import check_can_draw, draw_confusion_matrix
+    from ..training.tasks import task_of
 
+    checkpoint = shipped_model() if model is None else model
     if confusion_matrix is not None:
-        check_can_draw(confusion_matrix)
+        check_can_draw(confusion_matrix, task_of(config_of(resolve(checkpoint))).name)
 
     measured = evaluate(
-        shipped_model() if model is None else model,
+        checkpoint,
         file,
         metrics=metric,
         batch_size=batch_size,
@@ -65,6 +70,11 @@ def command(
         **columns.as_keywords(),
         **compute.as_keywords(),
     )
+    figures: dict[str, Any] = {"examples": measured.examples, "loss": measured.loss, **measured.metrics}
+    if measured.interval is not None:
+        figures["accuracy_interval_95"] = list(measured.interval)
+    sys.stdout.write(json.dumps(figures) + "\n")
+    sys.stdout.flush()  # the figures are out even if a file cannot be written
     if predictions is not None:
         with replacing(predictions) as file_of_predictions:
             for expected, predicted in zip(measured.expected, measured.predicted, strict=True):
@@ -72,7 +82,3 @@ def command(
                 file_of_predictions.write(f"{row}\n".encode())
     if confusion_matrix is not None:
         draw_confusion_matrix(measured, confusion_matrix)
-    figures: dict[str, Any] = {"examples": measured.examples, "loss": measured.loss, **measured.metrics}
-    if measured.interval is not None:
-        figures["accuracy_interval_95"] = list(measured.interval)
-    sys.stdout.write(json.dumps(figures) + "\n")

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import heapq
-import json
 import re
 import sys
-from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import _options as options
 from ._errors import reports_errors
-from ._lines import InputError, Lines, Record, given_text
+from ._lines import InputError, Lines, Record, given_text, json_answer
 from ._progress import Progress
 
 # Lines that are scored at a time.
 WINDOW = 2048
-
-
-class Format(str, Enum):
-    tsv = "tsv"
-    jsonl = "jsonl"
 
 
 @reports_errors
@@ -37,11 +30,10 @@ def command(
     top: Annotated[
         int | None, typer.Option("--top", "-n", min=1, help="Show this many of the best.", show_default="all")
     ] = None,
-    format: Annotated[Format, typer.Option("--format", "-f", help="Form of the answers.")] = Format.tsv,
-    text_column: Annotated[
-        str | None,
-        typer.Option("--text-column", help="Name, or number from 0.", show_default="text, sentence, review"),
-    ] = None,
+    format: Annotated[
+        options.AnswerFormat, typer.Option("--format", "-f", help="Form of the answers.")
+    ] = options.AnswerFormat.tsv,
+    column: options.TextColumn,
     max_length: options.MaxLength = None,
     batch_tokens: options.BatchTokens = None,
     input: options.Input,
@@ -59,8 +51,7 @@ def command(
       albert-fast rerank "who wrote it?" passages.txt -m my-cross-encoder --top 5
       albert-fast rerank "who wrote it?" passages.jsonl.gz -m my-cross-encoder --text-column body --format jsonl
     """
-    columns = options.TableColumns(text_column).as_columns()
-    with Lines(file, input, columns) as lines:
+    with Lines(file, input, column.as_columns()) as lines:
         from ..tasks.score import TextScorer
 
         options.warn_of_rounding(model, compute.precision)
@@ -81,7 +72,7 @@ def command(
                     best = heapq.nlargest(top, best, key=lambda one: one[:2])
                 progress.update()
     for score, _, record in sorted(best, key=lambda one: one[:2], reverse=True):
-        sys.stdout.write((_tsv if format is Format.tsv else _jsonl)(score, record) + "\n")
+        sys.stdout.write((_tsv if format is options.AnswerFormat.tsv else _jsonl)(score, record) + "\n")
 
 
 def _rows(lines: Lines) -> list[Record]:
@@ -96,7 +87,4 @@ def _tsv(score: float, record: Record) -> str:
 
 
 def _jsonl(score: float, record: Record) -> str:
-    content: dict[str, Any] = {} if record.key is None else {"id": record.key}
-    return json.dumps(
-        content | {"score": round(score, 6), "line": record.line, "text": record.text}, ensure_ascii=False
-    )
+    return json_answer(record, score=round(score, 6), line=record.line, text=record.text)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import sys
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,8 +13,8 @@ import typer
 from ..text.conll_files import is_conll, read_conll
 from . import _options as options
 from ._errors import reports_errors
-from ._lines import Lines, Record
-from ._progress import Progress
+from ._lines import Lines, Record, json_answer
+from ._progress import Progress, counted
 
 if TYPE_CHECKING:
     from ..tasks.tag import Entity, TextTagger
@@ -25,20 +23,17 @@ if TYPE_CHECKING:
 WINDOW = 16
 
 
-class Format(str, Enum):
-    tsv = "tsv"
-    jsonl = "jsonl"
-
-
 @dataclass(frozen=True)
 class Answers:
     """The form of the answers."""
 
-    format: Annotated[Format, typer.Option("--format", "-f", help="Form of the answers.")] = Format.tsv
+    format: Annotated[options.AnswerFormat, typer.Option("--format", "-f", help="Form of the answers.")] = (
+        options.AnswerFormat.tsv
+    )
     with_text: Annotated[bool, typer.Option("--with-text", help="Add the text that was tagged.")] = False
 
     def line(self, found: list[Entity], record: Record) -> str:
-        return _tsv(found, record, self) if self.format is Format.tsv else _jsonl(found, record, self)
+        return _tsv(found, record, self) if self.format is options.AnswerFormat.tsv else _jsonl(found, record, self)
 
 
 @reports_errors
@@ -48,9 +43,7 @@ def command(
     model: options.Model,
     *,
     answers: Answers,
-    text_column: Annotated[
-        str | None, typer.Option("--text-column", help="Name, or number.", show_default="text, sentence, review")
-    ] = None,
+    column: options.TextColumn,
     max_length: options.MaxLength = None,
     batch_size: options.BatchSize = 32,
     input: options.Input,
@@ -62,8 +55,8 @@ def command(
     "text": "Bern", "start": 14, "end": 18, "score": 0.98}]}, in characters; an "id" of the input is repeated. A model for
     other tags, such as parts of speech, gives every word.
 
-    A FILE that ends in .conll, .conllu, .bio or .iob (also .gz) holds words and their tags; the answer is each word, its tag and
-    the model's tag, separated by tabs, with an empty line after each sentence.
+    A FILE that ends in .conll, .conllu, .bio or .iob (also .gz) has a word on each line, alone or with its tag; the answer is each
+    word, its tag if it has one, and the model's tag, separated by tabs, with an empty line after each sentence.
 
     A text that is longer than the model takes is computed in windows that overlap.
 
@@ -76,8 +69,7 @@ def command(
     if is_conll(file):
         _tag_conll(file, _tagger(model, max_length, batch_size, compute))
         return
-    columns = options.TableColumns(text_column).as_columns()
-    with Lines(file, input, columns, may_be_text=True) as lines:
+    with Lines(file, input, column.as_columns(), may_be_text=True) as lines:
         tagger = _tagger(model, max_length, batch_size, compute)
         with Progress(lines, "tag", answers_on_stdout=True) as progress:
             for records in lines.windows(batch_size * WINDOW):
@@ -96,11 +88,12 @@ def _tagger(model: str, max_length: int | None, batch_size: int, compute: option
 
 
 def _tag_conll(file: str, tagger: TextTagger) -> None:
-    sentences = read_conll(file)
+    sentences = counted(read_conll(file, needs_tags=False), "tag", " sentences")
     while part := list(itertools.islice(sentences, 32 * WINDOW)):
         for sentence, tags in zip(part, tagger.tags([sentence.words for sentence in part]), strict=True):
-            for word, expected, found in zip(sentence.words, sentence.tags, tags, strict=True):
-                sys.stdout.write(f"{word}\t{expected}\t{found.tag}\n")
+            for place, (word, found) in enumerate(zip(sentence.words, tags, strict=True)):
+                stated = sentence.tags[place : place + 1]  # none in a file of words alone
+                sys.stdout.write("\t".join([word, *stated, found.tag]) + "\n")
             sys.stdout.write("\n")
         sys.stdout.flush()
 
@@ -112,8 +105,7 @@ def _tsv(found: list[Entity], record: Record, form: Answers) -> str:
 
 
 def _jsonl(found: list[Entity], record: Record, form: Answers) -> str:
-    content: dict[str, Any] = {} if record.key is None else {"id": record.key}
-    content["entities"] = [{**one._asdict(), "score": round(one.score, 6)} for one in found]
+    content: dict[str, Any] = {"entities": [{**one._asdict(), "score": round(one.score, 6)} for one in found]}
     if form.with_text:
         content["text"] = record.text
-    return json.dumps(content, ensure_ascii=False)
+    return json_answer(record, **content)

@@ -60,8 +60,8 @@ class RecipeOptions:
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Chooses the best epoch: accuracy, f1, matthews, mse, pearson, exact_match, loss ...",
-            show_default="accuracy; mse for numbers; f1 for entities, answers, several labels",
+            help="Chooses the best epoch: accuracy, f1, matthews, mse, pearson, exact_match, bleu, loss ...",
+            show_default="accuracy; mse for numbers; f1 for entities, answers, several labels; bleu for translations",
         ),
     ] = None
     patience: Annotated[
@@ -175,12 +175,13 @@ def command(
     classify: one class for each text or pair of texts. regress: a number. multilabel: any of several labels; a list in JSON lines,
     words separated by commas in other tables. tag: a tag for each word; TRAIN is a CoNLL file, or has lists of tokens and tags.
     answer: a span of a context for each question; TRAIN is SQuAD's JSON, or has question, context and answer; --text-column,
-    --pair-column and --label-column name others. choose: one of several texts; TRAIN has text, choice0, choice1 ... and label.
-    translation: a text for each text; TRAIN is the names of two files with a comma between, of which line n of one belongs to
-    line n of the other, or a table with source and target.
+    --pair-column and --label-column name others. choose: one of several texts; TRAIN has text, choice0, choice1 ... and label,
+    which is the number of the right choice from 0, or its text. translation: a text for each text; TRAIN is the names of two
+    files with a comma between, of which line n of one belongs to line n of the other, or a table with source and target.
 
-    OUTPUT is a checkpoint folder for classify, tag, answer, encode and transformers. Everything is checked before the first
-    step. An interrupted run continues with --resume and the same options; a finished run continues with more --epochs.
+    OUTPUT is a checkpoint folder for classify, tag, answer, choose, translate, encode and transformers. Everything is checked
+    before the first step. An interrupted run continues with --resume and the same options; a finished run continues with more
+    --epochs.
 
     \b
     Examples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -12,7 +11,7 @@ import typer
 
 from . import _options as options
 from ._errors import UsageError, reports_errors
-from ._lines import Lines, Record
+from ._lines import Lines, Record, json_answer
 from ._progress import Progress
 
 # Batches whose texts are sorted by length together. A pipe gives fewer at a time and is answered at once.
@@ -82,20 +81,6 @@ class Search:
         }
 
 
-@dataclass(frozen=True)
-class TextColumn:
-    """Which column of a table to read."""
-
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            "--text-column",
-            help="Name, or number from 0 where there is no header.",
-            show_default="text, sentence, review",
-        ),
-    ] = None
-
-
 @reports_errors
 @options.expands_groups
 def command(
@@ -104,7 +89,7 @@ def command(
     *,
     search: Search,
     format: Annotated[Format, typer.Option("--format", "-f", help="Form of the answers.")] = Format.text,
-    column: TextColumn,
+    column: options.TextColumn,
     max_length: options.MaxLength = None,
     batch_size: options.BatchSize = 32,
     input: options.Input,
@@ -124,8 +109,7 @@ def command(
       albert-fast translate lines.en -m my-translator > lines.de
       albert-fast translate lines.en.gz -m my-translator --num-beams 1 --format jsonl
     """
-    columns = options.TableColumns(column.text_column).as_columns()
-    with Lines(file, input, columns, may_be_text=True) as lines:
+    with Lines(file, input, column.as_columns(), may_be_text=True) as lines:
         from ..tasks.translate import Translator
 
         translator = Translator(model, max_length=max_length, batch_size=batch_size, **compute.as_keywords())
@@ -143,5 +127,4 @@ def command(
 def _line(record: Record, translation: str, format: Format) -> str:
     if format is Format.text:
         return " ".join(translation.splitlines())
-    content: dict[str, Any] = {} if record.key is None else {"id": record.key}
-    return json.dumps(content | {"text": record.text, "translation": translation}, ensure_ascii=False)
+    return json_answer(record, text=record.text, translation=translation)

@@ -393,3 +393,25 @@ class ForMultipleChoice(HeadModel):
         logits = self.scores(encoded.pooled).view(-1, given.shape[1])
         loss = None if labels is None else cross_entropy(logits, labels)
         return self.finish(LogitsOutput(loss, logits), encoded, return_dict)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Scores R rows without padding, each a text with one of its choices; hooks on the encoder do not run.
+
+        Args, Raises:
+            As the encoder's `forward_packed`.
+
+        Returns:
+            LogitsOutput: logits (R, 1); those of a text's choices, one after the other, are a row of `forward`'s.
+        """
+        inputs = Inputs(input_ids, None, token_type_ids, position_ids, inputs_embeds, cu_seqlens, max_seqlen)
+        encoded = self.encode_packed(inputs)
+        return self.finish(LogitsOutput(logits=self.scores(encoded.pooled)), encoded, return_dict)

@@ -1,4 +1,4 @@
-"""Reads sentences of words and their tags from CoNLL files: a word and its tag on each line, an empty line between sentences."""
+"""Reads sentences from CoNLL files: a word and its tag, or a word alone, on each line; an empty line between sentences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Sentence:
 
     Attributes:
         line: the number of its first line, from 1.
-        words, tags: one for each line.
+        words: one for each line. tags: the same; none in a file of words alone.
     """
 
     line: int
@@ -30,19 +30,24 @@ def is_conll(path: str | Path) -> bool:
     return str(path).lower().removesuffix(".gz").endswith(ENDINGS)
 
 
-def read_conll(path: str | Path, word_column: int | None = None, tag_column: int | None = None) -> Iterator[Sentence]:
+def read_conll(
+    path: str | Path, word_column: int | None = None, tag_column: int | None = None, *, needs_tags: bool = True
+) -> Iterator[Sentence]:
     """Yields the sentences of a file, also .gz. Columns are separated by tabs or, in a line without one, by spaces.
 
     Lines that begin with -DOCSTART-, and lines of a comment ("# " and no tab, in a file with tabs), are left out.
 
     Args:
         word_column, tag_column: numbers from 0; default: the first and the last column.
+        needs_tags: False: a file whose first line is a word alone has no tags.
 
     Raises:
-        ValueError: a line without these columns, bytes that are not UTF-8; the message names file and line. OSError: see `open`.
+        ValueError: a line without these columns, or with more than its word in a file of words alone; bytes that are not UTF-8; the
+            message names file and line. OSError: see `open`.
     """
     lines = open_lines(path)
     sentence, has_tabs = Sentence(0), False
+    alone: bool | None = False if needs_tags else None  # None: the first line tells
     try:
         while (line := lines.read()) is not None:
             text = line.text.strip()
@@ -57,6 +62,15 @@ def read_conll(path: str | Path, word_column: int | None = None, tag_column: int
                 continue
             has_tabs = has_tabs or "\t" in text
             columns = text.split("\t") if "\t" in text else text.split()
+            alone = len(columns) == 1 if alone is None else alone
+            if alone:
+                if len(columns) > 1:
+                    raise ValueError(
+                        f"{lines.name}, line {line.number}: {len(columns)} columns, but the first line is a word alone"
+                    )
+                sentence.line = sentence.line or line.number
+                sentence.words.append(text)
+                continue
             word, tag = (0 if word_column is None else word_column), (-1 if tag_column is None else tag_column)
             needed = max(2, word + 1, tag + 1)
             if len(columns) < needed:

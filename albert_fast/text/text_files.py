@@ -113,12 +113,16 @@ def open_table(
     """
     if format is not Format.parquet:
         return open_lines(path, encoding, errors, longest), format
+    _refuse_numbers(path, columns)
+    wanted = [str(name) for name in (columns.text, columns.pair, columns.label) if name is not None]
+    texts = () if columns.text is not None else TEXT_COLUMNS
+    return open_parquet(path, wanted, texts, (PAIR_COLUMN, KEY_COLUMN), longest), Format.jsonl
+
+
+def _refuse_numbers(path: str | Path, columns: Columns) -> None:
     given = (columns.text, columns.pair, columns.label)
     if (number := next((name for name in given if isinstance(name, int)), None)) is not None:
         raise ValueError(f"{path}: column {number} is a number; the columns of a Parquet file have names")
-    wanted = [str(name) for name in given if name is not None]
-    texts = () if columns.text is not None else TEXT_COLUMNS
-    return open_parquet(path, wanted, texts, (PAIR_COLUMN, KEY_COLUMN), longest), Format.jsonl
 
 
 def read_table(path: str | Path, columns: Columns) -> Iterator[Record]:
@@ -132,17 +136,22 @@ def read_table(path: str | Path, columns: Columns) -> Iterator[Record]:
         lines.close()
 
 
-def read_values(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the line and all values by name of every row of a table with a header, JSON values as they are.
+def read_values(path: str | Path, columns: Columns) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """Yields the line and all values by name of every row of a table, JSON values as they are.
+
+    Args:
+        columns: names, which a table with a header must have; or numbers, for a table without one: its values come by number.
 
     Raises:
         ValueError: see the top of this file. OSError: see `open`.
     """
     format = _format_of(path)
     packed = format is Format.parquet
+    if packed:
+        _refuse_numbers(path, columns)
     lines = open_parquet(path, None, longest=LONGEST_ROW) if packed else open_lines(path, longest=LONGEST_ROW)
     try:
-        reader = _ValueReader(lines, Format.jsonl if packed else format, Columns(), skip_blank=True)
+        reader = _ValueReader(lines, Format.jsonl if packed else format, columns, skip_blank=True)
         while (row := reader.read()) is not None:
             yield row.line, row.label
     finally:
@@ -331,7 +340,7 @@ class RowReader:
         for column in (text, pair, label):
             if isinstance(column, int) and column >= len(fields):
                 self._fail(f"the row has {len(fields)} columns, numbered from 0", column)
-        if first and label is not None and self._like_a_header(values, label):
+        if first and label is not None and self._like_a_header(values, text, label):
             self._fail("a header; name the columns instead of numbering them")
         if pair is None and PAIR_COLUMN in values:
             pair = PAIR_COLUMN
@@ -346,8 +355,8 @@ class RowReader:
             None if key is None else self._checked_text(key, KEY_COLUMN),
         )
 
-    def _like_a_header(self, values: Mapping[Any, str], label: str | int) -> bool:
-        return values[self._text].strip() in TEXT_COLUMNS and values[label].strip() == LABEL_COLUMN
+    def _like_a_header(self, values: Mapping[Any, str], text: Any, label: Any) -> bool:
+        return values[text].strip() in TEXT_COLUMNS and values[label].strip() == LABEL_COLUMN
 
     # JSON lines
 
@@ -403,7 +412,11 @@ class _ValueReader(RowReader):
         """No column has to be there."""
 
     def _table_row(self, fields: list[str], first: bool) -> Record:
-        return Record(self._line, "", label=dict(self._table_values(fields)))
+        values = self._table_values(fields)
+        text, label = self._columns.text, self._columns.label
+        if first and text in values and label in values and self._like_a_header(values, text, label):
+            self._fail("a header; name the columns instead of numbering them")
+        return Record(self._line, "", label=dict(values))
 
     def _json_row(self, content: str) -> Record:
         return Record(self._line, "", label=self._json_values(content))

@@ -35,6 +35,7 @@ class Examples:
     | tag | lists of words | lists of ids, one for each word | the tags |
     | answer | (question, context) | lists of (answer, first character), empty without one | None |
     | choose | (first text, list of choices) | the number of the right choice | None |
+    | translation | str, the source | str, the target | None |
     """
 
     texts: Sequence[Any]

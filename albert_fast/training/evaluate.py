@@ -8,9 +8,8 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,28 +22,22 @@ from ..text.tokenizer import load_tokenizer
 from .checks import check_device, check_length, check_vocabulary
 from .metrics import Metric, confidence_interval
 from .sources import Source
-from .tasks import task_of
+from .tasks import Measured, task_of
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The figures of a model.
+class Evaluation(Measured):
+    """What `evaluate` returns: the figures of `tasks.Measured`, and on what they were measured.
 
     Attributes:
-        loss: the mean over the examples; over the words for tags.
-        metrics: by name.
+        examples: how many.
         interval: Wilson's 95 % interval of the accuracy; None where it was not asked for or counts words, not examples.
         task: the name of the task.
-        expected, predicted: of each example, see `tasks.Measured`.
     """
 
     examples: int
-    loss: float
-    metrics: dict[str, float]
     interval: tuple[float, float] | None
     task: str
-    expected: list[Any] = field(repr=False)
-    predicted: list[Any] = field(repr=False)
 
 
 def evaluate(
@@ -99,9 +92,7 @@ def evaluate(
     count, interval = len(examples.texts), None
     if "accuracy" in measured.metrics and task.name != "tag":
         interval = confidence_interval(round(measured.metrics["accuracy"] * count), count)
-    return Evaluation(
-        count, measured.loss, measured.metrics, interval, task.name, measured.expected, measured.predicted
-    )
+    return Evaluation(**vars(measured), examples=count, interval=interval, task=task.name)
 
 
 __all__ = ["Evaluation", "evaluate"]

@@ -368,7 +368,7 @@ def _start_from(model: HeadModel, init_from: str | Path, *, keeps_head: bool) ->
     if not keeps_head:
         for key in [key for key in state if key.startswith(("classifier.", "qa_outputs."))]:
             del state[key]
-    load_into(model, state, model.family, allow_missing_head=True)
+    load_into(model, state, model.family, allow_missing_head=True, warns_of_missing=False)  # a new task has a new head
 
 
 def _has_same_head(work: _Work) -> bool:

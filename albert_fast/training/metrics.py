@@ -98,7 +98,7 @@ METRICS: dict[str, Metric] = {
     "spearman": _correlation("spearmanr"),
 }
 OF_CLASSES = ("accuracy", "f1", "precision", "recall", "matthews")
-# Metric -> (module to import, name of the library).
+# Metric -> (module to import, name of the library); the others need none.
 LIBRARIES: dict[str, tuple[str, str]] = dict.fromkeys(
     ("f1", "precision", "recall", "matthews"), ("sklearn.metrics", "scikit-learn")
 ) | dict.fromkeys(("pearson", "spearman"), ("scipy.stats", "SciPy"))
@@ -108,7 +108,6 @@ LIBRARIES: dict[str, tuple[str, str]] = dict.fromkeys(
 TAG_METRICS = dict.fromkeys(("f1", "precision", "recall", "accuracy"), ("seqeval.metrics", "seqeval"))
 ANSWER_METRICS = dict.fromkeys(("f1", "exact_match"), ("torchmetrics.functional.text", "torchmetrics"))
 TRANSLATION_METRICS = dict.fromkeys(("bleu", "chrf"), ("sacrebleu", "sacrebleu"))
-MULTILABEL_METRICS = dict.fromkeys(("f1", "precision", "recall", "accuracy"), ("sklearn.metrics", "scikit-learn"))
 
 
 def check_metrics(wanted: Sequence[str | Metric], *, numbers: bool = False) -> None:
@@ -226,7 +225,6 @@ def confidence_interval(correct: int, total: int) -> tuple[float, float]:
 __all__ = [
     "ANSWER_METRICS",
     "METRICS",
-    "MULTILABEL_METRICS",
     "TAG_METRICS",
     "TRANSLATION_METRICS",
     "Metric",

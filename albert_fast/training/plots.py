@@ -9,17 +9,23 @@ from typing import Any
 from .evaluate import Evaluation
 
 _ENDINGS = (".png", ".svg", ".pdf")
+_TASKS = ("classify", "tag")
 # Up to this many classes the counts are written into the cells.
 WRITTEN = 20
 
 
-def check_can_draw(path: str | Path) -> None:
+def check_can_draw(path: str | Path, task: str) -> None:
     """Refuses a picture that could not be drawn, before anything is computed.
 
+    Args:
+        task: the name of the task that is evaluated.
+
     Raises:
-        ValueError: another ending than .png, .svg or .pdf. FileNotFoundError: no such folder. ImportError: scikit-learn or
-            matplotlib is not installed.
+        ValueError: a task without one class for each example or word, another ending than .png, .svg or .pdf.
+            FileNotFoundError: no such folder. ImportError: scikit-learn or matplotlib is not installed.
     """
+    if task not in _TASKS:
+        raise ValueError(f"{path}: a confusion matrix counts one class for each example or word; the task is {task}")
     if Path(path).suffix.lower() not in _ENDINGS:
         raise ValueError(f"{path}: a picture's name ends in {', '.join(_ENDINGS)}")
     if not Path(path).absolute().parent.is_dir():
@@ -31,14 +37,14 @@ def draw_confusion_matrix(evaluation: Evaluation, path: str | Path) -> None:
     """Draws the confusion matrix of an evaluation of classes or of tags: a row for each expected class, shares in colour.
 
     Raises:
-        ValueError: an evaluation of another task. Others: see `check_can_draw`.
+        ValueError: labels that are probabilities. Others: see `check_can_draw`.
     """
-    check_can_draw(path)
+    check_can_draw(path, evaluation.task)
     expected, predicted = evaluation.expected, evaluation.predicted
     if evaluation.task == "tag":
         expected, predicted = list(itertools.chain(*expected)), list(itertools.chain(*predicted))
-    elif evaluation.task != "classify" or any(isinstance(label, list) for label in expected):
-        raise ValueError(f"a confusion matrix counts one class for each example; the task is {evaluation.task}")
+    elif any(isinstance(label, list) for label in expected):
+        raise ValueError(f"{path}: a confusion matrix counts one class for each example; the labels are probabilities")
     names = sorted({*expected, *predicted})
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

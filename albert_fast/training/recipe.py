@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .metrics import ANSWER_METRICS, METRICS, TRANSLATION_METRICS
 
 # The highest learning rate: small steps for trained weights, larger ones for random weights. That of trained weights is for the
-# width of base models; Adam's best rate falls as 1 / width (Yang et al. 2022, "Tensor Programs V", arXiv 2203.03466, table 3).
+# width of base models; Adam's rate for hidden matrices falls as 1 / width (Yang et al. 2022, arXiv 2203.03466).
 FINE_TUNING_RATE, FROM_SCRATCH_RATE = 5e-5, 5e-4
 BASE_WIDTH = 768
 
@@ -32,7 +32,7 @@ class Recipe:
         pretrain_epochs, pretrain_batch_size, pretrain_learning_rate, mask_probability: masked language modelling first,
             on the training lines that no longer line contains.
         metric: chooses the best epoch on the dev set: a metric of the task, or "loss"; None: "accuracy" for classes and choices,
-            "mse" for numbers, "f1" for several labels, entities and answers.
+            "mse" for numbers, "f1" for several labels, entities and answers, "bleu" for translations.
         patience: end after so many epochs that were not better than the best; None: run all epochs.
         seed: of the vocabulary's sampling, the weights, the order and every random choice; 0 to 2**32 - 1.
         checkpoint_steps: also save the state every so many steps within an epoch.

@@ -1,4 +1,4 @@
-"""Reads the rows of tables, of saved or loaded Hugging Face data sets and of lists, by the names of their columns."""
+"""Reads the rows of tables, of saved or loaded Hugging Face data sets and of lists, by the names or numbers of their columns."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..text.text_files import (
 
 # A file, the folder of a saved data set, a data set, or a list of dictionaries.
 Source = Any
+NAMED = Columns()
 
 
 def name_of(source: Source) -> str:
@@ -38,20 +39,29 @@ def is_data_set(source: Source) -> bool:
     return True
 
 
-def rows_of(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_of(source: Source, columns: Columns = NAMED) -> Iterator[tuple[str, dict[Any, Any]]]:
     """Yields the place of every row, for error messages, and its values by name.
 
     Class numbers of a Hugging Face data set become the names of the classes, in lists too.
 
+    Args:
+        columns: if they are numbers, the file has no header, and its values come by number.
+
     Raises:
-        ValueError: a file that cannot be read, see `read_values`; a folder that holds no data set, or several splits.
-            ImportError: a saved data set, without the library `datasets`. TypeError: an object without rows.
+        ValueError: a file that cannot be read, see `read_values`; a folder that holds no data set, or several splits; numbers of
+            columns that have names. ImportError: a saved data set, without the library `datasets`. TypeError: an object
+            without rows.
     """
+    number = next((one for one in (columns.text, columns.pair, columns.label) if isinstance(one, int)), None)
     if not is_data_set(source):
-        for line, values in read_values(source):
+        for line, values in read_values(source, NAMED if number is None else columns):
             yield f"{source}, line {line}", values
         return
     name = name_of(source)
+    if number is not None:
+        raise ValueError(
+            f"{name}: column {number} is a number, for tables without a header; a data set's columns have names"
+        )
     rows = open_saved_dataset(source) if isinstance(source, (str, Path)) else one_split(source, name)
     names = _class_names(rows)
     for number, row in enumerate(rows):
@@ -89,7 +99,12 @@ def columns_of(source: Source) -> list[str]:
         rows.close()  # type: ignore[attr-defined]
 
 
-def value_of(values: Mapping[str, Any], names: Sequence[str], where: str, what: str) -> Any:
+def columns_for(given: str | int | None, *usual: str) -> tuple[str | int, ...]:
+    """The columns to look for: the one that was given, else the usual ones."""
+    return usual if given is None else (given,)
+
+
+def value_of(values: Mapping[Any, Any], names: Sequence[str | int], where: str, what: str) -> Any:
     """The value of the first of these columns that a row has.
 
     Raises:
@@ -101,7 +116,7 @@ def value_of(values: Mapping[str, Any], names: Sequence[str], where: str, what: 
     raise ValueError(f"{where}: no column {' or '.join(map(repr, names))} for {what}; it has {list(values)}")
 
 
-def text_value(values: Mapping[str, Any], names: Sequence[str], where: str, what: str) -> str:
+def text_value(values: Mapping[Any, Any], names: Sequence[str | int], where: str, what: str) -> str:
     """`value_of` for a text.
 
     Raises:
@@ -125,13 +140,15 @@ def labelled_records(source: Source, columns: Columns) -> tuple[list[Record], li
     """
     records: list[Record] = []
     places: list[str] = []
-    texts = TEXT_COLUMNS if columns.text is None else (str(columns.text),)
-    for where, values in rows_of(source):
+    texts, labels = columns_for(columns.text, *TEXT_COLUMNS), columns_for(columns.label, LABEL_COLUMN)
+    for where, values in rows_of(source, columns):
         if columns.text is None and sum(name in values for name in TEXT_COLUMNS) > 1:
             raise ValueError(f"{where}: which column is the text? It has {list(values)}; name one (text_column)")
-        pair = PAIR_COLUMN if columns.pair is None else str(columns.pair)
-        second = text_value(values, (pair,), where, "the second text") if columns.pair or pair in values else None
-        label = value_of(values, (str(columns.label or LABEL_COLUMN),), where, "the label")
+        paired = columns.pair is not None or PAIR_COLUMN in values
+        second = (
+            text_value(values, columns_for(columns.pair, PAIR_COLUMN), where, "the second text") if paired else None
+        )
+        label = value_of(values, labels, where, "the label")
         records.append(Record(len(records) + 1, text_value(values, texts, where, "the text"), second, label))
         places.append(where)
     return records, places
@@ -139,6 +156,7 @@ def labelled_records(source: Source, columns: Columns) -> tuple[list[Record], li
 
 __all__ = [
     "Source",
+    "columns_for",
     "columns_of",
     "is_data_set",
     "labelled_records",

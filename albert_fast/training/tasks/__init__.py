@@ -10,7 +10,7 @@ from ...text.conll_files import is_conll
 from ...text.squad_files import is_squad
 from ...text.text_files import LABEL_COLUMN, Columns
 from ..data import Examples
-from ..sources import Source, columns_of, is_data_set, rows_of
+from ..sources import Source, columns_for, columns_of, is_data_set, rows_of
 from .answer import ANSWERS, Answer
 from .base import Measured, Task
 from .choose import CHOICES, NUMBERED, Choose
@@ -67,14 +67,14 @@ def _certain_task(source: Source, columns: Columns) -> str | None:
     if columns.text is not None:
         return None
     names = set(columns_of(source))
-    if names.intersection(WORDS) and names.intersection((*TAGS, str(columns.label))):
+    if names.intersection(WORDS) and names.intersection(columns_for(columns.label, *TAGS)):
         return "tag"
-    if {"question", "context"} <= names and names.intersection((*ANSWERS, str(columns.label))):
+    if {"question", "context"} <= names and names.intersection(columns_for(columns.label, *ANSWERS)):
         return "answer"
     if CHOICES in names or any({f"{prefix}0", f"{prefix}1"} <= names for prefix in NUMBERED):
         return "choose"
-    label = str(columns.label or LABEL_COLUMN)
-    if label in names and not isinstance(columns.label, int):
+    (label,) = columns_for(columns.label, LABEL_COLUMN)
+    if label in names:
         first = next((values[label] for _, values in rows_of(source) if values.get(label)), None)
         if isinstance(first, (list, tuple)) and all(isinstance(part, str) for part in first):
             return "multilabel"

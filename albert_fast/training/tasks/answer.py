@@ -15,8 +15,9 @@ from ...text.squad_files import Question, is_squad, place_of, read_squad
 from ...text.text_files import Columns
 from ..data import Examples, TokenRows
 from ..metrics import ANSWER_METRICS, answer_metrics
-from ..sources import Source, is_data_set, name_of, rows_of, text_value, value_of
-from .base import Libraries, Measured, Task, rows_options
+from ..recipe import Recipe
+from ..sources import Source, columns_for, is_data_set, name_of, rows_of, text_value, value_of
+from .base import ForwardTask, Libraries, Measured, rows_options
 
 ANSWERS = ("answers", "answer")
 # In config.json: whether the model was trained with questions that their contexts do not answer.
@@ -61,7 +62,7 @@ class SpanDataset(TokenRows):
         return {"start_positions": starts, "end_positions": ends}
 
 
-class Answer(Task):
+class Answer(ForwardTask):
     """A span of a context that answers a question, or none, from SQuAD's JSON, or tables with question, context and answer."""
 
     name = "answer"
@@ -83,11 +84,10 @@ class Answer(Task):
         if not is_data_set(source) and is_squad(source):
             yield from read_squad(source)
             return
-        names = columns.text or "question", columns.pair or "context"
-        for where, values in rows_of(source):
-            question = text_value(values, (str(names[0]),), where, "the question")
-            context = text_value(values, (str(names[1]),), where, "the context")
-            answers = value_of(values, ANSWERS if columns.label is None else (str(columns.label),), where, "the answer")
+        for where, values in rows_of(source, columns):
+            question = text_value(values, columns_for(columns.text, "question"), where, "the question")
+            context = text_value(values, columns_for(columns.pair, "context"), where, "the context")
+            answers = value_of(values, columns_for(columns.label, *ANSWERS), where, "the answer")
             places = [place_of(text, context, start, where) for text, start in _answers(answers, values, where)]
             yield Question(values.get("id"), question, context, places)
 
@@ -109,11 +109,11 @@ class Answer(Task):
         return config
 
     def data(
-        self, examples: Examples, tokenizer: Any, max_length: int, *, types: bool, recipe: Any = None
+        self, examples: Examples, tokenizer: Any, max_length: int, *, types: bool, recipe: Recipe | None = None
     ) -> TokenRows:
         return SpanDataset(examples.texts, examples.labels, tokenizer, max_length, types=types, **rows_options(recipe))
 
-    def criterion(self, recipe: Any, examples: Examples) -> nn.Module:
+    def criterion(self, recipe: Recipe, examples: Examples) -> nn.Module:
         return nn.CrossEntropyLoss()
 
     def rows(self, outputs: Any, data: TokenRows, chosen: list[int]) -> Sequence[Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,14 +16,11 @@ from ...text.text_files import Columns
 from ..data import Examples, LengthBucketSampler, TokenRows
 from ..loop import test
 from ..metrics import Metric, require_library
+from ..recipe import Recipe
 from ..sources import Source
 
-if TYPE_CHECKING:
-    from ..recipe import Recipe
-
-
-# Metric -> (module to import, name of the library).
-Libraries = dict[str, tuple[str, str]]
+# Metric -> (module to import, name of the library); None: it needs no library.
+Libraries = Mapping[str, tuple[str, str] | None]
 
 
 @dataclass(frozen=True)
@@ -31,22 +28,24 @@ class Measured:
     """A model's figures on a data set.
 
     Attributes:
-        loss: the mean over the examples. metrics: by name.
+        loss: the mean over the examples; over the words for tags, over the targets' tokens for translations, and over the windows
+            of the contexts for answers.
+        metrics: by name.
         expected, predicted: of each example, in their order and as users write them: names of classes, numbers, lists of labels
             or tags, answers, numbers of choices.
     """
 
     loss: float
     metrics: dict[str, float]
-    expected: list[Any]
-    predicted: list[Any]
+    expected: list[Any] = field(repr=False)
+    predicted: list[Any] = field(repr=False)
 
 
 class Task(ABC):
     """How examples of one kind are read, prepared and measured.
 
     name: as `--task` takes it. model: the AutoModel class. architecture: the end of the names of its classes. libraries: each
-    metric, with the module and the name of the library that it needs. has_labels: whether its labels have names. smooths_labels,
+    metric, with what it needs. has_labels: whether its labels have names. smooths_labels,
     weighs_classes: whether label_smoothing and class_weights of a recipe apply. encoder_alone: whether pre-training, piece_dropout
     and position_shift do. vocabulary: arguments of `train_tokenizer` for a new vocabulary.
     """
@@ -108,7 +107,8 @@ class Task(ABC):
         for metric in [wanted] if isinstance(wanted, str) else wanted:
             if metric not in self.libraries:
                 raise ValueError(f"the task {self.name} has no metric {metric!r}; known: {', '.join(self.libraries)}")
-            require_library(str(metric), *self.libraries[str(metric)])
+            if (needed := self.libraries[str(metric)]) is not None:
+                require_library(str(metric), *needed)
 
     def new_config(self, max_length: int, **sizes: Any) -> EncoderConfig | None:
         """The configuration of a new model for texts of `max_length` tokens, with some fields given; None: any encoder's."""
@@ -134,6 +134,7 @@ class Task(ABC):
         weight = class_weights(examples, recipe) if self.weighs_classes else None
         return nn.CrossEntropyLoss(weight=weight, label_smoothing=recipe.label_smoothing)
 
+    @abstractmethod
     def measure(
         self,
         model: nn.Module,
@@ -146,6 +147,22 @@ class Task(ABC):
         progress: bool,
     ) -> Measured:
         """The figures of a model on the data set of `examples`."""
+
+
+class ForwardTask(Task):
+    """A task whose figures come from what a forward gives for each row."""
+
+    def measure(
+        self,
+        model: nn.Module,
+        data: TokenRows,
+        examples: Examples,
+        *,
+        metrics: Sequence[str | Metric],
+        batch_size: int,
+        device: torch.device | str,
+        progress: bool,
+    ) -> Measured:
         sampler = LengthBucketSampler(data.lengths, batch_size, shuffle=False)
         loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate)
         batches, rows = iter(sampler), [None] * len(data)
@@ -202,4 +219,4 @@ def rows_options(recipe: Recipe | None) -> dict[str, Any]:
     return {"piece_dropout": recipe.piece_dropout, "position_shift": recipe.position_shift}
 
 
-__all__ = ["Libraries", "Measured", "Task", "class_weights", "rows_options"]
+__all__ = ["ForwardTask", "Libraries", "Measured", "Task", "class_weights", "rows_options"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from ...models.encoder_config import EncoderConfig
 from ...text.text_files import LABEL_COLUMN, TEXT_COLUMNS, Columns
 from ..data import Examples, TokenRows
 from ..metrics import compute_metrics
-from ..sources import Source, name_of, rows_of, text_value, value_of
-from .base import Libraries, Measured, Task, rows_options
+from ..recipe import Recipe
+from ..sources import Source, columns_for, name_of, rows_of, text_value, value_of
+from .base import ForwardTask, Libraries, Measured, rows_options
 from .texts import refuse_one_label
 
 CHOICES = "choices"
@@ -75,26 +76,24 @@ class ChoiceDataset(TokenRows):
         return batch | {"labels": torch.tensor([item["labels"] for item in items])}
 
 
-class Choose(Task):
+class Choose(ForwardTask):
     """The right one of several choices, from tables with a first text, choice0, choice1 ... (or a list) and the label."""
 
     name = "choose"
     has_labels = False
     model = AutoModelForMultipleChoice
     architecture = "ForMultipleChoice"
-    libraries: ClassVar[Libraries] = {"accuracy": ("numpy", "numpy")}
+    libraries: ClassVar[Libraries] = {"accuracy": None}
 
     def read(self, source: Source, columns: Columns, label_names: Sequence[str] | None) -> Examples:
         if label_names is not None:
             raise ValueError("label_names: choices are texts, and have no names")
         texts: list[tuple[str, list[str]]] = []
         labels: list[int] = []
-        for where, values in rows_of(source):
-            first = text_value(values, FIRST if columns.text is None else (str(columns.text),), where, "the first text")
-            choices = _choices(values, columns.pair, where)
+        for where, values, first, choices in choice_rows(source, columns):
             if texts and len(choices) != len(texts[0][1]):
                 raise ValueError(f"{where}: {len(choices)} choices, but the first row has {len(texts[0][1])}")
-            given = value_of(values, (str(columns.label or LABEL_COLUMN),), where, "the label")
+            given = value_of(values, columns_for(columns.label, LABEL_COLUMN), where, "the label")
             texts.append((first, choices))
             labels.append(_number(given, choices, where))
         if not texts:
@@ -122,7 +121,7 @@ class Choose(Task):
         return config.replace(id2label=None, label2id=None, num_labels=2, problem_type=None)
 
     def data(
-        self, examples: Examples, tokenizer: Any, max_length: int, *, types: bool, recipe: Any = None
+        self, examples: Examples, tokenizer: Any, max_length: int, *, types: bool, recipe: Recipe | None = None
     ) -> TokenRows:
         return ChoiceDataset(
             examples.texts, examples.labels, tokenizer, max_length, types=types, **rows_options(recipe)
@@ -134,6 +133,32 @@ class Choose(Task):
         found = torch.stack(rows).argmax(-1).numpy()
         values = compute_metrics(metrics, torch.tensor(data.labels).numpy(), found) if metrics else {}
         return Measured(loss, values, list(examples.labels), found.tolist())
+
+
+class ChoiceRow(NamedTuple):
+    """A row of a table: its place for error messages, all values by name, the first text and its choices."""
+
+    where: str
+    values: dict[str, Any]
+    first: str
+    choices: list[str]
+
+
+def choice_rows(source: Source, columns: Columns) -> Iterator[ChoiceRow]:
+    """Yields the rows of a source, with or without labels.
+
+    Args:
+        columns: the first text; as the pair, the list of choices, or what comes before their numbers.
+
+    Raises:
+        ValueError: numbers of columns; a row without a text or choices; the message names the place.
+    """
+    for name in (columns.text, columns.pair, columns.label):
+        if isinstance(name, int):
+            raise ValueError(f"{name_of(source)}: column {name} is a number; columns of choices have names")
+    for where, values in rows_of(source):
+        first = text_value(values, columns_for(columns.text, *FIRST), where, "the first text")
+        yield ChoiceRow(where, values, first, _choices(values, columns.pair, where))
 
 
 def _choices(values: Mapping[str, Any], column: str | int | None, where: str) -> list[str]:
@@ -156,16 +181,21 @@ def _choices(values: Mapping[str, Any], column: str | int | None, where: str) ->
 
 
 def _number(label: Any, choices: Sequence[str], where: str) -> int:
-    """The number of the right choice, from 0, given as a number, as a digit or as the choice itself."""
-    if isinstance(label, str) and label in choices:
-        return choices.index(label)
-    try:
-        number = int(label)
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < len(choices):
+    """The number of the right choice, from 0. The label is this number, also as a text, or the text of the choice.
+
+    Raises:
+        ValueError: no choice fits, or several do: "1" means the second of the choices "1" and "2", and the first.
+    """
+    given = label.strip() if isinstance(label, str) else label
+    fitting = {number for number, choice in enumerate(choices) if given in (number, str(number), choice.strip())}
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{where}: the label {label!r} fits several choices, by number (from 0) or by text: {choices}; "
+            "a number in JSON lines or Parquet is never the text of a choice"
+        )
+    if not fitting:
         raise ValueError(f"{where}: the label is {label!r}, expected the number of a choice, 0 to {len(choices) - 1}")
-    return number
+    return fitting.pop()
 
 
-__all__ = ["ChoiceDataset", "Choose"]
+__all__ = ["ChoiceDataset", "ChoiceRow", "Choose", "choice_rows"]

@@ -17,8 +17,9 @@ from ...text.text_files import Columns, table_format
 from ...text.words import OUTSIDE, marks_entities, word_rows
 from ..data import Examples, TokenRows
 from ..metrics import TAG_METRICS, tag_metrics
-from ..sources import Source, is_data_set, name_of, rows_of, value_of
-from .base import Libraries, Measured, Task, rows_options
+from ..recipe import Recipe
+from ..sources import Source, columns_for, is_data_set, name_of, rows_of, value_of
+from .base import ForwardTask, Libraries, Measured, rows_options
 from .texts import describe_classes
 
 WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "labels")
@@ -59,7 +60,7 @@ class WordDataset(TokenRows):
         return {"labels": labels, "wanted_tokens": labels != IGNORED}
 
 
-class Tag(Task):
+class Tag(ForwardTask):
     """One tag for each word, from CoNLL files, or lists of words and tags in JSON lines, Parquet and data sets."""
 
     name = "tag"
@@ -97,9 +98,9 @@ class Tag(Task):
             for sentence in read_conll(source, columns.text, columns.label):  # type: ignore[arg-type]
                 yield f"{source}, from line {sentence.line}", sentence.words, sentence.tags
             return
-        for where, values in rows_of(source):
-            words = value_of(values, WORDS if columns.text is None else (str(columns.text),), where, "the words")
-            tags = value_of(values, TAGS if columns.label is None else (str(columns.label),), where, "the tags")
+        for where, values in rows_of(source, columns):
+            words = value_of(values, columns_for(columns.text, *WORDS), where, "the words")
+            tags = value_of(values, columns_for(columns.label, *TAGS), where, "the tags")
             for what, parts in (("words", words), ("tags", tags)):
                 if not isinstance(parts, (list, tuple)):
                     raise ValueError(f"{where}: the {what} must be a list, got {parts!r:.80}; CSV and TSV have none")
@@ -128,7 +129,7 @@ class Tag(Task):
         return config.replace(id2label=dict(enumerate(examples.label_names or [])), label2id=None, problem_type=None)
 
     def data(
-        self, examples: Examples, tokenizer: Any, max_length: int, *, types: bool, recipe: Any = None
+        self, examples: Examples, tokenizer: Any, max_length: int, *, types: bool, recipe: Recipe | None = None
     ) -> TokenRows:
         return WordDataset(examples.texts, examples.labels, tokenizer, max_length, types=types, **rows_options(recipe))
 

@@ -15,10 +15,10 @@ from ...models.auto import AutoModelForSequenceClassification
 from ...models.encoder_config import EncoderConfig
 from ...text.text_files import LABEL_COLUMN, Columns
 from ..data import Examples, TextDataset, TokenRows, examples_of, read_examples, texts_of
-from ..metrics import LIBRARIES, METRICS, MULTILABEL_METRICS, OF_CLASSES, Metric, check_metrics, compute_metrics
+from ..metrics import LIBRARIES, METRICS, OF_CLASSES, Metric, check_metrics, compute_metrics
 from ..recipe import Recipe
 from ..sources import Source, is_data_set, labelled_records, name_of
-from .base import Libraries, Measured, Task, rows_options
+from .base import ForwardTask, Libraries, Measured, rows_options
 
 FEW_CLASSES = 10  # up to this many are listed by name
 
@@ -40,7 +40,7 @@ def read_labelled(source: Source, columns: Columns, label_names: Sequence[str] |
     return examples_of(records, places, label_names, kind)
 
 
-class _Texts(Task):
+class _Texts(ForwardTask):
     """What the three have in common: their model and data set."""
 
     model = AutoModelForSequenceClassification
@@ -58,7 +58,7 @@ class Classify(_Texts):
     """One class for each text or pair."""
 
     name = "classify"
-    libraries: ClassVar[Libraries] = {name: LIBRARIES.get(name, ("numpy", "numpy")) for name in OF_CLASSES}
+    libraries: ClassVar[Libraries] = {name: LIBRARIES.get(name) for name in OF_CLASSES}
     weighs_classes = True
 
     def read(self, source: Source, columns: Columns, label_names: Sequence[str] | None) -> Examples:
@@ -123,9 +123,7 @@ class Regress(_Texts):
 
     name = "regress"
     has_labels = False
-    libraries: ClassVar[Libraries] = {
-        name: LIBRARIES.get(name, ("numpy", "numpy")) for name in METRICS if name not in OF_CLASSES
-    }
+    libraries: ClassVar[Libraries] = {name: LIBRARIES.get(name) for name in METRICS if name not in OF_CLASSES}
     smooths_labels = False
 
     def read(self, source: Source, columns: Columns, label_names: Sequence[str] | None) -> Examples:
@@ -182,7 +180,7 @@ class Multilabel(_Texts):
     """Any of several labels for each text or pair: a list in JSON, words separated by commas in other tables."""
 
     name = "multilabel"
-    libraries: ClassVar[Libraries] = MULTILABEL_METRICS
+    libraries: ClassVar[Libraries] = {name: LIBRARIES.get(name) for name in ("f1", "precision", "recall", "accuracy")}
     smooths_labels = False
 
     def read(self, source: Source, columns: Columns, label_names: Sequence[str] | None) -> Examples:
@@ -227,13 +225,10 @@ class Multilabel(_Texts):
         self, loss: float, data: TokenRows, examples: Examples, rows: list[Any], metrics: Sequence[Any], model: Any
     ) -> Measured:
         found, truth = (torch.stack(rows) > 0).numpy(), np.asarray(examples.labels) > 0
-        values = {}
-        for metric in metrics:
-            from sklearn import metrics as library
-
-            # accuracy: all labels of an example are right; the others count each label of each example
-            options = {} if metric == "accuracy" else {"average": "micro", "zero_division": 0}
-            values[metric] = float(getattr(library, f"{metric}_score")(truth, found, **options))
+        # accuracy: all labels of an example are right; the others count each label of each example
+        exact = float((truth == found).all(axis=1).mean())
+        counted = compute_metrics([name for name in metrics if name != "accuracy"], truth.ravel(), found.ravel())
+        values = {name: exact if name == "accuracy" else counted[name] for name in metrics}
         names = np.asarray(examples.label_names or [], dtype=object)
         return Measured(loss, values, [list(names[row]) for row in truth], [list(names[row]) for row in found])
 

@@ -23,7 +23,7 @@ from ..data import Examples, LengthBucketSampler, TokenRows
 from ..loop import test
 from ..metrics import TRANSLATION_METRICS, Metric, translation_metrics
 from ..recipe import Recipe
-from ..sources import Source, name_of, rows_of, text_value
+from ..sources import Source, columns_for, name_of, rows_of, text_value
 from .base import Libraries, Measured, Task
 
 SOURCES, TARGETS = ("source", "text"), ("target", "translation")
@@ -101,13 +101,10 @@ class Translate(Task):
         if (files := aligned(source)) is not None:
             pairs = read_aligned(*files)
         else:
-            wanted = [
-                usual if given is None else (str(given),)
-                for given, usual in ((columns.text, SOURCES), (columns.label, TARGETS))
-            ]
+            first, second = columns_for(columns.text, *SOURCES), columns_for(columns.label, *TARGETS)
             pairs = [
-                (text_value(row, wanted[0], where, "the source"), text_value(row, wanted[1], where, "the target"))
-                for where, row in rows_of(source)
+                (text_value(row, first, where, "the source"), text_value(row, second, where, "the target"))
+                for where, row in rows_of(source, columns)
             ]
         if not pairs:
             raise ValueError(f"{name_of(source)}: no examples")
@@ -182,11 +179,6 @@ class Translate(Task):
         expected = list(examples.labels)
         names = [str(metric) for metric in metrics]
         return Measured(loss, translation_metrics(names, expected, written), expected, written)
-
-    def measured(
-        self, loss: float, data: TokenRows, examples: Examples, rows: list[Any], metrics: Sequence[Any], model: Any
-    ) -> Measured:
-        raise NotImplementedError("measure writes the translations itself")
 
 
 def aligned(source: Source) -> tuple[str | Path, str | Path] | None:
