@@ -59,6 +59,10 @@ class PairDataset(TokenRows):
         pairs = [pair for pair in zip(*both, strict=True) if not drops or max(map(len, pair)) <= max_length]
         if sources and not pairs:
             raise ValueError(f"all {len(sources)} pairs have a text of more than {max_length} tokens (max_length)")
+        if fewer := len(sources) - len(pairs):
+            self.left_out = (
+                f"{fewer} of {len(sources)} pairs left out: a text has more than {max_length} tokens (max_length)"
+            )
         super().__init__([source for source, _ in pairs], None, [target for _, target in pairs], tokenizer)
         self.lengths = [len(source) + len(target) for source, target in pairs]
         self.tokenizer, self.label_smoothing = tokenizer, label_smoothing
