@@ -99,7 +99,9 @@ def test_tables_and_other_sources(tmp_path: Path) -> None:
         fit(long, tmp_path / "c", recipe=Recipe(epochs=1, max_length=3), **options)
     said: list[str] = []
     longer = {"source": "Hund", "target": "HUND " * 20}
-    fit([*rows, longer], tmp_path / "d", recipe=dataclasses.replace(recipe, batch_size=4), report=said.append, **options)
+    fit(
+        [*rows, longer], tmp_path / "d", recipe=dataclasses.replace(recipe, batch_size=4), report=said.append, **options
+    )
     assert "1 of 13 pairs left out: a text has more than 20 tokens (max_length)" in said
     assert any("1 epoch of 3 steps" in line for line in said), "12 pairs in batches of 4"
     with pytest.raises(ValueError, match="piece_dropout is for an encoder alone; the task is translation"):

@@ -261,9 +261,7 @@ def _settings(work: _Work, recipe: Recipe, vocab_size: int, vocab_kind: str) -> 
     }
 
 
-def _introduction(
-    run: TrainingRun, work: _Work, data: TokenRows, train_name: str, vocab_size: int
-) -> Iterator[str]:
+def _introduction(run: TrainingRun, work: _Work, data: TokenRows, train_name: str, vocab_size: int) -> Iterator[str]:
     """Lines that a user should read before the first step."""
     recipe, pieces = run.recipe, work.config.vocab_size
     yield f"{train_name}: {work.task.name}, {work.task.describe(work.examples)}"
