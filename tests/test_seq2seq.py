@@ -374,6 +374,8 @@ def test_bad_input():
         ({"num_beams": 2.0}, TypeError, "num_beams must be an integer, got float"),
         ({"num_beams": 2, "do_sample": True}, ValueError, "num_beams must be 1"),
         ({"temperature": 0.5}, ValueError, "add do_sample=True"),
+        ({"length_penalty": 2.0}, ValueError, "are for beam search: num_beams must be at least 2"),
+        ({"early_stopping": "never", "do_sample": True}, ValueError, "are for beam search"),
         ({"temperature": 0.0, "do_sample": True}, ValueError, "temperature must be above 0"),
         ({"top_p": 0.0, "do_sample": True}, ValueError, "top_p must lie in"),
         ({"early_stopping": "soon", "num_beams": 2}, ValueError, 'early_stopping must be True, False or "never"'),
