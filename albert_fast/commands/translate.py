@@ -85,7 +85,9 @@ class Search:
         import torch
 
         if self.sample:
-            self._refuse(("num_beams", "length_penalty", "stopping"), "has no effect with --sample, which draws one text")
+            self._refuse(
+                ("num_beams", "length_penalty", "stopping"), "has no effect with --sample, which draws one text"
+            )
         else:
             self._refuse(("temperature", "top_k", "top_p", "seed"), "is for sampling: add --sample")
         if self.num_beams == 1:

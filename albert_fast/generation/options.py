@@ -59,7 +59,9 @@ class GenerationOptions:
         if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, None, 1.0):
             raise ValueError("temperature, top_k and top_p are for sampling: add do_sample=True")
         if self.num_beams == 1 and (self.length_penalty, self.early_stopping) != (1.0, False):
-            raise ValueError("length_penalty and early_stopping are for beam search: num_beams must be at least 2, got 1")
+            raise ValueError(
+                "length_penalty and early_stopping are for beam search: num_beams must be at least 2, got 1"
+            )
 
 
 def _check_count(name: str, value: Any) -> None:

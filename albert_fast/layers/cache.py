@@ -71,14 +71,11 @@ class DecoderCache:
         """Count the token that all layers have appended."""
         self._count(self.length + 1)
 
-    def continue_from(self, parents: list[int]) -> int:
+    def continue_from(self, parents: list[int]) -> None:
         """Make sequence i a continuation of what was sequence parents[i]; a sequence that nothing continues leaves.
 
         The first continuation of a sequence takes over its slot. For each further one the rows so far, steps x length x 2H
         numbers, are copied into a free slot.
-
-        Returns:
-            The number of slots that were copied.
         """
         old, kept = self._slots, {self._slots[parent] for parent in parents}
         self._free += [slot for slot in old if slot not in kept]
@@ -97,4 +94,3 @@ class DecoderCache:
             memory[:, targets] = memory[:, sources]
         if new != old:
             self._place(new)
-        return len(copies)

@@ -19,7 +19,6 @@ from .loading import TextModel, checked_texts
 from .token_batches import default_batch_tokens
 
 
-
 class Translator(TextModel):
     """Writes a text for each text.
 
