@@ -7,7 +7,7 @@ import torch
 
 from albert_fast import ALBERTConfig, ALBERTForSequenceClassification, ops
 from albert_fast.runtime import dispatch
-from albert_fast.runtime.derived import Derived
+from albert_fast.runtime.derived import Derived, Snapshot, weights_stay
 from albert_fast.testing import ALL_CASES
 from albert_fast.testing.parity import make_inputs
 
@@ -35,6 +35,33 @@ def test_a_write_while_a_copy_is_made_is_not_lost():
     assert derived([weight]) is derived([weight])
     derived.forget([weight])
     assert len(derived) == 0
+
+
+def test_weights_that_stay_are_compared_once(monkeypatch):
+    compared = []
+    holds = Snapshot.holds
+    monkeypatch.setattr(Snapshot, "holds", lambda self, weights: compared.append(1) or holds(self, weights))
+    weights = [torch.randn(7, 5), torch.randn(3)]
+    derived = Derived(lambda weights: [weight.clone() for weight in weights])
+    made = derived(weights)
+    for _ in range(2):
+        compared.clear()
+        with weights_stay():
+            assert derived(weights) is made
+            with weights_stay():
+                assert derived(weights) is made
+            assert len(compared) == 1
+            assert derived([weights[0], torch.ones(3)])[1].sum() == 3, (
+                "a copy of other weights, though the first is the same"
+            )
+        made = derived(weights)
+    weights[1].mul_(2.0)
+    assert derived(weights) is not made, "outside of the block they are compared each time"
+    with weights_stay():
+        made = derived(weights)
+    weights[1].mul_(2.0)
+    with weights_stay():
+        assert torch.equal(derived(weights)[1], weights[1]), "each block compares again"
 
 
 def test_changed_weights_are_packed_again():

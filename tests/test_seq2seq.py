@@ -216,11 +216,18 @@ def test_beams_are_copied_only_where_two_continue_one():
     def text(i):
         return [[i, 0], [i, 1]]
 
-    assert cache.continue_from([2, 0, 1]) == 0, "a change of places moves nothing"
+    def copied(parents):
+        """How many slots the continuation writes."""
+        slots = cache.memory.unflatten(1, (4, 5)).view(torch.int32)  # as integers, so that NaN equals itself
+        before = slots.clone()
+        cache.continue_from(parents)
+        return int((slots != before).any(3).any(2).any(0).sum())
+
+    assert copied([2, 0, 1]) == 0, "a change of places moves nothing"
     assert texts() == [text(2), text(0), text(1)]
-    assert cache.continue_from([0, 0, 2, 2]) == 2
+    assert copied([0, 0, 2, 2]) == 2
     assert texts() == [text(2), text(2), text(1), text(1)]
-    assert cache.continue_from([3]) == 0
+    assert copied([3]) == 0
     assert texts() == [text(1)]
 
 
@@ -374,6 +381,8 @@ def test_bad_input():
         ({"num_beams": 2.0}, TypeError, "num_beams must be an integer, got float"),
         ({"num_beams": 2, "do_sample": True}, ValueError, "num_beams must be 1"),
         ({"temperature": 0.5}, ValueError, "add do_sample=True"),
+        ({"length_penalty": 2.0}, ValueError, "are for beam search: num_beams must be at least 2"),
+        ({"early_stopping": "never", "do_sample": True}, ValueError, "are for beam search"),
         ({"temperature": 0.0, "do_sample": True}, ValueError, "temperature must be above 0"),
         ({"top_p": 0.0, "do_sample": True}, ValueError, "top_p must lie in"),
         ({"early_stopping": "soon", "num_beams": 2}, ValueError, 'early_stopping must be True, False or "never"'),

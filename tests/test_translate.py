@@ -123,6 +123,12 @@ def test_failures_of_the_command(folder: Path, run, tmp_path: Path) -> None:
     assert "--max-new-tokens 99" in run("film", "-m", folder, "--max-new-tokens", 99, code=2).stderr
     assert "add --sample" in run("film", "-m", folder, "--seed", 1, code=2).stderr
     assert "--top-k is for sampling: add --sample" in run("film", "-m", folder, "--top-k", 2, code=2).stderr
+    assert "--temperature is for sampling" in run("film", "-m", folder, "--temperature", 1, code=2).stderr
+    for option in (("--num-beams", 4), ("--length-penalty", 1), ("--stopping", "usual")):
+        for other in (("--sample",), ("--num-beams", 1)):
+            if option[0] != other[0]:
+                message = run("film", "-m", folder, *option, *other, code=2).stderr
+                assert f"{option[0]} has no effect with {other[0]}" in " ".join(message.split())
     assert "no config.json" in run("film", "-m", tmp_path, code=1).stderr
 
 

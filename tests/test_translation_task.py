@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import random
@@ -17,7 +18,8 @@ from albert_fast.cli import build_app
 from albert_fast.text.aligned_files import read_aligned
 from albert_fast.text.tokenizer import train_tokenizer
 from albert_fast.training import Recipe, evaluate, fit, train
-from albert_fast.training.tasks.translate import PairDataset
+from albert_fast.training.data import Examples
+from albert_fast.training.tasks.translate import PairDataset, Translate, longest_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["Hund", "Katze", "Haus", "Caf\u00e9", "rot", "blau", "gro\u00df", "klein"]
@@ -96,6 +98,13 @@ def test_tables_and_other_sources(tmp_path: Path) -> None:
     long = [{"source": "Hund Katze Haus", "target": "HUND"}] * 2
     with pytest.raises(ValueError, match="all 2 pairs have a text of more than 3 tokens"):
         fit(long, tmp_path / "c", recipe=Recipe(epochs=1, max_length=3), **options)
+    said: list[str] = []
+    longer = {"source": "Hund", "target": "HUND " * 20}
+    fit(
+        [*rows, longer], tmp_path / "d", recipe=dataclasses.replace(recipe, batch_size=4), report=said.append, **options
+    )
+    assert "1 of 13 pairs left out: a text has more than 20 tokens (max_length)" in said
+    assert any("1 epoch of 3 steps" in line for line in said), "12 pairs in batches of 4"
     with pytest.raises(ValueError, match="piece_dropout is for an encoder alone; the task is translation"):
         fit(rows, tmp_path / "c", recipe=Recipe(piece_dropout=0.1), **options)
     with pytest.raises(ValueError, match="needs an ALBERTSeq2SeqConfig, got ALBERTConfig"):
@@ -146,6 +155,47 @@ def test_batches_train_on_the_labels_alone() -> None:
             model, [one], None, optimizer, "cpu", after_step=lambda loss, count: counted.append(count), progress=False
         )
     assert counted == [int(real.sum()), int(real[:, :width].sum())]
+
+
+def test_measuring_a_model_that_ends_no_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sacrebleu")
+    from albert_fast import ALBERTForConditionalGeneration
+    from albert_fast.training import progress
+
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    tokenizer = train_tokenizer(sentences(200, 5), 40, at_most=True, lower_case=False, keep_accents=True)
+    sizes = {"vocab_size": tokenizer.vocab_size, "eos_token_id": tokenizer.sep_token_id, "num_hidden_groups": 1}
+    model = ALBERTForConditionalGeneration(small(**sizes).replace(max_position_embeddings=200)).eval()
+    model.decoder.generator_lm_head.bias.data[tokenizer.sep_token_id] = -1e4
+    texts = [" ".join(WORDS[:count]) for count in (1, 2, 4, 8)]
+    for factor in (1, 3):
+        data = PairDataset(texts, [" ".join([text] * factor) for text in texts], tokenizer, 150)
+        examples = Examples(texts, texts, None)
+        tokens = [len(ids) for ids in data.input_ids]
+        longest = longest_answers(data, 200)
+        if factor == 1:
+            assert longest == [2 * count + 10 for count in tokens]
+        assert all(len(target) < most for target, most in zip(data.labels, longest, strict=True))
+        asked, found, write = [], [], model.write
+
+        def counted(inputs, options, write=write, asked=asked):
+            asked.append(options.max_new_tokens)
+            return write(inputs, options)
+
+        for size in (1, 4):
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "write", counted)
+                measured = Translate().measure(
+                    model, data, examples, metrics=["bleu"], batch_size=size, device="cpu", progress=True
+                )
+            found.append(measured.predicted)
+        assert sorted(asked) == sorted([*longest, max(longest)])
+        assert found[0] == found[1], "the other texts of a batch change nothing"
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("translate: step 1 of ")]
+        assert len(lines) == 2
+        assert "loss" not in lines[0]
 
 
 def test_train_from_the_command_line(files, tmp_path: Path) -> None:

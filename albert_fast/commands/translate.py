@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..generation.options import MAX_NEW_TOKENS
 from . import _options as options
 from ._errors import UsageError, reports_errors
 from ._lines import Lines, Record, json_answer
@@ -16,6 +17,7 @@ from ._progress import Progress
 
 # Batches whose texts are sorted by length together. A pipe gives fewer at a time and is answered at once.
 WINDOW = 8
+BEAMS = 4
 
 
 class Format(str, Enum):
@@ -34,51 +36,83 @@ class Search:
     """How each translation is searched for."""
 
     num_beams: Annotated[
-        int, typer.Option("--num-beams", "-n", min=1, help="Hypotheses of beam search; 1 is greedy search.")
-    ] = 4
+        int | None,
+        typer.Option(
+            "--num-beams", "-n", min=1, help="Hypotheses of beam search; 1 is greedy search.", show_default=str(BEAMS)
+        ),
+    ] = None
     length_penalty: Annotated[
-        float, typer.Option("--length-penalty", help="Divide log-probabilities by tokens to this power.")
-    ] = 1.0
+        float | None,
+        typer.Option(
+            "--length-penalty",
+            help="Beam search divides a log-probability by tokens to this power; higher favours longer texts.",
+            show_default="1.0",
+        ),
+    ] = None
     stopping: Annotated[
-        Stopping,
+        Stopping | None,
         typer.Option(
             "--stopping",
-            help="With enough hypotheses finished, stop soon, when no running one is better now, or never before none can be.",
+            help="When beam search ends a text, once as many hypotheses as beams are finished. soon: at once. usual: when no "
+            "unfinished one scores better. never: when no unfinished one could score better, however long it became.",
+            show_default="usual",
         ),
-    ] = Stopping.usual
+    ] = None
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", min=1, help="Most tokens of a translation.", show_default="256"),
+        typer.Option("--max-new-tokens", min=1, help="Most tokens of a translation.", show_default=str(MAX_NEW_TOKENS)),
     ] = None
     sample: Annotated[bool, typer.Option("--sample", help="Draw each token instead of searching.")] = False
-    temperature: Annotated[float, typer.Option("--temperature", help="With --sample: below 1 is safer.")] = 1.0
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="With --sample: below 1 is safer.", show_default="1.0")
+    ] = None
     top_k: Annotated[
         int | None, typer.Option("--top-k", min=1, help="With --sample: among this many.", show_default="all")
     ] = None
-    top_p: Annotated[float, typer.Option("--top-p", help="With --sample: among those with this probability.")] = 1.0
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", help="With --sample: among those with this probability.", show_default="1.0"),
+    ] = None
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="With --sample: repeat the same draws.")] = None
 
     def as_keywords(self) -> dict[str, Any]:
-        """The arguments of `Translator.translate`; seeds torch's random numbers."""
+        """The arguments of `Translator.translate`; seeds torch's random numbers.
+
+        Raises:
+            UsageError: an option that has no effect beside the others.
+        """
         import torch
 
-        usual = Search()
-        for name in ("temperature", "top_k", "top_p", "seed"):
-            if not self.sample and getattr(self, name) != getattr(usual, name):
-                raise UsageError(f"--{name.replace('_', '-')} is for sampling: add --sample")
+        if self.sample:
+            self._refuse(
+                ("num_beams", "length_penalty", "stopping"), "has no effect with --sample, which draws one text"
+            )
+        else:
+            self._refuse(("temperature", "top_k", "top_p", "seed"), "is for sampling: add --sample")
+        if self.num_beams == 1:
+            self._refuse(("length_penalty", "stopping"), "has no effect with --num-beams 1, which is greedy search")
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        early: bool | str = "never" if self.stopping is Stopping.never else self.stopping is Stopping.soon
-        return {
-            "num_beams": 1 if self.sample else self.num_beams,
+        early = {None: None, Stopping.soon: True, Stopping.usual: False, Stopping.never: "never"}[self.stopping]
+        given = {
             "length_penalty": self.length_penalty,
             "early_stopping": early,
             "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.sample,
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
         }
+        return {
+            "num_beams": 1 if self.sample else self.num_beams or BEAMS,
+            "do_sample": self.sample,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
+    def _refuse(self, names: tuple[str, ...], reason: str) -> None:
+        """UsageError for the first of these options that was given."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} {reason}")
 
 
 @reports_errors

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+# Most tokens of a translation where the caller does not say; a sentence has fewer.
+MAX_NEW_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -14,8 +17,8 @@ class GenerationOptions:
     max_new_tokens: most tokens of a result, the end token counted.
     num_beams: hypotheses that beam search keeps for each source; 1: greedy search, or sampling.
     length_penalty: a hypothesis's score is its log-probability / tokens ** length_penalty; above 0 it favours long ones.
-    early_stopping: when a source is done that has num_beams finished hypotheses. True: at once. False: when the best
-        running one is no better now. "never": when it could not become better at any length.
+    early_stopping: when beam search ends a source, once num_beams hypotheses are finished. True: at once. False: when no
+        unfinished one scores better. "never": when no unfinished one could score better, however long it became.
     do_sample: draw each token, from its probabilities at `temperature`, among the `top_k` likeliest (None: all) and the
         fewest whose probabilities sum to `top_p`.
 
@@ -55,6 +58,10 @@ class GenerationOptions:
             raise ValueError(f"do_sample draws one text for each source: num_beams must be 1, got {self.num_beams}")
         if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, None, 1.0):
             raise ValueError("temperature, top_k and top_p are for sampling: add do_sample=True")
+        if self.num_beams == 1 and (self.length_penalty, self.early_stopping) != (1.0, False):
+            raise ValueError(
+                "length_penalty and early_stopping are for beam search: num_beams must be at least 2, got 1"
+            )
 
 
 def _check_count(name: str, value: Any) -> None:

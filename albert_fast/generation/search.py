@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .options import GenerationOptions
@@ -84,9 +85,11 @@ def _beam_search(writer: Writer, tokens: Tensor, end: int, options: GenerationOp
     results: list[list[int]] = [[] for _ in range(len(tokens))]
     sources = torch.arange(len(tokens), device=device)  # of each group of beams
     logs = torch.zeros(len(tokens), 1, device=device)  # log-probabilities of the running hypotheses
-    texts = torch.full((len(tokens), 1, longest), end, device=device)
+    texts = torch.zeros(len(tokens), 1, 0, dtype=torch.int64, device=device)
     best = torch.full((len(tokens), beams), _NEVER, device=device)  # scores of the finished ones
-    finished = torch.full((len(tokens), beams, longest), end, device=device)
+    finished = torch.zeros(
+        len(tokens), beams, 0, dtype=torch.int64, device=device
+    )  # after its end, a text is filled with `end`
     is_finished = torch.zeros(len(tokens), beams, dtype=torch.bool, device=device)
     among_first = torch.arange(2 * beams, device=device) < beams
     for length in range(1, longest + 1):
@@ -99,14 +102,13 @@ def _beam_search(writer: Writer, tokens: Tensor, end: int, options: GenerationOp
         candidates = (top.unflatten(0, (-1, width)) + logs[:, :, None]).flatten(1)
         top, at = candidates.topk(2 * beams)
         parents, ids = at // (2 * beams), words_of.unflatten(0, (-1, width)).flatten(1).gather(1, at)
-        longer = _rows(texts, parents)
-        longer[:, :, length - 1] = ids
+        longer = torch.cat([_rows(texts, parents), ids[:, :, None]], 2)
         ends = (ids == end) | (length == longest)
 
         value = top / length**options.length_penalty
         value = value.masked_fill(~(ends & among_first), _NEVER)
         best, order = torch.cat([best, value], 1).topk(beams)
-        finished = _rows(torch.cat([finished, longer], 1), order)
+        finished = _rows(torch.cat([F.pad(finished, (0, 1), value=end), longer], 1), order)
         is_finished = torch.cat([is_finished, ends & among_first], 1).gather(1, order)
 
         logs, order = top.masked_fill(ends, 2 * _NEVER).topk(beams)

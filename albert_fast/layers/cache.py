@@ -71,14 +71,11 @@ class DecoderCache:
         """Count the token that all layers have appended."""
         self._count(self.length + 1)
 
-    def continue_from(self, parents: list[int]) -> int:
+    def continue_from(self, parents: list[int]) -> None:
         """Make sequence i a continuation of what was sequence parents[i]; a sequence that nothing continues leaves.
 
         The first continuation of a sequence takes over its slot. For each further one the rows so far, steps x length x 2H
         numbers, are copied into a free slot.
-
-        Returns:
-            The number of slots that were copied.
         """
         old, kept = self._slots, {self._slots[parent] for parent in parents}
         self._free += [slot for slot in old if slot not in kept]
@@ -92,9 +89,8 @@ class DecoderCache:
                 slot = copies[-1][1]
             new.append(slot)
         if copies:
-            sources, targets = torch.tensor(copies, device=self.device).t()
-            memory = self.memory.unflatten(1, (-1, self.longest))[:, :, : self.length]
-            memory[:, targets] = memory[:, sources]
+            slots = self.memory.unflatten(1, (-1, self.longest))[:, :, : self.length].unbind(1)
+            # By slots: indexing takes several times as long, since it copies twice.
+            torch._foreach_copy_([slots[target] for _, target in copies], [slots[source] for source, _ in copies])
         if new != old:
             self._place(new)
-        return len(copies)

@@ -27,6 +27,7 @@ from ..layers.inputs import Inputs, check_ids
 from ..layers.packing import Packing, pack, packed_already
 from ..layers.run import Run
 from ..ops.linear_cross_entropy import IGNORED
+from ..runtime.derived import weights_stay
 from ..runtime.modes import mode
 from ..runtime.registration import is_traced
 from .albert import ALBERTModel
@@ -258,7 +259,7 @@ class ALBERTForConditionalGeneration(HeadModel):
             raise ValueError(
                 f"max_new_tokens {options.max_new_tokens} is more than max_position_embeddings = {self.config.longest}"
             )
-        with mode(self, training=False):
+        with mode(self, training=False), weights_stay():
             encoded = (
                 self.encode(inputs, False, False) if inputs.cu_seqlens is None else self.encoder.encode_packed(inputs)
             )

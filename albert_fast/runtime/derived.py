@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -68,6 +70,32 @@ class _Kept(NamedTuple, Generic[Made]):
 _ALL: weakref.WeakSet[Derived[Any]] = weakref.WeakSet()
 
 
+class _Compared(threading.local):
+    """In this thread, the results whose weights were compared in the present block of `weights_stay`; None outside of one.
+
+    By their identities, with the objects, which keep their identities while they are held.
+    """
+
+    found: dict[tuple[int, ...], Any] | None = None
+
+
+_COMPARED = _Compared()
+
+
+@contextmanager
+def weights_stay() -> Iterator[None]:
+    """In this block, no weight changes that this thread uses: each copy is compared with its weights once, not at each call.
+
+    A decoder uses each weight once for every token, and to compare takes as long as a product of few rows.
+    """
+    outer = _COMPARED.found
+    _COMPARED.found = {} if outer is None else outer
+    try:
+        yield
+    finally:
+        _COMPARED.found = outer
+
+
 class Derived(Generic[Made]):
     """Caches `make(weights)`: calls it for new weights, and again after the weights have changed.
 
@@ -85,11 +113,16 @@ class Derived(Generic[Made]):
 
     def __call__(self, weights: Sequence[Tensor]) -> Made:
         found: _Kept[Made] | None = self._kept.get(weights[0])
+        compared = _COMPARED.found
+        if compared is not None and found is not None and (id(found), *map(id, weights)) in compared:
+            return found.made
         if found is None or not found.weights.holds(weights):
             snapshot = Snapshot(weights)
             with torch.inference_mode(False), torch.no_grad():  # so that calls in any mode can use it
                 found = _Kept(self._make(weights), snapshot)
             self._kept[weights[0]] = found
+        if compared is not None:
+            compared[(id(found), *map(id, weights))] = found, weights
         return found.made
 
     def forget(self, weights: Sequence[Tensor]) -> None:

@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 
-from ..generation.options import GenerationOptions
+from ..generation.options import MAX_NEW_TOKENS, GenerationOptions
 from ..layers.inputs import Inputs
 from ..models.seq2seq import ALBERTForConditionalGeneration
 from .errors import UsageError
 from .loading import TextModel, checked_texts
 from .token_batches import default_batch_tokens
-
-# Most tokens of a translation where the caller does not say; a sentence has fewer.
-MAX_NEW_TOKENS = 256
 
 
 class Translator(TextModel):

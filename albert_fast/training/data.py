@@ -170,6 +170,8 @@ def numbered(labels: Sequence[str], names: list[str]) -> tuple[list[int], list[s
 class TokenRows(Dataset[dict[str, Any]]):
     """A data set of rows of tokens and their labels; the base of the data sets of every task.
 
+    left_out: a line for the user about examples that are not in the rows, and why; None where there are none.
+
     Args:
         ids: N rows of tokens, special tokens included. types: their token types; None where the model takes none.
         labels: N labels, in whatever form `label_tensors` makes tensors of.
@@ -178,6 +180,8 @@ class TokenRows(Dataset[dict[str, Any]]):
     Raises:
         ValueError: see `TextDataset`.
     """
+
+    left_out: str | None = None
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ from ..text.text_files import Columns
 from ..text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from . import checks
 from .checkpointing import STATE_NAME, claimed, other_files
-from .data import Examples
+from .data import Examples, TokenRows
 from .evaluate import Evaluation, evaluate
 from .masking import MaskedTextDataset, drop_contained_lines
 from .recipe import Recipe
@@ -196,14 +196,17 @@ def fit(
         if resume:
             run.load()
         with torch.device("meta"):
-            checks.check_disk(folder, chosen.model.from_config(config), recipe.ema_decay is not None)
-        for line in _introduction(run, work, name_of(train_file), vocab_size):
+            model = chosen.model.from_config(config)
+            checks.check_disk(folder, model, recipe.ema_decay is not None)
+        types = model.base_model.takes_types
+        data = chosen.data(examples, tokenizer, recipe.max_length, types=types, recipe=recipe)
+        for line in _introduction(run, work, data, name_of(train_file), vocab_size):
             say(line)
         torch.manual_seed(recipe.seed)
         encoder = None
         if recipe.pretrain_epochs and run.stage == "pretrain":
             encoder = _pretrain(run, work)
-        _train(run, work, encoder)
+        _train(run, work, data, encoder)
         tested = None
         if test_file is not None:
             tested = evaluate(
@@ -258,16 +261,18 @@ def _settings(work: _Work, recipe: Recipe, vocab_size: int, vocab_kind: str) -> 
     }
 
 
-def _introduction(run: TrainingRun, work: _Work, train_name: str, vocab_size: int) -> Iterator[str]:
+def _introduction(run: TrainingRun, work: _Work, data: TokenRows, train_name: str, vocab_size: int) -> Iterator[str]:
     """Lines that a user should read before the first step."""
     recipe, pieces = run.recipe, work.config.vocab_size
     yield f"{train_name}: {work.task.name}, {work.task.describe(work.examples)}"
+    if data.left_out is not None:
+        yield data.left_out
     if work.dev is None:
         yield "no dev set: the model of the last epoch is kept"
     if work.init_from is None and pieces < vocab_size:
         yield f"vocabulary: {pieces} pieces, all that this text gives ({vocab_size} were asked for)"
     device = str(run.device) if run.device.type != "cpu" else f"cpu, {counted(torch.get_num_threads(), 'thread')}"
-    steps = -(-len(work.examples.texts) // recipe.batch_size)
+    steps = -(-len(data) // recipe.batch_size)
     start = "a new model" if work.init_from is None else f"from {work.init_from}"
     yield (
         f"{start}; {counted(recipe.epochs, 'epoch')} of {counted(steps, 'step')}, "
@@ -380,18 +385,16 @@ def _has_same_head(work: _Work) -> bool:
     return same_labels and (not stated or str(stated[0]).endswith(work.task.architecture))
 
 
-def _train(run: TrainingRun, work: _Work, encoder: EncoderModel | None) -> None:
+def _train(run: TrainingRun, work: _Work, data: TokenRows, encoder: EncoderModel | None) -> None:
     """Trains the model of the task, starting from the pre-trained encoder, from `init_from` or at random."""
     recipe, task = run.recipe, work.task
     model = task.model.from_config(work.config).float()
-    types = model.base_model.takes_types
     if encoder is not None:
         left = model.base_model.load_state_dict(encoder.state_dict(), strict=False)
         assert not left.unexpected_keys, left
         assert all(key.startswith("pooler.") for key in left.missing_keys), left
     elif work.init_from is not None and run.saved is None:
         _start_from(model, work.init_from, keeps_head=_has_same_head(work))
-    data = task.data(work.examples, work.tokenizer, recipe.max_length, types=types, recipe=recipe)
     criterion = task.criterion(recipe, work.examples)
     if criterion is not None:
         criterion.to(run.device)  # weights of classes are on it
@@ -405,7 +408,7 @@ def _train(run: TrainingRun, work: _Work, encoder: EncoderModel | None) -> None:
         recipe.epochs,
         recipe.batch_size,
         rate,
-        _dev_figures(run, work, types),
+        _dev_figures(run, work, model.base_model.takes_types),
         keeps_best=True,
     )
     run.epochs(stage)

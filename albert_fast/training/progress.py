@@ -17,7 +17,7 @@ Show = Callable[[float, int], None]
 
 @contextmanager
 def epoch_progress(data: Iterable[Any], label: str, shown: bool | str) -> Iterator[tuple[Iterable[Any], Show]]:
-    """Yields the batches of `data`, and a function to call after each with the sum of the losses and their number.
+    """Yields the batches of `data`, and a function to call after each with the sum of the losses and their number, 0 without any.
 
     Args:
         label: what is done, such as "train".
@@ -52,9 +52,10 @@ class _Meter:
             yield batch
 
     def figures(self, total: float, count: int) -> str:
-        """The mean loss so far, and texts per second."""
+        """The mean loss so far, where there is one, and texts per second."""
         rate = self.texts / max(time.monotonic() - self.begin, 1e-6)
-        return f"loss {total / max(count, 1):.4f}, {rate:.{0 if rate >= 10 else 1}f} texts/s"
+        loss = f"loss {total / count:.4f}, " if count else ""
+        return f"{loss}{rate:.{0 if rate >= 10 else 1}f} texts/s"
 
     def line_now_and_then(self, total: float, count: int) -> None:
         now = time.monotonic()

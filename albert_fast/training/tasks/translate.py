@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ...generation.options import GenerationOptions
+from ...generation.options import MAX_NEW_TOKENS, GenerationOptions
 from ...layers.inputs import Inputs
 from ...models.encoder_config import EncoderConfig
 from ...models.seq2seq import ALBERTForConditionalGeneration
@@ -22,13 +22,15 @@ from ...text.text_files import Columns
 from ..data import Examples, LengthBucketSampler, TokenRows
 from ..loop import test
 from ..metrics import TRANSLATION_METRICS, Metric, translation_metrics
+from ..progress import epoch_progress
 from ..recipe import Recipe
 from ..sources import Source, columns_for, name_of, rows_of, text_value
 from .base import Libraries, Measured, Task
 
 SOURCES, TARGETS = ("source", "text"), ("target", "translation")
-# More tokens than this are not written for a text of a dev or test set.
-LONGEST_ANSWER = 256
+# Where a model is measured, a text ends at the latest with this many tokens more than twice what the targets lead to expect: a
+# model at the start of its training rarely ends one, and would write MAX_NEW_TOKENS for each.
+SPARE_TOKENS = 10
 
 
 class PairDataset(TokenRows):
@@ -59,6 +61,10 @@ class PairDataset(TokenRows):
         pairs = [pair for pair in zip(*both, strict=True) if not drops or max(map(len, pair)) <= max_length]
         if sources and not pairs:
             raise ValueError(f"all {len(sources)} pairs have a text of more than {max_length} tokens (max_length)")
+        if fewer := len(sources) - len(pairs):
+            self.left_out = (
+                f"{fewer} of {len(sources)} pairs left out: a text has more than {max_length} tokens (max_length)"
+            )
         super().__init__([source for source, _ in pairs], None, [target for _, target in pairs], tokenizer)
         self.lengths = [len(source) + len(target) for source, target in pairs]
         self.tokenizer, self.label_smoothing = tokenizer, label_smoothing
@@ -165,20 +171,33 @@ class Translate(Task):
         device: torch.device | str,
         progress: bool,
     ) -> Measured:
-        """The loss, and where metrics are wanted, those of what greedy search writes for each source."""
+        """The loss, and where metrics are wanted, those of what greedy search writes for each source: see `longest_answers`."""
         sampler = LengthBucketSampler(data.lengths, batch_size, shuffle=False)
         loader = DataLoader(data, batch_sampler=sampler, collate_fn=data.collate)
         loss, written = test(model, loader, None, device, progress=progress), [""] * len(data)
         assert isinstance(model, ALBERTForConditionalGeneration)
         assert isinstance(data, PairDataset)
-        how = GenerationOptions(min(LONGEST_ANSWER, model.config.longest))
-        for chosen, batch in zip(sampler, loader, strict=True) if metrics else ():
-            inputs = Inputs(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-            for index, ids in zip(chosen, model.write(inputs, how), strict=True):
-                written[index] = data.tokenizer.decode(ids, skip_special_tokens=True)
+        if metrics:
+            longest = longest_answers(data, model.config.longest)
+            with epoch_progress(loader, "translate", progress) as (batches, show):
+                for chosen, batch in zip(sampler, batches, strict=True):
+                    inputs = Inputs(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+                    texts = model.write(inputs, GenerationOptions(max(longest[index] for index in chosen)))
+                    for index, ids in zip(chosen, texts, strict=True):
+                        # Cut here too: what is written for a text does not depend on the others in its batch.
+                        written[index] = data.tokenizer.decode(ids[: longest[index]], skip_special_tokens=True)
+                    show(0.0, 0)
         expected = list(examples.labels)
         names = [str(metric) for metric in metrics]
         return Measured(loss, translation_metrics(names, expected, written), expected, written)
+
+
+def longest_answers(data: PairDataset, positions: int) -> list[int]:
+    """The most tokens to write for each source: 2 x its tokens + SPARE_TOKENS, more where all targets together are longer than
+    all sources by that factor; MAX_NEW_TOKENS and `positions` at most."""
+    sources = [len(ids) for ids in data.input_ids]
+    growth = max(1.0, sum(map(len, data.labels)) / max(sum(sources), 1))
+    return [min(int(2 * growth * tokens) + SPARE_TOKENS, MAX_NEW_TOKENS, positions) for tokens in sources]
 
 
 def aligned(source: Source) -> tuple[str | Path, str | Path] | None:
