@@ -99,6 +99,7 @@ def test_tag_conll(run, folders: dict[str, Path]) -> None:
     Path("a.conll").write_bytes(b"anna O\n\nb\xff O\n")
     failed = run("tag", "a.conll", "-m", model, code=1)
     assert "a.conll, line 3: byte 2 of the line is not utf-8" in failed.stderr
+    assert failed.stdout.startswith("anna\tO\t"), "what comes before is answered"
 
 
 def test_answer(run, folders: dict[str, Path]) -> None:
@@ -148,6 +149,7 @@ def test_choose(run, folders: dict[str, Path]) -> None:
     Path("b.jsonl").write_text(json.dumps(listed) + "\n" + json.dumps({"text": "x"}) + "\n")
     failed = run("choose", "b.jsonl", "-m", model, "--choices-column", "several", code=1)
     assert "b.jsonl, line 2: no choices" in failed.stderr
+    assert len(failed.stdout.splitlines()) == 1, "the rows before are answered"
     assert "does not choose between texts" in run("choose", "a.jsonl", "-m", folders["classifier"], code=2).stderr
 
 

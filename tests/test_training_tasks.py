@@ -153,15 +153,6 @@ def test_metrics_of_several_labels_count_every_label(labels: int) -> None:
     assert nothing.metrics == {"f1": 0.0}, "no label is found"
 
 
-def test_a_new_head_on_a_checkpoint_is_no_surprise(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    arguments = {"device": "cpu", "progress": False, "recipe": Recipe(epochs=1, batch_size=8, max_length=40)}
-    rows = [{"text": word, "label": place % 2} for place, word in enumerate(WORDS)]
-    tags = [{"tokens": [word, "salu"], "tags": ["B-x", "O"]} for word in WORDS]
-    fit(rows, tmp_path / "classes", config=CONFIG, vocab_size=40, **arguments)
-    fit(tags, tmp_path / "tags", init_from=tmp_path / "classes", **arguments)
-    assert [str(one.message) for one in recwarn if "at random" in str(one.message)] == []
-
-
 def test_chinese_from_scratch_by_characters(tmp_path: Path) -> None:
     good, bad = "\u5f88\u597d", "\u5f88\u5dee"  # very good, very bad
     nouns = ["\u623f\u95f4", "\u670d\u52a1", "\u65e9\u9910", "\u4f4d\u7f6e"]

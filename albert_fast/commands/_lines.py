@@ -6,8 +6,9 @@ import codecs
 import io
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from ..text.line_reader import LineReader
 from ..text.text_files import Columns, Format, Record, open_table, table_format
@@ -17,6 +18,8 @@ from ._options import Input, InputFormat
 
 # Endings of data files: an argument with spaces that ends like this is the name of a file, not a text.
 _FILE_ENDINGS = (".txt", ".text", ".tsv", ".csv", ".json", ".ndjson", ".gz", ".md", ".xml", ".parquet", ".xlsx", ".zip")
+
+Item = TypeVar("Item")
 
 
 class Lines(RowWindows):
@@ -64,6 +67,23 @@ class Lines(RowWindows):
         return self
 
 
+def parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yields lists of up to `size` items. Where an item cannot be read, those before it come first, then its ValueError."""
+    part: list[Item] = []
+    try:
+        for item in items:
+            part.append(item)
+            if len(part) == size:
+                yield part
+                part = []
+    except ValueError:
+        if part:
+            yield part
+        raise
+    if part:
+        yield part
+
+
 def json_answer(record: Record, **content: Any) -> str:
     """The line of a JSON answer to a row; it begins with the row's id, if it has one."""
     key = {} if record.key is None else {"id": record.key}
@@ -106,4 +126,4 @@ def _checked_encoding(encoding: str) -> str:
     return name
 
 
-__all__ = ["InputError", "Lines", "Record", "given_text", "json_answer"]
+__all__ = ["InputError", "Lines", "Record", "given_text", "json_answer", "parts"]

@@ -13,7 +13,7 @@ Item = TypeVar("Item")
 
 
 def counted(items: Iterable[Item], label: str, unit: str) -> Iterator[Item]:
-    """Yields items that the answers on standard output are for, and shows how many of them are taken, and how many a second."""
+    """Yields the items and shows how many were taken; for commands that answer on standard output."""
     from tqdm import tqdm
 
     return iter(tqdm(items, desc=label, file=sys.stderr, disable=_hidden(answers_on_stdout=True), unit=unit))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
@@ -15,7 +14,7 @@ import typer
 from ..text.squad_files import is_squad, read_squad
 from . import _options as options
 from ._errors import UsageError, reports_errors
-from ._lines import Lines, Record, json_answer
+from ._lines import Lines, Record, json_answer, parts
 from ._progress import Progress, counted
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 # Batches whose texts are sorted by length together. A pipe gives fewer at a time and is answered at once.
 WINDOW = 4
+# Questions of SQuAD's JSON that are answered at a time.
+QUESTIONS = 256
 
 
 class Format(str, Enum):
@@ -81,11 +82,8 @@ def command(
             raise UsageError("--question is for lines of contexts; SQuAD's JSON has its own questions")
         asked = [Record(place, one.question, one.context, key=one.key) for place, one in enumerate(read_squad(file), 1)]
         answerer = _answerer(model, may_be_absent, max_length, batch_size, compute)
-        parts = counted(asked, "answer", " questions")
-        _write(
-            ((part, answerer(_pairs(part, None))) for part in iter(lambda: list(itertools.islice(parts, 256)), [])),
-            format,
-        )
+        every = parts(counted(asked, "answer", " questions"), QUESTIONS)
+        _write(((part, answerer(_pairs(part, None))) for part in every), format)
         return
     if question is None:
         columns = options.TableColumns(question_column or "question", context_column or "context").as_columns()
@@ -130,9 +128,9 @@ def _pairs(records: list[Record], question: str | None) -> list[tuple[str, str]]
     return [(record.text, record.pair or "") for record in records]
 
 
-def _write(parts: Iterable[tuple[list[Record], list[Answer]]], format: Format) -> None:
+def _write(answered: Iterable[tuple[list[Record], list[Answer]]], format: Format) -> None:
     whole: dict[str, str] = {}
-    for records, answers in parts:
+    for records, answers in answered:
         for record, answer in zip(records, answers, strict=True):
             if format is Format.squad:
                 whole[str(record.line if record.key is None else record.key)] = answer.text

@@ -11,7 +11,7 @@ import typer
 
 from . import _options as options
 from ._errors import reports_errors
-from ._lines import Record, json_answer
+from ._lines import Record, json_answer, parts
 from ._progress import counted
 
 if TYPE_CHECKING:
@@ -61,9 +61,10 @@ def command(
     from ..training.tasks.choose import choice_rows
 
     options.warn_of_rounding(model, compute.precision)
-    rows = counted(choice_rows(file, Columns(text_column, choices_column)), "choose", " rows")
+    rows = choice_rows(file, Columns(text_column, choices_column))
+    first = list(itertools.islice(rows, 1))  # errors of the file come before the model is loaded
     chooser = TextChooser(model, max_length=max_length, batch_size=batch_size, **compute.as_keywords())
-    while part := list(itertools.islice(rows, batch_size * WINDOW)):
+    for part in parts(counted(itertools.chain(first, rows), "choose", " rows"), batch_size * WINDOW):
         for row, scores in zip(part, chooser([(row.first, row.choices) for row in part]), strict=True):
             sys.stdout.write(_line(row, scores, format) + "\n")
         sys.stdout.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import typer
 from ..text.conll_files import is_conll, read_conll
 from . import _options as options
 from ._errors import reports_errors
-from ._lines import Lines, Record, json_answer
+from ._lines import Lines, Record, json_answer, parts
 from ._progress import Progress, counted
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def _tagger(model: str, max_length: int | None, batch_size: int, compute: option
 
 def _tag_conll(file: str, tagger: TextTagger) -> None:
     sentences = counted(read_conll(file, needs_tags=False), "tag", " sentences")
-    while part := list(itertools.islice(sentences, 32 * WINDOW)):
+    for part in parts(sentences, 32 * WINDOW):
         for sentence, tags in zip(part, tagger.tags([sentence.words for sentence in part]), strict=True):
             for place, (word, found) in enumerate(zip(sentence.words, tags, strict=True)):
                 stated = sentence.tags[place : place + 1]  # none in a file of words alone
