@@ -42,6 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "model: the whole model against other ways to run it in PyTorch")
     config.addinivalue_line("markers", "hosts: libraries as they are, accelerated, and on their other engines")
     config.addinivalue_line("markers", "cpu_peers: the whole model against engines on CPUs, in every precision")
+    config.addinivalue_line(
+        "markers", "decoding: texts written by an encoder and a decoder, against other engines on CPUs"
+    )
     config.stash[_RECORDS] = []
 
 

@@ -94,10 +94,19 @@ def hosts_table(groups: Sequence[Sequence[Record]]) -> str:
             body.append([record.shape, record.side, *(f"{mib:,.0f}" for mib in (before, peak, peak - before))])
         head = ["batch", "side", "with the model, MiB", "peak, MiB", "peak beyond the model, MiB"]
         text += ["### Memory of training", "Resident memory of a new process that trains once.", _markdown(head, body)]
-    versions = {record.side: record.figures["environment"] for record in records if "environment" in record.figures}
-    if versions:
-        text += ["### Other environments", _markdown(["side", "versions"], list(versions.items()))]
-    return "\n\n".join(text)
+    return "\n\n".join([*text, *_versions(groups)])
+
+
+def decoding_table(groups: Sequence[Sequence[Record]]) -> str:
+    """What `model_table` shows, and the versions in other environments."""
+    return "\n\n".join([model_table(groups), *_versions(groups)])
+
+
+def _versions(groups: Sequence[Sequence[Record]]) -> list[str]:
+    """The versions that sides in other environments ran with, as a heading and a table; nothing without such sides."""
+    figures = {record.side: record.figures for group in groups for record in group}
+    versions = [[side, each["environment"]] for side, each in figures.items() if "environment" in each]
+    return ["### Other environments", _markdown(["side", "versions"], versions)] if versions else []
 
 
 def _line_table(groups: Sequence[Sequence[Record]]) -> str:
@@ -185,6 +194,7 @@ _MODELS: dict[str, tuple[str, Callable[..., str], Callable[..., None] | None]] =
     "model": ("model", model_table, plot_model),
     "cpu_peers": ("peers", peers_table, plot_model),
     "hosts": ("hosts", hosts_table, partial(plot_model, heading="Libraries on real text")),
+    "decoding": ("decoding", decoding_table, partial(plot_model, heading="Writing texts")),
     "load": ("loading", load_table, None),
 }
 _OPERATORS = ("operators", operator_table, plot_operators)

@@ -82,6 +82,10 @@ class _Compared(threading.local):
 _COMPARED = _Compared()
 
 
+def _key(found: Any, weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return (id(found), *map(id, weights))
+
+
 @contextmanager
 def weights_stay() -> Iterator[None]:
     """In this block, no weight changes that this thread uses: each copy is compared with its weights once, not at each call.
@@ -114,7 +118,7 @@ class Derived(Generic[Made]):
     def __call__(self, weights: Sequence[Tensor]) -> Made:
         found: _Kept[Made] | None = self._kept.get(weights[0])
         compared = _COMPARED.found
-        if compared is not None and found is not None and (id(found), *map(id, weights)) in compared:
+        if compared is not None and found is not None and _key(found, weights) in compared:
             return found.made
         if found is None or not found.weights.holds(weights):
             snapshot = Snapshot(weights)
@@ -122,7 +126,7 @@ class Derived(Generic[Made]):
                 found = _Kept(self._make(weights), snapshot)
             self._kept[weights[0]] = found
         if compared is not None:
-            compared[(id(found), *map(id, weights))] = found, weights
+            compared[_key(found, weights)] = found, weights
         return found.made
 
     def forget(self, weights: Sequence[Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""Sides in other environments: sentence-transformers' own backends, fastembed and infinity, as their users call them.
+"""Sides in other environments: sentence-transformers' own backends, fastembed, infinity and CTranslate2, as their users call
+them.
 
 They want older versions of transformers and numpy than the rest, so each runs in a process of an environment that
 `--peer-python` names (peer_worker.py). The process answers a call with a line, which costs a tenth of a millisecond; its
@@ -42,9 +43,11 @@ _PEERS = {
     "st-openvino-int8": _Peer("openvino", (*_COMMON, *_OPENVINO)),
     "fastembed": _Peer("onnx", ("fastembed", *_COMMON, *_ONNX)),
     "infinity": _Peer("", ("infinity-emb", *_COMMON)),
+    "ctranslate2": _Peer("", ("ctranslate2",)),
 }
+TRANSLATOR = "ctranslate2"
 BACKENDS = tuple(side for side in _PEERS if side.startswith("st-"))  # of a SentenceTransformer and a CrossEncoder
-EMBEDDERS = tuple(_PEERS)
+EMBEDDERS = tuple(side for side in _PEERS if side != TRANSLATOR)
 # O3 computes GELU by tanh, another function than the model's: embeddings of all-MiniLM-L6-v2 err by 1e-3.
 ALLOWED = {"st-onnx-o3": 5e-3, "fastembed": 5e-3}
 
