@@ -94,7 +94,9 @@ def test_labels_of_every_split(write, tmp_path: Path) -> None:
         only = write([label] * 5, "one.tsv")
         refused(ValueError, f"all 5 examples have the label .*{label}.*: there is nothing to learn", only, folder)
     texts = write([f"word{i}" for i in range(12)], "texts.tsv")
-    refused(ValueError, "12 different labels for 12 examples; is the label column right", texts, folder)
+    refused(ValueError, r"12 different labels for 12 examples; is the label column right\?$", texts, folder)
+    several = write([f"word{i},word{i + 1}" for i in range(12)], "several.tsv")
+    refused(ValueError, "12 different labels for .*, with commas between, are --task multilabel", several, folder)
     with pytest.warns(UserWarning, match="no example has the label 'neutral'"):
         refused(StepTakenError, None, train, folder, label_names=["bad", "neutral", "good"])
     numbers = write([1.5, 2, 0.25], "numbers.tsv")
@@ -122,6 +124,8 @@ def test_metrics_before_the_run(write, tmp_path: Path, monkeypatch: pytest.Monke
         ValueError, "'accuracy' counts classes.*take mse, pearson", numbers, folder, dev_file=numbers, recipe=accuracy
     )
     refused(StepTakenError, None, numbers, folder, dev_file=numbers)  # chosen by mse
+    bleu = dataclasses.replace(RECIPE, metric="bleu")
+    refused(ValueError, "the task classify has no metric 'bleu'; known: accuracy", train, folder, recipe=bleu)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)  # as if it were not installed
     f1 = dataclasses.replace(RECIPE, metric="f1")
     for name in ("dev_file", "test_file"):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from albert_fast import ALBERTForConditionalGeneration, ALBERTSeq2SeqConfig, Translator
+from albert_fast import ALBERTForConditionalGeneration, ALBERTSeq2SeqConfig, TextEncoder, TextTagger, Translator
+from albert_fast.checkpoints.weights import shipped_model
 from albert_fast.cli import build_app
+from albert_fast.tasks.classify import TextClassifier
 from albert_fast.tasks.errors import UsageError
 from albert_fast.testing.small_checkpoints import save_small_model
 from albert_fast.text.tokenizer import load_tokenizer, train_tokenizer
@@ -61,6 +63,20 @@ def test_translations_are_what_the_model_generates(folder: Path, beams: int) -> 
     assert translator.translate(TEXTS, num_beams=beams, max_new_tokens=20) == wanted
     assert translator(TEXTS[:1], num_beams=beams, max_new_tokens=20) == wanted[:1]
     assert translator.translate([]) == []
+
+
+def test_a_model_of_another_task_is_refused_with_its_command(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no decoder, .*; `albert-fast classify` reads it"):
+        Translator(shipped_model())
+    for task, head in (
+        (TextClassifier, "classifier"),
+        (TextTagger, "token classifier"),
+        (TextEncoder, "encoder of its own"),
+    ):
+        with pytest.raises(UsageError, match=rf"has no {head}; `albert-fast translate` reads it"):
+            task(folder)
+    with pytest.raises(UsageError, match="has no token classifier; `albert-fast classify` reads it"):
+        TextTagger(shipped_model())
 
 
 def test_what_a_translator_refuses(folder: Path) -> None:

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import reprlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoints.families import ENCODER_DECODER
 from ..checkpoints.saving import config_path, folder_of, missing_config
 from ..checkpoints.weights import MissingHeadError, is_index, resolve
 from ..models.auto import config_of
 from ..models.encoder_config import EncoderConfig
 from ..models.pretrained import held_precision
 from ..runtime.devices import choose_device
+from ..runtime.files import read_json_object
 from ..text.batching import TextPair, for_plain_text
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from .errors import UsageError
 from .token_batches import Batching, TokenBatch
+
+# The end of the name of a checkpoint's class -> the command that reads it.
+COMMANDS = {
+    "ForSequenceClassification": "classify",
+    "ForTokenClassification": "tag",
+    "ForQuestionAnswering": "answer",
+    "ForMultipleChoice": "choose",
+    "ForMaskedLM": "fill-mask",
+    "EncoderDecoderModel": "translate",
+}
 
 
 class TextModel:
@@ -44,8 +56,8 @@ class TextModel:
             `load_tokenizer` raise.
     """
 
-    # What the task needs, and what reads a checkpoint without it; for an error message.
-    head, instead = "such head", ""
+    # What the task needs, and what reads an encoder alone; for an error message.
+    head, instead = "encoder of its own", ""
 
     def __init__(
         self,
@@ -62,6 +74,11 @@ class TextModel:
         if not config_path(self.folder).is_file():
             raise missing_config(self.folder)
         self.device = choose_device(device)
+        about = read_json_object(config_path(self.folder))
+        hint = self.instead if (command := _command_for(about)) is None else f"; `albert-fast {command}` reads it"
+        writes = getattr(model_class, "base_model_prefix", "") == ENCODER_DECODER.attribute
+        if writes != (about.get("model_type") == ENCODER_DECODER.model_type):
+            raise UsageError(f"{checkpoint} has no {self.head}{hint}")
         self.tokenizer = for_plain_text(load_tokenizer(folder_of(self.folder)))
         try:
             self.model: Any = model_class.from_pretrained(
@@ -74,7 +91,7 @@ class TextModel:
                 output_attentions=False,
             )
         except MissingHeadError as error:
-            raise UsageError(f"{checkpoint} has no {self.head}{self.instead}") from error
+            raise UsageError(f"{checkpoint} has no {self.head}{hint}") from error
         self.precision: str = self.model.execution.quantized or precision or "fp32"
         self.max_length = token_limit(self.tokenizer, self.model.config, max_length)
         self.tokenizer("", max_length=self.max_length)  # an error where the special tokens alone are longer
@@ -99,6 +116,12 @@ class TextModel:
             raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
         how = Batching(self.tokenizer, self.max_length, batch_tokens, self.batch_size, self.takes_types, before)
         return how.batches(texts)
+
+
+def _command_for(config: Mapping[str, Any]) -> str | None:
+    """The command for the class that a config.json names; None where it names none or another."""
+    names = config.get("architectures") or [""]
+    return next((command for end, command in COMMANDS.items() if str(names[0]).endswith(end)), None)
 
 
 def checkpoint_path(checkpoint: str | Path) -> Path:

@@ -28,6 +28,8 @@ class Translator(TextModel):
         loading: max_length of the sources, batch_size, backend, precision and device; see `TextModel`.
     """
 
+    head = "decoder, which writes translations"
+
     def __init__(self, checkpoint: str | Path, **loading: Any) -> None:
         super().__init__(ALBERTForConditionalGeneration, checkpoint, **loading)
 

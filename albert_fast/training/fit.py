@@ -159,10 +159,11 @@ def fit(
         chosen.check(examples, train_file, label_names)
         metric = chosen.default_metric(examples.label_names)
         width = None if init_from is None else config_of(resolve(init_from)).hidden_size
+        asked = recipe.metric is not None
         recipe = recipe.completed(trained_width=width, metric=metric)
         _check_loss(chosen, recipe)
         metrics = dev_metrics(recipe.metric)
-        if dev_file is not None or test_file is not None:
+        if asked or dev_file is not None or test_file is not None:
             chosen.check_metrics(metrics)
 
         def read_for_measuring(file: Source) -> Examples:

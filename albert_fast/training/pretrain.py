@@ -214,6 +214,7 @@ def _make_run(
             **options,
         )
     settings = dataclasses.asdict(config) | {"model": model.config.to_dict(), "corpora": names}
+    settings["optimizer"]["learning_rate"] = config.optimizer.highest_rate
     settings = {key: value for key, value in settings.items() if key not in _FREE}
     settings["data"] = {key: value for key, value in settings["data"].items() if key not in _FREE_DATA}
     bar = bar and sys.stderr.isatty()

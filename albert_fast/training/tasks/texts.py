@@ -79,8 +79,10 @@ class Classify(_Texts):
         counts, file = _counts(examples), name_of(source)
         words = given_names is None and not holds_probabilities(examples)
         if words and len(counts) > max(FEW_CLASSES, len(examples.labels) // 2):
+            several = any("," in name for name in counts)
+            hint = "; several labels for an example, with commas between, are --task multilabel" if several else ""
             raise ValueError(
-                f"{file}: {len(counts)} different labels for {len(examples.labels)} examples; is the label column right?"
+                f"{file}: {len(counts)} different labels for {len(examples.labels)} examples; is the label column right?{hint}"
             )
         refuse_one_label(counts, file, len(examples.labels))
         if given_names is not None and not holds_probabilities(examples):

@@ -120,7 +120,7 @@ class Translate(Task):
         """Nothing: any pairs teach something."""
 
     def describe(self, examples: Examples) -> str:
-        return f"{len(examples.texts)} pairs of texts"
+        return f"{len(examples.texts)} pair{'s' * (len(examples.texts) != 1)} of texts"
 
     def lines(self, examples: Examples) -> list[str]:
         return [*examples.texts, *examples.labels]
