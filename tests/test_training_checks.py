@@ -125,7 +125,7 @@ def test_metrics_before_the_run(write, tmp_path: Path, monkeypatch: pytest.Monke
     )
     refused(StepTakenError, None, numbers, folder, dev_file=numbers)  # chosen by mse
     bleu = dataclasses.replace(RECIPE, metric="bleu")
-    refused(ValueError, "the task classify has no metric 'bleu'; known: accuracy", train, folder, recipe=bleu)
+    refused(ValueError, "unknown metric 'bleu'; known: accuracy, f1", train, folder, recipe=bleu)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)  # as if it were not installed
     f1 = dataclasses.replace(RECIPE, metric="f1")
     for name in ("dev_file", "test_file"):
