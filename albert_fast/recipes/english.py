@@ -46,6 +46,7 @@ MODEL: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
     "max_position_embeddings": 512,
+    "initializer_range": 0.05,
 }
 
 
@@ -61,6 +62,7 @@ def pretraining(files: Sequence[Path], output: Path, steps: int, seed: int) -> P
         vocabulary=VocabularyConfig(size=14_000, lines=400_000),
         model=MODEL,
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.01),
+        start="counts",
         steps=steps,
         batch_tokens=BATCH_TOKENS,
         save_steps=400,

@@ -43,6 +43,7 @@ from .masking import Masks
 from .pretrain_config import PretrainConfig
 from .pretrain_run import PretrainingRun
 from .segments import PretrainingData, split_documents
+from .starting_weights import start_from_counts
 
 # Not part of what a resumed run must have in common: names of files, whose content counts, and where and how work is done.
 _FREE = ("output", "sharded")
@@ -110,7 +111,7 @@ def pretrain(
             names = processes.gathered(names)[0]
             corpora = [open_corpus(folder / name) for name in names]
             tokenizer = for_plain_text(load_tokenizer(folder))
-            run = _make_run(config, corpora, names, tokenizer, processes, device, shown, bar=progress)
+            run = _make_run(config, corpora, names, tokenizer, processes, device, shown, bar=progress, resume=resume)
             if resume:
                 run.load()
             _introduce(run, tokenizer, shown)
@@ -177,6 +178,7 @@ def _make_run(
     say: Callable[[str], None],
     *,
     bar: bool,
+    resume: bool,
 ) -> PretrainingRun:
     torch.manual_seed(config.seed)
     model = _model(config, tokenizer)
@@ -188,6 +190,9 @@ def _make_run(
     ids = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     share = 0.0 if data.held_out else data.held_out_share
     trained, held = split_documents(len(corpora[0].document_ends), share, config.seed)
+    if config.start == "counts" and not (resume and (Path(config.output) / STATE_NAME).exists()):
+        say("counting words that stand near each other")
+        start_from_counts(model, corpora[0], trained, config.seed)
     first = processes.rank * config.accumulation
     options: dict[str, Any] = {"max_length": data.max_length, "short_share": data.short_share, "seed": config.seed}
     batches = PretrainingData(

@@ -30,11 +30,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "xlarge": _sizes(2048, 24, 16, 8192),
     "xxlarge": _sizes(4096, 12, 64, 16384),
 }
-KINDS, OPTIMIZERS, SCHEDULES, PRECISIONS = (
+KINDS, OPTIMIZERS, SCHEDULES, PRECISIONS, STARTS = (
     ("unigram", "wordpiece"),
     ("adamw", "lamb"),
     ("linear", "cosine"),
     ("float32", "bfloat16"),
+    ("random", "counts"),
 )
 # The vocabulary and the special tokens fill these.
 _NO_SIZES = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "extra"}
@@ -141,6 +142,8 @@ class PretrainConfig:
     Attributes:
         output: the folder of the run.
         model: `size`, a name of SIZES ("small" if there is none), and fields of ALBERTConfig that replace its sizes.
+        start: the weights of a new model: "random", or "counts", see starting_weights.py: a short run on little text gets much
+            further with it.
         init_from: a checkpoint to start from, of ALBERT; then `model` stays empty and the vocabulary is the checkpoint's.
         steps: optimizer steps. batch_tokens: tokens of a step, over all processes and micro-batches.
         accumulation: micro-batches of a step, so that a large batch needs less memory.
@@ -156,6 +159,7 @@ class PretrainConfig:
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    start: str = "random"
     init_from: str | None = None
     steps: int = 10_000
     batch_tokens: int = 16_384
@@ -170,6 +174,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _check("", self, _among(PRECISIONS), "precision")
+        _check("", self, _among(STARTS), "start")
         _check("", self, _within(1, 1 << 40), "steps", "accumulation", "save_steps", "evaluate_steps", "log_steps")
         _check("", self, _within(1, 1 << 40), "evaluation_tokens")
         _check("", self, _within(0, 2**32 - 1), "seed")
@@ -190,6 +195,8 @@ class PretrainConfig:
                 raise FileNotFoundError(f"{file}: no such file or folder")
         if self.init_from is not None and (self.model or self.vocabulary.path is not None):
             raise ValueError("init_from has its own sizes and vocabulary: leave out model and vocabulary.path")
+        if self.init_from is not None and self.start != "random":
+            raise ValueError(f"init_from has its own weights: leave out start={self.start}")
         if self.init_from is None:
             self.new_model()
 
