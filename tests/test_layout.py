@@ -235,7 +235,8 @@ FILES = {
     ),
     "albert_fast/training": (
         "baseline checkpointing checks corpus curves data distill distributed evaluate fit interrupts loop masking "
-        "metrics optimization plots pretrain pretrain_config pretrain_run progress recipe run segments sources"
+        "metrics optimization plots pretrain pretrain_config pretrain_run progress recipe run segments sources "
+        "starting_weights"
     ),
     "albert_fast/training/tasks": "answer base choose tag texts translate",
     "kernels": (

@@ -180,19 +180,19 @@ def _make_run(
     bar: bool,
     resume: bool,
 ) -> PretrainingRun:
-    torch.manual_seed(config.seed)
-    model = _model(config, tokenizer)
-    if processes.rank:  # after the weights, which all processes have in common, each draws dropout of its own
-        torch.manual_seed(config.seed + processes.rank)
-    checks.check_disk(Path(config.output), model, averaged=False)
     data = config.data
-    masks = Masks(tokenizer, data.mask_probability, data.longest_run)
-    ids = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     share = 0.0 if data.held_out else data.held_out_share
     trained, held = split_documents(len(corpora[0].document_ends), share, config.seed)
+    torch.manual_seed(config.seed)
+    model = _model(config, tokenizer)
     if config.start == "counts" and not (resume and (Path(config.output) / STATE_NAME).exists()):
         say("counting words that stand near each other")
         start_from_counts(model, corpora[0], trained, config.seed)
+    if processes.rank:  # after the weights, which all processes have in common, each draws dropout of its own
+        torch.manual_seed(config.seed + processes.rank)
+    checks.check_disk(Path(config.output), model, averaged=False)
+    masks = Masks(tokenizer, data.mask_probability, data.longest_run)
+    ids = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     first = processes.rank * config.accumulation
     options: dict[str, Any] = {"max_length": data.max_length, "short_share": data.short_share, "seed": config.seed}
     batches = PretrainingData(

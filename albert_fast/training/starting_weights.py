@@ -7,9 +7,9 @@ attention finds the words next to a token. Both can be had in a minute:
   (Levy, Goldberg and Dagan 2015, "Improving Distributional Similarity with Lessons Learned from Word Embeddings"), in all
   dimensions of the embeddings but a quarter;
 - positions: sines and cosines (Vaswani et al. 2017, section 3.5) in that quarter, where the words are small;
-- heads: as a shift of sines is a rotation, a head whose query is the rotated position and whose key is the position looks at the
-  token before, the one after, and so on. That such a structure may be given beforehand: Trockman and Kolter 2023, "Mimetic
-  Initialization of Self-Attention Layers".
+- heads: a shift of sines is a rotation, so a head whose key is the position and whose query is the rotated position looks at the
+  token before, the one after, and so on; what reads the position from a layer's input is found by least squares. The idea of
+  giving attention a structure beforehand: Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers".
 
 Everything is trained on from there.
 """
@@ -33,6 +33,7 @@ SMOOTHING = 0.75  # of the frequencies of neighbours: rare ones would else look 
 OFFSETS = (-1, 1, -2, 2)  # what the heads of the first layer look at; three quarters of them at most
 POSITION_SCALE = 2.4  # amplitude of the sines, in standard deviations of a word's elements
 SHARPNESS = 14.0  # the logit of the token that a head looks at
+SEQUENCES = 16  # of random words, by which the heads are aimed
 _CHUNK = 8_000_000
 
 
@@ -59,11 +60,13 @@ def start_from_counts(model: ALBERTForPreTraining, corpus: Corpus, documents: Ar
         words[:, positional:] = torch.where(length > 0, vectors, words[:, positional:])
         model.predictions.bias.copy_(torch.log((frequencies + 1) / (frequencies + 1).sum()))
         angles, amplitude = _angles(positional, config.embedding_size), POSITION_SCALE * config.initializer_range
-        turns = torch.arange(len(positions))[:, None] * angles
         positions *= 0.2
-        positions[:, :positional:2] = amplitude * turns.sin()
-        positions[:, 1:positional:2] = amplitude * turns.cos()
-        _aim_heads(model, angles, frequencies)
+        positions[:, :positional] = amplitude * _waves(len(positions), angles)
+        training = model.training
+        model.eval()  # no dropout in what the heads are aimed by
+        if positional:  # a quarter of a tiny embedding is nothing
+            _aim_heads(model, angles, frequencies)
+        model.train(training)
 
 
 def _count(corpus: Corpus, documents: Array, vocab_size: int) -> tuple[Any, Tensor]:
@@ -106,6 +109,7 @@ def _word_vectors(counts: Any, width: int, seed: int) -> Tensor:
     found, values, _ = randomized_svd(counts.tocsr(), width, n_iter=3, random_state=seed)
     vectors = torch.zeros(counts.shape[0], width)
     vectors[:, : len(values)] = torch.from_numpy(found * np.sqrt(values))
+    vectors[torch.from_numpy(sums == 0)] = 0  # not only up to rounding
     # Turned at random: the first dimensions would else hold most of every vector.
     turn, _ = torch.linalg.qr(torch.randn(width, width))
     return vectors @ turn
@@ -116,32 +120,35 @@ def _angles(positional: int, embedding_size: int) -> Tensor:
     return torch.exp(-math.log(10_000.0) * torch.arange(0, positional, 2) / embedding_size)
 
 
+def _waves(length: int, angles: Tensor) -> Tensor:
+    """(length, positional): sine and cosine of every angle at every position."""
+    turns = torch.arange(length)[:, None] * angles
+    return torch.stack([turns.sin(), turns.cos()], 2).flatten(1)
+
+
 def _aim_heads(model: ALBERTForPreTraining, angles: Tensor, frequencies: Tensor) -> None:
     """Lets heads of the first two distinct layers look at the tokens at OFFSETS."""
-    config, stack = model.config, model.base_model.encoder
+    config, encoder = model.config, model.base_model
     head_dim, positional = config.hidden_size // config.num_attention_heads, 2 * len(angles)
-    mapping = stack.embedding_hidden_mapping_in.weight
-    back = torch.linalg.pinv(mapping)[:positional]  # from hidden states to the positions in the embeddings
-    # What layers see: words by their frequency, at as many positions as a sequence may have.
-    embeddings = model.base_model.embeddings
     length = min(config.max_position_embeddings, 256)
-    drawn = torch.multinomial(frequencies + 1e-6, length, replacement=True)
-    seen = embeddings.word_embeddings.weight[drawn] + embeddings.position_embeddings.weight[:length]
-    seen = torch.nn.functional.layer_norm(seen, seen.shape[1:]) @ mapping.t()
-    for depth, (layer, share) in enumerate(zip(stack.distinct()[:2], (0.75, 0.5), strict=False)):
-        if depth:
-            seen = torch.nn.functional.layer_norm(seen, seen.shape[1:])
+    waves = _waves(length, angles).repeat(SEQUENCES, 1)
+    # Words as often as in the text, at every position.
+    ids = torch.multinomial(frequencies + 1e-6, len(waves), replacement=True).view(SEQUENCES, length)
+    for depth, (layer, share) in enumerate(zip(encoder.encoder.distinct()[:2], (0.75, 0.5), strict=False)):
+        seen = encoder(ids, output_hidden_states=True).hidden_states[depth].flatten(0, 1)
+        # Where a token stands, read from its state by least squares: (positional, hidden).
+        read = torch.linalg.lstsq(seen, waves, driver="gelsd").solution.t()
+        places = (seen @ read.t()).view(SEQUENCES, length, positional)
         for head, offset in enumerate(OFFSETS[: int(share * config.num_attention_heads)]):
-            query, key = _rotation(angles, offset) @ back, back
-            first, last = max(0, -offset), length - max(0, offset)
-            if last <= first:
+            if abs(offset) >= length:
                 continue
-            places = torch.arange(first, last)
-            logits = ((seen[places] @ query.t()) * (seen[places + offset] @ key.t())).sum(1) / math.sqrt(head_dim)
-            scale = (SHARPNESS / logits.mean()).sqrt()
+            rotation = _rotation(angles, offset)
+            first, last = max(0, -offset), length - max(0, offset)
+            looked = (places[:, first:last] @ rotation.t() * places[:, first + offset : last + offset]).sum(2)
+            scale = (SHARPNESS * math.sqrt(head_dim) / looked.mean()).sqrt()
             rows = slice(head * head_dim, head * head_dim + positional)
-            layer.attention.query.weight[rows] = query * scale
-            layer.attention.key.weight[rows] = key * scale
+            layer.attention.query.weight[rows] = rotation @ read * scale
+            layer.attention.key.weight[rows] = read * scale
 
 
 def _rotation(angles: Tensor, offset: int) -> Tensor:
