@@ -215,7 +215,7 @@ FILES = {
         "gelu_layer_norm linear_cross_entropy linear_gelu quantized_encoder"
     ),
     "albert_fast/quantization": "calibration rounding",
-    "albert_fast/recipes": "english english_texts multi30k report",
+    "albert_fast/recipes": "baselines english english_texts multi30k report task_texts tasks",
     "albert_fast/runtime": (
         "derived devices dispatch files kept_operands linear locking modes operands progress registration "
         "unused_gradients user_warnings version"

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from albert_fast.recipes import english, english_texts, multi30k
+from albert_fast import ALBERTConfig, ALBERTForMaskedLM
+from albert_fast.recipes import baselines, english, english_texts, multi30k, task_texts, tasks
 from albert_fast.recipes.report import Report
+from albert_fast.text.tokenizer import train_tokenizer
 
 WORDS = {0: ["awful", "dull", "boring", "a mess"], 1: ["superb", "lovely", "touching", "a joy"]}
 
@@ -139,3 +141,106 @@ def test_multi30k_from_raw_files_to_figures(tmp_path: Path, monkeypatch: pytest.
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["en-de trained"]["result"]) == 2
     assert 0 <= report["en-de test_2016_flickr, 4 beams"]["result"]["chrf"] <= 100
+
+
+def test_small_tasks_from_raw_files_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("sklearn", "seqeval", "torchmetrics"):
+        pytest.importorskip(library, reason="the train extra is not installed")
+    data = tmp_path / "data"
+    write_small_tasks(data)
+    splits = {one.name: one.read(data) for one in tasks.EXPERIMENTS}
+    assert {name: tuple(map(len, split)) for name, split in splits.items()} == {
+        "trec": (18, 2, 4),
+        "cola": (6, 4, 4),
+        "stsb": (6, 6, 6),
+        "wnut17": (4, 2, 2),
+        "subjqa": (4, 4, 4),
+        "xquad": (14, 2, 4),
+        "chnsenticorp": (16, 2, 2),
+    }
+    assert splits["trec"].train[0] == {"text": "Who is Zoë ?", "label": "HUM"}
+    assert {row["label"] for row in splits["chnsenticorp"].test} == {"negative", "positive"}
+    assert not {row["context"] for row in splits["xquad"].train} & {row["context"] for row in splits["xquad"].test}
+    assert splits["subjqa"].train[0]["answers"] == [{"text": "slim", "answer_start": 8}]
+    assert splits["subjqa"].train[1] == {"question": "How heavy is it?", "context": "It is a slim one. ", "answers": []}
+
+    start = tmp_path / "start"
+    tokenizer = train_tokenizer([row["text"] for row in splits["trec"].train] * 5, 60, at_most=True)
+    config = ALBERTConfig(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=16,
+        embedding_size=8,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=256,
+    )
+    ALBERTForMaskedLM(config).save_pretrained(start)
+    tokenizer.save(start)
+    quick = [dataclasses.replace(one, epochs=1, max_length=min(one.max_length, 48)) for one in tasks.EXPERIMENTS]
+    monkeypatch.setattr(tasks, "EXPERIMENTS", quick)
+    for _ in range(2):
+        tasks.run(data, tmp_path / "out", init_from=start, seeds=2)
+    rows = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [one.title for one in quick]
+    assert all("(2 seeds)" in row for row in rows[2:])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.json", "table.md"]
+
+
+def write_small_tasks(data: Path) -> None:
+    """The raw files of the seven small tasks, in the formats of the real ones."""
+    for name in ("TREC", "CoLA", "STS-B", "WNUT17", "SubjQA", "XQuAD", "ChnSentiCorp"):
+        (data / name).mkdir(parents=True)
+    asked = ["LOC:city Where is Bern ?", "HUM:ind Who is Zoë ?"]
+    for part, count in (("train", 10), ("test", 2)):
+        (data / "TREC" / f"TREC.{part}").write_text("\n".join(asked * count) + "\n", encoding="latin-1")
+    for part, count in (("in_domain_train", 3), ("in_domain_dev", 2), ("out_of_domain_dev", 2)):
+        lines = ["gj04\t1\t\tThe sailors rode the breeze.", "gj04\t0\t*\tThe breeze sailors the rode."]
+        (data / "CoLA" / f"{part}.tsv").write_text("\n".join(lines * count) + "\n")
+    for part in ("train", "dev", "test"):
+        with (data / "STS-B" / f"stsb-en-{part}.csv").open("w", newline="") as file:
+            pairs = [
+                ("A man, old, walks.", "An old man walks."),
+                ("A dog runs.", "A dog is running."),
+                ("A cat.", "Rain."),
+            ]
+            csv.writer(file).writerows((*pair, score) for pair, score in zip(pairs * 2, (5.0, 4.2, 0) * 2, strict=True))
+        with (data / "SubjQA" / f"electronics.{part}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["question", "review", "human_ans_spans", "human_ans_indices"])
+            review = "It is a slim one. ANSWERNOTFOUND"
+            rows = [
+                ("How is it?", review, "slim", "(8, 12)"),
+                ("How heavy is it?", review, "ANSWERNOTFOUND", "(18, 32)"),
+            ]
+            writer.writerows(rows * 2)
+    sentence = "Anna\tB-person\nBerg\tI-person\nsleeps\tO\n\n"
+    for name, count in (("wnut17train.conll", 4), ("emerging.dev.conll", 2), ("emerging.test.annotated", 2)):
+        (data / "WNUT17" / name).write_text(sentence * count)
+    paragraphs = []
+    for number in range(10):
+        context = f"House {number} is red. It was built in 19{number}0."
+        answers = [{"text": f"19{number}0", "answer_start": context.index(" 19") + 1}]
+        qas = [{"id": f"{number}-{k}", "question": "When was it built?", "answers": answers} for k in range(2)]
+        paragraphs.append({"context": context, "qas": qas})
+    (data / "XQuAD" / "xquad.en.json").write_text(json.dumps({"data": [{"title": "", "paragraphs": paragraphs}]}))
+    with (data / "ChnSentiCorp" / "ChnSentiCorp_htl_all.csv").open("w", newline="") as file:
+        rows = [("label", "review"), *[(1, "房间很大,不错!")] * 10, (1, " "), *[(0, "酒店不好，很差。")] * 10]
+        csv.writer(file).writerows(rows)
+
+
+def test_known_entities_are_found_the_longest_first() -> None:
+    pytest.importorskip("seqeval", reason="the train extra is not installed")
+    train = [
+        {"tokens": ["New", "York", "Times"], "tags": ["B-group", "I-group", "I-group"]},
+        {"tokens": ["York", "is", "New", "York"], "tags": ["B-place", "O", "B-place", "I-place"]},
+    ]
+    test = [
+        {
+            "tokens": ["the", "new", "york", "times", "of", "York"],
+            "tags": ["O", "B-group", "I-group", "I-group", "O", "B-place"],
+        }
+    ]
+    assert baselines.known_entities(task_texts.Split(train, [], test)) == 1
+    test[0]["tags"][-1] = "O"
+    assert baselines.known_entities(task_texts.Split(train, [], test)) == pytest.approx(2 / 3)
