@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from albert_fast import ops
 from albert_fast.layers.packing import longest_first
 from albert_fast.testing import ALL_CASES, poison_empty
-from albert_fast.testing.parity import DTYPES, check_backward, check_forward, device_of, parity_tests
+from albert_fast.testing.parity import check_backward, check_forward, device_of, float16_if_thorough, parity_tests
 
 FORWARD, BACKWARD = parity_tests("attention")
 
@@ -149,7 +149,7 @@ def gradients(qkv, cu_seqlens, backend, **options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@float16_if_thorough()
 def test_triton_gradients_over_several_blocks(shape, options, dtype):
     check_backward(ALL_CASES["attention"], shape, options, dtype, "triton")
 

@@ -7,7 +7,7 @@ import torch
 
 from albert_fast import ops
 from albert_fast.testing import ALL_CASES
-from albert_fast.testing.parity import DTYPES, check_backward, check_forward, device_of, make_inputs
+from albert_fast.testing.parity import check_backward, check_forward, device_of, float16_if_thorough, make_inputs
 
 CASE = ALL_CASES["attention"]
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
@@ -171,7 +171,7 @@ def test_bad_key_lengths_are_named():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@float16_if_thorough()
 def test_triton_over_several_blocks(shape, options, dtype):
     check_forward(CASE, shape, options, dtype, "triton")
     check_backward(CASE, shape, options, dtype, "triton")

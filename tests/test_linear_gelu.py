@@ -16,7 +16,7 @@ from albert_fast.inspect import explain as plan
 from albert_fast.layers import layer as layer_module
 from albert_fast.runtime.linear import linear, weight_gradient
 from albert_fast.testing import ALL_CASES, poison_empty
-from albert_fast.testing.parity import check_backward, check_forward, device_of, make_inputs, parity_tests
+from albert_fast.testing.parity import check_backward, check_forward, device_of, every_pair, make_inputs, parity_tests
 from albert_fast.testing.tolerances import assert_close_calibrated
 
 OP = "linear_gelu"
@@ -166,10 +166,12 @@ def kernel():
 
 
 # More rows of tiles than a group has, the last one short; parts of tiles at every edge; K of whole tiles and of parts.
-@pytest.mark.parametrize("shape", [(300, 64, 48), (70, 44, 144)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("act", ["gelu_tanh", "gelu_erf"])
-@pytest.mark.parametrize("keep_sums", [False, True])
+@every_pair(
+    shape=[(300, 64, 48), (70, 44, 144)],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    act=["gelu_tanh", "gelu_erf"],
+    keep_sums=[False, True],
+)
 def test_every_candidate_of_the_tuner_computes_the_same(kernel, shape, dtype, act, keep_sums):
     x, weight, bias = tensors(shape, dtype, "triton")
     exact = CASE.exact({"x": x, "weight": weight, "bias": bias, "act": act})

@@ -384,7 +384,9 @@ def test_without_vnni_the_user_is_told(folder, monkeypatch):
         ALBERTModel.from_pretrained(folder, precision="int8")
 
 
-@pytest.mark.parametrize(("precision", "allowed"), [("int16", 5e-3), ("int8", 0.05)])
+@pytest.mark.parametrize(
+    ("precision", "allowed"), [pytest.param("int16", 5e-3, marks=pytest.mark.thorough), ("int8", 0.05)]
+)
 def test_real_error(precision, allowed):
     """The real encoder on its own sequences, calibrated on others; int16 must hold a third of bfloat16's error."""
     data = require_data("plbert")

@@ -225,7 +225,7 @@ def write_small_tasks(data: Path) -> None:
         paragraphs.append({"context": context, "qas": qas})
     (data / "XQuAD" / "xquad.en.json").write_text(json.dumps({"data": [{"title": "", "paragraphs": paragraphs}]}))
     with (data / "ChnSentiCorp" / "ChnSentiCorp_htl_all.csv").open("w", newline="") as file:
-        rows = [("label", "review"), *[(1, "房间很大,不错!")] * 10, (1, " "), *[(0, "酒店不好，很差。")] * 10]
+        rows = [("label", "review"), *[(1, "房间很大,不错!")] * 10, (1, " "), *[(0, "酒店不好,很差。")] * 10]
         csv.writer(file).writerows(rows)
 
 

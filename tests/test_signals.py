@@ -108,14 +108,14 @@ assert torch.equal(call(False), before)
 @pytest.mark.parametrize(
     ("what", "threads"),
     [
-        *[("attention", "1"), ("fp32 groups", "2"), ("fp32 together", "1"), ("int8 together", "2")],
+        *[("attention", "1"), ("fp32 groups", "2")],
         *(
             pytest.param(what, threads, marks=pytest.mark.thorough)
             for what, threads in [
                 ("attention", "2"),
                 ("fp32 groups", "1"),
-                ("fp32 together", "2"),
-                ("int8 together", "1"),
+                *[("fp32 together", "1"), ("fp32 together", "2")],
+                *[("int8 together", "1"), ("int8 together", "2")],
             ]
         ),
     ],

@@ -52,8 +52,12 @@ SHAPES = {
     "linear_cross_entropy": [(70, 64, 80), (13, 200, 77), (67, 33, 70)],
     "encoder": [((5, 3), 32, 2, 64, 1, 2), ((20, 1, 11), 48, 3, 80, 1, 1)],
 }
+# Every shape and every set of options of an operator; the other half of their combinations is thorough.
 PARITY = [
-    (op, shape, options) for op, shapes in SHAPES.items() for shape in shapes for options in ALL_CASES[op].options
+    pytest.param(op, shape, options, marks=[pytest.mark.thorough] * ((row + column) % 2))
+    for op, shapes in SHAPES.items()
+    for row, shape in enumerate(shapes)
+    for column, options in enumerate(ALL_CASES[op].options)
 ]
 OPERATORS = pytest.mark.parametrize("op", SHAPES)
 

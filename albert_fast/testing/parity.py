@@ -1,6 +1,6 @@
 """Compares one operator on one backend with plain torch, forward and backward; every tests/test_<op>.py runs these checks.
 
-pytest is needed only for `parity_tests` and imported there: benchmarks use the rest on machines without it.
+pytest is needed only for parametrisations and imported there: benchmarks use the rest on machines without it.
 """
 
 from __future__ import annotations
@@ -91,6 +91,15 @@ def every_pair(**values: Iterable[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         list(values), [pytest.param(*row, marks=mark) for row, mark in zip(rows, marks, strict=True)]
     )
+
+
+def float16_if_thorough() -> pytest.MarkDecorator:
+    """A pytest parametrisation of `dtype`, for slow tests of code that treats both 16-bit types alike."""
+    import pytest
+
+    marks = {"f16": pytest.mark.thorough}
+    values = [pytest.param(dtype, id=name, marks=marks.get(name, ())) for name, dtype in DTYPES.items()]
+    return pytest.mark.parametrize("dtype", values)
 
 
 def _shape_id(shape: Any) -> str:
