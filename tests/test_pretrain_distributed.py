@@ -37,13 +37,25 @@ evaluate_steps: 5
 """
 
 
-def start(file: Path, *overrides: str) -> None:
-    """Runs the command in two processes."""
+# The command twice in one process; argv: an option for the first time, one for the second, and what both have in common.
+CHILD = """
+import sys
+from albert_fast.cli import build_app
+
+first, then, *common = sys.argv[1:]
+for options in ([first], [then, "steps=9", "--resume"]):
+    build_app()(["pretrain", *common, *options, "--device", "cpu"], standalone_mode=False)
+"""
+
+
+def start_and_resume(folder: Path, first: str, then: str, *common: str) -> None:
+    """Runs the command twice in two processes: five steps with the option `first`, four more with `then`."""
+    (folder / "child.py").write_text(CHILD)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "albert_fast.cli", "pretrain", str(file), *overrides, "--device", "cpu"]
+    command = [*launch, str(folder / "child.py"), first, then, *common]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1, "the first process prints, and no other"
+    assert len(done.stdout.splitlines()) == 2, "the first process prints, and no other"
 
 
 def losses(folder: Path) -> torch.Tensor:
@@ -72,10 +84,9 @@ def test_two_processes_have_the_losses_of_one(optimizer: str, first: str, then: 
         pretrain(load_config(file, overrides), progress=False)
         pretrain(load_config(file, [*overrides, "steps=9"]), resume=True, progress=False)
     two = tmp_path / "two"
-    start(file, f"output={two}", first)
+    start_and_resume(tmp_path, first, then, str(file), f"output={two}")
     # One process opens what two have saved.
-    assert torch.load(two / STATE_NAME, weights_only=True)["step"] == 5
-    start(file, f"output={two}", "steps=9", then, "--resume")
+    assert torch.load(two / STATE_NAME, weights_only=True)["step"] == 9
     exact, same, actual = (losses(tmp_path / name) for name in ("one", "micro", "two"))
     assert len(actual) == 2 * 9 + 2 * 2
     assert_close_calibrated(actual, same, exact, "losses", slack=2e-6)

@@ -6,6 +6,7 @@ each process. A run without torchrun is one process, and nothing here communicat
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 from collections.abc import Iterator
@@ -57,7 +58,9 @@ class Processes:
 
 @contextmanager
 def joined_processes(device: str | torch.device | None) -> Iterator[tuple[Processes, torch.device]]:
-    """Joins the processes that torchrun started, on gloo or nccl, and leaves them at the end; gives the device of this one.
+    """Joins the processes that torchrun started, on gloo or nccl, unless they are joined; gives the device of this one.
+
+    They part when the process ends, since torch cannot join the same processes twice.
 
     Args:
         device: None: a GPU of its own for each process if there are any.
@@ -70,11 +73,18 @@ def joined_processes(device: str | torch.device | None) -> Iterator[tuple[Proces
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        atexit.register(_part)
+    waiting = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     try:
-        waiting = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
         yield Processes(dist.get_rank(), dist.get_world_size(), waiting), chosen
     finally:
+        dist.destroy_process_group(waiting)
+
+
+def _part() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
