@@ -84,6 +84,8 @@ def test_dataset_pads_cuts_and_drops_pieces() -> None:
     assert batch["input_ids"].tolist() == [[2, 5, 6, 7, 3], [2, 6, 3, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
     assert batch["labels"].tolist() == [1, 0]
+    assert data.left_out == "1 of 2 texts fill max_length = 5 tokens; what they have beyond is cut"
+    assert TextDataset(["a b c d", "b"], [1, 0], tokenizer, max_length=7).left_out is None
     torch.manual_seed(0)
     dropping = TextDataset(["a b c d"] * 500, [0] * 500, tokenizer, piece_dropout=0.3)
     ids = dropping.collate([dropping[i] for i in range(500)])["input_ids"]

@@ -170,7 +170,7 @@ def numbered(labels: Sequence[str], names: list[str]) -> tuple[list[int], list[s
 class TokenRows(Dataset[dict[str, Any]]):
     """A data set of rows of tokens and their labels; the base of the data sets of every task.
 
-    left_out: a line for the user about examples that are not in the rows, and why; None where there are none.
+    left_out: a line for the user about what is not in the rows, and why; None where nothing is missing.
 
     Args:
         ids: N rows of tokens, special tokens included. types: their token types; None where the model takes none.
@@ -275,6 +275,8 @@ class TextDataset(TokenRows):
         super().__init__(
             encoded["input_ids"], types, labels, tokenizer, piece_dropout=piece_dropout, position_shift=position_shift
         )
+        if full := sum(length >= max_length for length in self.lengths):
+            self.left_out = f"{full:,} of {len(texts):,} texts fill max_length = {max_length} tokens; what they have beyond is cut"
 
     @classmethod
     def from_file(cls, path: str | Path, tokenizer: Any, max_length: int = 512, **options: Any) -> TextDataset:
