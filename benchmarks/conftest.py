@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "decoding: texts written by an encoder and a decoder, against other engines on CPUs"
     )
+    config.addinivalue_line("markers", "pretraining: a step of pre-training against transformers', time and memory")
     config.stash[_RECORDS] = []
 
 

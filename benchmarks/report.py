@@ -84,17 +84,24 @@ def _error_table(groups: Sequence[Sequence[Record]]) -> str:
 
 def hosts_table(groups: Sequence[Sequence[Record]]) -> str:
     """What the line gives, what `peers_table` shows, the memory of training, and the versions in other environments."""
-    records = [record for group in groups for record in group]
-    text = [_line_table(groups), peers_table(groups)]
-    trained = [record for record in records if "peak_mib" in record.figures]
-    if trained:
-        body = []
-        for record in trained:
+    return "\n\n".join([_line_table(groups), peers_table(groups), *_memory(groups), *_versions(groups)])
+
+
+def pretraining_table(groups: Sequence[Sequence[Record]]) -> str:
+    """What `model_table` shows, and the memory of training."""
+    return "\n\n".join([model_table(groups), *_memory(groups)])
+
+
+def _memory(groups: Sequence[Sequence[Record]]) -> list[str]:
+    """The memory that training took, as a heading, a line and a table; nothing where it was not measured."""
+    body = []
+    for record in (record for group in groups for record in group):
+        if "peak_mib" in record.figures:
             before, peak = (record.figures[key] for key in ("model_mib", "peak_mib"))
             body.append([record.shape, record.side, *(f"{mib:,.0f}" for mib in (before, peak, peak - before))])
-        head = ["batch", "side", "with the model, MiB", "peak, MiB", "peak beyond the model, MiB"]
-        text += ["### Memory of training", "Resident memory of a new process that trains once.", _markdown(head, body)]
-    return "\n\n".join([*text, *_versions(groups)])
+    head = ["batch", "side", "with the model, MiB", "peak, MiB", "peak beyond the model, MiB"]
+    about = "Resident memory of a new process that trains a few steps."
+    return ["### Memory of training", about, _markdown(head, body)] if body else []
 
 
 def decoding_table(groups: Sequence[Sequence[Record]]) -> str:
@@ -195,6 +202,7 @@ _MODELS: dict[str, tuple[str, Callable[..., str], Callable[..., None] | None]] =
     "cpu_peers": ("peers", peers_table, plot_model),
     "hosts": ("hosts", hosts_table, partial(plot_model, heading="Libraries on real text")),
     "decoding": ("decoding", decoding_table, partial(plot_model, heading="Writing texts")),
+    "pretraining": ("pretraining", pretraining_table, partial(plot_model, heading="A step of pre-training")),
     "load": ("loading", load_table, None),
 }
 _OPERATORS = ("operators", operator_table, plot_operators)
