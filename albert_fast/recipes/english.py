@@ -25,13 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..training.baseline import train_baseline
 from ..training.evaluate import evaluate
 from ..training.fit import fit
 from ..training.pretrain import pretrain
 from ..training.pretrain_config import DataConfig, OptimizerConfig, PretrainConfig, VocabularyConfig
 from ..training.recipe import Recipe
 from ..training.sources import rows_of
+from .baselines import LinearModel
 from .english_texts import write_documents, write_opinions
 from .report import Report
 
@@ -111,7 +111,7 @@ def run(data: Path, output: Path, *, steps: int, seed: int, opinions: Path | Non
     report.stage("fine-tuned", fine_tuned, seed=seed)
     for test in ("sst2", "imdb"):
         report.stage(test, partial(_figures, classifier, files[test]))
-        report.stage(f"linear model on {test}", partial(_linear, files, files[test]))
+    report.stage("linear model", partial(_linear, files, opinions))
     if opinions is not None:
         report.stage("opinions", lambda: _by_form(classifier, opinions))
 
@@ -121,10 +121,13 @@ def _figures(model: Path, file: Path) -> dict[str, Any]:
     return {"examples": found.examples, **found.metrics, "interval_95": found.interval}
 
 
-def _linear(files: dict[str, Path], test: Path) -> dict[str, Any]:
-    """TF-IDF of words and word pairs with logistic regression, fitted to the lines that the classifier learnt from."""
-    found = train_baseline(files["train"], files["dev"], test, strengths=(3.0, 10.0, 30.0))
-    return {"accuracy": found.test_accuracy, "interval_95": found.interval, "words": found.words, "C": found.strength}
+def _linear(files: dict[str, Path], opinions: Path | None) -> dict[str, Any]:
+    """Accuracies of TF-IDF of words and pairs with logistic regression, fitted to the lines that the classifier learnt from."""
+    tests = {"sst2": files["sst2"], "imdb": files["imdb"]} | ({} if opinions is None else {"opinions": opinions})
+    train, dev = ([row for _, row in rows_of(files[part])] for part in ("train", "dev"))
+    model = LinearModel(train, dev, "accuracy", strengths=(3.0, 10.0, 30.0))
+    accuracies = {name: model.measured([row for _, row in rows_of(file)]) for name, file in tests.items()}
+    return accuracies | model.settings
 
 
 def _by_form(model: Path, file: Path) -> dict[str, Any]:

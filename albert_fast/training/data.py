@@ -276,7 +276,9 @@ class TextDataset(TokenRows):
             encoded["input_ids"], types, labels, tokenizer, piece_dropout=piece_dropout, position_shift=position_shift
         )
         if full := sum(length >= max_length for length in self.lengths):
-            self.left_out = f"{full:,} of {len(texts):,} texts fill max_length = {max_length} tokens; what they have beyond is cut"
+            self.left_out = (
+                f"{full:,} of {len(texts):,} texts fill max_length = {max_length} tokens; what they have beyond is cut"
+            )
 
     @classmethod
     def from_file(cls, path: str | Path, tokenizer: Any, max_length: int = 512, **options: Any) -> TextDataset:
