@@ -33,7 +33,7 @@ def run(name: str, *arguments: str | Path) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("accelerate_classifier.py", "/no/model"), "/no/model"),
+        pytest.param(("accelerate_classifier.py", "/no/model"), "/no/model", marks=pytest.mark.thorough),
         (("rerank.py", SMALL_ALBERT, "a query", "no-file.txt"), "no-file.txt"),
         (("rerank.py", SMALL_ALBERT, "a query", EXAMPLES / "rerank.py"), "ranking needs one"),
         (("search_sentences.py", "no-model", EXAMPLES / "rerank.py", "a query"), "no-model: no such folder"),

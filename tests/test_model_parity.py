@@ -202,10 +202,8 @@ def test_an_unknown_argument_is_named():
     ("name", "backend"),
     [
         ("ALBERTForMaskedLM", "aot_eager"),
-        *(
-            pytest.param(name, "aot_eager", marks=pytest.mark.thorough)
-            for name in ("ALBERTModel", "ALBERTForSequenceClassification")
-        ),
+        pytest.param("ALBERTModel", "aot_eager", marks=pytest.mark.thorough),
+        pytest.param("ALBERTForSequenceClassification", "aot_eager", marks=pytest.mark.thorough),
         # Machine code for one of them, which takes half a minute: heads are traced alike, and add no operators of ours.
         pytest.param("ALBERTModel", "inductor", marks=pytest.mark.thorough),
     ],
